@@ -1,0 +1,54 @@
+"""Activations on their way into the expert kernels: int8 for scoring, and the gate that joins gate and up.
+
+Scores only choose neurons, so one int8 number per activation is enough for them (one four-way dot product takes four
+codes). Values are computed in float32 on the CPU and in 16-bit fixed point on a GPU.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kernels.pick import twin
+
+Tensor = torch.Tensor
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How gate and up become one product. `clamped_swiglu` (gpt-oss): clamp both, (up+1) * gate * sigmoid(alpha*gate).
+
+    kind "other": only `function` knows; the CPU path can run it, the device kernels refuse it.
+    """
+
+    kind: str = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+    function: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.function is not None) if self.kind == "other" else self.kind in KINDS, self.kind
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate, up [...] -> product [...]."""
+        if self.function is not None:
+            return self.function(gate, up)
+        if self.kind == "clamped_swiglu":
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+            return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+        act = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
+               "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}[self.kind]
+        return act(gate) * up
+
+
+@twin("kernels.triton_activation")
+def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group."""
+    grouped = x.float().unflatten(1, (-1, group))
+    scale = grouped.abs().amax(-1).clamp_min(1e-20) / 127
+    codes = (grouped / scale[..., None]).round().clamp(-127, 127)
+    return codes.to(torch.int8).flatten(1), scale

@@ -1,0 +1,56 @@
+"""The sparse expert product: chosen neurons only, gate and up at the fidelity that was chosen, down at 4 bits.
+
+Legend: T tokens, k routed experts, I neurons, H padded hidden, K chosen neurons, S sketch slots, R record slots.
+Neurons come in ascending order and are summed in that order, so the result does not depend on the cache.
+"""
+from __future__ import annotations
+
+import torch
+
+from kernels.activation import Gate
+from kernels.layout import Layout
+from kernels.pick import twin
+from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
+from kernels.select import DOWN_ONLY, REFINED
+
+Tensor = torch.Tensor
+
+
+def neuron_products(x: Tensor, sketch: Tensor, records: Tensor, fidelity: Tensor, layout: Layout, gate: Gate,
+                    gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    """gate(g, u) of the chosen neurons of one token -> float32 [K].
+
+    x float32 [H]; sketch uint8 [K, sketch_row], records uint8 [K, record] of the neurons; fidelity int8 [K];
+    biases float32 [K] or None. DOWN_ONLY takes both from the sketch, FLOE gate at 4 and up at 2 bits.
+    """
+    coarse_gate, coarse_up = decode_sketch(sketch, layout)
+    g = torch.where(fidelity == DOWN_ONLY, coarse_gate @ x, decode_gate(sketch, records, layout) @ x)
+    u = torch.where(fidelity == REFINED, decode_up(sketch, records, layout) @ x, coarse_up @ x)
+    if gate_bias is not None:
+        g, u = g + gate_bias, u + up_bias
+    return gate(g, u)
+
+
+@twin("kernels.triton_apply")
+def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
+          fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
+          up_bias: Tensor | None = None) -> Tensor:
+    """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down.
+
+    x float32 [T, H]; sketches uint8 [S, sketch_bytes], place int [T, k]; records uint8 [R, record],
+    record_place int [T, K]; neurons int32 [T, K] in 0..k*I-1, -1 pads; fidelity int8 [T, K];
+    gate_bias, up_bias float32 [T, k, I].
+    """
+    t, k = place.shape
+    out = torch.zeros(t, k, layout.padded, dtype=torch.float32, device=x.device)
+    rows = sketches[:, :layout.neurons * layout.sketch_row].unflatten(1, (layout.neurons, layout.sketch_row))
+    for i in range(t):
+        chosen = neurons[i] >= 0
+        index = neurons[i][chosen].long()
+        expert, neuron = index // layout.neurons, index % layout.neurons
+        sketch = rows[place[i].long()[expert], neuron]
+        record = records[record_place[i][chosen].long()]
+        bias = (None, None) if gate_bias is None else (gate_bias[i].flatten()[index], up_bias[i].flatten()[index])
+        product = neuron_products(x[i], sketch, record, fidelity[i][chosen], layout, gate, *bias)
+        out[i].index_add_(0, expert, product[:, None] * decode_down(record, layout))
+    return out

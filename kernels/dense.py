@@ -1,0 +1,39 @@
+"""Level `exact`: every neuron of the routed experts at 4 bits, from whole blobs. No scoring, no selection.
+
+Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs.
+"""
+from __future__ import annotations
+
+import torch
+
+from kernels.activation import Gate
+from kernels.layout import Layout
+from kernels.pick import twin
+from kernels.planes import decode_down, decode_gate, decode_up
+
+Tensor = torch.Tensor
+
+
+@twin("kernels.triton_apply")
+def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
+          up_bias: Tensor | None = None) -> Tensor:
+    """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down.
+
+    x float32 [T, H]; blobs uint8 [S, blob_bytes], place int32 [T, k]; gate_bias, up_bias float32 [T, k, I] or None.
+    """
+    out = torch.empty(*place.shape, layout.padded, dtype=torch.float32, device=x.device)
+    for i, slots in enumerate(place.tolist()):
+        for j, slot in enumerate(slots):
+            g, u, down = decode_blob(blobs[slot], layout)
+            g, u = g @ x[i], u @ x[i]
+            if gate_bias is not None:
+                g, u = g + gate_bias[i, j], u + up_bias[i, j]
+            out[i, j] = gate(g, u) @ down
+    return out
+
+
+def decode_blob(blob: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 [blob_bytes] -> gate, up, down float32 [I, H] at 4 bits."""
+    sketch = blob[:layout.neurons * layout.sketch_row].view(layout.neurons, layout.sketch_row)
+    records = blob[layout.sketch_bytes:layout.blob_bytes].view(layout.neurons, layout.record)
+    return decode_gate(sketch, records, layout), decode_up(sketch, records, layout), decode_down(records, layout)

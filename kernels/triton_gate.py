@@ -1,0 +1,37 @@
+"""Device version of the gate in kernels/activation.py: how gate and up become one product."""
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.activation import KINDS, Gate
+
+SILU = tl.constexpr(KINDS.index("silu"))
+GELU = tl.constexpr(KINDS.index("gelu"))
+GELU_TANH = tl.constexpr(KINDS.index("gelu_tanh"))
+RELU = tl.constexpr(KINDS.index("relu"))
+
+
+def check_gate(gate: Gate) -> None:
+    assert gate.kind in KINDS, f"the device kernels do not know the gate {gate.kind!r}; run this model on the CPU path"
+
+
+def kind_of(gate: Gate) -> int:
+    return KINDS.index(gate.kind)
+
+
+@triton.jit
+def gated(gate, up, alpha, limit, KIND: tl.constexpr):
+    """gate, up float32 of one shape -> their product; alpha and limit belong to clamped_swiglu."""
+    if KIND == SILU:
+        return gate * tl.sigmoid(gate) * up
+    if KIND == GELU:
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    if KIND == GELU_TANH:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(2 * inner) * up
+    if KIND == RELU:
+        return tl.maximum(gate, 0) * up
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    return (up + 1) * gate * tl.sigmoid(gate * alpha)
