@@ -1,0 +1,217 @@
+// The middle of the page: messages, the answer while it grows, the queue, and the place to write.
+// A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
+import { TEXT, api, button, emit, h, icon, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+import { composer } from "/ui/composer.js";
+import { message, showThinking, statsLine } from "/ui/message.js";
+
+let log, scroller, queue, banner, title, meter, trigger, drawn = { id: null, limit: 40, text: 0 };
+
+export async function mount(root, gradioTrigger) {
+  await ready;
+  trigger = gradioTrigger;
+  log = h("div", { class: "messages", role: "log", "aria-live": "off", "aria-label": TEXT.conversation });
+  queue = h("ul", { class: "queue", "aria-label": TEXT.waiting });
+  banner = h("div", { class: "banner", role: "status" });
+  title = h("h1", {}, TEXT.app);
+  meter = h("span", { class: "meter", id: "context-meter" });
+  const down = button("down", TEXT.jump_down, () => follow(true), { class: "jump", hidden: true });
+  scroller = h("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": TEXT.conversation,
+    onscroll: () => { down.hidden = nearEnd(); } }, log, queue);
+  root.replaceChildren(h("div", { class: "chat" },
+    h("header", { class: "bar" },
+      button("menu", TEXT.menu, () => toggle("left")), title,
+      button("theme", TEXT.theme, switchTheme, { id: "theme" }),
+      button("gauge", TEXT.panel_toggle, () => toggle("right"))),
+    banner, scroller, down,
+    composer(send, meter),
+    h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
+  log.addEventListener("click", clicked);
+  on("opened", () => { drawn.limit = 40; load(); });
+  on("state", changed);
+  on("text", grow);
+  document.addEventListener("keydown", shortcut);
+  window.addEventListener("hashchange", () => emit("opened", opened.id));
+  restoreTheme();
+  start();
+  load();
+}
+
+// Loading and drawing
+
+export async function load() {
+  const id = opened.id;
+  trigger("select", { id: id ?? 0 });
+  if (!id) return drawEmpty();
+  let conversation;
+  try {
+    conversation = await api("GET", `/api/conversations/${id}?limit=${drawn.limit}`);
+  } catch {
+    if (opened.id === id) opened.id = null;
+    return;
+  }
+  if (opened.id !== id) return;
+  const stay = drawn.id === id && !nearEnd() ? scroller.scrollTop : null;
+  drawn.id = id;
+  title.textContent = conversation.conversation.title || TEXT.untitled;
+  const hidden = conversation.n_messages - conversation.messages.length;
+  const earlier = hidden > 0 && h("button", { type: "button", class: "quiet earlier", onclick: () => {
+    drawn.limit += 40;
+    load();
+  } }, TEXT.earlier);
+  log.replaceChildren(...[earlier, ...conversation.messages.map((m, i) =>
+    message(m, i === conversation.messages.length - 1, act))].filter(Boolean));
+  const { used, total } = conversation.context;
+  drawMeter(used, total);
+  if (stay === null) follow(true);
+  else scroller.scrollTop = stay;
+}
+
+function drawEmpty() {
+  drawn.id = null;
+  title.textContent = TEXT.app;
+  drawMeter(0, state.model.context || 0);
+  log.replaceChildren(h("div", { class: "hero" }, h("div", { class: "hero-mark" }, icon("wave")),
+    h("h2", {}, TEXT.hero), state.model.is_demo !== false && h("p", {}, TEXT.demo_note),
+    h("div", { class: "examples" }, ...TEXT.examples.map((text) =>
+      h("button", { type: "button", onclick: () => send(text, []) }, text)))));
+}
+
+function drawMeter(used, total) {
+  const share = total ? Math.min(1, used / total) : 0;
+  meter.textContent = total ? say("context", { used: used.toLocaleString("en"), total: total.toLocaleString("en") }) : "";
+  meter.style.setProperty("--share", share);
+  meter.classList.toggle("nearly-full", share > 0.85);
+}
+
+function changed({ now, before }) {
+  drawBanner(now);
+  queue.replaceChildren(...now.waiting.filter((w) => w.conversation_id === opened.id).map(waitingItem));
+  document.body.classList.toggle("answering", Boolean(now.live));
+  const ended = before.live && before.live.message !== now.live?.message;
+  const begun = now.live && before.live?.message !== now.live.message && now.live.conversation === opened.id;
+  if (ended && before.live.conversation === opened.id) load().then(announce);
+  else if (begun && !log.querySelector(`[data-id="${now.live.message}"]`)) load();
+  const listed = now.conversations.find((c) => c.id === opened.id);
+  if (listed) title.textContent = listed.title || TEXT.untitled;
+  if (before.model.state !== "ready" && now.model.state === "ready") load();
+}
+
+function drawBanner(now) {
+  const { model } = now;
+  const parts = [];
+  if (model.state === "loading") parts.push(h("span", { class: "spinner" }), model.step);
+  if (model.state === "failed") parts.push(model.step);
+  if (now.disk_trouble) parts.push(now.disk_trouble);
+  banner.classList.toggle("bad", model.state === "failed" || Boolean(now.disk_trouble));
+  banner.replaceChildren(...parts);
+}
+
+function waitingItem(item) {
+  return h("li", {}, h("span", { class: "tag" }, TEXT.waiting), h("span", { class: "waiting-text" }, item.text),
+    button("edit", TEXT.edit, async () => emit("draft", (await api("DELETE", `/api/waiting/${item.id}`)).text)),
+    button("close", TEXT.remove, () => api("DELETE", `/api/waiting/${item.id}`)));
+}
+
+// The growing answer
+
+function grow(update) {
+  if (update.conversation !== opened.id) return;
+  const node = log.querySelector(`[data-id="${update.message}"]`);
+  if (!node || !node.classList.contains("running")) return;
+  const stick = nearEnd();
+  const whole = replaceBlocks(node.querySelector(".answer"), update.from, update.blocks)
+    && replaceBlocks(node.querySelector(".thought .md"), update.thinking_from, update.thinking_blocks);
+  if (!whole) return load(); // this tab came in the middle
+  showThinking(node, update);
+  node.querySelector(".stats").replaceChildren(...statsLine(update.stats));
+  if (stick) follow(true);
+}
+
+function replaceBlocks(place, from, blocks) {
+  const first = place.firstElementChild;
+  if (first && !first.classList.contains("block")) place.replaceChildren(); // was drawn as a whole
+  if (place.children.length < from) return false;
+  while (place.children.length > from + blocks.length) place.lastElementChild.remove();
+  blocks.forEach((html, i) => {
+    const old = place.children[from + i];
+    if (!old) place.append(h("div", { class: "block", html }));
+    else if (old.source !== html) old.innerHTML = html;
+    place.children[from + i].source = html;
+  });
+  return true;
+}
+
+function announce() {
+  const answers = log.querySelectorAll(".assistant .answer");
+  const text = answers.length ? answers[answers.length - 1].textContent : "";
+  document.getElementById("announce").textContent = `${TEXT.answer_done} ${text}`;
+}
+
+const nearEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+
+function follow(now) {
+  if (now) scroller.scrollTop = scroller.scrollHeight;
+}
+
+// What a person does
+
+async function send(text, attachments) {
+  if (!opened.id) {
+    opened.id = (await api("POST", "/api/conversations")).id;
+  }
+  await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
+  document.body.classList.add("answering");
+  drawn.limit = Math.max(40, drawn.limit);
+  await load();
+  follow(true);
+}
+
+async function act(name, id, argument) {
+  const path = `/api/messages/${id}`;
+  if (name === "copy") {
+    const { text } = await api("GET", path);
+    await navigator.clipboard.writeText(text);
+    return notice(TEXT.copied);
+  }
+  if (name === "branch") {
+    opened.id = (await api("POST", `${path}/branch`)).id;
+    return notice(TEXT.branched);
+  }
+  if (name === "show") await api("POST", `/api/messages/${argument}/show`);
+  else await api("POST", `${path}/${name}`, argument);
+  await load();
+}
+
+async function clicked(event) {
+  const copy = event.target.closest(".copy-code");
+  if (!copy) return;
+  await navigator.clipboard.writeText(copy.closest(".code").querySelector("pre").textContent);
+  copy.textContent = TEXT.copied;
+  setTimeout(() => { copy.textContent = TEXT.copy; }, 1500);
+}
+
+function shortcut(event) {
+  const control = event.ctrlKey || event.metaKey;
+  if (control && event.key.toLowerCase() === "k") emit("search");
+  else if (control && event.shiftKey && event.key.toLowerCase() === "o") emit("new-chat");
+  else if (event.key === "Escape" && state.live && !event.target.closest("input, .editing")) api("POST", "/api/stop");
+  else return;
+  event.preventDefault();
+}
+
+// Looks
+
+const narrow = () => matchMedia(`(max-width: 1100px)`).matches;
+function toggle(side) {
+  document.body.classList.toggle(narrow() ? `show-${side}` : `hide-${side}`);
+}
+
+function switchTheme() {
+  const dark = document.body.classList.toggle("dark");
+  localStorage.setItem("floe-theme", dark ? "dark" : "light");
+}
+
+function restoreTheme() {
+  const kept = localStorage.getItem("floe-theme");
+  if (kept) document.body.classList.toggle("dark", kept === "dark");
+}

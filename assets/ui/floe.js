@@ -1,0 +1,147 @@
+// What every element of the page shares: texts, requests, the one event stream, the open conversation, notices.
+// Browsers allow six connections to one host. One tab (the holder of the lock) keeps the stream and passes the events
+// on to the others; when it closes, the next one takes over. Knows no element.
+
+export const bus = new EventTarget();
+export const on = (name, handler) => bus.addEventListener(name, (event) => handler(event.detail));
+export const emit = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
+
+export async function api(method, path, body) {
+  let reply;
+  try {
+    const text = typeof body === "string";
+    reply = await fetch(path, {
+      method,
+      headers: body === undefined ? {} : { "content-type": text ? "text/plain" : "application/json" },
+      body: body === undefined || text ? body : JSON.stringify(body),
+    });
+  } catch {
+    notice(TEXT.offline || "The program does not answer.");
+    throw new Error("offline");
+  }
+  const document = await reply.json().catch(() => ({}));
+  if (!reply.ok) {
+    notice(document.error || TEXT.status_error);
+    throw new Error(document.error || `status ${reply.status}`);
+  }
+  return document;
+}
+
+export const TEXT = {};
+export const ready = api("GET", "/api/strings").then((strings) => Object.assign(TEXT, strings));
+export const say = (name, values = {}) =>
+  (TEXT[name] || name).replace(/\{(\w+)\}/g, (_, key) => (key in values ? values[key] : `{${key}}`));
+
+// A small element builder: h("button", {class: "x", onclick}, "text", child)
+export function h(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "html") node.innerHTML = value; // only for HTML that the program itself rendered
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+export const icon = (name) => {
+  const span = h("span", { class: "icon", "aria-hidden": "true" });
+  span.innerHTML = `<svg viewBox="0 0 24 24" width="18" height="18" fill="none" stroke="currentColor"
+    stroke-width="1.8" stroke-linecap="round" stroke-linejoin="round">${ICONS[name]}</svg>`;
+  return span;
+};
+
+const ICONS = {
+  plus: '<path d="M12 5v14M5 12h14"/>',
+  search: '<circle cx="11" cy="11" r="6.5"/><path d="m16 16 4.5 4.5"/>',
+  send: '<path d="M12 19V5m-6.5 6.5L12 5l6.5 6.5"/>',
+  stop: '<rect x="6.5" y="6.5" width="11" height="11" rx="2" fill="currentColor" stroke="none"/>',
+  clip: '<path d="m20 11-8.2 8.2a5 5 0 0 1-7.1-7.1l8.6-8.6a3.4 3.4 0 0 1 4.8 4.8L9.6 16.8a1.7 1.7 0 0 1-2.4-2.4l7.6-7.6"/>',
+  copy: '<rect x="9" y="9" width="11" height="11" rx="2"/><path d="M5 15V6a2 2 0 0 1 2-2h8"/>',
+  edit: '<path d="m4 20 1-4.5L16.5 4 20 7.5 8.5 19Z"/>',
+  again: '<path d="M20 11a8 8 0 1 0-2.3 6.7M20 4.5V11h-6.5"/>',
+  go: '<path d="m6 5 8 7-8 7M17 5v14"/>',
+  branch: '<circle cx="6" cy="5" r="2"/><circle cx="6" cy="19" r="2"/><circle cx="18" cy="8" r="2"/><path d="M6 7v10m12-7c0 5-6 4-11 6"/>',
+  left: '<path d="m14.5 6-6 6 6 6"/>',
+  right: '<path d="m9.5 6 6 6-6 6"/>',
+  down: '<path d="m6 9.5 6 6 6-6"/>',
+  more: '<circle cx="5" cy="12" r="1"/><circle cx="12" cy="12" r="1"/><circle cx="19" cy="12" r="1"/>',
+  pin: '<path d="M9 4h6l-1 6 3 3v2H7v-2l3-3-1-6Zm3 11v5"/>',
+  close: '<path d="m6 6 12 12M18 6 6 18"/>',
+  menu: '<path d="M4 7h16M4 12h16M4 17h16"/>',
+  gauge: '<path d="M4 17a8 8 0 1 1 16 0M12 17l4-5"/>',
+  theme: '<circle cx="12" cy="12" r="8"/><path d="M12 4v16a8 8 0 0 0 0-16Z" fill="currentColor"/>',
+  wave: '<path d="M3 9c3-4 6-4 9 0s6 4 9 0M3 16c3-4 6-4 9 0s6 4 9 0"/>',
+};
+
+export const button = (name, label, onclick, extra = {}) =>
+  h("button", { type: "button", class: "icon-button", title: label, "aria-label": label, onclick, ...extra }, icon(name));
+
+// Notices, one at a time, with an optional action.
+let timer;
+export function notice(text, action, handler) {
+  let place = document.getElementById("floe-notice");
+  if (!place) {
+    place = h("div", { id: "floe-notice", role: "status", "aria-live": "polite" });
+    document.body.append(place);
+  }
+  clearTimeout(timer);
+  const hide = () => place.replaceChildren();
+  place.replaceChildren(h("div", { class: "notice" }, h("span", {}, text),
+    action && h("button", { type: "button", onclick: () => { hide(); handler(); } }, action)));
+  timer = setTimeout(hide, action ? 10000 : 6000);
+}
+
+// The open conversation of this tab: in the address, so that a reload finds it.
+export const opened = {
+  get id() {
+    const match = /^#c(\d+)$/.exec(location.hash);
+    return match ? Number(match[1]) : null;
+  },
+  set id(value) {
+    history.replaceState(null, "", value ? `#c${value}` : location.pathname);
+    emit("opened", value);
+  },
+};
+
+export let state = { conversations: [], waiting: [], model: { state: "loading", step: "" }, live: null };
+
+function receive(name, document) {
+  if (name === "state") {
+    const before = state;
+    state = document;
+    emit("state", { now: document, before });
+  } else emit(name, document);
+}
+
+const NAMES = ["state", "text", "stats", "history"];
+const channel = new BroadcastChannel("floe-events");
+channel.onmessage = ({ data }) => receive(data.name, data.document);
+
+async function refresh() {
+  receive("state", await api("GET", "/api/state"));
+}
+
+function hold() {
+  return new Promise(() => {
+    const source = new EventSource("/events");
+    for (const name of NAMES)
+      source.addEventListener(name, ({ data }) => {
+        const document = JSON.parse(data);
+        receive(name, document);
+        channel.postMessage({ name, document });
+      });
+  });
+}
+
+let started = false;
+export function start() {
+  if (started) return;
+  started = true;
+  ready.then(async () => {
+    await refresh();
+    emit("ready");
+    navigator.locks.request("floe-events", hold);
+  });
+}

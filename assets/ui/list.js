@@ -1,0 +1,122 @@
+// The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
+import { TEXT, api, button, emit, h, icon, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+
+export async function mount(root) {
+  await ready;
+  const search = h("input", { type: "search", placeholder: TEXT.search, "aria-label": TEXT.search, id: "search",
+    oninput: () => { clearTimeout(search.timer); search.timer = setTimeout(look, 150); },
+    onkeydown: (event) => { if (event.key === "Escape") { search.value = ""; look(); } } });
+  const list = h("ul", { class: "conversations", "aria-label": TEXT.conversations });
+  const file = h("input", { type: "file", accept: ".json,.md,.txt", hidden: true, "aria-label": TEXT.import,
+    id: "import-file", onchange: () => importFile(file) });
+  root.replaceChildren(
+    h("nav", { class: "list", "aria-label": TEXT.conversations },
+      h("div", { class: "brand" }, icon("wave"), h("span", {}, TEXT.app)),
+      h("button", { type: "button", class: "primary wide", id: "new-chat", onclick: newChat }, icon("plus"), TEXT.new_chat),
+      h("div", { class: "search" }, icon("search"), search),
+      list,
+      h("div", { class: "list-foot" }, file,
+        h("button", { type: "button", class: "quiet", onclick: () => file.click() }, TEXT.import),
+        h("a", { class: "quiet", href: "/api/export", download: true }, TEXT.export_all))));
+
+  async function look() {
+    if (!search.value.trim()) return draw();
+    const found = await api("GET", `/api/search?q=${encodeURIComponent(search.value)}`);
+    list.replaceChildren(...found.map(foundItem));
+    if (!found.length) list.replaceChildren(h("li", { class: "empty" }, TEXT.search_none));
+  }
+
+  function draw() {
+    if (search.value.trim() || list.querySelector("input, details[open]")) return;
+    const items = state.conversations.map(item);
+    list.replaceChildren(...(items.length ? items : [h("li", { class: "empty" }, TEXT.no_conversations)]));
+  }
+
+  on("state", draw);
+  on("opened", () => { document.body.classList.remove("show-left"); draw(); });
+  on("new-chat", newChat);
+  on("search", () => { document.body.classList.add("show-left"); search.focus(); search.select(); });
+  start();
+  draw();
+}
+
+export async function newChat() {
+  const empty = null; // a conversation exists once its first message was sent
+  opened.id = empty;
+  emit("focus");
+}
+
+function foundItem(found) {
+  const snippet = h("span", { class: "snippet" });
+  for (const part of found.snippet.split(/(\u0002[^\u0003]*\u0003)/))
+    snippet.append(part.startsWith("\u0002") ? h("mark", {}, part.slice(1, -1)) : part);
+  return h("li", {}, h("button", { type: "button", class: "open", onclick: () => { opened.id = found.id; } },
+    h("span", { class: "title" }, found.title || TEXT.untitled), snippet));
+}
+
+function item(conversation) {
+  const current = conversation.id === opened.id;
+  const busy = state.live?.conversation === conversation.id;
+  const open = h("button", { type: "button", class: "open", "aria-current": current ? "page" : null,
+    onclick: () => { opened.id = conversation.id; } },
+    conversation.pinned && h("span", { class: "pinned", title: TEXT.pinned }, icon("pin")),
+    h("span", { class: "title" }, conversation.title || TEXT.untitled),
+    busy && h("span", { class: "dot", title: TEXT.phase_decode }));
+  const row = h("li", { class: current ? "current" : "", "data-id": conversation.id }, open, menu(conversation, () => row));
+  return row;
+}
+
+function menu(conversation, row) {
+  const path = `/api/conversations/${conversation.id}`;
+  const entry = (label, act) => h("button", { type: "button", onclick: (event) => {
+    event.target.closest("details").open = false;
+    act();
+  } }, label);
+  const details = h("details", { class: "menu" },
+    h("summary", { "aria-label": `${TEXT.more}: ${conversation.title || TEXT.untitled}`, title: TEXT.more }, icon("more")),
+    h("div", { class: "menu-items" },
+      entry(conversation.pinned ? TEXT.unpin : TEXT.pin, () => api("PATCH", path, { pinned: !conversation.pinned })),
+      entry(TEXT.rename, () => rename(conversation, row())),
+      h("a", { href: `${path}/export.json`, download: true }, TEXT.export_json),
+      h("a", { href: `${path}/export.md`, download: true }, TEXT.export_markdown),
+      entry(TEXT.delete, () => remove(conversation))));
+  details.addEventListener("focusout", (event) => {
+    if (!details.contains(event.relatedTarget)) details.open = false;
+  });
+  return details;
+}
+
+function rename(conversation, row) {
+  const input = h("input", { value: conversation.title, "aria-label": TEXT.rename, class: "rename" });
+  const finish = async (keep) => {
+    input.replaceWith(row.shown);
+    if (keep && input.value.trim()) await api("PATCH", `/api/conversations/${conversation.id}`, { title: input.value });
+    else emit("state", { now: state, before: state });
+  };
+  row.shown = row.querySelector(".open");
+  row.shown.replaceWith(input);
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") finish(true);
+    if (event.key === "Escape") finish(false);
+  });
+  input.focus();
+  input.select();
+}
+
+async function remove(conversation) {
+  await api("DELETE", `/api/conversations/${conversation.id}`);
+  if (opened.id === conversation.id) opened.id = null;
+  notice(TEXT.deleted, TEXT.undo, async () => {
+    await api("POST", `/api/conversations/${conversation.id}/restore`);
+    opened.id = conversation.id;
+  });
+}
+
+async function importFile(file) {
+  if (!file.files.length) return;
+  const text = await file.files[0].text();
+  file.value = "";
+  const made = await api("POST", "/api/import", text);
+  notice(say("imported", { n: made.length }));
+  if (made.length) opened.id = made[0].id;
+}

@@ -1,0 +1,93 @@
+// One message: who, thinking, text, what it cost, and what can be done with it.
+import { TEXT, api, button, h, say } from "/ui/floe.js";
+
+export function message(m, last, act) {
+  const running = m.status === "running";
+  const node = h("article", { class: `message ${m.role}${running ? " running" : ""}`, "data-id": m.id,
+    "aria-label": m.role === "user" ? TEXT.you : TEXT.assistant });
+  if (m.attachments.length)
+    node.append(h("div", { class: "files" }, ...m.attachments.map((file) => h("span", { class: "file" }, file.name))));
+  if (m.role === "assistant") node.append(thought(m, running));
+  node.append(h("div", { class: "answer md", html: m.html }));
+  if (m.role === "assistant") {
+    node.append(h("div", { class: "phase", hidden: !running }, TEXT.waiting_for_model));
+    node.append(...notes(m));
+    node.append(h("div", { class: "stats" }, ...statsLine(m.stats)));
+  }
+  if (!running) node.append(actions(m, last, act, node));
+  return node;
+}
+
+function thought(m, running) {
+  const label = m.stats.thinking_s ? say("thought_for", { s: m.stats.thinking_s.toFixed(1) }) : TEXT.thinking;
+  return h("details", { class: "thought", hidden: !m.thinking_html },
+    h("summary", {}, running ? TEXT.thinking_now : label), h("div", { class: "md", html: m.thinking_html }));
+}
+
+export function showThinking(node, update) {
+  const details = node.querySelector(".thought");
+  details.hidden = update.thinking_blocks.length === 0 && update.thinking_from === 0;
+  const thinking = update.blocks.length === 0 && update.from === 0;
+  details.querySelector("summary").textContent = thinking ? TEXT.thinking_now
+    : say("thought_for", { s: (update.stats.thinking_s || 0).toFixed(1) });
+  const phase = node.querySelector(".phase");
+  phase.hidden = update.phase === "decode";
+  const n = update.stats.prefilled;
+  phase.textContent = update.phase === "loading" ? TEXT.waiting_for_model
+    : n ? say("prefill_n", { n }) : TEXT.prefill;
+}
+
+function notes(m) {
+  const found = [];
+  if (m.stats.dropped) found.push(say("dropped", { n: m.stats.dropped }));
+  if (m.stats.edited) found.push(TEXT.edited);
+  if (m.status === "error") found.push(m.stats.error || TEXT.status_error);
+  else if (["stopped", "length", "interrupted"].includes(m.status)) found.push(TEXT[`status_${m.status}`]);
+  return found.map((text) => h("p", { class: `note ${m.status}` }, text));
+}
+
+export function statsLine(stats) {
+  const far = stats.far_bytes_per_token / 1e6;
+  return [
+    stats.first_token_ms !== undefined && say("stat_first", { ms: `${Math.round(stats.first_token_ms)} ms` }),
+    stats.prefill_tokens_per_second && say("stat_prefill", { n: stats.prefill_tokens_per_second.toFixed(0) }),
+    stats.tokens_per_second && say("stat_decode", { n: stats.tokens_per_second.toFixed(1) }),
+    stats.tokens && say("stat_tokens", { n: stats.tokens }),
+    stats.hit_rate !== undefined && stats.tokens && say("stat_hit", { n: (100 * stats.hit_rate).toFixed(0) }),
+    stats.far_bytes_per_token !== undefined && say("stat_far", { mb: far.toFixed(far < 0.1 ? 3 : 2) }),
+    stats.level,
+  ].filter(Boolean).map((text) => h("span", {}, text));
+}
+
+function actions(m, last, act, node) {
+  const row = h("div", { class: "actions" });
+  const i = m.versions.indexOf(m.id), n = m.versions.length;
+  if (n > 1)
+    row.append(button("left", TEXT.previous_version, () => act("show", m.id, m.versions[i - 1]), { disabled: i === 0 }),
+      h("span", { class: "version", "aria-label": say("version", { i: i + 1, n }) }, `${i + 1}/${n}`),
+      button("right", TEXT.next_version, () => act("show", m.id, m.versions[i + 1]), { disabled: i === n - 1 }));
+  row.append(button("copy", TEXT.copy, () => act("copy", m.id)), button("edit", TEXT.edit, () => edit(m, node, act)));
+  if (m.role === "assistant") {
+    row.append(button("again", TEXT.regenerate, () => act("regenerate", m.id)));
+    if (last) row.append(button("go", TEXT.continue, () => act("continue", m.id)));
+  } else if (last) row.append(button("again", TEXT.regenerate, () => act("regenerate", m.id)));
+  row.append(button("branch", TEXT.branch, () => act("branch", m.id)));
+  return row;
+}
+
+async function edit(m, node, act) {
+  const { text } = await api("GET", `/api/messages/${m.id}`);
+  const area = h("textarea", { "aria-label": TEXT.edit, rows: Math.min(14, text.split("\n").length + 1) });
+  area.value = text;
+  const answer = node.querySelector(".answer");
+  const form = h("div", { class: "editing" }, area, h("div", { class: "edit-buttons" },
+    h("button", { type: "button", class: "quiet", onclick: cancel }, TEXT.cancel),
+    h("button", { type: "button", class: "primary", onclick: () => act("edit", m.id, { text: area.value }) }, TEXT.save)));
+  function cancel() { form.replaceWith(answer); }
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { event.stopPropagation(); cancel(); }
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) act("edit", m.id, { text: area.value });
+  });
+  answer.replaceWith(form);
+  area.focus();
+}

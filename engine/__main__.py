@@ -1,0 +1,67 @@
+"""`python -m engine VERB`: one module a verb in engine/verbs/, found by name, loaded only when it is asked for.
+
+A verb module offers `add_arguments(parser)` and `run(args) -> dict | None`; what it returns is the JSON document of
+`--json`. Prose and progress go to standard error. Exit 0 done, 2 user error, 3 machine error.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+
+from engine.spec import MachineError, UserError
+
+VERBS = {
+    "compress": "make a compressed model folder from a checkpoint",
+    "calibrate": "measure what each level may leave out, and store it in the folder",
+    "chat": "talk to a model in the terminal",
+    "eval": "perplexity, KL, bytes and hit rate of levels",
+    "bench": "tokens per second and what bounds them",
+    "hardware": "what this machine offers: cards, memory, measured copy speed",
+    "plan": "does a model fit, at which level, how fast",
+    "download": "fetch a model; goes on after a stop",
+    "models": "what the data folder holds",
+    "delete": "remove a model from the data folder",
+    "import_gguf": "make a compressed model folder from a GGUF file",
+    "publish": "upload a finished folder with a model card",
+    "tables": "the tables of the design: masks and quantisers compared on one checkpoint",
+}
+
+
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m engine {verb}", description=VERBS[verb])
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: FLOECHAT_HOME, else the platform's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
+    import_module(f"engine.verbs.{verb}").add_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m engine VERB ...\n\n" + "\n".join(f"  {v:10} {t}" for v, t in VERBS.items()))
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        print(f"There is no verb {argv[0]!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    args = build_parser(argv[0]).parse_args(argv[1:])
+    try:
+        document = import_module(f"engine.verbs.{argv[0]}").run(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (MachineError, MemoryError) as error:
+        print(str(error) or "Out of memory: close other programs or choose a smaller model.", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(document))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

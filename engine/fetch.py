@@ -1,0 +1,237 @@
+"""`download`: a model by name into the data folder: finds what to take, checks the disk, fetches, goes on after a stop.
+
+Three sources: a ready-made Floe folder (taken as it is), an original checkpoint (compressed while it arrives,
+engine/streaming.py), a GGUF file (imported, engine/gguf_import.py). Everything is made in `NAME.partial`; what is there
+already is not fetched again, at the commit at which it was begun. Loads torch only to compress.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+
+from engine import catalogue
+from engine.hub import Hub, Listing, RemoteFile
+from engine.installed import MANIFEST, SOURCE, Source, models_dir, only_one, partial
+from engine.progress import Meter, Progress
+from engine.spec import UserError
+from engine.units import size
+
+SOURCES = ("ready", "original", "gguf")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SPARE_BYTES = 200 * 10**6       # left free on the disk, for the rest of the machine
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a typed name means. revision: of the repository; gguf: the file to take there, "" for the only one."""
+
+    name: str
+    repository: str
+    revision: str = "main"
+    ready: str = ""
+    gguf_repository: str = ""
+    gguf_file: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to compress where that is needed. trunk_bits None: what the plan takes for the device. keep_original: the
+    checkpoint stays beside the result as NAME-original, a model at level `full`."""
+
+    trunk_bits: int | None = None
+    device: str | None = None
+    keep_original: bool = True
+
+
+def wanted(text: str) -> Wanted:
+    """A catalogue name, title or Hub id. UserError for anything else."""
+    entry = catalogue.find(text)
+    if entry:
+        return Wanted(entry.name, entry.repository, entry.revision, entry.ready, entry.gguf_repository, entry.gguf_file)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return Wanted(text.partition("/")[2], text)
+    raise UserError(f"There is no model {text!r} to download: give a Hub id like owner/name, or one of "
+                    f"{', '.join(catalogue.entries())}.")
+
+
+def download(text: str, source: str | None = None, folder: str | Path | None = None, data: str | Path | None = None,
+             hub: Hub | None = None, report: Callable[[Progress], None] = lambda progress: None,
+             stop: Event | None = None, choice: Choice | None = None, file: str = "") -> Path:
+    """The folder of the model, whole. Goes on where an earlier call was; nothing to do if it is there.
+
+    source: ready, original or gguf; None takes the first of them that there is. folder: where to put it instead of the
+    data folder. stop: set it from any thread to pause, `Stopped` is raised. file: which GGUF of several.
+    UserError, MachineError: one sentence.
+    """
+    if source not in (None, *SOURCES):
+        raise UserError(f"There is no source {source!r}; choose one of {', '.join(SOURCES)}.")
+    model, choice, stop = wanted(text), choice or Choice(), stop or Event()
+    model = replace(model, gguf_file=file) if file else model
+    dest = Path(folder).expanduser().absolute() if folder else models_dir(data) / model.name
+    with only_one(dest):
+        work = partial(dest)
+        if dest.exists():
+            return _present(dest, work, model)
+        hub = hub or Hub.here()
+        found = _begun(work, hub, source, model) or _chosen(model, source, hub, stop)
+        if found.kind == "ready":
+            fetch_ready(hub, found, work, report, stop)
+            os.replace(work, dest)
+        elif found.kind == "original":
+            from engine.streaming import fetch_and_compress
+            fetch_and_compress(hub, found, dest, choice, report, stop)
+        else:
+            from engine.gguf_import import fetch_and_import
+            fetch_and_import(hub, found, model.repository, dest, choice, report, stop)
+    return dest
+
+
+def fetch_ready(hub: Hub, source: Source, work: Path, report: Callable[[Progress], None], stop: Event) -> None:
+    """All files of a finished folder into `work`; the manifest's sizes and hashes must be those of the Hub."""
+    here = arrived(work, source.files)
+    check_disk(work, source.bytes - here)
+    begin(work, source)
+    fetch_all(hub, source, source.files, work, Meter(source.bytes, here, report), stop)
+    try:
+        entries = json.loads((work / MANIFEST).read_text(encoding="utf-8"))["files"]
+        promised = [(entry["path"], entry["bytes"], entry["sha256"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The {MANIFEST} of {source.repository} is damaged; ask its maker or choose another "
+                        "source.") from error
+    fetched = {file.path: file for file in source.files}
+    for path, n_bytes, sha256 in promised:
+        file = fetched.get(path)
+        if file is None or file.bytes != n_bytes or file.sha256 not in (None, sha256):
+            raise UserError(f"{source.repository} is not whole: {path} is missing or is not the file that its "
+                            f"{MANIFEST} describes; choose another source.")
+
+
+def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, counter: Meter,
+              stop: Event) -> None:
+    """Each file under its plain name, one after the other."""
+    listing = Listing(source.repository, source.commit, source.files)
+    for file in files:
+        if not (folder / file.name).is_file():
+            counter.say(f"Fetching {file.name}")
+        hub.fetch(listing, file, folder / file.name, counter.add, stop)
+
+
+def begin(work: Path, source: Source) -> None:
+    """Make the folder of an unfinished download and note what it is."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if Source.load(work) != source:
+            source.save(work)
+    except OSError as error:
+        raise UserError(f"{work} cannot be written ({error.strerror}); choose another folder.") from error
+
+
+def arrived(folder: Path, files: Iterable[RemoteFile]) -> int:
+    """Bytes of these files that are on disk, parts included."""
+    total = 0
+    for file in files:
+        for path in (folder / file.name, folder / (file.name + ".part")):
+            total += min(path.stat().st_size, file.bytes) if path.is_file() else 0
+    return total
+
+
+def check_disk(folder: Path, n_bytes: int, hint: str = "") -> None:
+    """UserError when the disk of `folder` lacks the room for n_bytes more."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if n_bytes > 0 and n_bytes + SPARE_BYTES > free:
+        raise UserError(f"The disk of {place} has {size(free)} free, and {size(n_bytes + SPARE_BYTES)} are needed; "
+                        f"make room{hint} or choose a folder on another disk.")
+
+
+def _present(dest: Path, work: Path, model: Wanted) -> Path:
+    """What is there already, if it is this model; what a finished download left when it was killed goes."""
+    source = Source.load(dest)
+    if source and source.repository not in (model.repository, model.ready, model.gguf_repository):
+        raise UserError(f"{dest} holds another model of that name, from {source.repository}; choose another folder.")
+    if not (dest / "config.json").is_file():
+        raise UserError(f"{dest} exists and is no model; choose another folder.")
+    if Source.load(work) is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    return dest
+
+
+def _begun(work: Path, hub: Hub, kind: str | None, model: Wanted) -> Source | None:
+    """What an unfinished download goes on with. UserError if it is of something else."""
+    begun = Source.load(work)
+    if begun is None:
+        return None
+    if kind not in (None, begun.kind) or begun.repository not in (model.repository, model.ready, model.gguf_repository):
+        raise UserError(f"There is an unfinished download of {begun.repository} ({begun.kind}) in {work}; finish it or "
+                        "delete it first.")
+    return begun
+
+
+def _chosen(model: Wanted, kind: str | None, hub: Hub, stop: Event) -> Source:
+    """Ask the Hub what there is, and take the best or what the user asked for."""
+    if kind in (None, "ready") and model.ready:
+        return _ready(hub, hub.listing(model.ready, stop=stop))
+    if kind == "gguf" and model.gguf_repository:
+        return _gguf(hub, hub.listing(model.gguf_repository, stop=stop), model.gguf_file)
+    listing = hub.listing(model.repository, model.revision, stop)
+    if kind == "ready" or kind is None and listing.find(MANIFEST):
+        return _ready(hub, listing)
+    if kind == "original" or kind is None and not any(file.path.endswith(".gguf") for file in listing.files):
+        return _original(hub, listing, stop)
+    return _gguf(hub, listing, model.gguf_file)
+
+
+def _source(hub: Hub, listing: Listing, kind: str, files: Iterable[RemoteFile]) -> Source:
+    """Small files first: what a stop leaves behind can then already be looked at."""
+    chosen = sorted(files, key=lambda file: (file.bytes > 10**7, file.path))
+    return Source(hub.endpoint, listing.repository, listing.commit, kind, tuple(chosen))
+
+
+def _flat(listing: Listing) -> list[RemoteFile]:
+    """What may be fetched, from the top folder alone, weights aside."""
+    return [file for file in listing.files if file.fetchable and "/" not in file.path
+            and not file.path.endswith((".safetensors", ".gguf")) and file.path != SOURCE]
+
+
+def _weights(listing: Listing) -> list[RemoteFile]:
+    """Shards of the top folder; some makers put a second copy of all weights beside them as consolidated files."""
+    return [file for file in listing.files if file.path.endswith(".safetensors") and "/" not in file.path
+            and not file.path.startswith("consolidated")]
+
+
+def _ready(hub: Hub, listing: Listing) -> Source:
+    if not listing.find(MANIFEST):
+        raise UserError(f"{listing.repository} holds no ready-made Floe folder; use --source original.")
+    return _source(hub, listing, "ready", _flat(listing) + _weights(listing))
+
+
+def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
+    """Configuration, tokenizer and all shards that the repository has in its top folder."""
+    if not listing.find("config.json"):
+        raise UserError(f"{listing.repository} has no config.json: it is not a transformers checkpoint.")
+    weights = _weights(listing)
+    if listing.find(SINGLE) and not listing.find(INDEX):
+        weights = [listing.find(SINGLE)]
+    if not weights:
+        raise UserError(f"{listing.repository} has no safetensors files; Floe Chat takes no other format than these "
+                        "and GGUF (--source gguf).")
+    return _source(hub, listing, "original", _flat(listing) + weights)
+
+
+def _gguf(hub: Hub, listing: Listing, name: str) -> Source:
+    """The named file or the only one, with all its parts (`-00001-of-00003.gguf`)."""
+    files = [file for file in listing.files if file.path.endswith(".gguf") and "mmproj" not in file.name]
+    stem = name.removesuffix(".gguf")
+    if name:
+        files = [file for file in files if file.name == name or file.name.startswith(stem + "-0000")]
+    stems = {file.name.partition("-0000")[0] for file in files}
+    if len(stems) != 1:
+        offered = ", ".join(sorted(file.path for file in listing.files if file.path.endswith(".gguf"))) or "none"
+        raise UserError(f"{listing.repository} offers these GGUF files: {offered}; "
+                        + ("name one with --file." if not name else f"{name} is not among them."))
+    return _source(hub, listing, "gguf", files)

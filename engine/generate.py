@@ -1,0 +1,264 @@
+"""The engine that an app talks to: one model, one thread that owns it, answers as streams of events.
+
+Every piece of work on the model is a job in one queue, so answers and changes of options never overlap, and
+torch.inference_mode (which is per thread) is entered once. `chat` returns at once; its events come through a queue of
+their own. An error in a job becomes its last event, and the thread goes on with the next job.
+What an answer is made of: engine/turn.py. Closing is the caller's duty (`with Engine.open(...) as engine`).
+"""
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from engine import hf
+from engine.about import about
+from engine.spec import Event, MachineError, Options, Sampling, UserError
+from engine.turn import CHUNK, Turns
+
+_log = logging.getLogger(__name__)
+
+
+class Answer(Iterator[Event]):
+    """The events of one answer. Closing it, or dropping it half read, stops the model.
+
+    error: the exception behind an `end` event with reason "error".
+    """
+
+    def __init__(self):
+        self._channel = _Channel()
+        self._ended = False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._channel.get()
+        self._ended = event.kind == "end"
+        return event
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._channel.error
+
+    def close(self) -> None:
+        """Stop the model if it is still at it; no more events."""
+        self._ended = True
+        self._channel.stopped.set()
+
+    __del__ = close
+
+
+class _Channel:
+    """From the owner thread to one reader; the wish to stop goes the other way. Holds no Answer: one may be dropped."""
+
+    def __init__(self):
+        self.stopped = threading.Event()
+        self.error: BaseException | None = None
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.put = self._events.put
+
+    def get(self) -> Event:
+        while True:
+            try:
+                return self._events.get(timeout=0.2)  # a wait without end cannot be interrupted on Windows
+            except queue.Empty:
+                pass
+
+
+class Engine:
+    """One open model. Every method may be called from any thread."""
+
+    def __init__(self, loaded: hf.Loaded, options: Options, folder: str | os.PathLike | None = None):
+        self._folder = Path(folder) if folder else None
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._unfinished: deque[_Channel] = deque()
+        self._closed = False
+        self._process = psutil.Process()
+        self._adopt(loaded, options)
+        self._thread = threading.Thread(target=self._own, name="model", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, options: Options | None = None,
+             progress: hf.Report | None = None) -> Engine:
+        """Load a model folder; progress(what is done, share). UserError when the folder cannot be used."""
+        options = options or Options()
+        return cls(hf.load(folder, options, progress), options, folder)
+
+    def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
+        """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one.
+
+        Where the last message is the model's own, the model goes on with it. wishes: variables of the chat template
+        (enable_thinking, reasoning_effort and the like).
+        """
+        answer = Answer()
+        channel = answer._channel
+        with self._lock:
+            self._check_open()
+            self._unfinished.append(channel)
+            self._jobs.put((self._answer, list(messages), sampling or Sampling(), dict(wishes or {}), channel))
+        return answer
+
+    def stop(self) -> None:
+        """End the running answer within one token, or one chunk of its prompt; later ones stay in the queue."""
+        with self._lock:
+            if self._unfinished:
+                self._unfinished[0].stopped.set()
+
+    def configure(self, options: Options) -> None:
+        """Change level, near memory, context or chunk once the answers in the queue are done; waits for it."""
+        future: Future[None] = Future()
+        with self._lock:
+            self._check_open()
+            self._jobs.put((self._configure, options, future))
+        future.result()
+
+    def close(self) -> None:
+        """Stop, end the thread, let go of the model. Answers in the queue end as stopped."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for channel in self._unfinished:
+                channel.stopped.set()
+            self._jobs.put(None)
+        self._thread.join()
+        self._turns.tokens.close()
+        self._turns = None  # lets go of the model
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def count_tokens(self, messages: list[dict]) -> int:
+        """Tokens of the prompt that `chat` would read."""
+        return len(self._open_turns().tokens.prompt(messages).ids)
+
+    @property
+    def info(self) -> dict:
+        """Name, levels with their measured loss, recommended sampling, context, layers, experts, is_demo."""
+        return self._info
+
+    def snapshot(self) -> dict:
+        """What the engine is doing now; cheap, waits for nothing. Counters are totals since the model was opened."""
+        turns = self._open_turns()
+        live, runtime, far = turns.live, turns.runtime, turns.runtime.far
+        return {
+            "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
+            "phase": live.phase, "tokens_per_second": live.tokens_per_second,
+            "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
+            "residency": list(live.residency), "near_bytes": runtime.near_bytes,
+            "near_most_bytes": runtime.everything_bytes(), "near_least_bytes": runtime.smallest_bytes(),
+            "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.layers * far.experts * far.expert_bytes,
+            "mark_bytes": live.mark_bytes, "rss_bytes": self._process.memory_info().rss, "context": turns.context,
+            "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
+        }
+
+    def _adopt(self, loaded: hf.Loaded, options: Options) -> None:
+        device = loaded.model.device.type
+        self._longest = loaded.spec.context
+        context = _context(options, self._longest)
+        self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
+        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or CHUNK[device])
+        self._info = about(loaded, self._folder, context)
+        self._turns.show("idle")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("This model has been closed; open it again.")
+
+    def _open_turns(self) -> Turns:
+        turns = self._turns
+        self._check_open()
+        return turns
+
+    # Below: the owner thread.
+
+    def _own(self) -> None:
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not None:
+                job[0](*job[1:])
+                del job  # a finished job must not keep its messages, nor an old model, alive
+
+    def _answer(self, messages: list[dict], sampling: Sampling, wishes: dict, channel: _Channel) -> None:
+        last = Event("end", reason="stopped")
+        try:
+            if not channel.stopped.is_set():
+                for event in self._turns.answer(messages, sampling, channel.stopped.is_set, wishes):
+                    if event.kind == "end":
+                        last = event
+                    else:
+                        channel.put(event)
+            self._turns.show("idle")
+        except BaseException as error:  # whatever it was, the reader must not wait for ever
+            if not isinstance(error, UserError):
+                _log.error("An answer failed", exc_info=error)
+            channel.error = error.with_traceback(None)  # its frames would keep tensors alive
+            last = Event("end", sentence(error), reason="error")
+            self._turns.live.phase = "idle"
+        with self._lock:
+            self._unfinished.remove(channel)
+        channel.put(last)
+
+    def _configure(self, options: Options, future: Future) -> None:
+        try:
+            self._change(options)
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _change(self, options: Options) -> None:
+        old = self.options
+        if (options.device, options.predict) != (old.device, old.predict):
+            raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
+        context = _context(options, self._longest)
+        if (options.level, options.near_bytes) != (old.level, old.near_bytes):
+            self._set_level(options)
+        self._turns.context, self._turns.chunk = context, options.chunk or CHUNK[self._turns.model.device.type]
+        self.options = options
+        self._turns.show("idle")
+
+
+    def _set_level(self, options: Options) -> None:
+        """Change level or near memory; when that fails, everything is as it was."""
+        runtime = self._turns.runtime
+        level, near_bytes = runtime.level, runtime.near_bytes
+        try:
+            runtime.set_level(options.level, options.near_bytes
+                              or hf.near_bytes_for(runtime.far, options.level, runtime.plans))
+        except BaseException:
+            runtime.set_level(level, near_bytes)
+            raise
+        if options.level != level:
+            self._turns.prefix.reset()  # what another level wrote is not what this level would have
+
+
+def sentence(error: BaseException) -> str:
+    """One plain sentence for the user about any error."""
+    if isinstance(error, (UserError, MachineError)):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The graphics card ran out of memory; choose less near memory or a smaller context, and try again."
+    if isinstance(error, MemoryError):
+        return "The computer ran out of memory; close other programs or choose a smaller context, and try again."
+    reason = str(error).strip().splitlines()
+    return f"The model failed ({type(error).__name__}{': ' + reason[0] if reason else ''}); try again."
+
+
+def _context(options: Options, longest: int) -> int:
+    if options.context and options.context > longest:
+        raise UserError(f"This model reads at most {longest:,} tokens; choose a context up to that, "
+                        f"not {options.context:,}.")
+    return options.context or longest

@@ -1,0 +1,367 @@
+"""Fits it, at which level, how fast: `plan(model, machine, wishes) -> Plan`, before a byte is downloaded.
+
+A pure function of plain numbers: no torch, no clock, no file, no earlier bench of the same model, under 10 ms. It adds
+up memory (the near side: VRAM, or RAM without a card; the far side: page-locked RAM, or the mapped file), asks
+engine.speed what a token costs at every level, and takes the best level that still reaches the wished speed. More
+VRAM, RAM or bandwidth never gives a worse plan: every size is spent so that nothing shrinks when another grows.
+Sizes are bytes; what is assumed and not measured is listed in the plan.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from engine import plan_text, sparsity, speed
+from engine.shape import spec_from_config
+from engine.spec import LEVELS, Machine, ModelSpec, UserError
+from kernels.layout import Layout, default_group_size
+
+__all__ = ["Near", "Plan", "Wishes", "plan", "spec_from_config"]
+
+CHOICE = ("exact", "quality", "balanced", "fast")      # best to worst; `floe` and `full` only when asked for
+DEFAULT_CONTEXT = 8192
+DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
+DEFAULT_TRUNK_BITS = {"cuda": 4, "cpu": 8}
+MIB = 2**20
+
+# Video memory besides weights, cache and slots.
+CUDA_CONTEXT_BYTES = 400 * 10**6       # the driver's context and the loaded kernels
+GRAPH_POOL_BYTES = 150 * 10**6
+STAGING_BYTES = 2 * 64 * MIB           # two tiles of packed experts on their way in during prefill
+FRAGMENTATION_BYTES = 200 * 10**6
+# Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
+PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
+CPU_WEIGHT_BYTES = 4                   # trunk and cache are float32 on a CPU
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks for; None lets the plan decide. speed: tokens per second. near_bytes: a ceiling.
+
+    trunk_bits: of the folder, where it is known. on_disk: nothing has to be downloaded.
+    """
+
+    level: str | None = None
+    context: int | None = None
+    speed: float = 10.0
+    near_bytes: int | None = None
+    chunk: int | None = None
+    trunk_bits: int | None = None
+    on_disk: bool = False
+
+    def __post_init__(self) -> None:
+        if self.level is not None and self.level not in LEVELS:
+            raise UserError(f"There is no level {self.level!r}; choose one of {', '.join(LEVELS)}.")
+        for name in ("context", "chunk", "speed"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be positive, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Near:
+    """The near arena. Whole-expert slots (`exact`, `full`) are counted in expert_*; where they hold packed blobs,
+    sketch_* and record_* are their parts. On a CPU they hold decoded float32 weights and have no such parts."""
+
+    sketch_slots: int = 0
+    record_slots: int = 0
+    sketch_bytes: int = 0
+    record_bytes: int = 0
+    expert_slots: int = 0
+    expert_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return max(self.sketch_bytes + self.record_bytes, self.expert_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen. Sums in bytes; `memory` the near side's parts, `token` a token's seconds by part."""
+
+    model: str
+    machine: str
+    device: str
+    verdict: str
+    level: str
+    context: int
+    chunk: int
+    near: Near
+    vram_bytes: int
+    ram_bytes: int
+    pinned_bytes: int
+    disk_bytes: int
+    kv_bytes: int
+    decode_tokens_per_second: float
+    prefill_tokens_per_second: float
+    bound: str
+    memory: tuple[tuple[str, int], ...]
+    token: tuple[tuple[str, float], ...]
+    hit_rate: float
+    far_bytes_per_token: float
+    wished_speed: float
+    missing_bytes: int = 0
+    near_free_bytes: int = 0
+    ram_free_bytes: int = 0
+    levels: tuple[tuple[str, str, float], ...] = ()
+    assumptions: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return plan_text.tell(self)
+
+    @property
+    def near_bytes(self) -> int:
+        return self.near.total_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """Peak on the near side: VRAM on a card, the process's own memory without one."""
+        return self.vram_bytes if self.device == "cuda" else self.ram_bytes
+
+    def check(self, measured_bytes: int, before_bytes: int | None = None) -> str:
+        """A sentence that compares the measured peak of the near side with the planned one (5 % is agreement).
+
+        before_bytes: what the process used before the model was opened, in place of the planned share for it.
+        """
+        planned = self.planned_bytes
+        if before_bytes is not None:
+            planned += before_bytes - dict(self.memory).get("process", CUDA_CONTEXT_BYTES)
+        return plan_text.compare(planned, measured_bytes, self.device)
+
+    def document(self) -> dict:
+        """The JSON of `plan --json`."""
+        near = {k: v for k, v in asdict(self.near).items()}
+        keys = ("verdict", "level", "vram_bytes", "ram_bytes", "pinned_bytes", "disk_bytes", "kv_bytes",
+                "decode_tokens_per_second", "prefill_tokens_per_second", "bound", "model", "machine", "device",
+                "context", "hit_rate", "far_bytes_per_token")
+        levels = [{"level": n, "verdict": v, "decode_tokens_per_second": round(t, 2)} for n, v, t in self.levels]
+        return {**{key: getattr(self, key) for key in keys}, "near": near, "levels": levels,
+                "memory": dict(self.memory), "token_ms": {k: round(1e3 * s, 3) for k, s in self.token},
+                "assumptions": list(self.assumptions), "text": str(self)}
+
+
+def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calibration: Mapping | None = None) -> Plan:
+    """The best plan for a model on a machine. calibration: floe.json's own, if the folder has one. UserError when the
+    model cannot be compressed at all or the context is longer than the model's."""
+    wishes = wishes or Wishes()
+    if wishes.context and wishes.context > model.context:
+        raise UserError(f"{model.name} reads at most {model.context:,} tokens; ask for a context up to that.")
+    layout = _layout(model, wishes.level)
+    known = sparsity.calibrated(calibration, model, layout) if calibration else sparsity.assumed(model, layout)
+    choice = (wishes.level,) if wishes.level else CHOICE
+    tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
+    best = _best(tried)
+    everything = tuple((p.level, p.verdict, p.decode_tokens_per_second) for p in tried)
+    return replace(best, levels=everything, assumptions=_assumptions(best, known, machine),
+                   advice=_advice(model, machine, wishes, layout, known, best))
+
+
+def _layout(model: ModelSpec, level: str | None) -> Layout:
+    try:
+        return Layout(model.hidden, model.neurons, default_group_size(model.hidden))
+    except ValueError as error:
+        if level == "full":    # streams what is there; the layout only feeds numbers that `full` does not use
+            return Layout(-(-model.hidden // 64) * 64, model.neurons, 64)
+        raise UserError(f"{model.name} cannot be compressed: {error}") from error
+
+
+def _best(tried: list[Plan]) -> Plan:
+    """The first that reaches the wished speed, else the fastest that runs at all, else the one that lacks least."""
+    running = [p for p in tried if p.verdict != "no"]
+    if not running:
+        return min(tried, key=lambda p: p.missing_bytes)
+    return next((p for p in running if p.verdict == "fits"), max(running, key=lambda p: p.decode_tokens_per_second))
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------
+def trunk_bytes(model: ModelSpec, bits: int) -> tuple[int, int]:
+    """(embedding, everything else of the trunk) in bytes as stored: 8-bit weights cost 8.25 with their scales, 4-bit
+    ones 4.5, and with 4 bits the embedding, the head and the first and last layer stay at 8."""
+    head = model.vocabulary * model.hidden
+    rest = max(0, model.trunk_params - model.embedding_params - head)
+    eight, four = 8.25 / 8, 4.5 / 8
+    if bits == 16:
+        return 2 * model.embedding_params, 2 * (head + rest)
+    if bits == 8:
+        return int(eight * model.embedding_params), int(eight * (head + rest))
+    edges = min(1.0, 2 / model.decoder_layers)
+    return int(eight * model.embedding_params), int(eight * head + (eight * edges + four * (1 - edges)) * rest)
+
+
+def _expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
+    """One whole expert as it lies far: the blob, or 16-bit weights at `full`."""
+    return 2 * model.expert_params if level == "full" else layout.blob_bytes
+
+
+def _prefill_bytes(model: ModelSpec, chunk: int) -> int:
+    """Activations of a chunk and the 16-bit scratch that one staging tile is decoded into."""
+    rows = chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
+    return 2 * rows + int(STAGING_BYTES / 2 * 16 / 4.5)
+
+
+def _bounce_bytes(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str) -> int:
+    """Where one layer's misses go when no slot is free."""
+    if level in ("exact", "full"):
+        return model.top_k * _expert_bytes(model, layout, level)
+    return model.top_k * layout.sketch_bytes + speed.bounce_records(model, known, level) * layout.record
+
+
+# --- one level ------------------------------------------------------------------------------------------------
+def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity,
+              level: str) -> Plan:
+    bits = wishes.trunk_bits or (16 if level == "full" else DEFAULT_TRUNK_BITS[machine.device])
+    context = wishes.context or min(model.context, DEFAULT_CONTEXT)
+    chunk = min(wishes.chunk or DEFAULT_CHUNK[machine.device], context)
+    disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * _expert_bytes(model, layout, level)
+    common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
+              "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed}
+    side = _on_gpu if machine.device == "cuda" else _on_cpu
+    made = side(model, machine, wishes, layout, known, bits, common)
+    if not wishes.on_disk and disk > machine.disk_free_bytes and made.verdict != "no":
+        made = replace(made, verdict="no", bound="disk", missing_bytes=disk - machine.disk_free_bytes)
+    return made
+
+
+def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity, bits: int,
+            common: dict) -> Plan:
+    level, context, chunk = common["level"], common["context"], common["chunk"]
+    embedding, trunk = trunk_bytes(model, bits)
+    kv = model.kv_bytes_per_token * context
+    memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
+              ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
+              ("staging", STAGING_BYTES), ("prefill workspace", _prefill_bytes(model, chunk)),
+              ("bounce buffer", _bounce_bytes(model, layout, known, level)), ("reserve", FRAGMENTATION_BYTES))
+    fixed = sum(size for _, size in memory)
+    free = machine.vram_free_bytes - fixed
+    room = max(0, free if wishes.near_bytes is None else min(free, wishes.near_bytes))
+    near, stay = _near(model, layout, known, level, room, _expert_bytes(model, layout, level))
+    far = model.n_experts_total * _expert_bytes(model, layout, level)
+    ram = far + embedding + PROCESS_BYTES["cuda"]
+    pinned = min(far, machine.pinned_limit_bytes)
+    pageable = 1 - pinned / far
+    token = speed.token_on_gpu(model, machine, layout, known, level, stay, trunk, _expert_bytes(model, layout, level),
+                               context, pageable)
+    streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
+    prefill = speed.chunk_on_gpu(model, machine, chunk, streamed, pageable)
+    lacking = [("vram", -free)] if free < 0 else []
+    lacking += [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
+    return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=fixed + near.total_bytes,
+                     ram_bytes=ram, pinned_bytes=pinned, kv_bytes=kv, near_free_bytes=machine.vram_free_bytes,
+                     ram_free_bytes=machine.ram_free_bytes)
+
+
+def _near(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str, room: int,
+          expert_bytes: int) -> tuple[Near, speed.Residency]:
+    """What `room` bytes of a card hold."""
+    if level == "full":
+        stay = speed.whole_experts(model, known, expert_bytes, room // expert_bytes)
+        return Near(expert_slots=stay.expert_slots, expert_bytes=stay.expert_slots * expert_bytes), stay
+    if level == "exact":
+        stay = speed.whole_experts(model, known, expert_bytes, room // expert_bytes)
+        n = stay.expert_slots
+        return Near(n, n * model.neurons, n * layout.sketch_bytes, n * layout.records_bytes, n, n * expert_bytes), stay
+    stay = speed.sketches_and_records(model, layout, known, level, room)
+    return Near(stay.sketch_slots, stay.record_slots, stay.sketch_slots * layout.sketch_bytes,
+                stay.record_slots * layout.record), stay
+
+
+def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity, bits: int,
+            common: dict) -> Plan:
+    """First the smallest arena, then the experts file's place in the system's page cache, then a larger arena."""
+    level, context, chunk = common["level"], common["context"], common["chunk"]
+    kv = model.kv_bytes_per_token * context * CPU_WEIGHT_BYTES // 2
+    far_each = _expert_bytes(model, layout, level)
+    near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
+    far = model.n_experts_total * far_each
+    memory = (("trunk", CPU_WEIGHT_BYTES * model.trunk_params), ("context memory (KV)", kv),
+              ("recurrent and window state", 2 * model.state_bytes), ("process", PROCESS_BYTES["cpu"]),
+              ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
+    fixed = sum(size for _, size in memory)
+    free = machine.ram_free_bytes - fixed
+    least = near_each if near_each != far_each else _bounce_bytes(model, layout, known, level)
+    room = max(least, free - far if wishes.near_bytes is None else wishes.near_bytes)
+    near, stay = _near_on_cpu(model, layout, known, level, room, far_each, near_each)
+    ram = fixed + near.total_bytes
+    cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
+    token = speed.token_on_cpu(model, machine, layout, known, level, stay, CPU_WEIGHT_BYTES * _read(model), context,
+                               cached)
+    prefill = speed.chunk_on_cpu(model, machine, chunk, stay)
+    lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
+    return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,
+                     pinned_bytes=0, kv_bytes=kv, near_free_bytes=machine.ram_free_bytes,
+                     ram_free_bytes=machine.ram_free_bytes)
+
+
+def _near_on_cpu(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str, room: int, far_each: int,
+                 near_each: int) -> tuple[Near, speed.Residency]:
+    """What engine/cache.py makes of `room` bytes: it counts the rows that serve misses too."""
+    if level in ("exact", "full"):
+        rows = min(model.n_experts_total, room // near_each)
+        slots = rows if rows == model.n_experts_total else rows - 1
+        stay = speed.whole_experts(model, known, far_each, slots)
+        return Near(expert_slots=slots, expert_bytes=rows * near_each), stay
+    stay, used = speed.cpu_split(model, layout, known, level, room)
+    sketch_bytes = stay.sketch_slots * layout.sketch_bytes
+    if stay.sketch_slots < model.n_experts_total:
+        sketch_bytes += model.top_k * layout.sketch_bytes
+    return Near(stay.sketch_slots, stay.record_slots, sketch_bytes, used - sketch_bytes), stay
+
+
+def _read(model: ModelSpec) -> int:
+    """Trunk weights that one token reads."""
+    return model.trunk_params - model.embedding_params
+
+
+_BOUNDS = {"trunk": "vram bandwidth", "experts": "vram bandwidth", "attention": "vram bandwidth",
+           "launches": "launches", "link": "link"}
+
+
+def _finished(common: dict, near: Near, stay: speed.Residency, token: speed.Times, prefill: speed.Times,
+              lacking: list[tuple[str, int]], **sums) -> Plan:
+    decode = 1 / sum(seconds for _, seconds in token)
+    slowest = max(token, key=lambda part: part[1])[0]
+    bound = "cpu" if common["device"] == "cpu" else _BOUNDS[slowest]
+    verdict = "fits" if decode >= common["wished_speed"] else "slow"
+    if lacking:
+        verdict, bound = "no", max(lacking, key=lambda part: part[1])[0]
+    return Plan(**common, **sums, near=near, verdict=verdict, bound=bound, token=token, hit_rate=stay.hit_rate,
+                far_bytes_per_token=stay.far_bytes, decode_tokens_per_second=decode,
+                prefill_tokens_per_second=common["chunk"] / sum(seconds for _, seconds in prefill),
+                missing_bytes=max((size for _, size in lacking), default=0))
+
+
+# --- what to say ----------------------------------------------------------------------------------------------
+def _assumptions(best: Plan, known: sparsity.Sparsity, machine: Machine) -> tuple[str, ...]:
+    said = []
+    if not known.measured and best.level != "full":
+        said.append("budgets and hit rates are assumed from another model until this one has been calibrated")
+    if best.device == "cuda":
+        said.append("the trunk stays packed in video memory and the one-token forward is captured as transformers "
+                    "has it")
+    elif not machine.gemv_bytes_per_second:
+        said.append("this machine's speed has not been measured")
+    return tuple(said)
+
+
+def _advice(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity,
+            best: Plan) -> tuple[str, ...]:
+    """What would make it better, each tried out: a wider link, more memory, a shorter context."""
+    changes: list[tuple[str, Machine, Wishes]] = []
+    if machine.device == "cuda":
+        faster = replace(machine, link_bytes_per_second=2 * machine.link_bytes_per_second)
+        changes.append(("a link twice as fast", faster, wishes))
+        changes.append(("4 GB more video memory",
+                        replace(machine, vram_free_bytes=machine.vram_free_bytes + 4 * 10**9), wishes))
+    more_ram = {"ram_free_bytes": machine.ram_free_bytes + 32 * 2**30,
+                "pinned_limit_bytes": machine.pinned_limit_bytes + 32 * 2**30}
+    changes.append(("32 GB more memory", replace(machine, **more_ram), wishes))
+    if best.context > 4096:
+        changes.append(("a context of 4,096 tokens", machine, replace(wishes, context=4096)))
+    said = []
+    for what, other_machine, other_wishes in changes:
+        other = _at_level(model, other_machine, other_wishes, layout, known, best.level)
+        said += plan_text.gain(what, best, other)
+    if best.verdict == "no":
+        said += plan_text.lack(best)
+    return tuple(said)

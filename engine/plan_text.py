@@ -1,0 +1,99 @@
+"""A plan in words: the same sentences in the command line, the page and a bug report. Knows no model and no sum."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.units import rate, size
+
+if TYPE_CHECKING:
+    from engine.plan import Plan
+
+_VERDICTS = {"fits": "fits", "slow": "runs, but slowly", "no": "does not fit"}
+_BOUNDS = {
+    "link": "the link between memory and card: what is not near has to cross it",
+    "vram bandwidth": "the card's own memory bandwidth",
+    "launches": "the number of small kernels per token",
+    "cpu": "the processor",
+    "vram": "video memory",
+    "ram": "main memory",
+    "disk": "free disk space",
+}
+_MEMORY = {"vram": "video memory", "ram": "main memory", "disk": "disk space"}
+
+
+def tell(plan: Plan) -> str:
+    """The whole plan, a few lines."""
+    lines = [_headline(plan), _memory(plan)]
+    if plan.verdict != "no":
+        lines += [_near(plan), _time(plan)]
+    lines.append(f"What binds: {_BOUNDS[plan.bound]}.")
+    if len(plan.levels) > 1 and plan.verdict != "no":
+        others = ", ".join(f"{level} {rate(speed)}" for level, verdict, speed in plan.levels if verdict != "no")
+        lines.append(f"Tokens per second by level: {others}.")
+    if plan.advice:
+        lines.append("Better: " + "; ".join(plan.advice) + ".")
+    if plan.assumptions:
+        lines.append("Assumed: " + "; ".join(plan.assumptions) + ".")
+    return "\n".join(lines)
+
+
+def _headline(plan: Plan) -> str:
+    head = f"{plan.model} on {plan.machine}: {_VERDICTS[plan.verdict]}"
+    if plan.verdict == "no":
+        return f"{head}, {size(plan.missing_bytes)} of {_MEMORY[plan.bound]} are missing."
+    return (f"{head}, at level {plan.level} about {rate(plan.decode_tokens_per_second)} tokens/s "
+            f"(wished: {rate(plan.wished_speed)}), prompts at {rate(plan.prefill_tokens_per_second)} tokens/s.")
+
+
+def _memory(plan: Plan) -> str:
+    where = "Video memory" if plan.device == "cuda" else "Memory"
+    parts = ", ".join(f"{name} {size(n)}" for name, n in plan.memory if n)
+    line = (f"{where}: {size(plan.planned_bytes)} of {size(plan.near_free_bytes)} free, for a context of "
+            f"{plan.context:,} tokens: {parts}, experts {size(plan.near_bytes)}.")
+    if plan.device == "cuda":
+        line += (f" Main memory: {size(plan.ram_bytes)} of {size(plan.ram_free_bytes)} free, "
+                 f"{size(plan.pinned_bytes)} of it page-locked.")
+    return line + f" Disk: {size(plan.disk_bytes)}."
+
+
+def _near(plan: Plan) -> str:
+    near = plan.near
+    if near.expert_slots or not (near.sketch_slots or near.record_slots):
+        kept = f"{near.expert_slots:,} whole experts"
+    else:
+        kept = f"{near.sketch_slots:,} sketches ({size(near.sketch_bytes)}) and {near.record_slots:,} records " \
+               f"({size(near.record_bytes)})"
+    return (f"Near: {kept}; {100 * plan.hit_rate:.0f} % of what a token needs is expected there, "
+            f"{size(plan.far_bytes_per_token)} a token come from far.")
+
+
+def _time(plan: Plan) -> str:
+    parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in plan.token if seconds >= 5e-5)
+    return f"One token: {1e3 * sum(s for _, s in plan.token):.1f} ms ({parts})."
+
+
+def gain(what: str, before: Plan, after: Plan) -> list[str]:
+    """A sentence when the change is worth saying: it fits now, or is at least a tenth faster."""
+    if after.verdict == "no" or after.decode_tokens_per_second < 1.1 * before.decode_tokens_per_second:
+        if not (before.verdict == "no" and after.verdict != "no"):
+            return []
+    return [f"with {what} {rate(after.decode_tokens_per_second)} tokens/s"]
+
+
+def lack(plan: Plan) -> list[str]:
+    have = {"vram": plan.near_free_bytes, "ram": plan.ram_free_bytes}.get(plan.bound)
+    if have is None:
+        return [f"free {size(plan.missing_bytes)} on the disk or choose another data folder"]
+    return [f"it needs {size(have + plan.missing_bytes)} of free {_MEMORY[plan.bound]}, this machine has {size(have)}"]
+
+
+def compare(planned: int, measured: int, device: str) -> str:
+    """Planned against measured peak memory in one sentence; within 5 % is agreement."""
+    what = "video memory" if device == "cuda" else "memory"
+    if not planned:
+        return f"Measured {size(measured)} of {what}; nothing was planned."
+    apart = measured / planned - 1
+    if abs(apart) <= 0.05:
+        return f"Measured {size(measured)} of {what}, {size(planned)} planned: as planned."
+    return (f"Measured {size(measured)} of {what}, {size(planned)} planned: {abs(apart) * 100:.0f} % "
+            f"{'more' if apart > 0 else 'less'} than planned.")

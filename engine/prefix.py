@@ -1,0 +1,192 @@
+"""What the model has read so far: its KV cache with the token ids in it, kept from one answer to the next.
+
+The caller brings whole conversations; `reuse` keeps the longest part that is the same and `feed` reads the rest.
+Layers with plain attention are cut back to any position. Recurrent states and full sliding windows cannot be, so their
+state is copied at marked positions (message boundaries) and reading restarts at the nearest one.
+Invariants: the cache holds exactly `ids`; every mark lies on `ids`. A failed forward leaves neither true: call `reset`.
+Used by the thread that owns the model, under inference mode.
+"""
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+MAX_MARKS = 8
+MAX_MARK_BYTES = 1 << 30              # in host memory; a mark of a 35B hybrid model is about 65 MB
+# Model types whose forward, given a state and several tokens at once, loses the state (transformers 5.17 to 5.23).
+ONE_BY_ONE = {"jamba", "minimax"}
+_CUT_ANYWHERE = {"DynamicLayer", "DynamicIndexedLayer", "DummyLayer"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The state after the first `position` tokens: {layer index: copy}, or the whole cache for a class of its own."""
+
+    position: int
+    state: dict[int, object] | Cache
+    n_bytes: int
+
+
+class Prefix:
+    """The live token ids of one model and the cache that belongs to them."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        self._device = next(model.parameters()).device
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache: Cache | None = None
+        self._marks: list[Mark] = []
+        self._needs_marks = _has_states(DynamicCache(config=model.config))
+        self.ids: list[int] = []
+
+    @property
+    def wants_marks(self) -> bool:
+        """Whether this model can only restart at marked positions."""
+        return self._needs_marks
+
+    @property
+    def mark_bytes(self) -> int:
+        return sum(mark.n_bytes for mark in self._marks)
+
+    @property
+    def marks(self) -> list[int]:
+        return [mark.position for mark in self._marks]
+
+    def reset(self) -> None:
+        self._cache, self._marks, self.ids = None, [], []
+
+    def reuse(self, ids: list[int]) -> int:
+        """Go back to the longest common part with `ids` that can be had; the number of tokens kept.
+
+        At least the last token of `ids` is left to read, because its logits are wanted.
+        """
+        n_common = common_length(self.ids, ids[:-1])
+        if n_common < len(self.ids) and not self._cut(n_common):
+            self._restart(n_common)
+        return len(self.ids)
+
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        """Read more tokens; logits [V] after the last one."""
+        one_by_one = self._cache is not None and self._model.config.model_type in ONE_BY_ONE
+        for part in ([[token] for token in ids] if one_by_one else [ids]):
+            logits = self._forward(part)
+            self.ids += part
+        return logits
+
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        positions = torch.arange(len(self.ids), len(self.ids) + len(ids), device=self._device)[None]
+        # Without a cache the model makes the one that it needs; one of its own class may not know its length.
+        extra = {} if self._cache is None or self._is_plain() else {"position_ids": positions}
+        out = self._model(input_ids=torch.tensor([ids], device=self._device), past_key_values=self._cache,
+                          use_cache=True, **self._last_only, **extra)
+        self._cache = out.past_key_values
+        self._needs_marks = not self._is_plain() or _has_states(self._cache)
+        return out.logits[0, -1]
+
+    def mark(self) -> None:
+        """Remember the state here, if this model needs it and it is not remembered yet."""
+        position = len(self.ids)
+        if self._cache is None or not self.wants_marks or position in self.marks:
+            return
+        if self._is_plain():
+            state = {i: copied(layer, "cpu") for i, layer in enumerate(self._cache.layers)
+                     if type(layer).__name__ not in _CUT_ANYWHERE}
+        else:
+            state = copied(self._cache, "cpu")
+        self._marks.append(Mark(position, state, tensor_bytes(state)))
+        self._marks.sort(key=lambda mark: mark.position)
+        while len(self._marks) > 1 and (len(self._marks) > MAX_MARKS or self.mark_bytes > MAX_MARK_BYTES):
+            # The first one often ends the system message, which a new conversation shares: it goes last.
+            del self._marks[1 if len(self._marks) > 2 else 0]
+
+    def _is_plain(self) -> bool:
+        return type(self._cache) is DynamicCache
+
+    def _cut(self, position: int) -> bool:
+        """Cut every layer back to `position`; False, with nothing changed, when one of them cannot."""
+        if position == 0 or self._cache is None:
+            self.reset()
+            return True
+        if not self._is_plain() or not all(map(_can_be_cut, self._cache.layers)):
+            return False
+        self._crop(self._cache.layers, len(self.ids) - position)
+        self._keep(position)
+        return True
+
+    def _restart(self, position: int) -> None:
+        """Go to the nearest mark at or before `position`, or to the beginning."""
+        mark = max((m for m in self._marks if m.position <= position), key=lambda m: m.position, default=None)
+        if mark is None:
+            self.reset()
+            return
+        if self._is_plain():
+            plain = [layer for i, layer in enumerate(self._cache.layers) if i not in mark.state]
+            self._crop(plain, len(self.ids) - mark.position)
+            for i, layer in mark.state.items():
+                self._cache.layers[i] = copied(layer, self._device)
+        else:
+            self._cache = copied(mark.state, self._device)
+        self._keep(mark.position)
+
+    @staticmethod
+    def _crop(layers: list, n_tokens: int) -> None:
+        for layer in layers:
+            layer.crop(-n_tokens)
+
+    def _keep(self, position: int) -> None:
+        self.ids = self.ids[:position]
+        self._marks = [mark for mark in self._marks if mark.position <= position]
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences share at the start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def copied(value, device):
+    """A copy of a cache, a layer or a container whose tensors are new and on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: copied(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(item, device) for item in value)
+    if _is_part(value):
+        twin = copy.copy(value)
+        twin.__dict__ = {key: copied(item, device) for key, item in vars(value).items()}
+        return twin
+    return value
+
+
+def tensor_bytes(value) -> int:
+    """Bytes of all tensors in what `copied` returns."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (list, tuple)):
+        return sum(map(tensor_bytes, value))
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    if _is_part(value):
+        return tensor_bytes(vars(value))
+    return 0
+
+
+def _is_part(value) -> bool:
+    """A cache or one of its layers; the configuration that some layers hold is shared, not copied."""
+    return type(value).__module__.startswith("transformers.") and not hasattr(value, "to_dict")
+
+
+def _has_states(cache: Cache) -> bool:
+    """Whether some layer cannot be cut at any position."""
+    return any(type(layer).__name__ not in _CUT_ANYWHERE for layer in cache.layers)
+
+
+def _can_be_cut(layer) -> bool:
+    if type(layer).__name__ == "DynamicSlidingWindowLayer":  # nothing has left the window yet
+        return layer.get_seq_length() < layer.sliding_window
+    return type(layer).__name__ in _CUT_ANYWHERE

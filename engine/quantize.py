@@ -1,0 +1,120 @@
+"""One matrix to nested codes, without data: a clip search and least squares, group by group.
+
+The 4-bit codes are chosen first (the best of a few clipping ranges, each with its own least-squares scale and offset);
+their top two bits are the sketch, fitted again by least squares for itself. Measured on the design's pilot model this
+is exactly as good as plain 4-bit, and the sketch costs nothing extra. Runs on any device, in float32.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+
+from kernels.layout import Layout
+from kernels.planes import Nested
+
+Tensor = torch.Tensor
+CLIPS = (1.0, 0.93, 0.86, 0.79)  # share of the group's range that the codes span
+TINY = 1e-30
+BLOCK = 1 << 17  # weights searched at a time on a CPU, so that the some hundred passes stay in its cache
+
+
+def nested(weight: Tensor, layout: Layout) -> Nested:
+    """float [R, hidden] -> Nested over [R, padded]. ValueError for values that are not finite."""
+    rows = max(1, BLOCK // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    blocks = in_parallel(lambda block: _nested_block(block, layout), weight.split(rows))
+    return Nested(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+
+def in_parallel(function: Callable, blocks: Iterable[Tensor]) -> list:
+    """[function(block), ...], on a CPU as many at a time as torch has threads.
+
+    A thread a block, each on its own: torch's own threads would meet at every one of those passes, which a second
+    program on the same cores makes ten times slower than one thread alone.
+    """
+    blocks, n = list(blocks), torch.get_num_threads()
+    if n == 1 or len(blocks) == 1 or blocks[0].device.type != "cpu":
+        return [function(block) for block in blocks]
+    return list(_pool(n).map(function, blocks))
+
+
+@cache
+def _pool(n: int) -> ThreadPoolExecutor:
+    """n threads in which torch starts no further ones. What it would start in other threads stays as it is."""
+    started = threading.Barrier(n + 1)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(n, "quantize", initializer=alone)
+    for _ in range(n):
+        pool.submit(int)  # starts one thread
+    started.wait()
+    torch.set_num_threads(n)
+    return pool
+
+
+def _nested_block(weight: Tensor, layout: Layout) -> Nested:
+    groups = weight.float().unflatten(1, (-1, layout.group))       # [R, G, g]
+    if not torch.isfinite(groups).all():
+        raise ValueError("the weights contain values that are not finite")
+    codes, fine = search(groups)
+    coarse = _fit((codes >> 2).float(), groups)
+    return Nested(_padded(codes.flatten(1), layout.padded), _padded_groups(coarse, layout),
+                  _padded_groups(fine, layout))
+
+
+def search(w: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [R, G, g] -> codes uint8 [R, G, g] 0..15 and their (scale, offset) float16 [R, G, 2]."""
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    best_error = codes = scales = None
+    for clip in CLIPS:
+        step = ((high - low) * clip / 15).clamp_min(TINY)
+        start = (low + high) / 2 - 7.5 * step
+        q = _round(w, step, start)
+        fitted = _fit(q, w)
+        q = _round(w, fitted[..., :1].float(), fitted[..., 1:].float())
+        fitted = _fit(q, w)
+        error = _error(w, q, fitted)
+        if best_error is None:
+            best_error, codes, scales = error, q.to(torch.uint8), fitted
+            continue
+        better = error < best_error                                # [R, G]
+        best_error = torch.where(better, error, best_error)
+        codes = torch.where(better[..., None], q.to(torch.uint8), codes)
+        scales = torch.where(better[..., None], fitted, scales)
+    return codes, scales
+
+
+def _round(w: Tensor, step: Tensor, start: Tensor) -> Tensor:
+    safe = torch.where(step.abs() < TINY, torch.ones_like(step), step)
+    return ((w - start) / safe).round_().clamp_(0, 15)
+
+
+def _fit(q: Tensor, w: Tensor) -> Tensor:
+    """Least-squares (scale, offset) of w over q, rounded to float16: [R, G, 2]. A flat group gets scale 0."""
+    q_mean, w_mean = q.mean(-1), w.mean(-1)
+    covariance = (q * w).mean(-1) - q_mean * w_mean
+    variance = (q * q).mean(-1) - q_mean * q_mean
+    scale = torch.where(variance > 1e-6, covariance / variance.clamp_min(1e-6), torch.zeros_like(variance))
+    scale = scale.clamp(-60000, 60000).to(torch.float16)
+    offset = (w_mean - scale.float() * q_mean).clamp(-60000, 60000).to(torch.float16)
+    return torch.stack((scale, offset), dim=-1)
+
+
+def _error(w: Tensor, q: Tensor, fitted: Tensor) -> Tensor:
+    scale, offset = fitted[..., :1].float(), fitted[..., 1:].float()
+    return (torch.addcmul(offset, q, scale) - w).square_().sum(-1)
+
+
+def _padded(codes: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, width - codes.shape[1]))
+
+
+def _padded_groups(scales: Tensor, layout: Layout) -> Tensor:
+    """Groups of the padding get scale and offset 0, so their value is 0 whatever the code."""
+    return torch.nn.functional.pad(scales, (0, 0, 0, layout.groups - scales.shape[1]))

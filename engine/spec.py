@@ -1,0 +1,215 @@
+"""The nouns that every part shares: options, sampling, events, counters, the numbers of a model and of a machine.
+
+Frozen and checked where they are born, so nobody downstream has to doubt them. No torch here, and no import of ours:
+the page, the planner and the command line start with these alone.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+LEVELS = ("full", "exact", "quality", "balanced", "fast", "floe")
+SPARSE_LEVELS = ("quality", "balanced", "fast", "floe")
+# Promised perplexity over `exact`, as a fraction; calibration finds the budgets that keep it.
+PROMISES = {"quality": 0.005, "balanced": 0.01, "fast": 0.03}
+
+EVENT_KINDS = ("loading", "prefill", "thinking", "answer", "end")
+END_REASONS = ("stop", "length", "stopped", "error")
+
+
+class UserError(Exception):
+    """Something the user can put right; the text is one sentence that says how (exit code 2)."""
+
+
+class MachineError(Exception):
+    """The machine failed: CUDA, memory, disk; the text is one sentence (exit code 3)."""
+
+
+def _check(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is opened. `None` lets the plan decide.
+
+    near_bytes: bytes of near memory for sketches, records or experts. context and chunk: tokens.
+    device: "cpu" or "cuda"; predict: fetch ahead of the router (never changes the output).
+    """
+
+    level: str = "balanced"
+    near_bytes: int | None = None
+    context: int | None = None
+    chunk: int | None = None
+    device: str | None = None
+    predict: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.level in LEVELS, f"There is no level {self.level!r}; choose one of {', '.join(LEVELS)}.")
+        _check(self.device in (None, "cpu", "cuda"), f"There is no device {self.device!r}; choose cpu or cuda.")
+        for name in ("near_bytes", "context", "chunk"):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, int) and value >= (0 if name == "near_bytes" else 1)),
+                   f"{name} must be a positive whole number, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `None` takes the model's own recommendation (generation_config.json).
+
+    temperature 0 is greedy. Ranges are those of transformers' logits processors; stop: texts that end the answer.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+        self._range("temperature", 0.0, 10.0)
+        self._range("top_p", 0.0, 1.0, low_open=True)
+        self._range("min_p", 0.0, 1.0)
+        self._range("repetition_penalty", 0.0, 10.0, low_open=True)
+        self._range("top_k", 0, 1_000_000)
+        self._range("max_tokens", 1, 10_000_000)
+        self._range("seed", 0, 2**63 - 1)
+        _check(all(isinstance(text, str) and text for text in self.stop), "Stop texts must be non-empty strings.")
+
+    def _range(self, name: str, low: float, high: float, low_open: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        kind = int if name in ("top_k", "max_tokens", "seed") else (int, float)
+        good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        good = good and low <= value <= high and not (low_open and value == low)
+        _check(good, f"{name} must lie between {low} and {high}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What crossed the link, in bytes, since some moment; subtract two to get what happened between them.
+
+    needed: sketches, records or experts that the selection asked for. hit: the part that was near already.
+    far: fetched on demand. speculative: fetched ahead. wasted: fetched ahead, evicted unused.
+    dropped_weight: router weight of experts that were left out (always 0 under the exact policies).
+    """
+
+    needed_bytes: int = 0
+    hit_bytes: int = 0
+    far_bytes: int = 0
+    speculative_bytes: int = 0
+    wasted_bytes: int = 0
+    dropped_weight: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the needed bytes that was near, 0..1; 0 when nothing was needed."""
+        return self.hit_bytes / self.needed_bytes if self.needed_bytes else 0.0
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of an answer. Counters are those of the answer so far (decode only)."""
+
+    kind: str
+    text: str = ""
+    n_tokens: int = 0
+    tokens_per_second: float = 0.0
+    counters: Counters = field(default_factory=Counters)
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.kind in EVENT_KINDS, self.kind
+        assert (self.reason in END_REASONS) if self.kind == "end" else self.reason is None, self.reason
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The numbers of a Mixture-of-Experts model that planning and storage need.
+
+    layers: MoE layers (not all decoder layers). experts, top_k: routed ones. neurons: intermediate channels of one
+    expert. trunk_params: weights outside the routed experts; embedding_params: those of them that a token does not
+    read (the input embedding, where it is not also the head). kv_bytes_per_token and state_bytes: 16-bit cache of all
+    attention layers per token, and recurrent or sliding-window state that does not grow.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    neurons: int
+    hidden: int
+    decoder_layers: int
+    vocabulary: int
+    trunk_params: int
+    kv_bytes_per_token: int
+    state_bytes: int
+    context: int
+    model_type: str = ""
+    embedding_params: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "experts", "top_k", "neurons", "hidden", "decoder_layers", "vocabulary", "context"):
+            _check(getattr(self, name) > 0, f"{self.name}: {name} must be positive, not {getattr(self, name)}.")
+        _check(self.top_k <= self.experts, f"{self.name}: top_k {self.top_k} is larger than {self.experts} experts.")
+        _check(self.trunk_params >= self.embedding_params >= 0 and self.kv_bytes_per_token >= 0
+               and self.state_bytes >= 0, f"{self.name}: sizes must not be negative.")
+
+    @property
+    def expert_params(self) -> int:
+        """Weights of one routed expert (gate, up and down)."""
+        return 3 * self.hidden * self.neurons
+
+    @property
+    def n_experts_total(self) -> int:
+        return self.layers * self.experts
+
+    @property
+    def active_params(self) -> int:
+        """Weights that one token multiplies with."""
+        return self.trunk_params - self.embedding_params + self.layers * self.top_k * self.expert_params
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine as plain numbers: what the planner may spend, in bytes and bytes per second.
+
+    vram_*: 0 without a usable card. link: host to device. pinned_limit: what may be page-locked. Speeds are what is
+    reached, not what is printed on the box. On a CPU the last four count: a copy in memory, a float32 matrix times a
+    vector, one small tensor operation, packed weights decoded. 0 means not known.
+    """
+
+    name: str
+    ram_total_bytes: int
+    ram_free_bytes: int
+    disk_free_bytes: int
+    pinned_limit_bytes: int
+    vram_total_bytes: int = 0
+    vram_free_bytes: int = 0
+    vram_bytes_per_second: float = 0.0
+    link_bytes_per_second: float = 0.0
+    copy_bytes_per_second: float = 0.0
+    compute_capability: str = ""
+    device: str = "cpu"
+    flops_per_second: float = 0.0
+    gemv_bytes_per_second: float = 0.0
+    operation_seconds: float = 0.0
+    decode_weights_per_second: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.device in ("cpu", "cuda"), f"There is no device {self.device!r}; choose cpu or cuda.")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _check(not isinstance(value, (int, float)) or value >= 0, f"{f.name} must not be negative, not {value!r}.")

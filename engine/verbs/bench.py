@@ -1,0 +1,56 @@
+"""`bench FOLDER`: tokens per second, time to first token, bytes and hits, and what bounds them."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.spec import LEVELS, Options, UserError
+from engine.units import parse_bytes, rate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a compressed model, or an uncompressed checkpoint")
+    parser.add_argument("--level", choices=LEVELS, help="default: balanced where the folder offers it, else its best")
+    parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: everything that fits)")
+    parser.add_argument("--compare", action="store_true",
+                        help="also run transformers' own experts on the same weights, uncompressed")
+    parser.add_argument("--source", type=Path, metavar="CHECKPOINT",
+                        help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
+
+
+def run(args: argparse.Namespace) -> dict:
+    if args.source and not args.compare:
+        raise UserError("--source is the checkpoint of the comparison; add --compare.")
+    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
+    from engine import bench, hf
+
+    options = Options(level=args.level or Options.level, near_bytes=near, device=args.device)
+    loaded = hf.load(args.folder, options, lambda text, share: _say(text))
+    if args.level and loaded.runtime.level != args.level:
+        raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
+    document = bench.Bench(loaded, report=_say).document()
+    _print(document)
+    if args.compare:
+        source = args.source and hf.load(args.source, Options(level="full", device=args.device))
+        document["compare"] = bench.compare(loaded, source, _say)
+        for row in document["compare"]:
+            _say(f"{row['implementation']:12} prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
+                 f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
+    return document
+
+
+def _print(document: dict) -> None:
+    own = document["own_text"]
+    _say(f"{document['device']}, level {document['level']}, {document['near_bytes']:,} bytes near\n"
+         f"prefill {document['prefill_tokens']}: {document['prefill_tokens_per_second']:.1f} tokens/s   "
+         f"first token after {document['time_to_first_token_ms']:.0f} ms\n"
+         f"decode {document['decode_tokens']}: {document['decode_tokens_per_second']:.1f} tokens/s, "
+         f"{document['far_bytes_per_token']:,.0f} far bytes a token, {document['hit_rate']:.1%} hits; copying alone "
+         f"would allow {document['bound_tokens_per_second']:,.0f}\n"
+         f"own text: {own['cold']['decode_tokens_per_second']:.1f} tokens/s cold ({own['cold']['hit_rate']:.1%} hits), "
+         f"{own['warm']['decode_tokens_per_second']:.1f} warm ({own['warm']['hit_rate']:.1%} hits)")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

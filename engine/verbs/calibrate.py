@@ -1,0 +1,27 @@
+"""`calibrate FOLDER`: what each level may leave out, measured and stored in the folder."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DEFAULT_TEXT = Path(__file__).resolve().parents[2] / "assets" / "texts" / "calibration.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="compressed folder")
+    parser.add_argument("--text", type=Path, action="append", help="text to calibrate on, may be given several times: "
+                        "every level keeps its promise on each (.txt or .jsonl chats, also .xz)")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of all texts together (default 16384)")
+    parser.add_argument("--reference", type=Path, help="uncompressed checkpoint that KL is measured against")
+
+
+def run(args: argparse.Namespace) -> dict:
+    from engine.calibrate import calibrate
+
+    texts = args.text or [DEFAULT_TEXT]
+    found = calibrate(args.folder, texts, args.tokens, args.reference, args.device,
+                      lambda line: print(line, file=sys.stderr))
+    for level, measured in found["levels"].items():
+        print(f"{level:9} perplexity {measured['perplexity']:.3f}  KL {measured['kl']:.4f}", file=sys.stderr)
+    return found

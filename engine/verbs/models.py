@@ -1,0 +1,28 @@
+"""models: what the data folder holds, whole or unfinished."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from engine.installed import Installed, models
+from engine.units import size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def run(args: argparse.Namespace) -> dict:
+    found = models(args.data)
+    for model in found:
+        print(_line(model), file=sys.stderr)
+    if not found:
+        print("No models yet. Get one: python -m engine download MODEL", file=sys.stderr)
+    return {"models": [{"name": model.name, "folder": str(model.folder), "kind": model.kind, "bytes": model.bytes,
+                        "levels": list(model.levels), "share": model.share, "source": model.source}
+                       for model in found]}
+
+
+def _line(model: Installed) -> str:
+    state = f"unfinished, {100 * model.share:.0f} %" if model.kind == "unfinished" else ", ".join(model.levels)
+    return f"{model.name:32} {size(model.bytes):>9}  {model.kind:11} {state}"
