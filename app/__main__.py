@@ -1,0 +1,85 @@
+"""`python -m app`: start the page on this computer's own address, open the browser, load the model meanwhile.
+
+Exit codes as everywhere: 0 ended by the user, 2 user error in one sentence, 3 the machine failed.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+
+from app.strings import TEXT
+from engine import MachineError, Options, UserError, data_dir, demo_model
+
+HOST = "127.0.0.1"  # never another address: what listens on the network needs more than a token
+PORT = 7860
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return _serve(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except MachineError as error:
+        print(error, file=sys.stderr)
+        return 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="floechat", description="Chat with an expert-mixture model.")
+    parser.add_argument("--port", type=int, help=f"default: {PORT}, or a free one if that is taken")
+    parser.add_argument("--no-browser", action="store_true", help="print the link instead of opening it")
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: FLOECHAT_HOME, else the platform's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
+    parser.add_argument("--model", metavar="FOLDER", help="a model folder (default: the embedded demonstration)")
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    listener = _listen(args.port)
+    data = data_dir(args.data)
+    _keep_inside(data)
+    port, token = listener.getsockname()[1], secrets.token_urlsafe(32)
+    from app.server import Parts, serve
+
+    parts = Parts.make(data, Path(args.model).absolute() if args.model else demo_model(), Options(device=args.device))
+    serve(parts, listener, token, lambda: _announce(f"http://{HOST}:{port}/?t={token}", not args.no_browser))
+    return 0
+
+
+def _announce(url: str, browser: bool) -> None:
+    print(TEXT["ready"].format(url=url), TEXT["loopback"], sep="\n", flush=True)
+    if browser:
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+def _listen(wished: int | None) -> socket.socket:
+    """A bound socket: the wished port or a sentence; without a wish the usual port or any free one."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if sys.platform != "win32":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, PORT if wished is None else wished))
+    except (OSError, OverflowError) as error:
+        if wished is not None:
+            raise UserError(TEXT["port_taken"].format(port=wished)) from error
+        listener.bind((HOST, 0))
+    return listener
+
+
+def _keep_inside(data: Path) -> None:
+    """Gradio's temporary files and every other cache go below the data folder."""
+    os.environ["GRADIO_TEMP_DIR"] = str(data / "cache" / "gradio")
+    os.environ.setdefault("HF_HOME", str(data / "cache" / "huggingface"))
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

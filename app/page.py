@@ -1,0 +1,214 @@
+"""The page's layout: three columns of Gradio blocks, and which control calls what. No state lives here.
+
+Conversations, messages and the panel are own elements (assets/ui), because a conversation of 400 messages must stay
+light; what a person sets is Gradio's. The scripts tell this side which conversation is open through the element's
+`select` event, so there is no gr.State and with it no heartbeat connection for each tab.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import gradio as gr
+
+from app.strings import TEXT
+from app.wishes import EFFORTS, PRESETS, SAMPLING_NAMES, checked
+from engine import LEVELS, UserError
+
+HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">')
+FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the system's own: nothing is fetched
+_MIB = 1 << 20
+
+
+def theme() -> gr.themes.Base:
+    return gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="md", text_size="md", font=FONTS,
+                         font_mono=["ui-monospace", "Cascadia Code", "Menlo", "monospace"]).set(
+        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
+        block_background_fill="transparent", block_background_fill_dark="transparent",
+        block_border_width="0px", block_shadow="none")
+
+
+def build_page(parts) -> gr.Blocks:
+    """The whole page. `parts` are the program's: chats, models, jobs."""
+    with gr.Blocks(title=TEXT["app"], fill_width=True, fill_height=True, analytics_enabled=False) as page:
+        with gr.Row(elem_id="shell", equal_height=False):
+            with gr.Column(elem_id="left", scale=0):
+                _element("list")
+            with gr.Column(elem_id="center", scale=1):
+                chat = _element("chat")
+            with gr.Column(elem_id="right", scale=0), gr.Tabs():
+                with gr.Tab(TEXT["tab_engine"], id="engine"):
+                    _engine_controls(parts, page)
+                with gr.Tab(TEXT["tab_chat"], id="settings"):
+                    _chat_controls(parts, chat)
+                with gr.Tab(TEXT["tab_models"], id="models"):
+                    _element("models")
+    return page
+
+
+def _element(name: str) -> gr.HTML:
+    """An own element: assets/ui/NAME.js fills it."""
+    return gr.HTML(html_template=f'<div class="floe-{name}"></div>', elem_id=f"floe-{name}",
+                   apply_default_css=False,
+                   js_on_load=f"import('/ui/{name}.js').then(m => m.mount(element.firstElementChild, trigger))")
+
+
+def _engine_controls(parts, page: gr.Blocks) -> None:
+    level = gr.Dropdown(choices=list(LEVELS), value=parts.models.level, label=TEXT["level"],
+                        info=TEXT["level_info"], interactive=False, elem_id="level")
+    near = gr.Slider(0, 1, value=1, step=0.25, label=TEXT["near"], info=TEXT["near_info"], interactive=False,
+                     elem_id="near")
+    panel = _element("panel")
+
+    def present():
+        return _level_update(parts), _near_update(parts)
+
+    def set_level(wished: str):
+        return _configure(parts, level=wished)
+
+    def set_near(mebibytes: float):
+        return _configure(parts, near_bytes=int(mebibytes * _MIB))
+
+    free = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    page.load(present, None, [level, near], **free)
+    panel.change(present, None, [level, near], **free)  # the script triggers it when a model has been opened
+    level.input(set_level, level, [level, near], **free)
+    near.release(set_near, near, [level, near], **free)
+
+
+def _configure(parts, **changes):
+    try:
+        parts.models.configure(replace(parts.models.options, **changes))
+    except UserError as error:
+        gr.Warning(str(error))
+    return _level_update(parts), _near_update(parts)
+
+
+def _level_update(parts):
+    info = parts.models.info()
+    levels = info.get("levels") or {}
+    choices = [(_level_name(name, levels), name) for name in LEVELS if name in levels]
+    return gr.update(choices=choices or list(LEVELS), value=parts.models.level, interactive=bool(choices))
+
+
+def _level_name(name: str, levels) -> str:
+    perplexity = levels[name].get("perplexity")
+    return TEXT["level_choice"].format(name=name, perplexity=perplexity) if perplexity else name
+
+
+def _near_update(parts):
+    snapshot = parts.models.snapshot()
+    if "near_bytes" not in snapshot:
+        return gr.update(interactive=False)
+    most = max(snapshot["near_most_bytes"], snapshot["near_bytes"]) / _MIB
+    least = snapshot["near_least_bytes"] / _MIB
+    now = round(snapshot["near_bytes"] / _MIB, 2)
+    return gr.update(minimum=math.ceil(4 * least) / 4, maximum=math.ceil(4 * most) / 4, value=now,
+                     step=0.25, interactive=True)
+
+
+def _chat_controls(parts, chat: gr.HTML) -> None:
+    """System prompt, thinking, context policy and sampling of the open conversation."""
+    opened = gr.Textbox(visible="hidden", elem_id="opened")
+    controls = {
+        "system": gr.Textbox(label=TEXT["system_prompt"], placeholder=TEXT["system_hint"], lines=3, max_lines=10),
+        "policy": gr.Dropdown([(TEXT["policy_stop"], "stop"), (TEXT["policy_oldest"], "oldest"),
+                               (TEXT["policy_newest"], "newest")], label=TEXT["policy"]),
+        "thinking": gr.Dropdown([(TEXT["think_model"], "model"), (TEXT["think_on"], "on"), (TEXT["think_off"], "off")],
+                                label=TEXT["think"]),
+        "effort": gr.Dropdown([(TEXT["think_model"], "model"), *[(name, name) for name in EFFORTS]],
+                              label=TEXT["effort"]),
+        "keep_thinking": gr.Checkbox(label=TEXT["keep_thinking"]),
+        "preset": gr.Dropdown([(TEXT[f"preset_{name}"], name) for name in (*PRESETS, "custom")], label=TEXT["preset"]),
+        "temperature": gr.Number(label=TEXT["temperature"], minimum=0, maximum=10, step=0.05),
+        "top_k": gr.Number(label=TEXT["top_k"], minimum=0, precision=0),
+        "top_p": gr.Number(label=TEXT["top_p"], minimum=0.01, maximum=1, step=0.01),
+        "min_p": gr.Number(label=TEXT["min_p"], minimum=0, maximum=1, step=0.01),
+        "repetition_penalty": gr.Number(label=TEXT["repetition_penalty"], minimum=0.01, maximum=10, step=0.01),
+        "seed": gr.Number(label=TEXT["seed"], minimum=0, precision=0),
+        "max_tokens": gr.Number(label=TEXT["max_tokens"], minimum=1, precision=0),
+    }
+    reset = gr.Button(TEXT["reset"], size="sm", elem_id="reset")
+    _bind(parts, chat, opened, controls, reset)
+
+
+def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Button) -> None:
+    names, free = list(controls), {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    outputs = [opened, *controls.values()]
+
+    def show(event: gr.EventData):
+        conversation_id = int(event.id)
+        return [str(conversation_id), *_values(parts, names, _stored(parts, conversation_id))]
+
+    def store(conversation_id: str, *values):
+        settings = _settings(dict(zip(names, values, strict=True)))
+        return _keep(parts, conversation_id, settings, names)
+
+    def preset(conversation_id: str, *values):
+        settings = _settings(dict(zip(names, values, strict=True)))
+        if settings["preset"] != "custom":
+            kept = {n: v for n, v in settings.items() if n not in SAMPLING_NAMES}
+            settings = kept | PRESETS[settings["preset"]]
+        return _keep(parts, conversation_id, settings, names)
+
+    def to_defaults(conversation_id: str):
+        kept = {n: v for n, v in _stored(parts, conversation_id).items() if n == "system"}
+        return _keep(parts, conversation_id, kept, names)
+
+    inputs = outputs
+    chat.select(show, None, outputs, **free)
+    for name, control in controls.items():
+        event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
+        event(preset if name == "preset" else store, inputs, outputs, **free)
+    reset.click(to_defaults, opened, outputs, **free)
+
+
+def _stored(parts, conversation_id) -> dict:
+    try:
+        return parts.chats.conversation(int(conversation_id)).settings
+    except (UserError, ValueError):
+        return {}
+
+
+def _keep(parts, conversation_id: str, settings: dict, names: list[str]):
+    try:
+        settings = checked(settings)
+        if conversation_id:
+            parts.chats.set_settings(int(conversation_id), settings)
+            parts.stream.changed()
+    except UserError as error:
+        gr.Warning(str(error))
+        settings = _stored(parts, conversation_id)
+    return [conversation_id, *_values(parts, names, settings)]
+
+
+def _values(parts, names: list[str], settings: dict) -> list:
+    """What the controls show: the stored wish, else the model's recommendation as a faint hint, else nothing."""
+    recommended = parts.models.info().get("sampling") or {}
+    defaults = {"policy": "oldest", "thinking": "model", "effort": "model", "preset": "model", "system": "",
+                "keep_thinking": False}
+    shown = dict(settings)
+    if "thinking" in shown:
+        shown["thinking"] = "on" if shown["thinking"] else "off"
+    values = []
+    for name in names:
+        value = shown.get(name, defaults.get(name))
+        if name in SAMPLING_NAMES:
+            hint = recommended.get(name)
+            values.append(gr.update(value=value, placeholder="" if hint is None else str(hint)))
+        else:
+            values.append(value)
+    return values
+
+
+def _settings(values: dict) -> dict:
+    """The controls' values as settings; what is empty or the model's own is left out."""
+    settings = {name: value for name, value in values.items() if value not in (None, "", "model")}
+    if "thinking" in settings:
+        settings["thinking"] = settings["thinking"] == "on"
+    differs = {n: settings[n] for n in SAMPLING_NAMES if n in settings}
+    settings["preset"] = values.get("preset") or "model"
+    if settings["preset"] != "custom" and differs != PRESETS.get(settings["preset"], {}):
+        settings["preset"] = "custom" if values.get("preset") in (None, "model", "custom") else settings["preset"]
+    return settings

@@ -1,0 +1,130 @@
+"""The web application put together: guard outside, our routes, Gradio's page below them, one producer for all tabs."""
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sqlite3
+from collections.abc import Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: no telemetry, no version check
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from starlette.staticfiles import StaticFiles
+
+from app import api
+from app.chats import Chats
+from app.guard import Guard
+from app.jobs import Jobs
+from app.models import Models
+from app.panel import Panel
+from app.shelf import Shelf
+from app.stream import Stream
+from engine import Options, UserError
+
+PAGE_FIRST_SECONDS = 3.0
+UI = Path(__file__).resolve().parents[1] / "assets" / "ui"
+
+
+@dataclass
+class Parts:
+    """Everything that lives as long as the program."""
+
+    chats: Chats
+    models: Models
+    jobs: Jobs
+    shelf: Shelf
+    panel: Panel
+    stream: Stream
+
+    @staticmethod
+    def make(data: Path, model: Path, options: Options) -> Parts:
+        chats = Chats(data / "chats.db")
+        models = Models(model, options)
+        jobs = Jobs(chats, models)
+        shelf, panel = Shelf(data, models), Panel(models)
+        stream = Stream(panel, lambda: jobs.live, lambda: api.state(chats, jobs, models, shelf))
+        models.on_change = jobs.on_change = shelf.on_change = stream.changed
+        return Parts(chats, models, jobs, shelf, panel, stream)
+
+    def close(self) -> None:
+        self.shelf.close()
+        self.jobs.close()
+        self.models.close()
+        self.chats.close()
+
+
+def build(parts: Parts, port: int, token: str) -> Guard:
+    """The ASGI application for one port."""
+    import gradio as gr
+
+    from app.page import HEAD, build_page, theme
+
+    app = FastAPI(lifespan=_lifespan(parts), docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(UserError, api.user_error)
+    app.add_exception_handler(sqlite3.OperationalError, api.disk_error)
+    app.include_router(api.routes(parts.chats, parts.jobs, parts.models, parts.shelf, parts.stream.changed))
+    app.mount("/ui", StaticFiles(directory=UI))
+
+    @app.get("/events")
+    async def events():
+        return StreamingResponse(parts.stream.events(), media_type="text/event-stream",
+                                 headers={"cache-control": "no-store"})
+
+    @app.get("/stats")
+    def stats():
+        return parts.panel.now()
+
+    gr.mount_gradio_app(app, build_page(parts), path="/", server_name="127.0.0.1", server_port=port, ssr_mode=False,
+                        run_history=False, enable_monitoring=False, footer_links=[], show_error=False,
+                        max_file_size="16mb", theme=theme(), head=HEAD, pwa=False)
+    return Guard(app, port, token)
+
+
+class _Server(uvicorn.Server):
+    """Announces the page once the port answers, and ends the open streams when asked to stop."""
+
+    def __init__(self, config: uvicorn.Config, parts: Parts, announce: Callable[[], None]):
+        super().__init__(config)
+        self._parts, self._announce = parts, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+    def handle_exit(self, sig, frame) -> None:
+        self._parts.stream.close()
+        super().handle_exit(sig, frame)
+
+
+def serve(parts: Parts, listener: socket.socket, token: str, announce: Callable[[], None]) -> None:
+    """Serve on the bound socket until the user ends the program."""
+    guarded = build(parts, listener.getsockname()[1], token)
+    config = uvicorn.Config(guarded, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
+    _Server(config, parts, announce).run(sockets=[listener])
+
+
+async def _open_when_seen(parts: Parts) -> None:
+    """Importing torch takes seconds of the interpreter's time: the page is served first, if one is coming at all."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(parts.stream.watched.wait(), PAGE_FIRST_SECONDS)
+    parts.models.open()
+
+
+def _lifespan(parts: Parts):
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        parts.jobs.start()
+        tasks = [asyncio.create_task(parts.stream.run()), asyncio.create_task(_open_when_seen(parts))]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.to_thread(parts.close)
+
+    return lifespan
