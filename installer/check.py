@@ -1,0 +1,73 @@
+"""What `sh installer/check.sh` does once there is a Python: the test environment, the system's packages, ruff, pytest.
+
+Ends with pytest's own closing lines and exit code. Tests whose tools are missing skip themselves and say so; this
+file only tries to get the tools, and says why where it may not.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from installer import environment, gpu  # noqa: E402
+from installer.screen import Screen, Trouble  # noqa: E402
+
+# A command or a file below / that shows that the package is there; Debian's name of the package.
+SYSTEM = (("chromium", "chromium"), ("usr/share/fonts/truetype/dejavu", "fonts-dejavu-core"), ("Xvfb", "xvfb"),
+          ("xterm", "xterm"), ("gtk-launch", "libgtk-3-bin"), ("desktop-file-validate", "desktop-file-utils"),
+          ("shellcheck", "shellcheck"), ("wine", "wine"), ("usr/lib/wine/wine64", "wine64"))
+
+
+def main(arguments: list[str]) -> int:
+    app = ROOT / ".app"
+    (app / "logs").mkdir(parents=True, exist_ok=True)
+    screen = Screen(app / "logs" / "check.log")
+    quick = "--quick" in arguments
+    try:
+        where = test_environment(app, screen)
+    except Trouble as trouble:
+        return screen.fail(trouble)
+    system_packages(screen)
+    rest = [argument for argument in arguments if argument != "--quick"]
+    variables = where.variables(app / "cache")
+    linted = subprocess.run([where.python, "-m", "ruff", "check", "."], cwd=ROOT, env=variables).returncode
+    pytest = [where.python, "-m", "pytest", "-ra", *(["-m", "not slow"] if quick else []), *rest]
+    return subprocess.run(pytest, cwd=ROOT, env=variables).returncode or linted
+
+
+def test_environment(app: Path, screen: Screen) -> environment.Environment:
+    """The environment with everything the tests import, on the build of torch that this computer can use."""
+    choice = gpu.choose()
+    screen.say(choice.sentence)
+    pins = ROOT / "installer" / "pins"
+    locks = (pins / "tests.lock", pins / "compiler.lock")
+    recipe = environment.Recipe("tests", pins / f"torch-{choice.backend}.txt", locks)
+    return environment.ready(app, recipe) or environment.build(app, recipe, screen)
+
+
+def system_packages(screen: Screen) -> None:
+    """Browser, fonts and the rest from the system's packages, where this process may install them."""
+    missing = [package for sign, package in SYSTEM if shutil.which(sign) is None and not Path("/", sign).exists()]
+    if not missing:
+        return
+    if shutil.which("apt-get") is None or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        screen.say(f"Not installed: {' '.join(missing)}. Only root on a Debian-like system may add them, so the tests "
+                   "that need them will be skipped.")
+        return
+    screen.say(f"Installing for the tests: {' '.join(missing)} ...")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {
+        "DEBIAN_FRONTEND": "noninteractive"}}
+    subprocess.run(["apt-get", "update"], **quiet)
+    for package in missing:
+        command = ["apt-get", "install", "-y", "--no-install-recommends", package]
+        if subprocess.run(command, **quiet).returncode:
+            screen.say(f"{package} could not be installed; the tests that need it will be skipped.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
