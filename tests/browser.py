@@ -1,0 +1,180 @@
+"""A real browser (Debian's Chromium, driven by Playwright) on the real program with the embedded model.
+
+The program runs as a person would start it, in a folder of its own. Every page is watched: a request that leaves
+loopback, or an error in the console, fails the test that caused it.
+"""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from engine import demo_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class App:
+    """One running program. `link` carries the token, `address` does not."""
+
+    def __init__(self, data: Path, *arguments: str):
+        command = [sys.executable, "-m", "app", "--no-browser", "--port", "0", "--device", "cpu", "--data", str(data)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.data, self.log = data, open(data / "program.log", "w+")
+        self.started = time.monotonic()
+        self.process = subprocess.Popen([*command, *arguments], cwd=REPOSITORY, stdout=self.log, stderr=self.log,
+                                        env=environment)
+        try:
+            self.link = self._wait_for_link()
+        except BaseException:
+            self.close()
+            raise
+        self.address = "http://" + urlsplit(self.link).netloc
+
+    def _wait_for_link(self) -> str:
+        while time.monotonic() - self.started < 600:
+            found = re.search(r"http://\S+", (self.data / "program.log").read_text())
+            if found:
+                return found.group(0)
+            assert self.process.poll() is None, (self.data / "program.log").read_text()
+            time.sleep(0.05)
+        raise AssertionError("the program did not answer")
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.log.close()
+
+
+@contextmanager
+def running(data: Path, *arguments: str) -> Iterator[App]:
+    if not (demo_model() / "floe.json").is_file():
+        pytest.skip("the embedded model (assets/demo) has not been built")
+    app = App(data, *arguments)
+    try:
+        yield app
+    finally:
+        app.close()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory) -> Iterator[App]:
+    with running(tmp_path_factory.mktemp("data")) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False,
+                                             args=["--disable-dev-shm-usage", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+class Watch:
+    """What a page must not do."""
+
+    def __init__(self):
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+
+    def over(self, page) -> None:
+        page.on("request", self._request)
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _request(self, request) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme in ("http", "https", "ws", "wss") and parts.hostname != "127.0.0.1":
+            self.foreign.append(request.url)
+
+    def check(self) -> None:
+        assert self.foreign == [] and self.errors == []
+
+
+@pytest.fixture
+def context(app, chromium):
+    """A browser profile of its own, with the clipboard allowed; its pages are watched."""
+    watch = Watch()
+    context = chromium.new_context(viewport={"width": 1400, "height": 860}, accept_downloads=True)
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=app.address)
+    context.on("page", watch.over)
+    yield context
+    context.close()
+    watch.check()
+
+
+@pytest.fixture
+def page(app, context):
+    """The open page, the model ready."""
+    page = context.new_page()
+    page.set_default_timeout(300_000)
+    page.goto(app.link)
+    wait_ready(page)
+    return page
+
+
+def wait_ready(page) -> None:
+    page.wait_for_selector("#message")
+    until(page, lambda: stats(page)["state"] == "ready")
+    page.wait_for_selector(".banner:empty", state="attached")
+
+
+def until(page, condition, seconds: float = 300) -> None:
+    """Wait for something outside the page's own document (Playwright's wait_for_function awaits no promise)."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        page.wait_for_timeout(100)
+
+
+def stats(page) -> dict:
+    """The engine's own numbers."""
+    return page.evaluate("fetch('/stats').then(reply => reply.json())")
+
+
+def send(page, text: str) -> None:
+    page.fill("#message", text)
+    page.press("#message", "Enter")
+
+
+def settled(page) -> None:
+    """Wait until no answer is being written and the page shows the last one as finished."""
+    until(page, lambda: _nothing_to_do(page))
+    page.wait_for_function("!document.querySelector('.message.running') && "
+                           "document.querySelector('.message.assistant')")
+
+
+def _nothing_to_do(page) -> bool:
+    state = page.evaluate("fetch('/api/state').then(reply => reply.json())")
+    return not state["live"] and not state["waiting"]
+
+
+def ask(page, text: str):
+    """Send, wait for the whole answer; the last answer's element."""
+    before = page.locator(".message.user").count()
+    send(page, text)
+    page.wait_for_function(f"document.querySelectorAll('.message.user').length > {before} || "
+                           "document.querySelectorAll('.message').length === 2")
+    settled(page)
+    return page.locator(".message.assistant").last

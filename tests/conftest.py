@@ -1,0 +1,31 @@
+"""Fixtures that several tests share."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Texts and the trained checkpoint that the developers keep beside the repository."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "models" / "tiny-chat").is_dir():
+        pytest.skip(f"needs the developers' data folder {folder}, which a plain clone does not have")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(repository: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder with the demonstration model's tokenizer and chat template."""
+    embedded = repository / "assets" / "demo"
+    if (embedded / "tokenizer.json").is_file():
+        return embedded
+    return request.getfixturevalue("shared") / "models" / "tiny-chat"

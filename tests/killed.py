@@ -1,0 +1,92 @@
+"""Downloads in processes of their own that a test can kill -9: forked from one that has imported everything already.
+
+Run as a script it is that process: each line it reads is the arguments of one download; it answers with the child's
+pid, and with its exit status when it has ended.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+from engine.fetch import Choice, download
+from engine.hub import Hub
+
+CHUNK = 64 << 10
+
+
+class Nursery:
+    """Use as a context manager. preload: modules that the downloads will need."""
+
+    def __init__(self, *preload: str) -> None:
+        self.preload = preload
+
+    def __enter__(self) -> Nursery:
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.killed", *self.preload], text=True, bufsize=1,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        cwd=Path(__file__).resolve().parents[1])
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+    def killed_when(self, ready: Callable[[], bool], **arguments) -> bool:
+        """Start a download, kill -9 when `ready()`; -> whether it was in time. AssertionError if it failed by itself.
+
+        arguments: model, source, folder, endpoint and those of `Choice`.
+        """
+        print(json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}),
+              file=self.process.stdin)
+        pid = int(self.process.stdout.readline())
+        while not ready() and _alive(pid):
+            Event().wait(0.001)
+        _kill(pid)
+        status = int(self.process.stdout.readline())
+        assert status in (0, -signal.SIGKILL), f"the download failed by itself: {status}"
+        return status != 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def run(model: str, folder: str, endpoint: str, source: str | None = None, **choice) -> None:
+    download(model, source, folder, hub=Hub(endpoint, chunk_bytes=CHUNK), choice=Choice(**choice))
+
+
+def serve() -> None:
+    for name in sys.argv[1:]:
+        __import__(name)
+    while line := sys.stdin.readline():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run(**json.loads(line))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

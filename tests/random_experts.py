@@ -1,0 +1,42 @@
+"""Compressed experts of random codes and plausible scales, without the quantiser."""
+from __future__ import annotations
+
+import torch
+
+from kernels.layout import Layout
+from kernels.planes import Nested, record_rows, sketch_rows
+
+Tensor = torch.Tensor
+
+
+def random_nested(rows: int, layout: Layout, generator: torch.Generator) -> Nested:
+    """Values of about the size of a real layer's: their sum over hidden is of order 1 for a normal activation."""
+    codes = torch.randint(0, 16, (rows, layout.padded), dtype=torch.uint8, generator=generator)
+    codes[:, layout.hidden:] = 0
+
+    def pairs(top: int) -> Tensor:
+        scale = (0.5 + torch.rand(rows, layout.groups, generator=generator)) / top / layout.hidden ** 0.5
+        offset = -scale * top * (0.4 + 0.2 * torch.rand(rows, layout.groups, generator=generator))
+        both = torch.stack((scale, offset), dim=-1)
+        both[:, layout.hidden // layout.group:] = 0
+        return both.half()
+
+    return Nested(codes, pairs(3), pairs(15))
+
+
+def random_expert(layout: Layout, generator: torch.Generator) -> tuple[Nested, Nested, Nested]:
+    """gate, up, down of one expert."""
+    gate, up, down = (random_nested(layout.neurons, layout, generator) for _ in range(3))
+    return gate, up, down
+
+
+def blob_of(gate: Nested, up: Nested, down: Nested, layout: Layout) -> Tensor:
+    """uint8 [blob_bytes]: sketch rows, then records."""
+    sketch = sketch_rows(gate, up, layout).flatten()
+    sketch = torch.nn.functional.pad(sketch, (0, layout.sketch_bytes - len(sketch)))
+    return torch.cat((sketch, record_rows(gate, up, down, layout).flatten()))
+
+
+def random_blobs(n: int, layout: Layout, generator: torch.Generator) -> Tensor:
+    """uint8 [n, blob_bytes]."""
+    return torch.stack([blob_of(*random_expert(layout, generator), layout) for _ in range(n)])

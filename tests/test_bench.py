@@ -1,0 +1,106 @@
+"""`bench`: its document, its bytes, and that the comparison compares the same model. No timing is asserted."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import architectures
+import pytest
+import small_model
+import torch
+
+import engine.hf as hf
+from engine import bench
+from engine.__main__ import main
+from engine.compress import compress
+from engine.experts import LevelPlan
+from engine.spec import Options, UserError
+
+KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_ms", "hit_rate",
+        "far_bytes_per_token", "bound_tokens_per_second", "device", "level", "near_bytes"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path) -> tuple[Path, Path]:
+    return small_model.make(tmp_path_factory.mktemp("small"), demo_checkpoint)
+
+
+def test_the_document(folders) -> None:
+    loaded = hf.load(folders[1], Options(level="exact", device="cpu", predict=False))
+    document = bench.Bench(loaded).document()
+    assert KEYS <= set(document) and json.loads(json.dumps(document)) == document
+    assert (document["prefill_tokens"], document["decode_tokens"]) == (192, 64)  # the context is 256
+    per_token = small_model.LAYERS * small_model.TOP_K * loaded.runtime.far.layout.blob_bytes
+    assert document["needed_bytes_per_token"] == per_token
+    assert document["bound_tokens_per_second"] == document["copy_bytes_per_second"] / per_token
+    assert document["hit_rate"] == 1 and document["far_bytes_per_token"] == 0  # prefill brought all of them
+    assert document["own_text"]["warm"]["far_bytes_per_token"] <= document["own_text"]["cold"]["far_bytes_per_token"]
+    assert all(document[key] > 0 for key in KEYS if key.endswith(("_second", "_ms")))
+
+
+def test_near_memory_for_nothing_misses_every_time(folders) -> None:
+    loaded = hf.load(folders[1], Options(level="exact", device="cpu", predict=False))
+    loaded.runtime.resize(loaded.runtime.smallest_bytes())
+    document = bench.Bench(loaded, sizes=bench.Sizes(24, 8)).document()
+    assert document["hit_rate"] == 0 and document["far_bytes_per_token"] == document["needed_bytes_per_token"]
+    assert document["near_bytes"] == loaded.runtime.near_bytes
+
+
+def test_a_sparse_level(folders) -> None:
+    loaded = hf.load(folders[1], Options(level="exact", device="cpu"))
+    loaded.runtime.plans["fast"] = LevelPlan(budgets=((7, 4),) * small_model.LAYERS)
+    loaded.runtime.set_level("fast")
+    document, layout = bench.Bench(loaded, sizes=bench.Sizes(24, 8)).document(), loaded.runtime.far.layout
+    records = 7 * layout.record + 4 * layout.prefix
+    sketches = small_model.TOP_K * layout.sketch_bytes
+    assert document["level"] == "fast"
+    assert document["needed_bytes_per_token"] == small_model.LAYERS * (records + sketches)
+    assert 0 < document["far_bytes_per_token"] < small_model.LAYERS * records
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe", "granitemoeshared"])
+@torch.no_grad()
+def test_the_uncompressed_model_computes_what_ours_does(name: str, tmp_path: Path, demo_checkpoint: Path) -> None:
+    """Whatever the layout of its experts: transposed, interleaved, biased."""
+    architectures.build(name, 0).save_pretrained(tmp_path / "checkpoint")
+    for file in small_model.TOKENIZER_FILES:
+        (tmp_path / "checkpoint" / file).write_bytes((demo_checkpoint / file).read_bytes())
+    compress(tmp_path / "checkpoint", tmp_path / "compressed", device="cpu")
+    for folder in (tmp_path / "checkpoint", tmp_path / "compressed"):
+        ours = hf.load(folder, Options(level="exact", device="cpu"))
+        ids = torch.tensor([[5, 9, 17, 3, 88, 41]])
+        theirs = bench.uncompressed(ours)
+        expected = theirs(ids).logits
+        assert expected.std() > 0
+        assert (ours.model(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_the_comparison_runs_transformers_own(folders) -> None:
+    loaded = hf.load(folders[1], Options(level="exact", device="cpu"))
+    source = hf.load(folders[0], Options(level="full", device="cpu"))
+    said = []
+    rows = bench.compare(loaded, source, said.append, rounds=2, sizes=bench.Sizes(16, 4))
+    names = [row["implementation"] for row in rows]
+    assert names[0] == "floe" and {"eager", "batched_mm", "grouped_mm"} <= set(names)
+    assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows)
+    assert loaded.runtime.residency() == [1.0] * small_model.LAYERS, "ours is compared with everything near"
+
+
+def test_sizes_follow_the_context() -> None:
+    assert bench.Sizes.of(None) == bench.Sizes.of(4096) == bench.Sizes(512, 128)
+    assert bench.Sizes.of(640) == bench.Sizes(512, 128)
+    assert bench.Sizes.of(600) == bench.Sizes(472, 128)
+    assert bench.Sizes.of(100) == bench.Sizes(75, 25)
+    with pytest.raises(UserError):
+        bench.Sizes.of(3)
+
+
+def test_the_command(folders, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["bench", str(folders[1]), "--level", "exact", "--near-bytes", "40KiB", "--device", "cpu", "--json"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out)
+    assert out.count("\n") == 1 and KEYS <= set(document) and 0 < document["near_bytes"] <= 40 * 1024
+    assert main(["bench", str(folders[1]), "--level", "fast"]) == 2
+    assert "cannot run at level fast" in capsys.readouterr().err
+    assert main(["bench", str(folders[1]), "--source", str(folders[0])]) == 2

@@ -1,0 +1,171 @@
+"""A person talks to the embedded model in a real browser: streaming, Stop, reload, tabs, levels, the live panel."""
+from __future__ import annotations
+
+import json
+import re
+
+import browser
+import pytest
+from browser import ask, send, settled, stats, until
+
+pytestmark = pytest.mark.browser
+app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
+
+STORY = "Tell me a story about a small boat."  # about 140 tokens
+SAGA = "Write a story about a dragon, a princess and a castle."  # about 860
+TALE = "Write a long story. Use the words river, dog, moon."  # about 250
+LONG = "Tell me about the sea, the boat and the bird. " * 55  # 730 tokens of the demonstration's 1024
+
+# Notes every text that the answer shows, and how many tokens the engine had computed when the first one appeared.
+WATCH = """() => {
+  window.seen = [];
+  new MutationObserver(() => {
+    const answers = document.querySelectorAll('.message.assistant .answer');
+    const text = answers.length ? answers[answers.length - 1].textContent : '';
+    if (!text || window.seen[window.seen.length - 1] === text) return;
+    window.seen.push(text);
+    if (window.seen.length === 1)
+      fetch('/stats').then(r => r.json()).then(s => { window.tokensAtFirst = s.n_tokens_total; });
+  }).observe(document.querySelector('.messages'), {childList: true, subtree: true, characterData: true});
+}"""
+
+
+def test_an_answer_grows_before_the_eyes(page):
+    page.evaluate(WATCH)
+    answer = ask(page, STORY)
+    seen = page.evaluate("window.seen")
+    growing = [text for text, longer in zip(seen, seen[1:], strict=False) if longer.startswith(text.rstrip("▍\n"))]
+    assert len(growing) >= 5
+    assert page.evaluate("window.tokensAtFirst") < stats(page)["n_tokens_total"]
+    assert answer.locator(".answer").inner_text().strip()
+    line = answer.locator(".stats").inner_text()
+    for part in ("first token", "tok/s", "tokens", "% hits", "MB/token"):
+        assert part in line
+    assert page.locator("#announce").inner_text().startswith("Answer finished.")
+
+
+def test_stop_while_answering_keeps_what_was_said(page):
+    send(page, SAGA)
+    page.wait_for_function("document.querySelector('.message.running .answer')?.textContent.length > 10")
+    page.click("#stop")
+    settled(page)
+    answer = page.locator(".message.assistant").last
+    assert "Stopped." in answer.inner_text() and len(answer.locator(".answer").inner_text()) > 5
+    tokens = stats(page)["n_tokens_total"]
+    page.wait_for_timeout(700)
+    assert stats(page)["n_tokens_total"] == tokens and stats(page)["phase"] == "idle"
+
+
+def test_stop_while_the_conversation_is_read(page):
+    """The script reacts to the first sign of reading, faster than any hand."""
+    page.evaluate("""() => new MutationObserver(() => {
+      const phase = document.querySelector('.message.running .phase');
+      if (phase && phase.textContent.startsWith('Reading') && !window.pressed) {
+        window.pressed = true;
+        document.querySelector('#stop').click();
+      }
+    }).observe(document.querySelector('.messages'), {childList: true, subtree: true, characterData: true})""")
+    tokens = stats(page)["n_tokens_total"]
+    send(page, LONG)
+    page.wait_for_function("window.pressed")
+    settled(page)
+    answer = page.locator(".message.assistant").last
+    assert "Stopped." in answer.inner_text() and answer.locator(".answer").inner_text() == ""
+    assert stats(page)["n_tokens_total"] == tokens  # not one token was computed
+    message = page.evaluate("fetch('/api/conversations/' + location.hash.slice(2)).then(r => r.json())")["messages"][-1]
+    assert message["stats"]["prefilled"] < message["stats"]["prompt_tokens"]
+
+
+def test_escape_stops_too_and_the_next_question_is_answered(page):
+    send(page, SAGA)
+    page.wait_for_function("document.querySelector('.message.running .answer')?.textContent.length > 10")
+    page.keyboard.press("Escape")
+    settled(page)
+    assert "Stopped." in page.locator(".message.assistant").last.inner_text()
+    assert ask(page, "Hello!").locator(".answer").inner_text().strip()
+
+
+def test_a_reload_in_the_middle_loses_nothing(page):
+    send(page, TALE)
+    page.wait_for_function("document.querySelector('.message.running .answer')?.textContent.length > 10")
+    before = page.locator(".message.running .answer").inner_text().rstrip("▍\n ")
+    page.reload()
+    page.wait_for_selector(".message.assistant")
+    settled(page)
+    after = page.locator(".message.assistant .answer").inner_text()
+    assert after.startswith(before[:-3]) and len(after) > len(before)
+    assert TALE in page.locator(".message.user .answer").inner_text()
+    page.reload()
+    page.wait_for_selector(".message.assistant")
+    assert page.locator(".message.assistant .answer").inner_text() == after
+    assert page.locator(".conversations li.current .title").inner_text().startswith("Write a long story")
+
+
+def test_two_tabs_share_one_stream_and_show_the_same(app, context, page):
+    streams = []
+    context.on("request", lambda request: request.url.endswith("/events") and streams.append(request.url))
+    other = context.new_page()
+    other.goto(page.url)
+    send(page, TALE)
+    page.wait_for_selector(".message.running")
+    other.goto(page.url)
+    other.wait_for_function("document.querySelector('.message.running .answer')?.textContent.length > 10")
+    settled(page)
+    settled(other)
+    assert other.locator(".message .answer").all_inner_texts() == page.locator(".message .answer").all_inner_texts()
+    assert streams == []  # the first tab's stream serves both
+    page.close()
+    other.wait_for_event("request", lambda request: request.url.endswith("/events"))  # taken over
+    assert ask(other, "Hello!").locator(".answer").inner_text().strip()
+
+
+def test_the_panel_shows_the_engines_own_totals(page):
+    ask(page, STORY)
+    names = ["needed_bytes", "hit_bytes", "far_bytes", "speculative_bytes", "wasted_bytes"]
+    counters = stats(page)["counters"]
+    page.wait_for_function("n => document.querySelectorAll('#totals dd')[0].dataset.value === String(n)",
+                           arg=counters["needed_bytes"])
+    shown = page.eval_on_selector_all("#totals dd", "all => all.map(dd => Number(dd.dataset.value))")
+    assert shown == [*(counters[name] for name in names), stats(page)["n_tokens_total"]]
+    assert counters["needed_bytes"] > 0
+    residency = stats(page)["residency"]
+    assert page.locator(".layers rect.near").count() == len(residency)
+    heights = page.eval_on_selector_all(".layers rect.near", "all => all.map(r => r.getAttribute('height') / 56)")
+    assert heights == pytest.approx(residency, abs=0.01)
+    assert "processor" in page.locator("#device-line").inner_text()
+    assert float(page.locator("#speed-now").inner_text()) > 0
+
+
+def test_the_panel_can_be_paused(page):
+    page.get_by_role("button", name="Pause").click()
+    before = page.locator("#totals").inner_text()
+    ask(page, "Hello!")
+    assert page.locator("#totals").inner_text() == before
+    page.get_by_role("button", name="Go on").click()
+    page.wait_for_function("text => document.querySelector('#totals').innerText !== text", arg=before)
+
+
+def test_the_level_is_switched_in_the_middle_of_a_conversation(page):
+    first = ask(page, "Hello!")
+    level = "exact" if "balanced" in first.locator(".stats").inner_text() else "balanced"
+    page.click("#level input")
+    page.locator("#level [role=option]", has_text=re.compile(f"^.?\\s*{level}")).click()
+    until(page, lambda: stats(page)["level"] == level)
+    assert level in ask(page, "And how are you?").locator(".stats").inner_text()
+
+
+def test_near_memory_is_a_limit_that_is_kept(page):
+    page.locator("#near input[type=number]").fill("4")
+    page.locator("#near input[type=number]").press("Enter")
+    until(page, lambda: stats(page)["near_bytes"] <= 4 << 20)
+    ask(page, "Hello!")
+    now = stats(page)
+    assert now["near_used_bytes"] <= now["near_bytes"] <= 4 << 20
+    page.locator("#near input[type=number]").fill("64")
+    page.locator("#near input[type=number]").press("Enter")
+    until(page, lambda: stats(page)["near_bytes"] > 4 << 20)
+
+
+def test_the_page_says_what_it_is(page):
+    assert "tiny demonstration" in page.locator(".hero").inner_text()
+    assert json.loads(page.evaluate("JSON.stringify(document.title)")) == "Floe Chat"

@@ -1,0 +1,160 @@
+"""The page itself: readable for everybody, usable on a phone, light with 400 messages, there within seconds."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import browser
+import pytest
+from browser import ask, settled, wait_ready
+
+pytestmark = pytest.mark.browser
+app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
+
+
+def violations(page) -> list[str]:
+    """What axe-core calls critical or serious, with the element."""
+    package = pytest.importorskip("axe_playwright_python")
+    source = next(Path(package.__file__).parent.rglob("axe.min.js")).read_text()
+    page.evaluate(source + ";0")
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [f"{v['id']}: {node['html'][:120]}" for v in found if v["impact"] in ("critical", "serious")
+            for node in v["nodes"]]
+
+
+def test_nobody_is_shut_out(page):
+    assert violations(page) == []
+    ask(page, "Hello!")
+    page.locator(".message.user").hover()
+    for dark in (False, True):
+        page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
+        for tab in ("This chat", "Engine"):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(300)
+            assert violations(page) == [], (dark, tab)
+    page.locator(".conversations summary").first.click()
+    page.locator(".message.user").get_by_role("button", name="Edit").click()
+    assert violations(page) == []
+
+
+def test_every_control_has_a_name(page):
+    ask(page, "Hello!")
+    nameless = page.eval_on_selector_all(
+        "button, a[href], input:not([type=hidden]), textarea, summary",
+        """all => all.filter(e => e.offsetParent && !(e.textContent.trim() || e.getAttribute('aria-label') || e.title
+             || e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML.slice(0, 120))""")
+    assert nameless == []
+
+
+def test_a_phone_is_wide_enough(page):
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.wait_for_timeout(300)
+    ask(page, "Hello!")
+    assert page.evaluate("document.documentElement.scrollWidth <= 360")
+    for selector in ("#message", "#send", ".message.assistant .answer"):
+        box = page.locator(selector).last.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    assert not page.locator("#new-chat").is_visible()
+    page.get_by_role("button", name="Show or hide conversations").click()
+    page.click("#new-chat")
+    page.wait_for_selector(".hero")
+    page.get_by_role("button", name="Show or hide engine and settings").click()
+    assert page.locator("#speed-now").is_visible()
+
+
+PARAGRAPH = "Once **upon** a time there was a `boat`, and $a^2$ was *its* name.\n\n* one\n* two\n\n" \
+    "```python\nx = 1\n```\n"
+
+
+def long_conversation(page, n: int) -> None:
+    messages = [{"id": i + 1, "parent_id": i or None, "role": "assistant" if i % 2 else "user",
+                 "text": PARAGRAPH * (3 if i % 2 else 1)} for i in range(n)]
+    document = {"format": "floechat-conversations", "version": 1,
+                "conversations": [{"title": "Long", "leaf": n, "messages": messages}]}
+    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
+        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
+    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
+    page.wait_for_function("document.querySelectorAll('.message').length >= 40")
+
+
+@pytest.mark.slow
+def test_four_hundred_messages_leave_the_page_light(page):
+    """20 updates a second of a growing answer under a long conversation: the main thread's own processor time."""
+    long_conversation(page, 400)
+    assert page.locator(".message").count() == 40
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy() -> float:
+        metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
+        return metrics["TaskDuration"]
+
+    before = busy()
+    page.evaluate("""async () => {
+      const { emit, opened } = await import('/ui/floe.js');
+      const last = document.querySelector('.message:last-child');
+      last.classList.add('running');
+      for (let i = 0; i < 100; i += 1) {
+        emit('text', {message: Number(last.dataset.id), conversation: opened.id, phase: 'decode', note: '', stats: {},
+          from: Math.floor(i / 5), blocks: [`<p>${'A growing line of text. '.repeat(1 + i % 5)}</p>`],
+          thinking_from: 0, thinking_blocks: []});
+        await new Promise(done => setTimeout(done, 50));
+      }
+    }""")
+    assert page.locator(".message:last-child .answer .block").count() == 20
+    assert (busy() - before) / 5.0 < 0.5
+
+
+def test_earlier_messages_come_when_asked_for(page):
+    long_conversation(page, 100)
+    page.get_by_role("button", name="Load earlier messages").click()
+    page.wait_for_function("document.querySelectorAll('.message').length === 80")
+    page.get_by_role("button", name="Load earlier messages").click()
+    page.wait_for_function("document.querySelectorAll('.message').length === 100")
+    assert page.locator(".earlier").count() == 0
+
+
+def test_markdown_code_and_math_are_shown(page):
+    long_conversation(page, 40)
+    answer = page.locator(".message.assistant").last
+    assert answer.locator("strong").count() == 3 and answer.locator("math msup").count() == 3
+    answer.get_by_role("button", name="Copy").first.click()
+    page.wait_for_selector(".message.assistant:last-child .copy-code:has-text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
+
+
+def test_a_foreign_message_cannot_run_anything(page):
+    page.evaluate("window.harmed = false")
+    evil = "<img src=x onerror='window.harmed=true'> <script>window.harmed=true</script> $\\text{<img src=x "\
+        "onerror=window.harmed=true>}$ ![x](http://evil.example/x.png) [y](javascript:window.harmed=true)"
+    document = {"format": "floechat-conversations", "version": 1, "conversations": [
+        {"title": "<img src=x onerror=window.harmed=true>", "leaf": 2, "messages": [
+            {"id": 1, "parent_id": None, "role": "user", "text": evil},
+            {"id": 2, "parent_id": 1, "role": "assistant", "text": evil, "thinking": evil}]}]}
+    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
+        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
+    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
+    page.wait_for_selector(".message.assistant")
+    page.fill("#search", "img")
+    page.wait_for_selector(".conversations .snippet")
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.harmed") is False
+
+
+def test_a_reload_while_the_model_opens_is_fine(chromium, tmp_path):
+    with browser.running(tmp_path) as other:
+        context = chromium.new_context()
+        watch = browser.Watch()
+        context.on("page", watch.over)
+        page = context.new_page()
+        page.set_default_timeout(300_000)
+        page.goto(other.link)
+        page.wait_for_selector("#message")
+        browser.send(page, "Hello!")  # before the model is there: it is answered as soon as it is
+        page.wait_for_selector(".message.running")
+        page.reload()
+        wait_ready(page)
+        settled(page)
+        assert page.locator(".message.assistant .answer").inner_text().strip()
+        context.close()
+        watch.check()

@@ -1,0 +1,216 @@
+"""What the machine is, seen through a stand-in for NVIDIA's library that answers, errs, crashes and hangs."""
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine import hardware, nvml, rates
+from engine.__main__ import main
+from engine.spec import Machine, UserError
+from engine.units import parse_bytes
+
+RTX_3060 = "NVIDIA GeForce RTX 3060|8.6|12288|11900|1|16|4|16|7501|192"
+RTX_2080 = "NVIDIA GeForce RTX 2080 Ti|7.5|11264|4000|3|16|3|16|7000|352"
+GTX_1080 = "NVIDIA GeForce GTX 1080 Ti|6.1|11264|11000|3|16|3|16|5505|352"
+UNKNOWN = "NVIDIA Something New|12.1|16384|16000|5|8|5|8|14001|256"
+INTEGRATED = "NVIDIA Integrated|8.7|-|0|0|0|0|0|0|0"
+KEYS = {"name", "compute_capability", "vram_total_bytes", "vram_free_bytes", "pcie_generation", "pcie_width",
+        "pcie_generation_max", "pcie_width_max", "driver"}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A folder with a fake libnvidia-ml.so.1."""
+    pytest.importorskip("pynvml", reason="needs the nvidia-ml-py package")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if sys.platform != "linux" or not compiler:
+        pytest.skip("needs Linux and a C compiler to build the stand-in for NVIDIA's library")
+    folder = tmp_path_factory.mktemp("nvml")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-D_GNU_SOURCE", "-o", str(folder / "libnvidia-ml.so.1"),
+                    "tests/fake_nvml/nvml.c"], check=True, cwd=hardware.TABLE.parents[1])
+    return folder
+
+
+@pytest.fixture
+def driver(library, monkeypatch):
+    """Call it with cards and a fault; the survey then sees them."""
+    def set_up(*cards: str, fault: str = "") -> None:
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
+        monkeypatch.setenv("FAKE_NVML_CARDS", ";".join(cards))
+        monkeypatch.setenv("FAKE_NVML_FAULT", fault)
+    return set_up
+
+
+def test_one_card(driver):
+    driver(RTX_3060)
+    found = hardware.survey()
+    gpu = found.gpu
+    assert (gpu.name, gpu.compute_capability, gpu.driver) == ("NVIDIA GeForce RTX 3060", "8.6", "580.95.05")
+    assert (gpu.vram_total_bytes, gpu.vram_free_bytes) == (12288 * 2**20, 11900 * 2**20)
+    assert (gpu.pcie_generation, gpu.pcie_generation_max, gpu.pcie_width_max) == (1, 4, 16)
+    assert gpu.memory_bytes_per_second == pytest.approx(360e9, rel=1e-3)
+    machine = hardware.machine(found)
+    assert machine.device == "cuda" and machine.compute_capability == "8.6"
+    assert machine.link_bytes_per_second == pytest.approx(25.2e9)      # generation 4, although idle at 1
+    assert machine.vram_bytes_per_second == pytest.approx(0.88 * 360e9)
+    assert machine.flops_per_second == 25.6e12                         # from the table
+    assert found.notes == ()
+
+
+def test_a_card_that_no_table_knows(driver):
+    driver(UNKNOWN)
+    machine = hardware.machine(hardware.survey())
+    assert machine.vram_bytes_per_second == pytest.approx(0.88 * 2 * 14001e6 * 256 / 8)
+    assert machine.flops_per_second > 30e12
+    assert machine.link_bytes_per_second == pytest.approx(8 * 3.19e9)
+
+
+def test_several_cards_and_one_half_used(driver):
+    driver(GTX_1080, RTX_2080, RTX_3060)
+    found = hardware.survey()
+    assert found.gpu.name.endswith("3060") and len(found.gpus) == 3
+    text = " ".join(found.notes)
+    assert "There are 3 cards" in text and "CUDA_VISIBLE_DEVICES" in text
+    assert "compute capability 6.1" in text
+    driver(RTX_2080)
+    found = hardware.survey()
+    assert "Other programs use 7.6 GB" in " ".join(found.notes)
+    assert hardware.machine(found).vram_free_bytes == 4000 * 2**20
+
+
+@pytest.mark.parametrize("card, said", [(INTEGRATED, "no memory of its own"), (GTX_1080, "7.5 (RTX 20"),
+                                        ("!15", "does not answer"), ("Odd|x|8192|8000|0|0|0|0|0|0", "unknown")])
+def test_a_card_that_cannot_be_used(driver, card, said):
+    driver(card)
+    found = hardware.survey()
+    assert found.gpu is None and said in " ".join(found.notes)
+    assert hardware.machine(found).device == "cpu"
+    with pytest.raises(UserError, match="no usable graphics card"):
+        hardware.machine(found, "cuda")
+
+
+@pytest.mark.parametrize("fault, said", [("init:9", "not running"), ("init:18", "restart the computer"),
+                                         ("init:999", "reports an error"), ("crash", "crashed with exit code"),
+                                         ("hang", "does not answer"), ("late-hang", "does not answer")])
+def test_a_broken_driver_is_explained_and_never_hangs(driver, fault, said):
+    driver(RTX_3060, fault=fault)
+    start = time.monotonic()
+    found = hardware.survey(timeout=2.0)
+    assert time.monotonic() - start < 30     # it came back at all
+    assert found.gpus == () and said in " ".join(found.notes)
+    assert found.ram_total_bytes > found.ram_free_bytes > 0
+
+
+def test_no_card_behind_a_running_driver(driver):
+    driver()
+    assert "finds no card" in " ".join(hardware.survey().notes)
+
+
+def test_no_driver_and_no_package(monkeypatch):
+    monkeypatch.setattr(nvml, "ask", lambda timeout: {"driver": "", "error": "no_driver", "gpus": []})
+    assert "no NVIDIA driver" in hardware.survey().notes[0]
+    monkeypatch.setattr(nvml, "ask", lambda timeout: {"driver": "", "error": "missing_package", "gpus": []})
+    assert "pip install nvidia-ml-py" in hardware.survey().notes[0]
+
+
+def test_the_card_can_be_refused(driver):
+    driver(RTX_3060)
+    assert hardware.machine(hardware.survey(), "cpu").device == "cpu"
+
+
+def test_json_has_the_agreed_keys_and_nothing_else(driver, tmp_path, capsys):
+    driver(RTX_3060, GTX_1080)
+    (tmp_path / "cache").mkdir()
+    found = hardware.survey()
+    key = rates._key(hardware.machine(found))
+    (tmp_path / "cache" / f"machine-{key}.json").write_text('{"copy_bytes_per_second": 2.4e10}')
+    assert main(["hardware", "--json", "--data", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert out.count("\n") == 1
+    assert set(document) == {"gpus", "ram_total_bytes", "ram_free_bytes", "disk_free_bytes", "pinned_limit_bytes",
+                             "copy_bytes_per_second"}
+    assert [set(gpu) for gpu in document["gpus"]] == [KEYS, KEYS]
+    assert document["copy_bytes_per_second"] == 2.4e10
+    assert "compute capability 6.1" in err and "24.0 GB/s" in err
+
+
+def test_a_container_limit_counts(monkeypatch, tmp_path):
+    files = {"/sys/fs/cgroup/memory.max": "4000000000", "/sys/fs/cgroup/memory.current": "1000000000"}
+    real = hardware.Path
+
+    def path(name):
+        if str(name) not in files:
+            return real(name)
+        (tmp_path / "f").write_text(files[str(name)])
+        return tmp_path / "f"
+    monkeypatch.setattr(hardware, "Path", path)
+    total, free = hardware._memory()
+    assert total == 4_000_000_000 and free <= 3_000_000_000
+
+
+def test_windows_may_lock_half(monkeypatch):
+    monkeypatch.setattr(hardware.platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    limit, why = hardware._pinned_limit(32 * 2**30)
+    assert limit == 16 * 2**30 and "Windows" in why
+
+
+def test_described_machines():
+    for name in hardware.table():
+        machine = hardware.described(name, ram=64 * 2**30)
+        assert machine.ram_total_bytes == 64 * 2**30
+        old = machine.compute_capability == "6.1"
+        assert (machine.device == "cpu") == (name.startswith("cpu") or old)
+        assert machine.gemv_bytes_per_second if machine.device == "cpu" else machine.flops_per_second
+    changed = hardware.described("rtx-3060-12gb", vram=8 * 2**30, link=12.4e9)
+    assert changed.vram_total_bytes == 8 * 2**30 and changed.link_bytes_per_second == 12.4e9
+    assert hardware.described("RTX-3060-12GB").ram_total_bytes == 32 * 2**30
+    with pytest.raises(UserError, match="choose one of"):
+        hardware.described("voodoo-2")
+
+
+def test_overrides_change_only_what_they_name():
+    base = hardware.described("rtx-4070-12gb")
+    assert hardware.overridden(base) == base
+    other = hardware.overridden(base, ram=16 * 2**30, vram=11 * 2**30, link=5e9)
+    assert other.ram_total_bytes == 16 * 2**30 and other.vram_total_bytes == 11 * 2**30
+    assert other.link_bytes_per_second == 5e9 and other.vram_bytes_per_second == base.vram_bytes_per_second
+
+
+def test_measured_speeds_are_cached_per_machine(tmp_path, monkeypatch):
+    machine = Machine(name="test", ram_total_bytes=2**34, ram_free_bytes=2**33, disk_free_bytes=0,
+                      pinned_limit_bytes=0)
+    start = time.monotonic()
+    measured = rates.with_rates(machine, tmp_path)
+    assert time.monotonic() - start < 60
+    assert all(getattr(measured, name) > 0 for name in rates.RATES)
+    assert measured.operation_seconds < 1e-3 and measured.copy_bytes_per_second > 1e8
+    monkeypatch.setattr(rates, "measure", lambda device: pytest.fail("measured although cached"))
+    assert rates.with_rates(machine, tmp_path) == measured
+    other = Machine(name="other", ram_total_bytes=2**34, ram_free_bytes=2**33, disk_free_bytes=0, pinned_limit_bytes=0)
+    monkeypatch.setattr(rates, "measure", lambda device: dict.fromkeys(rates.RATES, 1.0))
+    assert rates.with_rates(other, tmp_path).gemv_bytes_per_second == 1.0
+    assert rates.with_rates(machine, tmp_path, refresh=True).gemv_bytes_per_second == 1.0
+    for damaged in ("{", "[]", '{"copy_bytes_per_second": 0}'):
+        for path in tmp_path.glob("machine-*.json"):
+            path.write_text(damaged)
+        assert rates.with_rates(other, tmp_path).gemv_bytes_per_second == 1.0
+
+
+def test_without_torch_the_machine_stays_as_it_is(tmp_path, monkeypatch):
+    machine = hardware.described("cpu-ddr4")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert rates.with_rates(machine, tmp_path) == machine
+
+
+def test_sizes():
+    assert parse_bytes("11GiB") == 11 * 2**30 and parse_bytes("12.5 GB") == 12_500_000_000
+    assert parse_bytes("12.4GB/s") == 12_400_000_000 and parse_bytes(123) == 123 and parse_bytes("3k") == 3072
+    for bad in ("", "GB", "1e9", "-3GB", "11 Gib yes"):
+        with pytest.raises(UserError, match="not a size"):
+            parse_bytes(bad)

@@ -1,0 +1,182 @@
+"""The private environment: whole or not there at all. Real pip and real packages, but small ones in torch's place."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from installer import bootstrap, environment
+from installer.screen import Screen, Trouble
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = (ROOT / "installer" / "pins" / "requirements.lock").read_text(encoding="utf-8")
+BUILD = """
+import sys
+from pathlib import Path
+from installer import environment
+from installer.screen import Screen
+app, torch, lock = map(Path, sys.argv[1:])
+environment.build(app, environment.Recipe("cpu", torch, (lock,)), Screen(app / "log"))
+"""
+
+
+def block(name: str) -> str:
+    """One package of the lock, with its hashes."""
+    return re.search(rf"(?ms)^{name}==.*?(?=^\w|\Z)", LOCK)[0]
+
+
+@pytest.fixture
+def screen(tmp_path) -> Screen:
+    return Screen(tmp_path / "log")
+
+
+def recipe(folder: Path, *names: str, torch: str = "idna") -> environment.Recipe:
+    """A lock of these packages; in torch's place another that is as small."""
+    (folder / "torch-cpu.txt").write_text(f"# a comment\n{block(torch).split()[0]}\n", encoding="utf-8")
+    (folder / "some.lock").write_text("".join(map(block, names)), encoding="utf-8")
+    return environment.Recipe("cpu", folder / "torch-cpu.txt", (folder / "some.lock",))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, environment.Recipe]:
+    """An environment of two small packages, made once for this file."""
+    app = tmp_path_factory.mktemp("Flöe é Chat")
+    made = recipe(app, "tqdm")
+    try:
+        environment.build(app, made, Screen(app / "log"))
+    except Trouble as trouble:
+        if "cannot be reached" in str(trouble):
+            pytest.skip("needs the package index")
+        raise
+    return app, made
+
+
+@pytest.mark.slow
+def test_a_whole_environment_is_found_again(whole):
+    app, made = whole
+    found = environment.ready(app, made)
+    assert found.folder == app / made.tag()
+    listed = subprocess.run([found.python, "-c", "import tqdm, idna; print('both')"], capture_output=True, text=True,
+                            env=found.variables(app / "cache"))
+    assert listed.stdout == "both\n", listed.stderr
+
+
+@pytest.mark.slow
+def test_a_changed_lock_is_built_beside_the_old_one(whole, tmp_path, screen):
+    app, made = tmp_path / "app", whole[1]
+    shutil.copytree(whole[0], app, symlinks=True)
+    newer = recipe(tmp_path, "tqdm", "h11")
+    assert newer.tag() != made.tag() and environment.ready(app, newer) is None
+    environment.build(app, newer, screen)
+    assert environment.ready(app, newer) and environment.ready(app, made), "the old one is kept for going back"
+    newest = recipe(tmp_path, "h11")
+    environment.build(app, newest, screen)
+    assert environment.ready(app, newest) and environment.ready(app, newer)
+    assert environment.ready(app, made) is None and not (app / made.tag()).exists(), "but only one"
+
+
+@pytest.mark.slow
+def test_without_the_index_the_previous_one_is_used(whole, tmp_path, screen, monkeypatch):
+    for name, value in (("PIP_INDEX_URL", "http://127.0.0.1:9/simple"), ("PIP_CONFIG_FILE", os.devnull),
+                        ("PIP_RETRIES", "0"), ("PIP_FIND_LINKS", ""), ("PIP_EXTRA_INDEX_URL", "")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Trouble, match="cannot be reached|no "):
+        environment.build(tmp_path, recipe(tmp_path, "h11"), screen)
+    assert environment.previous(tmp_path) is None
+    app = tmp_path / "app"
+    shutil.copytree(whole[0], app, symlinks=True)
+    monkeypatch.setattr(bootstrap, "PINS", ROOT / "installer" / "pins")
+    args = bootstrap._parser().parse_args(["--cpu"])
+    assert bootstrap._environment(args, app, screen).folder == app / whole[1].tag()
+    assert "previous installation" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_package_that_was_tampered_with_is_refused(tmp_path, screen):
+    made = recipe(tmp_path, "h11")
+    lock = made.locks[0]
+    lock.write_text(re.sub(r"sha256:\w{64}", "sha256:" + "0" * 64, lock.read_text()))
+    with pytest.raises(Trouble, match="not the one|cannot be reached"):
+        environment.build(tmp_path, made, screen)
+    assert environment.ready(tmp_path, made) is None
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path, screen):
+    made = recipe(tmp_path, "h11")
+    process = subprocess.Popen([sys.executable, "-c", BUILD, tmp_path, made.torch, made.locks[0]], cwd=ROOT,
+                               start_new_session=True, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / made.tag()).glob("lib/python*/site-packages/*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert environment.ready(tmp_path, made) is None
+    environment.build(tmp_path, made, screen)
+    assert environment.ready(tmp_path, made)
+
+
+@pytest.mark.parametrize("lost", ["bin/python", "half"])
+@pytest.mark.slow
+def test_a_damaged_environment_is_noticed(whole, tmp_path, lost):
+    app = tmp_path / "app"
+    shutil.copytree(whole[0], app, symlinks=True)
+    assert environment.ready(app, whole[1])
+    folder = app / whole[1].tag()
+    for file in sorted(folder.glob("lib/python*/site-packages/**/*.py"))[::2] if lost == "half" else [folder / lost]:
+        file.unlink()
+    assert environment.ready(app, whole[1]) is None
+
+
+def test_not_enough_room_is_said_before_anything_is_done(tmp_path, screen, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=200_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    made = recipe(tmp_path, "h11")
+    with pytest.raises(Trouble, match=r"4\.3 GB are needed in .*, 0\.2 GB are free"):
+        environment.build(tmp_path, made, screen)
+    assert not (tmp_path / made.tag()).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_fills_up_meanwhile(tmp_path, monkeypatch):
+    small = tmp_path / "disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        monkeypatch.setattr(environment, "_check_disk", lambda app, recipe: None)
+        with pytest.raises(Trouble, match="disk is full"):
+            environment.build(small, recipe(tmp_path, "h11"), Screen(small / "log"))
+        assert environment.ready(small, recipe(tmp_path, "h11")) is None
+    finally:
+        subprocess.run(["umount", "-l", small])
+
+
+@pytest.mark.parametrize("output, sentence", [
+    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+    ("WARNING: Retrying ... Failed to establish a new connection: NewConnectionError(...)\nERROR: No matching "
+     "distribution found for torch==2.13.0+cpu", "cannot be reached"),
+    ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the one"),
+    ("ERROR: No matching distribution found for torch==2.13.0+cpu", "no torch==2.13.0+cpu"),
+    ("something else", "the log says where"),
+])
+def test_what_pip_says_becomes_a_sentence(output, sentence):
+    assert sentence in environment.explain(output)
+
+
+def test_other_pythons_do_not_leak_in(monkeypatch, tmp_path):
+    for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "VIRTUAL_ENV"):
+        monkeypatch.setenv(name, "/elsewhere")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
+    variables = environment.clean_variables(tmp_path)
+    assert "/elsewhere" not in variables.values()
+    assert variables["PIP_INDEX_URL"] == "https://mirror.example/simple", "the computer's own configuration is honoured"
+    assert variables["PIP_USER"] == "0" and variables["PIP_CACHE_DIR"].startswith(str(tmp_path))

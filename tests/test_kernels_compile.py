@@ -1,0 +1,146 @@
+"""The machine code of every device kernel for every card, compiled without one: no spills, wide loads, little work.
+
+The launches are caught from the real wrappers with the shapes of real models, so what is compiled is what would run.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
+
+from kernels import (
+    triton_activation,
+    triton_age,
+    triton_apply,
+    triton_fill,
+    triton_score,
+    triton_select,
+    triton_take,
+)
+from kernels.activation import Gate
+from kernels.layout import Layout, default_group_size
+from kernels.take import new_pool
+from tests import aot
+
+QUICK_CARD, QUICK_HIDDEN = 86, 2048
+
+
+def cards() -> list:
+    return [card if card == QUICK_CARD else pytest.param(card, marks=pytest.mark.slow) for card in aot.CAPABILITIES]
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+def bytes_(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
+def layout_of(hidden: int) -> Layout:
+    return Layout(hidden, 512, default_group_size(hidden))
+
+
+def score_call(hidden: int) -> Callable:
+    layout, k = layout_of(hidden), 8
+    return lambda: triton_score.score(torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups),
+                                      bytes_(9, layout.sketch_bytes), integers(1, k), torch.zeros(1, k), layout, Gate(),
+                                      histogram=integers(1, 4096))
+
+
+def score_up_call(hidden: int) -> Callable:
+    layout = layout_of(hidden)
+    return lambda: triton_score.score_up(torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups),
+                                         bytes_(9, layout.sketch_bytes), integers(1, 8), layout)
+
+
+def apply_call(hidden: int, n: int = 1229, biased: bool = False) -> Callable:
+    layout, k = layout_of(hidden), 4
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    return lambda: triton_apply.apply(torch.zeros(1, layout.padded), bytes_(9, layout.sketch_bytes), integers(1, k),
+                                      bytes_(9, layout.record), integers(1, n), integers(1, n),
+                                      integers(1, n).to(torch.int8), layout,
+                                      Gate("clamped_swiglu" if biased else "silu"), *bias)
+
+
+def dense_call(hidden: int) -> Callable:
+    layout = layout_of(hidden)
+    return lambda: triton_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, 8),
+                                      layout, Gate("gelu_tanh"))
+
+
+def select_call(n: int, counted: bool) -> Callable:
+    return lambda: triton_select.select(torch.zeros(1, n), integers(1), integers(1), n // 2,
+                                        integers(1, 4096) if counted else None)
+
+
+def take_call(n: int, ahead: bool) -> Callable:
+    return lambda: triton_take.take(new_pool(5000, 999), integers(n), integers(n), integers(1), ahead, integers(n + 1))
+
+
+def fill_call(n_bytes: int, listed: bool) -> Callable:
+    return lambda: triton_fill.fill(bytes_(3, 512, n_bytes), integers(99), bytes_(9, n_bytes), integers(99),
+                                    integers(99), integers(99), integers(100) if listed else None)
+
+
+CALLS = {
+    "quantize": lambda: triton_activation.quantize_activation(torch.zeros(1, 2048), 128),
+    "score up": score_up_call(2048),
+    "select 4096": select_call(4096, True),
+    "select 8192": select_call(8192, True),
+    "select 28672": select_call(28_672, True),
+    "select uncounted": select_call(28_672, False),
+    "select above": lambda: triton_select.select_above(torch.zeros(1, 9000), torch.zeros(1, 9000), 4096),
+    "take": take_call(1229, False),
+    "take ahead": take_call(8, True),
+    "fill records": fill_call(2304, True),
+    "fill sketches": fill_call(589_824, False),
+    "age": lambda: triton_age.age(new_pool(5000, 4999), integers(1), integers(1)),
+    "apply": apply_call(2048),
+    "apply biased": apply_call(2880, biased=True),
+    "apply 4096": apply_call(4096, n=4300),
+    "dense": dense_call(2048),
+}
+
+
+SLOW_CALLS = {"select 8192", "select uncounted", "score up", "take ahead", "apply biased", "apply 4096", "dense"}
+
+
+@pytest.mark.parametrize("card", cards())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_CALLS else ())
+                                  for name in CALLS])
+def test_nothing_spills_and_shared_memory_fits(monkeypatch, name, card):
+    launches = aot.recorded(CALLS[name], monkeypatch)
+    assert launches
+    for launch in launches:
+        machine = aot.compiled(launch, card)
+        assert machine.instructions, launch.kernel.__name__
+        assert not machine.count(r"\b(STL|LDL)\b"), (launch.kernel.__name__, machine.registers)
+        assert machine.shared <= aot.SHARED_LIMIT[card], launch.kernel.__name__
+
+
+@pytest.mark.parametrize("card", cards())
+@pytest.mark.parametrize("hidden", [pytest.param(h, marks=() if h == QUICK_HIDDEN else pytest.mark.slow)
+                                    for h in (2048, 2816, 2880, 4096, 5120)])
+def test_score_takes_few_instructions_a_code(monkeypatch, hidden, card):
+    launch, = aot.recorded(score_call(hidden), monkeypatch)
+    machine = aot.compiled(launch, card)
+    # No loop is left in the kernel, so a lane executes every instruction at most once: all of its codes, start and end.
+    codes_of_a_lane = triton_score.ROWS * layout_of(hidden).padded * 2 / (32 * machine.n_warps)
+    assert len(machine.instructions) / codes_of_a_lane <= 1.6
+    assert machine.count(r"\bIDP") >= codes_of_a_lane / 4
+    assert not machine.count(r"\b(STL|LDL)\b")
+    assert machine.count(r"\bLDG\.E\S*\.128") >= codes_of_a_lane / 64
+
+
+@pytest.mark.parametrize("card", cards())
+@pytest.mark.parametrize("name", ["fill records", "fill sketches"])
+def test_fill_moves_16_bytes_a_lane(monkeypatch, name, card):
+    launch, = aot.recorded(CALLS[name], monkeypatch)
+    machine = aot.compiled(launch, card)
+    data = launch.arguments["CHUNK"] // (32 * 4)                  # wide loads that cover a chunk
+    assert machine.count(r"\bLDG\.E\S*\.128") == data and machine.count(r"\bSTG\.E\S*\.128") == data
+    assert not machine.count(r"\bLDG\.E\S*\.(U8|U16|S8|S16)")

@@ -1,0 +1,35 @@
+"""Every device kernel equals its reference, under Triton's interpreter on the CPU.
+
+Triton decides when it is imported whether kernels are interpreted, so the cases run in a child process.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
+
+FILES = ("memory", "choice", "product")
+
+
+def run_cases(repository, name: str, *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *options,
+               f"tests/interpreted_{name}.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_equal_their_references(repository, name):
+    run_cases(repository, name, "-m", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES[1:])  # the bookkeeping has no slow cases
+def test_kernels_equal_their_references_on_more_shapes(repository, name):
+    run_cases(repository, name, "-m", "slow")

@@ -1,0 +1,145 @@
+"""publish, and the whole way: published, picked from the catalogue, downloaded, opened, answering."""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine import catalogue
+from engine.fetch import Choice, download
+from engine.format import Manifest
+from engine.hub import Hub
+from engine.publish import card, publish
+from engine.spec import MachineError, Options, Sampling, UserError
+from tests.folders import compressed
+from tests.loopback_hub import LoopbackHub, status
+from tests.small_model import make
+
+REPO = "me/Demo-Floe"
+
+
+@pytest.fixture
+def loopback(monkeypatch):
+    with LoopbackHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return compressed("qwen3_moe", tmp_path_factory.mktemp("folder"))[2]
+
+
+@pytest.fixture(scope="module")
+def demo(repository) -> Path:
+    found = repository / "assets" / "demo"
+    if not (found / "floe.json").is_file():
+        pytest.skip("the demonstration model is not in this checkout")
+    return found
+
+
+def answer(folder: Path) -> str:
+    from engine.generate import Engine
+    engine = Engine.open(folder, Options(level="exact", device="cpu", context=128))
+    try:
+        events = list(engine.chat([{"role": "user", "content": "Hello!"}], Sampling(temperature=0.0, max_tokens=8)))
+    finally:
+        engine.close()
+    assert events[-1].kind == "end" and events[-1].reason in ("stop", "length"), events[-1].text
+    return "".join(event.text for event in events if event.kind in ("answer", "thinking"))
+
+
+def test_the_demo_is_published_picked_by_name_downloaded_and_answers(loopback, demo, tmp_path, monkeypatch):
+    publish(demo, REPO, Hub.here(token="hf_mine"))
+    entry = replace(next(iter(catalogue.entries().values())), name="demo-published", title="Demo", ready=REPO)
+    monkeypatch.setattr(catalogue, "entries", lambda: {entry.name: entry})
+    found = download("Demo", data=tmp_path)
+    assert found == tmp_path / "models" / "demo-published"
+    manifest = Manifest.load(found)
+    assert manifest == Manifest.load(demo)
+    for file in manifest.files:
+        assert (found / file.path).read_bytes() == (demo / file.path).read_bytes()
+    assert catalogue.look_up("demo-published", tmp_path).compressed
+    assert answer(found) == answer(demo) != ""
+
+
+def test_an_original_is_compressed_while_it_arrives_and_answers(loopback, demo_checkpoint, tmp_path):
+    original, _ = make(tmp_path / "made", demo_checkpoint)
+    loopback.add_folder("me/Original", original)
+    found = download("me/Original", data=tmp_path, choice=Choice(16, "cpu", keep_original=False))
+    assert Manifest.load(found).layers == 2
+    assert isinstance(answer(found), str)
+
+
+def test_a_gguf_file_is_imported_and_answers(loopback, demo_checkpoint, tmp_path):
+    pytest.importorskip("gguf")
+    from transformers import AutoModelForCausalLM
+
+    from tests.gguf_files import write
+    original, _ = make(tmp_path / "made", demo_checkpoint)
+    write(tmp_path / "model-Q8_0.gguf", "qwen3_moe", AutoModelForCausalLM.from_pretrained(original), "Q8_0")
+    small = {path.name: path.read_bytes() for path in original.iterdir() if path.suffix != ".safetensors"}
+    loopback.add("me/Model-GGUF", small | {"model-Q8_0.gguf": (tmp_path / "model-Q8_0.gguf").read_bytes()})
+    found = download("me/Model-GGUF", data=tmp_path, choice=Choice(16, "cpu"))
+    assert Manifest.load(found).layers == 2
+    assert isinstance(answer(found), str)
+
+
+def test_what_is_uploaded(loopback, folder):
+    address = publish(folder, REPO, Hub.here("hf_mine"))
+    files = loopback.repositories[REPO].at("main")[1]
+    assert address.startswith(loopback.endpoint)
+    assert {name: data for name, data in files.items() if name not in ("README.md", ".gitattributes")} == {
+        path.name: path.read_bytes() for path in folder.iterdir()}
+    n_puts = sum(request.startswith("PUT") for request in loopback.requests)
+    publish(folder, REPO, Hub.here("hf_mine"))
+    assert sum(request.startswith("PUT") for request in loopback.requests) == n_puts     # nothing sent twice
+
+
+def test_the_card_tells_levels_sizes_and_how_to_load(demo, tmp_path):
+    manifest = Manifest.load(demo)
+    text = card(demo, manifest, REPO)
+    assert text.startswith("---\n") and text.count("\n---\n") == 1
+    for level, found in manifest.calibration["levels"].items():
+        assert f"| {level} |" in text and f"{found['perplexity']:.3f}" in text
+    assert f"download {REPO}" in text and "from_pretrained" in text and "6 MoE layers of 16 experts" in text
+    shutil.copytree(demo, tmp_path / "again")
+    (tmp_path / "again" / "README.md").write_text(text, encoding="utf-8")
+    assert card(tmp_path / "again", manifest, REPO) == text           # publishing twice does not double it
+
+
+def test_an_uncalibrated_folder_says_so(folder):
+    text = card(folder, Manifest.load(folder), "me/x")
+    assert "Not calibrated" in text and text.startswith("---\nlibrary_name: floechat")
+
+
+def test_damaged_and_unfinished_folders_are_not_published(loopback, folder, tmp_path):
+    with pytest.raises(UserError, match="not a finished compressed folder"):
+        publish(tmp_path, REPO, Hub.here())
+    shutil.copytree(folder, tmp_path / "bad")
+    path = tmp_path / "bad" / "experts-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged .its sha256 differs"):
+        publish(tmp_path / "bad", REPO, Hub.here())
+    assert not loopback.repositories
+
+
+@pytest.mark.parametrize("place, code, kind, words", [
+    ("api/repos/create", 401, UserError, "token that may write"), ("api/repos/create", 403, UserError, "may write"),
+    (f"api/models/{REPO}/commit/main", 500, MachineError, "refused the upload.*500")])
+def test_refusals_become_sentences(loopback, folder, place, code, kind, words):
+    loopback.fault(place, *[status(code)] * 9)
+    with pytest.raises(kind, match=words):
+        publish(folder, REPO, Hub.here("hf_mine"))
+
+
+def test_the_verb(loopback, folder, capsys):
+    from engine.__main__ import main
+    assert main(["publish", str(folder), REPO, "--token", "hf_mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["repository"] == REPO
+    assert main(["publish", str(folder), "no id at all"]) == 2

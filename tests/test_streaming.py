@@ -1,0 +1,181 @@
+"""Compress while downloading: the same folder as compress makes, little disk, and on again after any stop."""
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from engine.compress import compress
+from engine.fetch import Choice, download
+from engine.format import TRUNK, Manifest, MappedFile, experts_name
+from engine.hub import Hub, Stopped
+from engine.installed import models, partial, size_of
+from engine.spec import UserError
+from tests.architectures import build
+from tests.folders import write_tokenizer
+from tests.killed import CHUNK, Nursery
+from tests.loopback_hub import LoopbackHub
+
+NAME = "me/Small"
+SHAPE = dict(num_hidden_layers=10, vocab_size=512, hidden_size=128, moe_intermediate_size=64)
+LEAN = Choice(trunk_bits=16, device="cpu", keep_original=False)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A sharded checkpoint; the shards are the size of the trunk, roughly a layer and a half."""
+    folder = tmp_path_factory.mktemp("original")
+    build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500KB")
+    write_tokenizer(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(original, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "made"
+    compress(original, folder, trunk_bits=16, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def loopback(original, monkeypatch):
+    with LoopbackHub() as hub:
+        hub.add_folder(NAME, original)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Experts files byte by byte; the trunk tensor by tensor, its order is that of arrival."""
+    a, b = Manifest.load(found), Manifest.load(expected)
+    a.check_sizes(found)
+    assert {entry.path for entry in a.files} == {entry.path for entry in b.files}
+    for layer in range(b.layers):
+        assert (found / experts_name(layer)).read_bytes() == (expected / experts_name(layer)).read_bytes()
+    one, other = MappedFile(found / TRUNK), MappedFile(expected / TRUNK)
+    assert one.header.keys() == other.header.keys()
+    for key in one.header.keys() - {"__metadata__"}:
+        assert torch.equal(one.tensor(key), other.tensor(key)), key
+    names = {path.name for path in found.iterdir()} - {"floe.source.json"}
+    assert names == {path.name for path in expected.iterdir()}
+
+
+class Watch:
+    """The most bytes that a folder has held, looked at all the time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most, self.stop = folder, 0, Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self.stop.wait(0.0005):
+            self.most = max(self.most, size_of(self.folder))
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def test_same_folder_as_compress_and_no_more_than_three_shards_beside_it(loopback, original, made, tmp_path):
+    loopback.pause = 0.002
+    texts = []
+    with Watch(tmp_path) as watch:
+        folder = download(NAME, folder=tmp_path / "Small", choice=LEAN, report=lambda progress: texts.append(progress))
+    assert_same(folder, made)
+    assert os.listdir(tmp_path) == ["Small"]
+    shards = sorted((path.stat().st_size for path in original.glob("*.safetensors")), reverse=True)
+    small = size_of(original) - sum(shards)
+    assert watch.most <= size_of(folder) + sum(shards[:3]) + 2 * small
+    assert watch.most < size_of(original)                       # else the bound above says nothing
+    assert any("Compressing layer 10 of 10" in progress.text for progress in texts)
+    assert texts[-1].done_bytes == texts[-1].total_bytes == size_of(original)
+    assert sum(loopback.served.values()) == size_of(original)
+
+
+def test_the_original_stays_if_it_is_to_stay(loopback, original, made, tmp_path):
+    folder = download(NAME, data=tmp_path, choice=Choice(16, "cpu", keep_original=True))
+    assert_same(folder, made)
+    kept = tmp_path / "models" / "Small-original"
+    assert {p.name: p.read_bytes() for p in kept.iterdir() if p.name != "floe.source.json"} == {
+        p.name: p.read_bytes() for p in original.iterdir()}
+    assert [(model.name, model.kind) for model in models(tmp_path)] == [("Small", "compressed"),
+                                                                       ("Small-original", "checkpoint")]
+
+
+def test_a_pause_anywhere_goes_on(loopback, made, tmp_path):
+    """Stopped at every piece of news in turn: while fetching, while compressing, between the two."""
+    dest = tmp_path / "Small"
+    for n in range(1, 60):
+        stop, news = Event(), []
+
+        def report(progress, n=n, stop=stop, news=news) -> None:
+            news.extend([progress.text] if progress.text else [])
+            if len(news) > n % 7:
+                stop.set()
+        try:
+            download(NAME, folder=dest, choice=LEAN, hub=Hub(loopback.endpoint, chunk_bytes=CHUNK), report=report,
+                     stop=stop)
+            break
+        except Stopped:
+            assert not dest.exists() and partial(dest).is_dir()
+    assert n > 5
+    assert_same(dest, made)
+
+
+def test_single_file_without_an_index(made, tmp_path):
+    build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "one")
+    write_tokenizer(tmp_path / "one")
+    with LoopbackHub() as loopback:
+        loopback.add_folder(NAME, tmp_path / "one")
+        assert_same(download(NAME, folder=tmp_path / "Small", choice=LEAN, hub=Hub(loopback.endpoint)), made)
+
+
+def test_disk_check_counts_the_result_and_the_shards_that_lie_together(loopback, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=204_000_000))
+    with pytest.raises(UserError, match="needed; make room, let each part of the original be deleted"):
+        download(NAME, data=tmp_path, choice=Choice(16, "cpu"))
+    assert not any(name.endswith(".safetensors") for name in loopback.served)
+
+
+def test_a_repository_that_lacks_a_shard(loopback, original, tmp_path):
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    files.pop("model-00002-of-" + sorted(original.glob("*.safetensors"))[0].name[-17:])
+    loopback.add(NAME, files)
+    with pytest.raises(UserError, match="lacks model-00002-of-.*which its"):
+        download(NAME, data=tmp_path, choice=LEAN)
+
+
+@pytest.mark.slow
+def test_killed_at_random_points(loopback, original, made, tmp_path):
+    """kill -9, also while a layer is compressed or the trunk grows: no shard comes twice, nothing half is taken."""
+    loopback.pause, loopback.piece = 0.002, 16 << 10
+    dest, total, rng, wasted, kills = tmp_path / "Small", size_of(original), random.Random(2), 0, 0
+    points = sorted(rng.randrange(total) for _ in range(8))
+    with Nursery("engine.streaming", "huggingface_hub.hf_api", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+                 "transformers.models.qwen3_moe.configuration_qwen3_moe") as nursery:
+        for point in points:
+            delay = rng.random() * 0.3
+
+            def ready(goal=point + wasted, delay=delay) -> bool:
+                return sum(loopback.served.values()) > goal and not Event().wait(delay)
+            if not nursery.killed_when(ready, model=NAME, folder=dest, endpoint=loopback.endpoint, trunk_bits=16,
+                                       device="cpu", keep_original=False):
+                break
+            kills += 1
+            assert not dest.exists()
+            wasted = kills * CHUNK
+    download(NAME, folder=dest, choice=LEAN)
+    assert_same(dest, made)
+    assert kills > 3 and sum(loopback.served.values()) <= total + kills * CHUNK
