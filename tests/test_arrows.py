@@ -52,6 +52,7 @@ ENGINE = {
     "cache": {"engine.spec", "kernels."},
     "experts": {"engine.spec", "engine.store", "engine.cache", "kernels."},
     "prefix": set(),
+    "step_cache": {"engine.spec"},
     "template": {"engine.spec", "engine.template_process"},
     "template_process": set(),
     "tokens": {"engine.spec", "engine.template"},
