@@ -192,7 +192,7 @@ def test_settings_belong_to_the_conversation_and_are_kept(app, page):
     page.get_by_label("System prompt").fill("You are a pirate.")
     page.get_by_label("System prompt").blur()
     page.get_by_label("Longest answer").fill("3")
-    page.get_by_label("Longest answer").blur()
+    page.get_by_label("Longest answer").press("Enter")
     number = int(page.url.rsplit("#c", 1)[1])
     until(page, lambda: settings(app, number).get("max_tokens") == 3)
     assert settings(app, number)["system"] == "You are a pirate."
@@ -200,7 +200,7 @@ def test_settings_belong_to_the_conversation_and_are_kept(app, page):
     assert "3 tokens" in answer.locator(".stats").inner_text() and "length limit" in answer.inner_text()
     page.reload()
     page.get_by_role("tab", name="This chat").click()
-    page.wait_for_function("document.querySelector('#right textarea').value === 'You are a pirate.'")
+    until(page, lambda: page.get_by_label("System prompt").input_value() == "You are a pirate.")
     page.click("#reset")
     until(page, lambda: "max_tokens" not in settings(app, number))
     new_chat(page)

@@ -30,6 +30,8 @@ export async function mount(root, gradioTrigger) {
   on("state", changed);
   on("text", grow);
   document.addEventListener("keydown", shortcut);
+  document.addEventListener("keydown", applyNumber, true);
+  document.addEventListener("blur", keepInside, true);
   window.addEventListener("hashchange", () => emit("opened", opened.id));
   restoreTheme();
   start();
@@ -197,6 +199,22 @@ function shortcut(event) {
   else if (event.key === "Escape" && state.live && !event.target.closest("input, .editing")) api("POST", "/api/stop");
   else return;
   event.preventDefault();
+}
+
+// Gradio's number fields take a value when they lose the focus; Enter means the same, and the focus stays.
+function applyNumber(event) {
+  if (event.key !== "Enter" || !event.target.matches("#right input[type=number]")) return;
+  event.target.blur();
+  event.target.focus();
+}
+
+// A slider's number beyond its ends means the end; Gradio would answer with an error. Comes before Gradio's own handler.
+function keepInside({ target }) {
+  if (!target.matches?.("#near input[type=number]") || target.value === "") return;
+  const inside = Math.min(Math.max(Number(target.value), Number(target.min)), Number(target.max));
+  if (inside === Number(target.value)) return;
+  target.value = inside;
+  target.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
 // Looks
