@@ -4,6 +4,7 @@ import { TEXT, api, button, emit, h, icon, notice, on, opened, ready, say, start
 import { composer } from "/ui/composer.js";
 import { message, showThinking, statsLine } from "/ui/message.js";
 
+let loads = 0;
 let log, scroller, queue, banner, title, meter, trigger, drawn = { id: null, limit: 40, text: 0 };
 
 export async function mount(root, gradioTrigger) {
@@ -42,6 +43,7 @@ export async function mount(root, gradioTrigger) {
 
 export async function load() {
   const id = opened.id;
+  const turn = ++loads; // of several at once only the last may draw: its answer is the newest
   trigger("select", { id: id ?? 0 });
   if (!id) return drawEmpty();
   let conversation;
@@ -51,7 +53,7 @@ export async function load() {
     if (opened.id === id) opened.id = null;
     return;
   }
-  if (opened.id !== id) return;
+  if (opened.id !== id || turn !== loads) return;
   const stay = drawn.id === id && !nearEnd() ? scroller.scrollTop : null;
   drawn.id = id;
   title.textContent = conversation.conversation.title || TEXT.untitled;
@@ -66,6 +68,13 @@ export async function load() {
   drawMeter(used, total);
   if (stay === null) follow(true);
   else scroller.scrollTop = stay;
+  if (outlived()) setTimeout(() => outlived() && load(), 200);
+}
+
+// Whether a message is drawn as growing that the program is not writing (any more, or not yet).
+function outlived() {
+  const growing = log.querySelector(".message.running");
+  return growing && Number(growing.dataset.id) !== state.live?.message;
 }
 
 function drawEmpty() {
@@ -92,7 +101,7 @@ function changed({ now, before }) {
   const ended = before.live && before.live.message !== now.live?.message;
   const begun = now.live && before.live?.message !== now.live.message && now.live.conversation === opened.id;
   if (ended && before.live.conversation === opened.id) load().then(announce);
-  else if (begun && !log.querySelector(`[data-id="${now.live.message}"]`)) load();
+  else if (outlived() || (begun && !log.querySelector(`[data-id="${now.live.message}"]`))) load();
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
   if (before.model.state !== "ready" && now.model.state === "ready") load();
