@@ -1,7 +1,8 @@
 """Near memory: arenas of equal slots under one byte limit, with the bookkeeping of kernels/take.py and kernels/age.py.
 
 `WholeCache` holds whole experts (levels `full` and `exact`), decoded to float32 and counted so. `SparseCache` holds
-sketches and records packed, as they lie in the file. Both never hold more than `near_bytes`, bounce rows included.
+sketches and records packed, as they lie in the file; `BlobCache` whole experts packed, for the step that a device takes
+alone. None ever holds more than `near_bytes`, bounce rows included.
 Policy and counting live in engine/experts.py; here it is only decided where things are.
 """
 from __future__ import annotations
@@ -96,9 +97,10 @@ class SparseCache:
     """Packed sketches and records. When all sketches fit beside one layer's records they simply stay."""
 
     def __init__(self, layout: Layout, layers: int, experts: int, top_k: int, budgets: list[int], near_bytes: int,
-                 device: str) -> None:
-        """budgets: the most records a layer may need for one token, per layer."""
+                 device: str, tokens: int = 1) -> None:
+        """budgets: the most records a layer may need for one token, per layer; tokens: of one step, at most."""
         self.layout, self.layers, self.experts = layout, layers, experts
+        top_k, budgets = top_k * tokens, [n * tokens for n in budgets]
         n_sketches, n_records = layers * experts, layers * experts * layout.neurons
         self.smallest_bytes = top_k * layout.sketch_bytes + max(budgets) * layout.record
         if near_bytes < self.smallest_bytes:
@@ -108,10 +110,10 @@ class SparseCache:
         self.resident = spare >= n_sketches * layout.sketch_bytes
         rows = n_sketches if self.resident else max(top_k, 3 * spare // 4 // layout.sketch_bytes)
         bounce = 0 if self.resident else top_k
-        self.sketch_pool = new_pool(n_sketches, rows - bounce)
+        self.sketch_pool = new_pool(n_sketches, rows - bounce, device)
         spare -= rows * layout.sketch_bytes
         slots = min(n_records, spare // layout.record)
-        self.record_pool = new_pool(n_records, slots)
+        self.record_pool = new_pool(n_records, slots, device)
         self.sketches = torch.empty(rows, layout.sketch_bytes, dtype=torch.uint8, device=device)
         self.records = torch.empty(slots + max(budgets), layout.record, dtype=torch.uint8, device=device)
         self.near_bytes = self.sketches.numel() + self.records.numel()
@@ -123,7 +125,7 @@ class SparseCache:
         if not self.resident:
             return
         for layer in range(self.layers):
-            ids = torch.arange(self.experts, dtype=torch.int32)
+            ids = torch.arange(self.experts, dtype=torch.int32, device=self.sketches.device)
             self.take_sketches(layer, ids, sketches_of(layer), 0)
 
     def is_complete(self) -> bool:
@@ -157,6 +159,32 @@ class SparseCache:
 
     def residency(self) -> list[float]:
         return (self.record_pool.slot_of.view(self.layers, -1) >= 0).float().mean(1).tolist()
+
+
+class BlobCache:
+    """Whole experts as they lie in the file. Object = layer * E + expert; bounce rows for one layer of one step."""
+
+    def __init__(self, layout: Layout, layers: int, experts: int, top_k: int, near_bytes: int, device: str,
+                 tokens: int = 1) -> None:
+        self.row_bytes = layout.blob_bytes
+        bounce = top_k * tokens
+        n_objects, n_rows = layers * experts, near_bytes // layout.blob_bytes
+        self.smallest_bytes = bounce * layout.blob_bytes
+        if n_rows < bounce:
+            raise UserError(f"{near_bytes:,} bytes of near memory do not hold the {bounce} experts of a step; "
+                            f"give at least {self.smallest_bytes:,}.")
+        n_slots = n_objects if n_rows >= n_objects else n_rows - bounce
+        self.keeps_all = n_slots == n_objects
+        self.pool = new_pool(n_objects, n_slots, device)
+        self.blobs = torch.empty(min(n_rows, n_objects), layout.blob_bytes, dtype=torch.uint8, device=device)
+        self.layers, self.near_bytes = layers, self.blobs.numel()
+        self.reserve = min(layers * bounce, max(1, n_slots // KEEP_FREE))
+
+    def used_bytes(self) -> int:
+        return _resident(self.pool) * self.row_bytes
+
+    def residency(self) -> list[float]:
+        return (self.pool.slot_of.view(self.layers, -1) >= 0).float().mean(1).tolist()
 
 
 def _resident(pool: Pool) -> int:

@@ -53,6 +53,10 @@ class FarBlobs:
     def verify(self, layer: int, expert: int) -> None:
         self._files[layer].verify(expert)
 
+    def blobs(self, layer: int) -> Tensor:
+        """uint8 [E, 1, blob_bytes]"""
+        return self._files[layer].blobs[:, None]
+
     def sketches(self, layer: int) -> Tensor:
         """uint8 [E, 1, sketch_bytes]"""
         return self._files[layer].blobs[:, None, :self.layout.sketch_bytes]

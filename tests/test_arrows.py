@@ -53,6 +53,8 @@ ENGINE = {
     "experts": {"engine.spec", "engine.store", "engine.cache", "kernels."},
     "prefix": set(),
     "step_cache": {"engine.spec"},
+    "gates": {"kernels."},
+    "device_runtime": {"engine.spec", "engine.store", "engine.cache", "engine.experts", "engine.gates", "kernels."},
     "template": {"engine.spec", "engine.template_process"},
     "template_process": set(),
     "tokens": {"engine.spec", "engine.template"},

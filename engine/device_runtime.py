@@ -1,0 +1,267 @@
+"""The runtime of a device: one decode step of the experts without a single decision of the host.
+
+The same protocol, policies and counters as engine/experts.py, which stays the oracle; but the clock, the budgets, the
+counters and every table are tensors changed in place, nothing is read back, and shapes depend on no value. A step can
+therefore be recorded once and replayed. Experts stay packed: sketches and records at the sparse levels, whole blobs at
+`exact`. Far memory must be readable by the kernels (engine/pinned.py on a card) and verified beforehand.
+
+Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a layer keeps, L layers, E experts.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from engine.cache import BlobCache, SparseCache
+from engine.experts import FADE, LayerExperts, Runtime
+from engine.gates import recognised
+from engine.spec import SPARSE_LEVELS, Counters, UserError
+from engine.store import FarBlobs
+from kernels.activation import Gate, quantize_activation
+from kernels.age import age
+from kernels.apply import apply
+from kernels.dense import dense
+from kernels.fill import fill
+from kernels.score import score, score_up
+from kernels.select import BINS, DOWN_ONLY, select, select_above
+from kernels.take import Pool, new_pool, take
+
+Tensor = torch.Tensor
+MOST_TOKENS = 4  # of one step: what the kernels are written for
+
+
+class NoDevicePath(UserError):
+    """These experts cannot be computed by the device kernels; they run through the host's path."""
+
+
+class DeviceRuntime(Runtime):
+    """Takes the place of `before`, a runtime over packed experts; see `take_over`."""
+
+    def __init__(self, before: Runtime, far: FarBlobs, device: str, tokens: int = 1) -> None:
+        assert 1 <= tokens <= MOST_TOKENS, tokens
+        if not isinstance(far, FarBlobs):
+            raise NoDevicePath("An uncompressed checkpoint is computed expert by expert; compress it first.")
+        for layer in range(far.layers):
+            for expert in range(far.experts):
+                far.verify(layer, expert)
+        self.tokens, self.gates = tokens, [_gate_of(layer) for layer in before.layers]
+        self.counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self.recent = torch.zeros(far.layers * far.experts + 1, device=device)  # fading picks, and tokens behind them
+        self.clock_now = torch.zeros(1, dtype=torch.int32, device=device)
+        self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
+        self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
+        self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
+        super().__init__(far, before.top_k, before.level, before.plans, before.near_wish, device, before.predict)
+        self.layers = [_moved(layer, device) for layer in before.layers]
+        self._before = before.counters()
+
+    # --- near memory --------------------------------------------------------------------------------------------
+    def _new_cache(self) -> SparseCache | BlobCache:
+        far, wish = self.far, self.everything_bytes() if self.near_wish is None else self.near_wish
+        if self.level in SPARSE_LEVELS:
+            return SparseCache(far.layout, far.layers, far.experts, self.top_k, self._most_records(), wish,
+                               self.device, self.tokens)
+        return BlobCache(far.layout, far.layers, far.experts, self.top_k, wish, self.device, self.tokens)
+
+    def _start(self, cache: SparseCache | BlobCache) -> None:
+        self.near = cache
+        self.sparse = cache if isinstance(cache, SparseCache) else None
+        self.whole = cache if isinstance(cache, BlobCache) else None
+        self.clock_now.zero_()
+        if self.sparse is not None:
+            self._set_budgets()
+            self.sparse.preload(self.far.sketches)
+
+    def _set_budgets(self) -> None:
+        """The level as values on the device: budgets int32 [L, 2] refined and total, or thresholds [L, E]."""
+        plan, table = self.plans[self.level], {"dtype": torch.int32, "device": self.device}
+        self.capacity = self._most_records()
+        if self.level == "floe":
+            self.thresholds = torch.tensor(plan.thresholds, dtype=torch.float32, device=self.device)
+        else:
+            self.budgets = torch.tensor([(refined, refined + rest) for refined, rest in plan.budgets], **table)
+        self.histogram = torch.zeros(self.tokens, BINS, **table)
+
+    def reset(self) -> None:
+        """Forget what is near, in the same tensors, so that a recorded step goes on with them; counters go on."""
+        for pool in self._pools():
+            for table, fresh in zip(pool, new_pool(len(pool.slot_of), len(pool.object_of), self.device), strict=True):
+                table.copy_(fresh)
+        self.clock_now.zero_()
+        if self.sparse is not None:
+            self.sparse.preload(self.far.sketches)
+
+    def _pools(self) -> list[Pool]:
+        return [self.whole.pool] if self.whole is not None else [self.sparse.sketch_pool, self.sparse.record_pool]
+
+    def everything_bytes(self) -> int:
+        if self.level in SPARSE_LEVELS:
+            most = max(self._most_records()) * self.tokens
+            return self.far.layers * self.far.experts * self.far.layout.blob_bytes + most * self.far.layout.record
+        return self.far.layers * self.far.experts * self.far.layout.blob_bytes
+
+    def smallest_bytes(self) -> int:
+        return self.near.smallest_bytes
+
+    # --- numbers ------------------------------------------------------------------------------------------------
+    def counters(self) -> Counters:
+        """As of the last token that came back; waits for the device only where no graph brings them."""
+        return self._before + Counters(*(self.counts.tolist() if self.counted is None else self.counted))
+
+    def activity(self) -> list[list[float]]:
+        picks = self.recent.cpu()
+        return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
+
+    # --- one step -----------------------------------------------------------------------------------------------
+    def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        layer = self.layers[layer.index]
+        if self.phase == "prefill" or (self.phase == "auto" and len(x) > 1):
+            return self._dense(layer, x.float(), ids, weights.float()).to(x.dtype)
+        assert len(x) <= self.tokens, f"a step of {len(x)} tokens, planned for {self.tokens}"
+        hidden, weights, ids = x.float(), weights.float().contiguous(), ids.int()
+        if layer.index == 0:
+            self._begin_step()
+        self._picked.append(ids.flatten().long() + layer.index * self.far.experts)
+        padded = F.pad(hidden, (0, self.far.layout.padded - hidden.shape[1]))
+        step = self._whole_blobs if self.whole is not None else self._chosen_records
+        out = layer.finish(step(layer, padded, ids, weights)[..., :hidden.shape[1]], ids.long())
+        out = (out * weights[..., None]).sum(1)
+        if layer.index + 1 < len(self.layers):
+            if self.predict:
+                self._guess(self.layers[layer.index + 1], hidden)
+        else:
+            self._end_step()
+        return out.to(x.dtype)
+
+    def _begin_step(self) -> None:
+        """The token before has ended: make room for this one."""
+        self._needed, self._had, self._picked, self._fetched_ahead = [], [], [], []
+        wasted = torch.zeros((), dtype=torch.int64, device=self.device)
+        if self.whole is not None:
+            if not self.whole.keeps_all:
+                wasted = age(self.whole.pool, self.clock_now, self.whole.reserve)[1] * self.far.expert_bytes
+        else:
+            if not self.sparse.resident:
+                freed = age(self.sparse.sketch_pool, self.clock_now, self.sparse.sketch_reserve)
+                wasted = freed[1] * self.far.layout.sketch_bytes
+            age(self.sparse.record_pool, self.clock_now, self.sparse.record_reserve)
+        self._wasted = wasted
+        self.clock_now.add_(1)
+
+    def _end_step(self) -> None:
+        """Count the whole step at once: a few operations instead of a few per layer."""
+        needed = torch.cat(self._needed).sum(dtype=torch.int64)
+        had = torch.cat(self._had).sum(dtype=torch.int64)
+        ahead = torch.cat(self._fetched_ahead or [self._needed[0][:0]]).sum(dtype=torch.int64)
+        step = torch.stack((needed, had, needed - had, ahead, self._wasted))
+        self.counts.add_(torch.where(self.done, 0, step))
+        picked = torch.cat((*self._picked, self._picked[0].new_tensor([len(self.recent) - 1])))
+        self.recent.mul_(FADE).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
+
+    def _bring_near(self, pool: Pool, near: Tensor, far: Tensor, source: Tensor, first: int, need: Tensor,
+                    ahead: bool = False) -> Tensor:
+        """Objects `first + source` (int32 [T, n], -1 for none) into near memory -> place int32 [T, n]."""
+        misses = torch.empty(source.numel() + 1, dtype=torch.int32, device=source.device)
+        objects = torch.where(source < 0, -1, source + first)
+        place, have = take(pool, objects, need, self.clock_now, ahead, misses)
+        fill(far, source, near, place, have, need, misses)
+        if ahead:
+            self._fetched_ahead.append(torch.where(place < 0, 0, need - have).flatten())
+        else:
+            self._needed.append(need.flatten())
+            self._had.append(have.flatten())
+        return place
+
+    def _whole_blobs(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Level `exact` -> per-expert sums [T, k, H]."""
+        need = torch.full_like(ids, self.far.layout.blob_bytes)
+        place = self._bring_near(self.whole.pool, self.whole.blobs, self.far.blobs(layer.index), ids,
+                                 layer.index * self.far.experts, need)
+        return dense(x, self.whole.blobs, place, self.far.layout, self.gates[layer.index], *_biases(layer, ids))
+
+    def _chosen_records(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The sparse levels -> per-expert sums [T, k, H]."""
+        far, near, layout, biases = self.far, self.sparse, self.far.layout, _biases(layer, ids)
+        place = self._bring_near(near.sketch_pool, near.sketches, far.sketches(layer.index), ids,
+                                 layer.index * far.experts, torch.full_like(ids, layout.sketch_bytes))
+        neurons, fidelity = self._choose(layer, x, place, ids, weights, biases)
+        there, index = neurons >= 0, neurons.clamp(min=0)
+        items = ids.gather(1, (index // layout.neurons).long()) * layout.neurons + index % layout.neurons
+        need = torch.where(there, torch.where(fidelity == DOWN_ONLY, layout.prefix, layout.record), 0).int()
+        where = self._bring_near(near.record_pool, near.records, far.records(layer.index),
+                                 torch.where(there, items, -1), layer.index * far.experts * layout.neurons, need)
+        return apply(x, near.sketches, place, near.records, where, neurons, fidelity, layout, self.gates[layer.index],
+                     *biases)
+
+    def _choose(self, layer: LayerExperts, x: Tensor, place: Tensor, ids: Tensor, weights: Tensor, biases: tuple):
+        """-> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
+        layout, capacity = self.far.layout, self.capacity[layer.index]
+        codes, scales = quantize_activation(x, layout.group)
+        if self.level == "floe":
+            scores = score_up(codes, scales, self.sparse.sketches, place, layout, biases[1])
+            limits = self.thresholds[layer.index][ids.long()]
+            return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
+        histogram = self.histogram[:len(x)]
+        scores = score(codes, scales, self.sparse.sketches, place, weights, layout, self.gates[layer.index], *biases,
+                       histogram)
+        refined, total = self.budgets[layer.index].split(1)
+        return select(scores, refined, total, capacity, histogram)
+
+    def _guess(self, following: LayerExperts, x: Tensor) -> None:
+        """Fetch what the next layer's router picks on this layer's input, into free slots, up to `ahead_bytes`."""
+        if following.router_weight is None or (self.sparse is not None and self.sparse.resident):
+            return
+        guess = (x[-1:] @ following.router_weight.T).topk(self.top_k).indices.int()
+        first = following.index * self.far.experts
+        if self.whole is not None:
+            pool, near, far = self.whole.pool, self.whole.blobs, self.far.blobs(following.index)
+        else:
+            pool, near, far = self.sparse.sketch_pool, self.sparse.sketches, self.far.sketches(following.index)
+        n_bytes = near.shape[1]
+        missing = pool.slot_of[(guess + first).long()] < 0
+        allowed = missing.cumsum(1) * n_bytes <= self.ahead_bytes
+        source = torch.where(missing & allowed, guess, -1)
+        self._bring_near(pool, near, far, source, first, torch.where(source < 0, 0, n_bytes).int(), ahead=True)
+
+    # --- prefill ------------------------------------------------------------------------------------------------
+    def _for_prefill(self, layer: LayerExperts, expert: int, scratch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        gate_up, down = scratch
+        self.far.decode(layer.index, expert, *layer.halves(gate_up), down)
+        self.prefill_far_bytes += self.far.expert_bytes
+        return gate_up, down
+
+    def _scratch(self) -> tuple[Tensor, Tensor]:
+        n, h = self.far.neurons, self.far.hidden
+        return torch.empty(2 * n, h, device=self.device), torch.empty(n, h, device=self.device)
+
+
+def take_over(model: torch.nn.Module, far: FarBlobs, device: str, tokens: int = 1) -> DeviceRuntime:
+    """Put a DeviceRuntime behind all experts modules of an open model. NoDevicePath: nothing has changed."""
+    before = model.floe
+    runtime = DeviceRuntime(before, far, device, tokens)
+    for module in model.modules():
+        if getattr(module, "runtime", None) is before:
+            module.runtime = runtime
+    model.floe = runtime
+    return runtime
+
+
+def _gate_of(layer: LayerExperts) -> Gate:
+    gate = recognised(layer.apply_gate, layer.join)
+    if gate is None:
+        raise NoDevicePath("The device kernels do not know the activation of these experts; they run on the host.")
+    return gate
+
+
+def _moved(layer: LayerExperts, device: str) -> LayerExperts:
+    router = None if layer.router_weight is None else layer.router_weight.float().to(device)
+    return replace(layer, biases={name: bias.to(device) for name, bias in layer.biases.items()}, router_weight=router)
+
+
+def _biases(layer: LayerExperts, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of gate and up of the routed experts, float32 [T, k, I]."""
+    if not layer.biases:
+        return None, None
+    return layer.biases["gate_bias"][ids.long()], layer.biases["up_bias"][ids.long()]

@@ -1,0 +1,190 @@
+"""The experts' step of a device against the host's path, its oracle: the same tokens, the same bytes, step by step."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import hf
+from engine.device_runtime import DeviceRuntime, NoDevicePath, take_over
+from engine.experts import LevelPlan
+from engine.gates import recognised
+from engine.spec import Options, UserError
+from kernels.activation import Gate
+from tests.folders import checkpoint, compressed
+from tests.test_experts import N_TOKENS, PLANS, PROMPT, E, K, L
+
+LEVELS = ("exact", *PLANS)
+
+
+def answer(loaded) -> list[int]:
+    """Greedy tokens; the prompt one by one as well, because only the host's prefill leaves experts near."""
+    loaded.runtime.phase = "decode"
+    state, found, prompt = None, [], PROMPT[0].tolist()
+    for i in range(len(prompt) + N_TOKENS):
+        token = prompt[i] if i < len(prompt) else found[-1]
+        out = loaded.model(torch.tensor([[token]]), past_key_values=state, use_cache=True)
+        state = out.past_key_values
+        found.append(int(out.logits[0, -1].argmax()))
+    return found[len(prompt) - 1:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return compressed("qwen3_moe", tmp_path_factory.mktemp("device"), num_hidden_layers=L)[2]
+
+
+def opened(folder: Path, level: str, share: float, predict: bool, on_device: bool, tokens: int = 1):
+    """A model whose near memory has as many slots on either path. share: of all objects that are near."""
+    loaded = hf.load(folder, Options("exact", device="cpu"))
+    runtime = loaded.runtime
+    runtime.plans.update(PLANS)
+    runtime.predict = predict
+    n_slots = int(share * L * E)
+    if on_device:
+        runtime = loaded.runtime = take_over(loaded.model, runtime.far, "cpu", tokens)
+    if level == "exact":
+        rows = L * E if share == 1 else n_slots + (K * tokens if on_device else 1)
+        near_bytes = rows * (runtime.far.layout.blob_bytes if on_device else runtime.whole.row_bytes)
+    else:
+        runtime.set_level(level)
+        least = runtime.smallest_bytes()
+        near_bytes = least + int(share * (runtime.everything_bytes() - least))
+    runtime.set_level(level, near_bytes)
+    return loaded
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("share, predict", [(1.0, True), (0.4, True), (0.4, False), (0.0, False)])
+@torch.no_grad()
+def test_tokens_and_bytes_are_those_of_the_host(level, share, predict, folder):
+    share = max(share, 0.1) if level == "exact" else share
+    found = {}
+    for on_device in (False, True):
+        loaded = opened(folder, level, share, predict, on_device)
+        start = loaded.runtime.counters()
+        tokens = answer(loaded)
+        used = loaded.runtime.counters() - start
+        found[on_device] = tokens, used, loaded.runtime.residency(), loaded.runtime.near_used_bytes() > 0
+    assert isinstance(loaded.runtime, DeviceRuntime) and used.needed_bytes > 0
+    if level == "exact":  # one holds float32, the other packed bytes
+        assert found[True][:3] == found[False][:3]
+    else:
+        assert found[True] == found[False]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@torch.no_grad()
+def test_several_tokens_at_once_equal_one_by_one(level, folder):
+    rows = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 1], [1, 2], [7, 0], [3, 4]])
+    weights = torch.tensor([[0.7, 0.3], [0.5, 0.5], [0.9, 0.1], [0.6, 0.4]])
+    out = {}
+    for on_device in (False, True):
+        runtime = opened(folder, level, 0.3, False, on_device, tokens=4 if on_device else 1).runtime
+        runtime.phase = "decode"
+        out[on_device] = [runtime.forward(layer, rows, ids, weights) for layer in runtime.layers]
+        assert runtime.counters().needed_bytes > 0
+    torch.testing.assert_close(out[True], out[False], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_text", "glm4_moe", "mixtral"])
+@torch.no_grad()
+def test_other_experts(name, tmp_path):
+    made, found = compressed(name, tmp_path)[2], {}
+    for on_device in (False, True):
+        loaded = hf.load(made, Options("exact", device="cpu"))
+        runtime = loaded.runtime
+        runtime.plans["fast"] = LevelPlan(((20, 30),) * runtime.far.layers)
+        if on_device:
+            runtime = take_over(loaded.model, runtime.far, "cpu")
+        for level in ("exact", "fast"):
+            runtime.set_level(level)
+            before = runtime.counters()
+            found[on_device, level] = answer(loaded), runtime.counters() - before
+    assert found[True, "exact"] == found[False, "exact"] and found[True, "fast"] == found[False, "fast"]
+
+
+@torch.no_grad()
+def test_activity_fades_as_on_the_host(folder):
+    shown = []
+    for on_device in (False, True):
+        loaded = opened(folder, "fast", 0.5, False, on_device)
+        answer(loaded)
+        shown.append(torch.tensor(loaded.runtime.activity()))
+    assert shown[0].shape == (L, E) and shown[0].max() > 0
+    torch.testing.assert_close(shown[1], shown[0], rtol=0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_a_finished_answer_counts_nothing_and_bytes_ahead_are_capped(folder):
+    loaded = opened(folder, "exact", 0.5, True, True)
+    runtime = loaded.runtime
+    answer(loaded)
+    assert runtime.counters().speculative_bytes > 0
+    runtime.ahead_bytes.fill_(0)
+    before = runtime.counters()
+    answer(loaded)
+    assert (runtime.counters() - before).speculative_bytes == 0
+    runtime.done.fill_(True)
+    before = runtime.counters()
+    answer(loaded)
+    assert runtime.counters() == before
+
+
+@torch.no_grad()
+def test_budgets_are_values_of_the_device(folder):
+    """The same step, told another level's budgets, keeps that level's neurons."""
+    runtime = opened(folder, "balanced", 1.0, False, True).runtime
+    alone = opened(folder, "fast", 1.0, False, True).runtime
+    runtime.budgets.copy_(alone.budgets)
+    x, ids, weights = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.8, 0.2]])
+    for each in (runtime, alone):
+        each.phase = "decode"
+    found = [[each.forward(layer, x, ids, weights) for layer in each.layers] for each in (runtime, alone)]
+    assert torch.equal(torch.cat(found[0]), torch.cat(found[1]))
+
+
+def test_reset_keeps_the_tensors(folder):
+    loaded = opened(folder, "balanced", 0.5, False, True)
+    runtime = loaded.runtime
+    with torch.no_grad():
+        first = answer(loaded)
+    before = [table.data_ptr() for pool in runtime._pools() for table in pool]
+    runtime.reset()
+    assert before == [table.data_ptr() for pool in runtime._pools() for table in pool]
+    assert not sum(runtime.residency())
+    with torch.no_grad():
+        assert answer(loaded) == first
+
+
+def test_gates_are_told_from_their_values():
+    for gate in (Gate("silu"), Gate("gelu"), Gate("gelu_tanh"), Gate("relu"), Gate("clamped_swiglu")):
+        for join in (lambda g, u: torch.cat((g, u), -1), lambda g, u: torch.stack((g, u), -1).flatten(-2)):
+            joined = join(torch.zeros(1, 2), torch.ones(1, 2))
+            interleaved = joined[0, 1] == 1
+
+            def apply_gate(both, gate=gate, interleaved=interleaved):
+                sides = (both[..., ::2], both[..., 1::2]) if interleaved else both.chunk(2, -1)
+                return gate(*sides)
+            assert recognised(apply_gate, join).kind == gate.kind
+    assert recognised(lambda both: both[..., :2401].sin(), join) is None
+
+
+def test_experts_without_a_device_path_say_so(folder, tmp_path, monkeypatch):
+    checkpoint("qwen3_moe", tmp_path)
+    plain = hf.load(tmp_path, Options("full", device="cpu"))
+    with pytest.raises(NoDevicePath, match="compress it first"):
+        take_over(plain.model, plain.runtime.far, "cpu")
+    loaded = opened(folder, "exact", 1.0, False, False)
+    loaded.runtime.layers[0].apply_gate = lambda both: both.chunk(2, -1)[0].sin()
+    with pytest.raises(NoDevicePath, match="on the host"):
+        take_over(loaded.model, loaded.runtime.far, "cpu")
+    assert loaded.model.floe is loaded.runtime
+
+
+def test_near_memory_for_less_than_a_step_is_a_sentence(folder):
+    runtime = opened(folder, "exact", 1.0, False, True).runtime
+    with pytest.raises(UserError, match=f"give at least {K * runtime.far.layout.blob_bytes:,}"):
+        runtime.resize(K * runtime.far.layout.blob_bytes - 1)
