@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from engine.format import (
     writing,
 )
 from engine.quantize import nested
-from engine.spec import UserError
+from engine.spec import ModelSpec, UserError
 from engine.trunk import bits_of, encode
 from kernels.layout import Layout, default_group_size
 from kernels.planes import record_rows, sketch_rows
@@ -38,6 +38,7 @@ from kernels.planes import record_rows, sketch_rows
 PARTIAL = "floe.partial.json"
 COPIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
           "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE")
+BYTES_PER_WEIGHT = {16: 2.0, 8: 1.1, 4: 0.8}        # of the trunk, scales and the parts that stay finer included
 Tensor = torch.Tensor
 
 
@@ -85,6 +86,19 @@ def write_layer(path: Path, experts: Iterable[ExpertLayer], n_experts: int, layo
         for name, rows in biases.items():
             if rows:
                 writer.add(name, torch.cat(rows))
+
+
+def experts_of(checkpoint: Checkpoint, layer: int, check: Callable[[], None]) -> Iterator[ExpertLayer]:
+    """One layer's experts, one at a time; `check` is called before each and may raise to stop there."""
+    for e in range(checkpoint.spec.experts):
+        check()
+        yield checkpoint.read_expert(layer, e)
+
+
+def result_bytes(spec: ModelSpec, trunk_bits: int) -> int:
+    """About how large the compressed folder will be."""
+    layout = Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden))
+    return spec.layers * spec.experts * layout.blob_bytes + int(spec.trunk_params * BYTES_PER_WEIGHT[trunk_bits])
 
 
 def write_trunk(path: Path, checkpoint: Checkpoint, trunk_bits: int) -> None:
@@ -169,8 +183,10 @@ def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits
 def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_size: int | None = None,
                         trunk_bits: int = 16, device: str | None = None,
                         report: Callable[[Progress], None] = lambda progress: None,
-                        say: Callable[[str], None] = lambda sentence: None) -> Manifest:
-    """`compress` for a checkpoint that is open already. source: the folder of its tokenizer; origin: see `Making`."""
+                        say: Callable[[str], None] = lambda sentence: None,
+                        check: Callable[[], None] = lambda: None) -> Manifest:
+    """`compress` for a checkpoint that is open already. source: the folder of its tokenizer; origin: see `Making`;
+    check: see `experts_of`."""
     if checkpoint.left_out:
         say(f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}.")
     spec = checkpoint.spec
@@ -178,7 +194,7 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
     clock = _Clock(spec.layers + 1, spec.experts * 3 * spec.neurons * spec.hidden, report)
     for layer in range(spec.layers):
         if experts_name(layer) not in making.done:
-            making.layer(layer, (checkpoint.read_expert(layer, e) for e in range(spec.experts)))
+            making.layer(layer, experts_of(checkpoint, layer, check))
             clock.worked()
         clock.tell(layer + 1)
     if TRUNK not in making.done:

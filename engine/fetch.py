@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,12 +24,16 @@ from engine.units import size
 
 SOURCES = ("ready", "original", "gguf")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 SPARE_BYTES = 200 * 10**6       # left free on the disk, for the rest of the machine
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a typed name means. revision: of the repository; gguf: the file to take there, "" for the only one."""
+    """What a typed name means. revision: of the repository; gguf_file: the one to take, "" for the only one.
+
+    like: whose configuration and tokenizer belong to a GGUF file (folder, catalogue name, Hub id), "" to find out.
+    """
 
     name: str
     repository: str
@@ -36,6 +41,7 @@ class Wanted:
     ready: str = ""
     gguf_repository: str = ""
     gguf_file: str = ""
+    like: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,17 +67,18 @@ def wanted(text: str) -> Wanted:
 
 def download(text: str, source: str | None = None, folder: str | Path | None = None, data: str | Path | None = None,
              hub: Hub | None = None, report: Callable[[Progress], None] = lambda progress: None,
-             stop: Event | None = None, choice: Choice | None = None, file: str = "") -> Path:
+             stop: Event | None = None, choice: Choice | None = None, file: str = "", like: str = "") -> Path:
     """The folder of the model, whole. Goes on where an earlier call was; nothing to do if it is there.
 
     source: ready, original or gguf; None takes the first of them that there is. folder: where to put it instead of the
-    data folder. stop: set it from any thread to pause, `Stopped` is raised. file: which GGUF of several.
+    data folder. stop: set it from any thread to pause, `Stopped` is raised. file: which GGUF of several; like: the
+    original that it was made from, where neither the catalogue nor its repository says so.
     UserError, MachineError: one sentence.
     """
     if source not in (None, *SOURCES):
         raise UserError(f"There is no source {source!r}; choose one of {', '.join(SOURCES)}.")
     model, choice, stop = wanted(text), choice or Choice(), stop or Event()
-    model = replace(model, gguf_file=file) if file else model
+    model = replace(model, gguf_file=file or model.gguf_file, like=like)
     dest = Path(folder).expanduser().absolute() if folder else models_dir(data) / model.name
     with only_one(dest):
         work = partial(dest)
@@ -87,7 +94,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
             fetch_and_compress(hub, found, dest, choice, report, stop)
         else:
             from engine.gguf_import import fetch_and_import
-            fetch_and_import(hub, found, model.repository, dest, choice, report, stop)
+            fetch_and_import(hub, found, model, dest, choice, report, stop)
     return dest
 
 
@@ -223,15 +230,28 @@ def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
     return _source(hub, listing, "original", _flat(listing) + weights)
 
 
+def part_of(name: str) -> tuple[str, int, int] | None:
+    """(name before the numbers, number, how many) of one part of a split GGUF file; None for a whole one."""
+    found = GGUF_PART.match(name)
+    return (found[1], int(found[2]), int(found[3])) if found else None
+
+
 def _gguf(hub: Hub, listing: Listing, name: str) -> Source:
-    """The named file or the only one, with all its parts (`-00001-of-00003.gguf`)."""
-    files = [file for file in listing.files if file.path.endswith(".gguf") and "mmproj" not in file.name]
-    stem = name.removesuffix(".gguf")
-    if name:
-        files = [file for file in files if file.name == name or file.name.startswith(stem + "-0000")]
-    stems = {file.name.partition("-0000")[0] for file in files}
-    if len(stems) != 1:
-        offered = ", ".join(sorted(file.path for file in listing.files if file.path.endswith(".gguf"))) or "none"
-        raise UserError(f"{listing.repository} offers these GGUF files: {offered}; "
-                        + ("name one with --file." if not name else f"{name} is not among them."))
+    """The named file (with or without its folder) or the only one, with all its parts (`-00001-of-00003.gguf`)."""
+    offered = [file for file in listing.files if file.path.endswith(".gguf") and "mmproj" not in file.name]
+    models: dict[str, list[RemoteFile]] = {}
+    for file in offered:
+        part = part_of(file.path)
+        models.setdefault(part[0] if part else file.path.removesuffix(".gguf"), []).append(file)
+    wanted = part_of(name)[0] if part_of(name) else name.removesuffix(".gguf")
+    chosen = [model for model in models if wanted in ("", model, model.rpartition("/")[2])]
+    if len(chosen) != 1:
+        known = ", ".join(sorted(file.path for file in offered)) or "none"
+        raise UserError(f"{listing.repository} offers these GGUF files: {known}; "
+                        + ("name one with --file." if not name or chosen else f"{name} is not among them."))
+    files = sorted(models[chosen[0]], key=lambda file: file.path)
+    promised = part_of(files[0].path)
+    if promised and len(files) != promised[2]:
+        raise UserError(f"{listing.repository} holds {len(files)} of the {promised[2]} parts of {chosen[0]}; choose "
+                        "another file.")
     return _source(hub, listing, "gguf", files)

@@ -1,63 +1,84 @@
 """GGUF files to a compressed folder, and what quantising twice costs.
 
-Configuration and tokenizer are the original's: a folder that holds them, or a repository of which only these small
-files are fetched. Groups of a GGUF file run along another axis than ours, so its codes cannot be kept: every weight is
-decoded and quantised again, and `cost` measures what that adds, matrix kind by matrix kind.
+Configuration and tokenizer are the original's (engine/gguf_like.py). Groups of a GGUF file run along another axis than
+ours, so its codes cannot be kept: every weight is decoded and quantised again, and `cost` measures what that adds,
+matrix kind by matrix kind. Stopped anywhere it goes on at the first layer that is not whole.
 """
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 
 import torch
 
 from engine import compress as compression
 from engine.checkpoint import Checkpoint
-from engine.fetch import INDEX, Choice, arrived, begin, check_disk, fetch_all
-from engine.format import MANIFEST, Manifest
-from engine.gguf_source import GgufSource
-from engine.hub import Hub, Listing, Stopped
+from engine.fetch import Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
+from engine.format import Manifest, is_compressed
+from engine.gguf_like import CONFIG, completed, config_of, fetch_like
+from engine.gguf_source import FLOATS, GgufSource, require_package
+from engine.hub import Hub, Stopped
 from engine.installed import Source, partial
 from engine.plan import DEFAULT_TRUNK_BITS
 from engine.progress import Meter, Progress
 from engine.quantize import nested
-from engine.skeleton import read_config, text_config_of
+from engine.shape import spec_from_config
 from engine.spec import UserError
 from kernels.layout import Layout, default_group_size
 from kernels.planes import decode_down, decode_gate, decode_up, record_rows, sketch_rows
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 KINDS = ("gate", "up", "down")
 Say = Callable[[str], None]
 
 
-def import_gguf(file: Path, dest: Path, like: Path, trunk_bits: int = 16, device: str | None = None,
+@dataclass(frozen=True)
+class Imported:
+    """kinds: how the file holds the experts; added_error: of gate, up and down, see `cost`."""
+
+    manifest: Manifest
+    kinds: tuple[str, ...]
+    added_error: dict[str, float]
+
+
+def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int = 16, device: str | None = None,
                 report: Callable[[compression.Progress], None] = lambda progress: None,
-                say: Say = lambda sentence: None) -> Manifest:
-    """Make the compressed folder `dest` from a GGUF file (of several parts: any of them) and the original's
-    configuration and tokenizer in the folder `like`. say: receives the warning of what quantising twice costs."""
+                say: Say = lambda sentence: None, check: Callable[[], None] = lambda: None,
+                hub: Hub | None = None) -> Imported:
+    """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
+
+    like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
+    the file. say: receives the warning of what quantising twice costs. check: is called before every expert and may
+    raise. UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it.
+    """
     paths = parts_of(Path(file))
-    config = text_config_of(read_config(like))
-    source = GgufSource(paths, config)
-    checkpoint = Checkpoint(config, source, source.name.removesuffix(".gguf"))
-    checkpoint.check_shapes()
-    if source.left_out:
-        say(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
-            f"{source.left_out[0]}.")
-    say(warning(source, cost(checkpoint)))
-    origin = f"{source.name} like {config.model_type}"
-    return compression.compress_checkpoint(checkpoint, like, dest, origin, None, trunk_bits, device, report)
+    with TemporaryDirectory() as scratch:
+        folder = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
+        source = GgufSource(paths, config_of(folder))
+        checkpoint = Checkpoint(config_of(folder), source, source.name.removesuffix(".gguf"))
+        checkpoint.check_shapes()
+        folder = completed(folder, paths[0], Path(scratch) / "made")
+        if source.left_out:
+            say(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
+                f"{source.left_out[0]}.")
+        added = cost(checkpoint)
+        say(warning(source, added))
+        origin = f"{source.name} of {sum(path.stat().st_size for path in paths)} bytes"
+        manifest = compression.compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report,
+                                                   say, check)
+    return Imported(manifest, source.kinds, added)
 
 
 def parts_of(file: Path) -> list[Path]:
-    """All parts of a file that was split (`-00001-of-00003.gguf`). UserError when one is missing."""
-    stem, marker, rest = file.name.partition("-00")
-    if not marker or "-of-" not in rest:
+    """All parts of a file that was split (`-00001-of-00003.gguf`), in order. UserError when one is missing."""
+    part = part_of(file.name)
+    if part is None:
         return [file]
-    number = int(rest.partition("-of-")[2].removesuffix(".gguf"))
+    stem, _, number = part
     paths = [file.with_name(f"{stem}-{i:05d}-of-{number:05d}.gguf") for i in range(1, number + 1)]
     for path in paths:
         if not path.is_file():
@@ -74,7 +95,11 @@ def cost(checkpoint: Checkpoint) -> dict[str, float]:
     for layer in sorted({0, spec.layers // 2, spec.layers - 1}):
         expert = checkpoint.read_expert(layer, 0)
         before = [getattr(expert, kind)[0].float() for kind in KINDS]
-        codes = [nested(matrix, layout) for matrix in before]
+        try:
+            codes = [nested(matrix, layout) for matrix in before]
+        except ValueError as error:
+            raise UserError(f"{checkpoint.name} cannot be compressed: layer {layer}, expert 0: {error}; get an intact "
+                            "file.") from error
         sketch, records = sketch_rows(codes[0], codes[1], layout), record_rows(*codes, layout)
         after = (decode_gate(sketch, records, layout), decode_up(sketch, records, layout), decode_down(records, layout))
         for kind, old, new in zip(KINDS, before, after, strict=True):
@@ -85,47 +110,66 @@ def cost(checkpoint: Checkpoint) -> dict[str, float]:
 
 def warning(source: GgufSource, added: dict[str, float]) -> str:
     parts = ", ".join(f"{kind} {100 * error:.1f} %" for kind, error in added.items())
-    return (f"The experts of {source.name} are stored as {', '.join(sorted(source.kinds()))} and are quantised a "
-            f"second time: that adds a relative weight error of {parts}. The original checkpoint gives a better "
-            "result.")
+    stored = f"The experts of {source.name} are stored as {', '.join(source.kinds)}"
+    if set(source.kinds) <= FLOATS.keys():
+        return f"{stored}; 4 bits cost a relative weight error of {parts}, as with the original checkpoint."
+    return (f"{stored} and are quantised a second time: that adds a relative weight error of {parts}. The original "
+            "checkpoint gives a better result.")
 
 
-def fetch_and_import(hub: Hub, source: Source, original: str, dest: Path, choice: Choice,
+def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice: Choice,
                      report: Callable[[Progress], None], stop: Event) -> None:
-    """`dest` from the GGUF files that `source` names, with configuration and tokenizer of the repository `original`."""
+    """`dest` from the GGUF files that `source` names; they are removed once they are compressed."""
+    require_package()
     work = partial(dest)
-    small = _small_files(hub, source, original, stop)
-    check_disk(work, 2 * source.bytes - arrived(work, source.files))
-    begin(work, source)
-    like = work / "like"
-    like.mkdir(exist_ok=True)
-    meter = Meter(source.bytes, arrived(work, source.files), report)
-    quiet = Meter(small.bytes, 0, lambda progress: None)
-    fetch_all(hub, small, small.files, like, quiet, stop)
-    fetch_all(hub, source, source.files, work, meter, stop)
-    bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[choice.device or ("cuda" if torch.cuda.is_available() else "cpu")]
-
-    def between(progress: compression.Progress) -> None:
-        meter.other_seconds = progress.seconds_left
-        meter.say(f"Compressing layer {progress.layer} of {progress.layers}")
-        if stop.is_set():
-            raise Stopped
     made = work / "made"
-    if not (made / MANIFEST).is_file():
-        import_gguf(work / source.files[0].name, made, like, bits, choice.device, between, meter.say)
+    if not is_compressed(made):
+        bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[
+            choice.device or ("cuda" if torch.cuda.is_available() else "cpu")]
+        _prepare(hub, source, model, work, bits, stop)
+        meter = Meter(source.bytes, arrived(work, source.files), report)
+        fetch_all(hub, source, source.files, work, meter, stop)
+
+        def told(progress: compression.Progress) -> None:
+            meter.other_seconds = progress.seconds_left
+            meter.say(f"Compressed layer {progress.layer} of {progress.layers - 1}"
+                      if progress.layer < progress.layers else "Compressed")
+
+        def check() -> None:
+            if stop.is_set():
+                raise Stopped
+        import_gguf(work / source.files[0].name, made, work / "like", bits, choice.device, told, meter.say, check)
     source.save(made)
     os.replace(made, dest)
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _small_files(hub: Hub, source: Source, original: str, stop: Event) -> Source:
-    """Configuration and tokenizer: beside the GGUF file if they are there, else in the original's repository."""
-    listing = hub.listing(source.repository, source.commit, stop)
-    if not (listing.find("config.json") and any(listing.find(name) for name in TOKENIZERS)):
-        listing = hub.listing(original, stop=stop)
-    files = tuple(file for file in listing.files if file.fetchable and "/" not in file.path and file.name != INDEX
-                  and not file.path.endswith((".safetensors", ".gguf")))
-    if not Listing(listing.repository, listing.commit, files).find("config.json"):
-        raise UserError(f"{source.repository} has no config.json, and neither has {original}; import the file with "
-                        "import_gguf and the original's folder.")
-    return Source(hub.endpoint, listing.repository, listing.commit, "original", files)
+def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, stop: Event) -> None:
+    """Configuration and tokenizer, and whether it can be imported and stored at all; if not, nothing stays."""
+    begin(work, source)
+    try:
+        if not (work / "like" / CONFIG).is_file():
+            original = model.repository if model.repository != source.repository else ""
+            beside = None if model.like else hub.listing(source.repository, source.commit, stop)
+            known = model.like or ("" if beside.find(CONFIG) else original)
+            fetch_like(hub, known, work / "like", stop, beside)
+        spec = spec_from_config(config_of(work / "like").to_dict(), source.repository)
+        result = compression.result_bytes(spec, trunk_bits)
+        made = sum(path.stat().st_size for path in (work / "made").glob("*"))
+        check_disk(work, source.bytes - arrived(work, source.files) + max(0, result - made))
+    except UserError:
+        if not arrived(work, source.files):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _like_folder(like: str, file: Path, scratch: Path, hub: Hub | None) -> Path:
+    """A folder that has the configuration."""
+    folder = Path(like).expanduser() if like else file.parent
+    if (folder / CONFIG).is_file():
+        return folder
+    if not like:
+        raise UserError(f"{file.parent} has no {CONFIG}; name the original with --like: a folder or a Hub id like "
+                        "owner/name.")
+    fetch_like(hub or Hub.here(), like, scratch)
+    return scratch

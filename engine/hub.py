@@ -61,11 +61,13 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a repository holds at one commit; a branch may move on, this does not."""
+    """What a repository holds at one commit; a branch may move on, this does not. base_model: the repository that its
+    card names as its origin, "" where there is none."""
 
     repository: str
     commit: str
     files: tuple[RemoteFile, ...]
+    base_model: str = ""
 
     def find(self, path: str) -> RemoteFile | None:
         return next((file for file in self.files if file.path == path), None)
@@ -108,7 +110,8 @@ class Hub:
         except (ValueError, KeyError, TypeError) as error:
             raise MachineError(f"{self.host} gave an answer that is not a Hub's ({type(error).__name__}); check "
                                "HF_ENDPOINT and the network.") from error
-        return Listing(repository, info.sha, tuple(_remote_file(item) for item in tree if hasattr(item, "size")))
+        files = tuple(_remote_file(item) for item in tree if hasattr(item, "size"))
+        return Listing(repository, info.sha, files, _base_model(info.card_data))
 
     @property
     def host(self) -> str:
@@ -281,6 +284,13 @@ class _Response:
 def _origin(url: str) -> tuple:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _base_model(card) -> str:
+    """What the repository's card says it was made from; written by anyone, so only a plain name counts."""
+    named = getattr(card, "base_model", None)
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) and first.count("/") == 1 else ""
 
 
 def _remote_file(item) -> RemoteFile:

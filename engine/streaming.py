@@ -20,8 +20,8 @@ from threading import Event
 
 import torch
 
-from engine.checkpoint import Checkpoint, ExpertLayer
-from engine.compress import Making
+from engine.checkpoint import Checkpoint
+from engine.compress import Making, experts_of, result_bytes
 from engine.fetch import INDEX, Choice, arrived, begin, check_disk, fetch_all
 from engine.format import MTP, TRUNK, SafetensorsWriter, experts_name, is_compressed, write_text_atomically, writing
 from engine.hub import Hub, RemoteFile, Stopped
@@ -35,7 +35,6 @@ from engine.trunk import CODES, bits_of, encode
 
 Tensor = torch.Tensor
 MOST_SHARDS = 3                 # on disk at a time, where the layers of the checkpoint allow it
-BYTES_PER_WEIGHT = {16: 2.0, 8: 1.1, 4: 0.8}        # of the trunk, scales and the parts that stay finer included
 
 
 class ArrivingShards(SafetensorsFolder):
@@ -174,7 +173,7 @@ class Stream:
             for file in grown:
                 if file.path.is_file() and file.path.name not in making.done:       # killed just behind its renaming
                     making.finished(file.path.name)
-            self._all_shards(list(units_of(making, *grown, file_of, self.stop)), making, grown)
+            self._all_shards(list(units_of(making, *grown, file_of, self._pause_if_asked)), making, grown)
             for file in grown:
                 if file.is_open:
                     file.finish()
@@ -255,16 +254,14 @@ class Stream:
     def _check_disk(self, units: list[Unit], order: list[str], making: Making) -> None:
         files = [self.weights[name] for name in order]
         shards = sum(file.bytes for file in files) if self.choice.keep_original else most_held(units, files)
-        spec = making.checkpoint.spec
-        result = (spec.layers * spec.experts * making.layout.blob_bytes
-                  + int(spec.trunk_params * BYTES_PER_WEIGHT[making.trunk_bits]))
+        result = result_bytes(making.checkpoint.spec, making.trunk_bits)
         there = sum(path.stat().st_size for path in self.made.iterdir() if path.is_file())
         hint = ", let each part of the original be deleted once it is compressed" if self.choice.keep_original else ""
         check_disk(self.folder, max(0, result - there) + shards - arrived(self.folder, files), hint)
 
 
 def units_of(making: Making, trunk: GrowingFile, mtp: GrowingFile, file_of: dict[str, str],
-             stop: Event) -> Iterator[Unit]:
+             pause: Callable[[], None]) -> Iterator[Unit]:
     """Layers, trunk tensors and multi-token-prediction tensors, those of an earlier run marked as done."""
     checkpoint, n_layers = making.checkpoint, making.checkpoint.spec.layers
 
@@ -273,7 +270,7 @@ def units_of(making: Making, trunk: GrowingFile, mtp: GrowingFile, file_of: dict
 
     for i in range(n_layers):
         yield Unit(f"layer {i + 1} of {n_layers}", frozenset(file_of[key] for key in checkpoint.layer_keys(i)),
-                   lambda i=i: making.layer(i, _experts(checkpoint, i, stop)), experts_name(i) in making.done)
+                   lambda i=i: making.layer(i, experts_of(checkpoint, i, pause)), experts_name(i) in making.done)
     for group in checkpoint.trunk_groups():
         yield Unit("", files(group.keys), lambda group=group: _trunk_group(making, trunk, group),
                    TRUNK in making.done or all(name in trunk for name in group.targets))
@@ -291,13 +288,6 @@ def most_held(units: list[Unit], files: list[RemoteFile]) -> int:
         worst = max(worst, sum(file.bytes for file in files[:n] if file.name in waiting)
                     + sum(file.bytes for file in files[n:n + 2]))
     return worst
-
-
-def _experts(checkpoint: Checkpoint, layer: int, stop: Event) -> Iterator[ExpertLayer]:
-    for e in range(checkpoint.spec.experts):
-        if stop.is_set():
-            raise Stopped
-        yield checkpoint.read_expert(layer, e)
 
 
 def _trunk_group(making: Making, trunk: GrowingFile, group) -> None:

@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", choices=SOURCES, help="default: ready-made if there is one, else the original")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to put it (default: the data folder)")
     parser.add_argument("--file", default="", metavar="NAME", help="which GGUF file, where there are several")
+    parser.add_argument("--like", default="", metavar="ORIGINAL",
+                        help="folder or Hub id with configuration and tokenizer, where a GGUF repository names none")
     parser.add_argument("--token", help="access token of the Hub (default: the one that `hf auth login` stored)")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), help="bits outside the experts (4 on a card, 8)")
     parser.add_argument("--delete-original", action="store_true",
@@ -26,7 +28,7 @@ def run(args: argparse.Namespace) -> dict:
     choice = Choice(args.trunk_bits, args.device, not args.delete_original)
     try:
         folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
-                          args.file)
+                          args.file, args.like)
     except Stopped as error:
         raise UserError("Stopped; start again to go on.") from error
     finally:
