@@ -43,7 +43,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, recommended: GenerationConfig | None, device: torch.device | str = "cpu"):
         self.settings = merged(sampling, recommended)
         self._greedy = self.settings["temperature"] == 0
-        self._processors = _processors(self.settings)
+        self._processors = processors(self.settings)
         self._generator = torch.Generator(device)
         if sampling.seed is None:
             self._generator.seed()
@@ -68,7 +68,8 @@ class Sampler:
         return self.settings["repetition_penalty"] != 1.0
 
 
-def _processors(settings: dict) -> LogitsProcessorList:
+def processors(settings: dict) -> LogitsProcessorList:
+    """transformers' chain for `merged` settings; empty where nothing changes a score."""
     chain = LogitsProcessorList()
     if settings["repetition_penalty"] != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))

@@ -60,6 +60,7 @@ ENGINE = {
     "tokens": {"engine.spec", "engine.template"},
     "sections": {"engine.tokens"},
     "sampling": {"engine.spec"},
+    "device_sampler": {"engine.spec", "engine.sampling"},
     "turn": {"engine.spec", "engine.tokens", "engine.sections", "engine.prefix", "engine.sampling"},
 }
 
