@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +24,7 @@ from kernels.select import DOWN_ONLY, select, select_above
 
 Tensor = torch.Tensor
 Rows = tuple[Tensor, Tensor]  # gate_up [2I, H] in the module's own order, down [I, H]
+FADE = 0.97  # of an expert's activity per token: about the last 30 tokens are seen
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Runtime:
         self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
         self.prefill_far_bytes = 0
         self._totals = [0, 0, 0, 0, 0]  # the fields of Counters but the last
+        self._activity = np.zeros((far.layers, far.experts), np.float32)  # picks, fading; _tokens: tokens, fading too
+        self._tokens = 0.0
         self.level, self.near_wish = level, near_bytes
         self.set_level(level, near_bytes)
 
@@ -175,6 +179,11 @@ class Runtime:
         """Share of each layer's records (or experts) that is near."""
         return (self.sparse or self.whole).residency()
 
+    def activity(self) -> list[list[float]]:
+        """Per layer and expert the share of the last tokens that were routed to it, newer ones counting more; decode
+        only. Rows of E numbers, 0 to 1."""
+        return (self._activity / max(self._tokens, 1.0)).round(3).tolist()
+
     def _count(self, needed: int, fetched: int) -> None:
         self._totals[0] += needed
         self._totals[1] += needed - fetched
@@ -202,6 +211,8 @@ class Runtime:
                 self._totals[4] += wasted * (self.far.expert_bytes if self.whole else 1)
             self.clock += 1
             self._in_token = True
+            self._activity *= FADE
+            self._tokens = FADE * self._tokens + 1
 
     def _bring(self, layer: LayerExperts, expert: int, ahead: bool = False) -> int:
         """Read an expert that is far into a row of near memory; -1 when ahead finds no free one."""
@@ -218,8 +229,9 @@ class Runtime:
 
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One token through whole experts, one after the other, so that a single bounce row is enough."""
-        sums = []
-        for expert in ids.tolist():
+        sums, chosen = [], ids.tolist()
+        self._activity[layer.index, chosen] += 1
+        for expert in chosen:
             row, fetched = self.whole.near(layer.index * self.far.experts + expert), 0
             if row < 0:
                 row, fetched = self._bring(layer, expert), self.far.expert_bytes
@@ -230,8 +242,9 @@ class Runtime:
     def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One token: sketches, scores, the layer's budget, the records behind it, the sparse product."""
         far, cache, layout = self.far, self.sparse, self.far.layout
-        ids = ids.int()
-        for expert in ids.tolist():
+        ids, chosen = ids.int(), ids.tolist()
+        self._activity[layer.index, chosen] += 1
+        for expert in chosen:
             far.verify(layer.index, expert)
         place, fetched, needed = cache.take_sketches(layer.index, ids, far.sketches(layer.index), self.clock)
         padded = F.pad(x, (0, layout.padded - x.shape[1]))

@@ -34,7 +34,7 @@ DEFAULT_RAM = 32 * GIB
 SYSTEM_RAM = 3 * GIB       # what an idle desktop keeps of a machine that is only described
 SYSTEM_VRAM = GIB // 2     # and of its card
 
-_SENTENCES = {
+SENTENCES = {
     "missing_package": "The nvidia-ml-py package is missing, so no graphics card can be looked for; install it with "
                        "pip install nvidia-ml-py.",
     "no_driver": "There is no NVIDIA driver on this machine; the CPU is used.",
@@ -46,7 +46,8 @@ _SENTENCES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card as the driver describes it. vram_total 0: it has no memory of its own, or does not say."""
+    """One card as the driver describes it. vram_total 0: it has no memory of its own, or does not say. index:
+    NVML's."""
 
     name: str
     compute_capability: str
@@ -58,6 +59,7 @@ class Gpu:
     pcie_width_max: int
     driver: str
     memory_bytes_per_second: float = 0.0
+    index: int = 0
 
     @property
     def usable(self) -> bool:
@@ -90,7 +92,8 @@ class Hardware:
 
     def document(self, copy_bytes_per_second: float) -> dict:
         """The JSON of `hardware --json`."""
-        gpus = [{k: v for k, v in asdict(g).items() if k != "memory_bytes_per_second"} for g in self.gpus]
+        own = ("memory_bytes_per_second", "index")
+        gpus = [{k: v for k, v in asdict(g).items() if k not in own} for g in self.gpus]
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_bytes")}
         return {"gpus": gpus, **sizes, "copy_bytes_per_second": copy_bytes_per_second}
 
@@ -109,18 +112,24 @@ def survey(models_folder: str | os.PathLike | None = None, timeout: float = nvml
     return replace(found, notes=tuple(notes + _about_choice(found) + ([why] if why and found.gpu else [])))
 
 
+def without_cards(folder: str | os.PathLike) -> Hardware:
+    """Memory and disk alone, for a model that runs on the CPU whatever cards there are; asks no driver."""
+    total, free = _memory()
+    return Hardware((), total, free, _disk_free(folder), 0)
+
+
 def _cards(answer: dict) -> tuple[list[Gpu], list[str]]:
     gpus, notes = [], []
     error = answer["error"]
     if error:
-        notes.append(_SENTENCES.get(error, f"The NVIDIA driver reports an error ({error}); the CPU is used."))
+        notes.append(SENTENCES.get(error, f"The NVIDIA driver reports an error ({error}); the CPU is used."))
     elif not answer["gpus"]:
         notes.append("The NVIDIA driver runs but finds no card; the CPU is used.")
     for number, card in enumerate(answer["gpus"]):
         if "error" in card:
             notes.append(f"Card {number} does not answer ({card['error']}); it is not used.")
         else:
-            gpus.append(Gpu(driver=answer["driver"], **card))
+            gpus.append(Gpu(driver=answer["driver"], index=number, **card))
     return gpus, notes
 
 

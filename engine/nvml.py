@@ -1,7 +1,8 @@
 """Asks the NVIDIA driver about its cards, in a process of its own that can be killed: a broken driver may never answer.
 
 Run as a script it prints one JSON document {"driver", "error", "gpus"} and exits 0, whatever it found. `ask()` starts
-it, waits a few seconds at most, and turns a hang or a crash into a sentence. Imports nothing of ours; `pynvml` is the
+it, waits a few seconds at most, and turns a hang or a crash into a sentence. With `--watch INDEX` it prints a line of
+that card's live numbers several times a second until its standard input ends. Imports nothing of ours; `pynvml` is the
 module of the nvidia-ml-py package.
 """
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 TIMEOUT_SECONDS = 8.0
+EVERY_SECONDS = 0.25
 
 
 def _text(value) -> str:
@@ -57,9 +60,7 @@ def probe() -> dict:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        kinds = {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no_driver", pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "not_loaded",
-                 getattr(pynvml, "NVML_ERROR_LIB_RM_VERSION_MISMATCH", 18): "mismatch"}
-        return document | {"error": kinds.get(error.value, f"failed: {error}")}
+        return document | {"error": _error_of(error)}
     document["driver"] = _text(_attempt(pynvml.nvmlSystemGetDriverVersion) or "")
     for index in range(_attempt(pynvml.nvmlDeviceGetCount) or 0):
         try:
@@ -69,12 +70,44 @@ def probe() -> dict:
     return document
 
 
+def _error_of(error) -> str:
+    """What NVML's own number means, as `ask` and `watch` say it."""
+    import pynvml
+    kinds = {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no_driver", pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "not_loaded",
+             getattr(pynvml, "NVML_ERROR_LIB_RM_VERSION_MISMATCH", 18): "mismatch"}
+    return kinds.get(error.value, f"failed: {error}")
+
+
+def watch(index: int) -> None:
+    """Lines {"to_card", "from_card" bytes per second, "vram_used_bytes", "vram_total_bytes", "busy" 0..1} of one card,
+    None where it has no such counter; one line {"error"} instead where there is no card. Ends with standard input."""
+    import pynvml as n
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    try:
+        n.nvmlInit()
+        handle = n.nvmlDeviceGetHandleByIndex(index)
+    except n.NVMLError as error:
+        print(json.dumps({"error": _error_of(error)}), flush=True)
+        return
+    while not ended.is_set():
+        print(json.dumps(_live(n, handle)), flush=True)
+        ended.wait(EVERY_SECONDS)
+
+
+def _live(n, handle) -> dict:
+    def crossed(counter: int) -> int | None:
+        kilobytes = _attempt(n.nvmlDeviceGetPcieThroughput, handle, counter)  # over the last 20 ms
+        return None if kilobytes is None else 1000 * kilobytes
+    memory, use = _attempt(n.nvmlDeviceGetMemoryInfo, handle), _attempt(n.nvmlDeviceGetUtilizationRates, handle)
+    return {"to_card": crossed(n.NVML_PCIE_UTIL_RX_BYTES), "from_card": crossed(n.NVML_PCIE_UTIL_TX_BYTES),
+            "vram_used_bytes": memory.used if memory else None, "vram_total_bytes": memory.total if memory else None,
+            "busy": use.gpu / 100 if use else None}
+
+
 def ask(timeout: float = TIMEOUT_SECONDS) -> dict:
     """`probe()` in a child that is killed after `timeout` seconds; a hang or a crash becomes `error`."""
-    hidden = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
-    # -P: the script's folder must not shadow the standard library.
-    child = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, **hidden)
+    child = start(stdin=subprocess.DEVNULL)
     try:
         out, _ = child.communicate(timeout=timeout)
         return json.loads(out)
@@ -85,5 +118,16 @@ def ask(timeout: float = TIMEOUT_SECONDS) -> dict:
         return {"driver": "", "error": f"crashed with exit code {child.returncode}", "gpus": []}
 
 
+def start(*arguments: str, stdin: int) -> subprocess.Popen:
+    """This file as a process of its own."""
+    hidden = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}
+    # -P: the script's folder must not shadow the standard library.
+    return subprocess.Popen([sys.executable, "-P", __file__, *arguments], stdin=stdin, stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, **hidden)
+
+
 if __name__ == "__main__":
-    print(json.dumps(probe()))
+    if sys.argv[1:2] == ["--watch"]:
+        watch(int(sys.argv[2]))
+    else:
+        print(json.dumps(probe()))

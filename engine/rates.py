@@ -36,6 +36,12 @@ def with_rates(machine: Machine, cache_folder: Path, refresh: bool = False) -> M
     return apply(machine, rates)
 
 
+def with_cached(machine: Machine, cache_folder: Path) -> Machine:
+    """The machine with its speeds if they have been measured before, else unchanged. Loads no torch."""
+    rates = _read(cache_folder / f"machine-{_key(machine)}.json")
+    return apply(machine, rates) if rates else machine
+
+
 def apply(machine: Machine, rates: dict[str, float]) -> Machine:
     """Measured speeds into a Machine. On a card the measured copy is the link; its printed matrix speed stays."""
     if machine.device == "cuda":

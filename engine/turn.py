@@ -24,13 +24,23 @@ RESIDENCY_SECONDS = 0.2
 
 @dataclass
 class Live:
-    """What the panel shows. Written by the owner thread, read by any: every field is replaced, never changed."""
+    """What the panel shows. Written by the owner thread, read by any: every field is replaced, never changed.
+
+    totals, last, answer: since the model was opened, of the last token, of the last answer. prompt_*: what the last
+    answer's prefill read. activity: L rows of E numbers.
+    """
 
     phase: str = "idle"
     tokens_per_second: float = 0.0
     totals: Counters = field(default_factory=Counters)
     last: Counters = field(default_factory=Counters)
+    answer: Counters = field(default_factory=Counters)
+    answer_tokens: int = 0
+    answer_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
     residency: tuple[float, ...] = ()
+    activity: tuple[list[float], ...] = ()
     near_used_bytes: int = 0
     mark_bytes: int = 0
     context_used: int = 0
@@ -70,6 +80,7 @@ class Turns:
         now = time.monotonic()
         if phase == "idle" or now - self._residency_at > RESIDENCY_SECONDS:
             self.live.residency, self._residency_at = tuple(self.runtime.residency()), now
+            self.live.activity = tuple(self.runtime.activity())
             self.live.near_used_bytes, self.live.mark_bytes = self.runtime.near_used_bytes(), self.prefix.mark_bytes
 
     def _read(self, messages: list[dict], prompt: Prompt, stopped: Callable[[], bool],
@@ -79,6 +90,8 @@ class Turns:
         self.runtime.phase = "prefill"
         done = self.prefix.reuse(ids)
         breaks = self._breaks(messages, ids, wishes) if self.prefix.wants_marks else []
+        first, start = done, time.perf_counter()
+        self._measure(0, 0.0)
         self.show("prefill")
         yield _reading(done, len(ids))
         while done < end and not stopped():
@@ -87,8 +100,14 @@ class Turns:
             done = upto
             if done in breaks:
                 self.prefix.mark()
+            self._measure(done - first, time.perf_counter() - start)
             self.show("prefill")
             yield _reading(done, len(ids))
+
+    def _measure(self, n_tokens: int, seconds: float) -> None:
+        """What reading has cost; the answer has not begun."""
+        self.live.prompt_tokens, self.live.prompt_seconds = n_tokens, seconds
+        self.live.answer, self.live.answer_tokens, self.live.answer_seconds = Counters(), 0, 0.0
 
     def _breaks(self, messages: list[dict], ids: list[int], wishes: Mapping | None) -> list[int]:
         """Positions where the last messages end, and the end of what prefill reads: a later prompt may differ there."""
@@ -133,10 +152,12 @@ class Turns:
         """The numbers after one more token, for the panel and for the events of this token."""
         previous = self.live.totals
         self.show("decode")
-        speed = n_tokens / max(time.perf_counter() - start, 1e-9)
-        self.live.last, self.live.tokens_per_second = self.live.totals - previous, speed
-        self.live.n_tokens_total += 1
-        return Event("answer", "", n_tokens, speed, self.live.totals - before)
+        seconds = max(time.perf_counter() - start, 1e-9)
+        live, speed = self.live, n_tokens / seconds
+        live.last, live.answer, live.tokens_per_second = live.totals - previous, live.totals - before, speed
+        live.answer_tokens, live.answer_seconds = n_tokens, seconds
+        live.n_tokens_total += 1
+        return Event("answer", "", n_tokens, speed, live.answer)
 
 
 def check_room(n_prompt: int, context: int) -> None:

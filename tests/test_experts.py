@@ -54,6 +54,24 @@ def smallest(runtime: Runtime, level: str) -> int:
     return runtime.smallest_bytes()
 
 
+@pytest.mark.parametrize("level", ["exact", "balanced"])
+def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level, monkeypatch):
+    """Without fading it counts: every decode token chooses K experts of each layer, prefill does not count."""
+    monkeypatch.setattr(engine.experts, "FADE", 1.0)
+    loaded.runtime.set_level(level)
+    assert sum(map(sum, loaded.runtime.activity())) == 0
+    chosen = torch.zeros(L, E)
+    forward = loaded.runtime.forward
+
+    def noted(layer, x, ids, weights):
+        if len(x) == 1:
+            chosen[layer.index, ids[0]] += 1
+        return forward(layer, x, ids, weights)
+    monkeypatch.setattr(loaded.runtime, "forward", noted)
+    answer(loaded)
+    assert torch.tensor(loaded.runtime.activity()) == pytest.approx(chosen / N_TOKENS, abs=1e-3)
+
+
 def resident_bytes(runtime: Runtime) -> int:
     """Of the arenas, by the storage behind the tensors."""
     cache = runtime.sparse or runtime.whole

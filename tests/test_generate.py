@@ -296,6 +296,10 @@ def test_the_snapshot_follows_the_answer(engine, forwards):
     assert done["tokens_per_second"] == pytest.approx(end.tokens_per_second)
     assert done["rss_bytes"] > 0 and len(done["residency"]) == engine.info["layers"] == 6
     assert 0 < done["near_used_bytes"] <= done["near_bytes"] and done["far_total_bytes"] > 0
+    assert done["answer"]["tokens"] == end.n_tokens and done["answer"]["needed_bytes"] == end.counters.needed_bytes
+    assert done["answer"]["seconds"] > 0 and done["prompt"]["seconds"] > 0 and done["prompt"]["tokens"] > 32
+    for row in done["activity"]:  # every token picks top_k experts of each layer
+        assert len(row) == engine.info["experts"] and sum(row) == pytest.approx(engine.info["top_k"], abs=0.02)
 
 
 def test_closing_stops_what_runs_and_refuses_what_comes(trained):

@@ -2,48 +2,25 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 import time
 
+import fake_driver
 import pytest
+from fake_driver import RTX_3060
 
 from engine import hardware, nvml, rates
 from engine.__main__ import main
 from engine.spec import Machine, UserError
 from engine.units import parse_bytes
 
-RTX_3060 = "NVIDIA GeForce RTX 3060|8.6|12288|11900|1|16|4|16|7501|192"
 RTX_2080 = "NVIDIA GeForce RTX 2080 Ti|7.5|11264|4000|3|16|3|16|7000|352"
 GTX_1080 = "NVIDIA GeForce GTX 1080 Ti|6.1|11264|11000|3|16|3|16|5505|352"
 UNKNOWN = "NVIDIA Something New|12.1|16384|16000|5|8|5|8|14001|256"
 INTEGRATED = "NVIDIA Integrated|8.7|-|0|0|0|0|0|0|0"
+library, driver = fake_driver.library, fake_driver.driver
 KEYS = {"name", "compute_capability", "vram_total_bytes", "vram_free_bytes", "pcie_generation", "pcie_width",
         "pcie_generation_max", "pcie_width_max", "driver"}
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """A folder with a fake libnvidia-ml.so.1."""
-    pytest.importorskip("pynvml", reason="needs the nvidia-ml-py package")
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if sys.platform != "linux" or not compiler:
-        pytest.skip("needs Linux and a C compiler to build the stand-in for NVIDIA's library")
-    folder = tmp_path_factory.mktemp("nvml")
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-D_GNU_SOURCE", "-o", str(folder / "libnvidia-ml.so.1"),
-                    "tests/fake_nvml/nvml.c"], check=True, cwd=hardware.TABLE.parents[1])
-    return folder
-
-
-@pytest.fixture
-def driver(library, monkeypatch):
-    """Call it with cards and a fault; the survey then sees them."""
-    def set_up(*cards: str, fault: str = "") -> None:
-        monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
-        monkeypatch.setenv("FAKE_NVML_CARDS", ";".join(cards))
-        monkeypatch.setenv("FAKE_NVML_FAULT", fault)
-    return set_up
 
 
 def test_one_card(driver):

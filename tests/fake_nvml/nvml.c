@@ -2,7 +2,8 @@
    FAKE_NVML_CARDS  "name|major.minor|total MiB|free MiB|gen|width|gen max|width max|clock MHz|bus bits" joined by ';'
                     (total "-": the card reports no memory; name "!7": taking the card fails with NVML error 7)
    FAKE_NVML_FAULT  "init:9" nvmlInit fails with that error, "hang" it never returns, "crash" it dereferences null,
-                    "late-hang" reading memory never returns */
+                    "late-hang" reading memory never returns, "link-hang" reading the link's counter never returns
+   FAKE_NVML_LINK   "kB/s to the card,kB/s from it": what the link's counter shows; not set: the card has none */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -70,4 +71,14 @@ ret nvmlDeviceGetCurrPcieLinkWidth(card *c, unsigned *v) { *v = c->v[1]; return 
 ret nvmlDeviceGetMaxPcieLinkGeneration(card *c, unsigned *v) { *v = c->v[2]; return 0; }
 ret nvmlDeviceGetMaxPcieLinkWidth(card *c, unsigned *v) { *v = c->v[3]; return 0; }
 ret nvmlDeviceGetMaxClockInfo(card *c, int kind, unsigned *mhz) { (void)kind; *mhz = c->clock; return c->clock ? 0 : 3; }
+ret nvmlDeviceGetPcieThroughput(card *c, int counter, unsigned *kilobytes) {
+    const char *f = getenv("FAKE_NVML_LINK");
+    unsigned from = 0, to = 0;
+    (void)c;
+    if (fault("link-hang")) for (;;) pause();
+    if (!f || sscanf(f, "%u,%u", &to, &from) != 2) return 3;
+    *kilobytes = counter == 0 ? from : to;      /* 0: what the card sends */
+    return 0;
+}
+ret nvmlDeviceGetUtilizationRates(card *c, unsigned *rates) { (void)c; rates[0] = 42; rates[1] = 17; return 0; }
 ret nvmlDeviceGetMemoryBusWidth(card *c, unsigned *bits) { *bits = c->bus; return c->bus ? 0 : 3; }
