@@ -18,6 +18,7 @@ from kernels.layout import Layout
 from kernels.take import Pool, new_pool, take
 
 Tensor = torch.Tensor
+Arena = Callable[[int], Tensor]  # bytes wanted -> uint8 of that many; asked for once every check has passed
 KEEP_FREE = 4  # at most one slot in four is kept free for the next token
 
 
@@ -97,7 +98,7 @@ class SparseCache:
     """Packed sketches and records. When all sketches fit beside one layer's records they simply stay."""
 
     def __init__(self, layout: Layout, layers: int, experts: int, top_k: int, budgets: list[int], near_bytes: int,
-                 device: str, tokens: int = 1) -> None:
+                 device: str, tokens: int = 1, arena: Arena | None = None) -> None:
         """budgets: the most records a layer may need for one token, per layer; tokens: of one step, at most."""
         self.layout, self.layers, self.experts = layout, layers, experts
         top_k, budgets = top_k * tokens, [n * tokens for n in budgets]
@@ -114,8 +115,9 @@ class SparseCache:
         spare -= rows * layout.sketch_bytes
         slots = min(n_records, spare // layout.record)
         self.record_pool = new_pool(n_records, slots, device)
-        self.sketches = torch.empty(rows, layout.sketch_bytes, dtype=torch.uint8, device=device)
-        self.records = torch.empty(slots + max(budgets), layout.record, dtype=torch.uint8, device=device)
+        sizes = rows * layout.sketch_bytes, (slots + max(budgets)) * layout.record
+        sketches, records = (arena or _on(device))(sum(sizes)).split(sizes)
+        self.sketches, self.records = sketches.view(rows, -1), records.view(-1, layout.record)
         self.near_bytes = self.sketches.numel() + self.records.numel()
         self.record_reserve = min(sum(budgets), max(1, slots // KEEP_FREE))
         self.sketch_reserve = min(layers * top_k, max(1, (rows - bounce) // KEEP_FREE))
@@ -165,7 +167,7 @@ class BlobCache:
     """Whole experts as they lie in the file. Object = layer * E + expert; bounce rows for one layer of one step."""
 
     def __init__(self, layout: Layout, layers: int, experts: int, top_k: int, near_bytes: int, device: str,
-                 tokens: int = 1) -> None:
+                 tokens: int = 1, arena: Arena | None = None) -> None:
         self.row_bytes = layout.blob_bytes
         bounce = top_k * tokens
         n_objects, n_rows = layers * experts, near_bytes // layout.blob_bytes
@@ -176,7 +178,8 @@ class BlobCache:
         n_slots = n_objects if n_rows >= n_objects else n_rows - bounce
         self.keeps_all = n_slots == n_objects
         self.pool = new_pool(n_objects, n_slots, device)
-        self.blobs = torch.empty(min(n_rows, n_objects), layout.blob_bytes, dtype=torch.uint8, device=device)
+        n_rows = min(n_rows, n_objects)
+        self.blobs = (arena or _on(device))(n_rows * layout.blob_bytes).view(n_rows, -1)
         self.layers, self.near_bytes = layers, self.blobs.numel()
         self.reserve = min(layers * bounce, max(1, n_slots // KEEP_FREE))
 
@@ -185,6 +188,10 @@ class BlobCache:
 
     def residency(self) -> list[float]:
         return (self.pool.slot_of.view(self.layers, -1) >= 0).float().mean(1).tolist()
+
+
+def _on(device: str) -> Arena:
+    return lambda n_bytes: torch.empty(n_bytes, dtype=torch.uint8, device=device)
 
 
 def _resident(pool: Pool) -> int:

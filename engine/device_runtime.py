@@ -22,7 +22,7 @@ from engine.store import FarBlobs
 from kernels.activation import Gate, quantize_activation
 from kernels.age import age
 from kernels.apply import apply
-from kernels.dense import dense
+from kernels.dense import decode_blob, dense
 from kernels.fill import fill
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, select, select_above
@@ -51,6 +51,10 @@ class DeviceRuntime(Runtime):
         self.recent = torch.zeros(far.layers * far.experts + 1, device=device)  # fading picks, and tokens behind them
         self.clock_now = torch.zeros(1, dtype=torch.int32, device=device)
         self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
+        self.thresholds = torch.zeros(far.layers, far.experts, device=device)
+        self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)
+        self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
+        self.arena_bytes, self._arena, self._kinds = -1, None, {}
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
         super().__init__(far, before.top_k, before.level, before.plans, before.near_wish, device, before.predict)
@@ -58,31 +62,52 @@ class DeviceRuntime(Runtime):
         self._before = before.counters()
 
     # --- near memory --------------------------------------------------------------------------------------------
+    @property
+    def kind(self) -> str:
+        """What near memory holds; a recorded step belongs to one kind and to one arena."""
+        return "dense" if self.level not in SPARSE_LEVELS else "floe" if self.level == "floe" else "sparse"
+
     def _new_cache(self) -> SparseCache | BlobCache:
-        far, wish = self.far, self.everything_bytes() if self.near_wish is None else self.near_wish
-        if self.level in SPARSE_LEVELS:
-            return SparseCache(far.layout, far.layers, far.experts, self.top_k, self._most_records(), wish,
-                               self.device, self.tokens)
-        return BlobCache(far.layout, far.layers, far.experts, self.top_k, wish, self.device, self.tokens)
+        """The level's own near memory in the one arena; levels of a kind share it, told apart by device values."""
+        far = self.far
+        wish = self.everything_bytes() if self.near_wish is None else self.near_wish
+        if wish == self.arena_bytes and self.kind in self._kinds:
+            return self._kinds[self.kind]
+        sizes = (far.layout, far.layers, far.experts, self.top_k)
+        rest = (wish, self.device, self.tokens, lambda n_bytes: self._arena_of(wish)[:n_bytes])
+        cache = BlobCache(*sizes, *rest) if self.kind == "dense" else SparseCache(*sizes, self._most_records(), *rest)
+        self._kinds[self.kind] = cache
+        return cache
+
+    def _arena_of(self, n_bytes: int) -> Tensor:
+        if n_bytes != self.arena_bytes:
+            self._kinds.clear()  # the old arena goes before the new one comes: there is no room for both
+            self.near = self.sparse = self.whole = self._arena = None
+            self._arena, self.arena_bytes = torch.empty(n_bytes, dtype=torch.uint8, device=self.device), n_bytes
+        return self._arena
+
+    def _most_records(self) -> list[int]:
+        """Of every level that shares the near memory of this one."""
+        if self.kind == "floe":
+            return super()._most_records()
+        shared = [self.plans[level].budgets for level in SPARSE_LEVELS if level in self.plans and level != "floe"]
+        return [max(sum(pair) for pair in pairs) for pairs in zip(*shared, strict=True)]
 
     def _start(self, cache: SparseCache | BlobCache) -> None:
         self.near = cache
         self.sparse = cache if isinstance(cache, SparseCache) else None
         self.whole = cache if isinstance(cache, BlobCache) else None
-        self.clock_now.zero_()
         if self.sparse is not None:
             self._set_budgets()
-            self.sparse.preload(self.far.sketches)
+        self.reset()
 
     def _set_budgets(self) -> None:
         """The level as values on the device: budgets int32 [L, 2] refined and total, or thresholds [L, E]."""
-        plan, table = self.plans[self.level], {"dtype": torch.int32, "device": self.device}
-        self.capacity = self._most_records()
+        plan, self.capacity = self.plans[self.level], self._most_records()
         if self.level == "floe":
-            self.thresholds = torch.tensor(plan.thresholds, dtype=torch.float32, device=self.device)
+            self.thresholds.copy_(torch.tensor(plan.thresholds))
         else:
-            self.budgets = torch.tensor([(refined, refined + rest) for refined, rest in plan.budgets], **table)
-        self.histogram = torch.zeros(self.tokens, BINS, **table)
+            self.budgets.copy_(torch.tensor([(refined, refined + rest) for refined, rest in plan.budgets]))
 
     def reset(self) -> None:
         """Forget what is near, in the same tensors, so that a recorded step goes on with them; counters go on."""
@@ -97,10 +122,8 @@ class DeviceRuntime(Runtime):
         return [self.whole.pool] if self.whole is not None else [self.sparse.sketch_pool, self.sparse.record_pool]
 
     def everything_bytes(self) -> int:
-        if self.level in SPARSE_LEVELS:
-            most = max(self._most_records()) * self.tokens
-            return self.far.layers * self.far.experts * self.far.layout.blob_bytes + most * self.far.layout.record
-        return self.far.layers * self.far.experts * self.far.layout.blob_bytes
+        most = 0 if self.kind == "dense" else max(self._most_records()) * self.tokens
+        return self.far.layers * self.far.experts * self.far.layout.blob_bytes + most * self.far.layout.record
 
     def smallest_bytes(self) -> int:
         return self.near.smallest_bytes
@@ -227,8 +250,11 @@ class DeviceRuntime(Runtime):
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _for_prefill(self, layer: LayerExperts, expert: int, scratch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        gate_up, down = scratch
-        self.far.decode(layer.index, expert, *layer.halves(gate_up), down)
+        """A whole packed expert crosses the link and is decoded on the device; what is near stays as it is."""
+        (gate_up, down), hidden = scratch, self.far.hidden
+        blob = self.far.blobs(layer.index)[expert, 0].to(self.device, non_blocking=True)
+        for target, source in zip((*layer.halves(gate_up), down), decode_blob(blob, self.far.layout), strict=True):
+            target.copy_(source[:, :hidden])
         self.prefill_far_bytes += self.far.expert_bytes
         return gate_up, down
 

@@ -95,8 +95,8 @@ class Sparse(RuleBasedStateMachine):
         cache = self.cache
         consistent(cache.sketch_pool, self.sketches_used)
         consistent(cache.record_pool, self.records_used)
-        tensors = cache.sketches.untyped_storage().nbytes() + cache.records.untyped_storage().nbytes()
-        assert tensors == cache.near_bytes <= self.limit and cache.used_bytes() <= cache.near_bytes
+        arenas = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (cache.sketches, cache.records)}
+        assert sum(arenas.values()) == cache.near_bytes <= self.limit and cache.used_bytes() <= cache.near_bytes
         pool = cache.record_pool  # everything that is near, not only what was just read
         for slot, item in enumerate(pool.object_of.tolist()):
             if item >= 0:

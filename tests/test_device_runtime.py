@@ -39,7 +39,7 @@ def opened(folder: Path, level: str, share: float, predict: bool, on_device: boo
     """A model whose near memory has as many slots on either path. share: of all objects that are near."""
     loaded = hf.load(folder, Options("exact", device="cpu"))
     runtime = loaded.runtime
-    runtime.plans.update(PLANS)
+    runtime.plans.update({level: PLANS[level]} if level in PLANS else PLANS)  # the levels of a device share near memory
     runtime.predict = predict
     n_slots = int(share * L * E)
     if on_device:
@@ -134,16 +134,25 @@ def test_a_finished_answer_counts_nothing_and_bytes_ahead_are_capped(folder):
 
 
 @torch.no_grad()
-def test_budgets_are_values_of_the_device(folder):
-    """The same step, told another level's budgets, keeps that level's neurons."""
-    runtime = opened(folder, "balanced", 1.0, False, True).runtime
-    alone = opened(folder, "fast", 1.0, False, True).runtime
-    runtime.budgets.copy_(alone.budgets)
-    x, ids, weights = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.8, 0.2]])
-    for each in (runtime, alone):
-        each.phase = "decode"
-    found = [[each.forward(layer, x, ids, weights) for layer in each.layers] for each in (runtime, alone)]
-    assert torch.equal(torch.cat(found[0]), torch.cat(found[1]))
+def test_levels_change_in_the_same_tensors(folder):
+    """All calibrated levels run in one near memory, told apart by values; each as it would alone."""
+    loaded, alone = opened(folder, "exact", 0.5, False, True), {}
+    runtime = loaded.runtime
+    for level in LEVELS:
+        alone[level] = answer(opened(folder, level, 0.5, False, True))
+    assert len(set(map(tuple, alone.values()))) > 2
+    near_bytes = 3 * runtime.everything_bytes() // 4
+    kept: dict[str, list[int]] = {}
+    for level in ("fast", "exact", "balanced", "floe", "exact", "fast"):
+        runtime.set_level(level, near_bytes)
+        assert answer(loaded) == alone[level] and runtime.near_bytes <= near_bytes
+        places = [table.data_ptr() for pool in runtime._pools() for table in pool] + [runtime._arena.data_ptr()]
+        assert kept.setdefault(runtime.kind, places) == places
+    assert set(kept) == {"dense", "sparse", "floe"}
+    before = runtime.near
+    with pytest.raises(UserError, match="give at least"):
+        runtime.set_level("fast", 10)
+    assert runtime.near is before and runtime.near_wish == near_bytes and answer(loaded) == alone["fast"]
 
 
 def test_reset_keeps_the_tensors(folder):
