@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine import rates
-from engine.hf import FloeExperts, Loaded, near_bytes_for
+from engine.hf import FloeExperts, Loaded
 from engine.prefix import Prefix
 from engine.sampling import Sampler
 from engine.spec import Counters, Sampling, UserError
@@ -203,7 +203,7 @@ def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambd
     """
     runtime = loaded.runtime
     level = runtime.levels[0]
-    runtime.set_level(level, near_bytes_for(runtime.far, level, runtime.plans))
+    runtime.set_level(level, loaded.room.near_bytes(level))
     sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
     prompt = torch.randint(loaded.model.config.vocab_size, (sizes.prefill,),
                            generator=torch.Generator().manual_seed(0)).tolist()

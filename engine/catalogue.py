@@ -70,6 +70,7 @@ class Known:
     folder: Path | None = None
     compressed: bool = False
     trunk_bits: int | None = None
+    group_size: int | None = None
     calibration: Mapping = field(default_factory=dict)
     entry: Entry | None = None
 
@@ -124,7 +125,7 @@ def _from_folder(folder: Path) -> Known:
         return Known(spec, folder, entry=find(folder.name))
     manifest = _read_json(folder / "floe.json")
     return Known(spec, folder, compressed=True, trunk_bits=manifest.get("trunk_bits"),
-                 calibration=manifest.get("calibration") or {}, entry=find(folder.name))
+                 group_size=manifest.get("group_size"), calibration=manifest.get("calibration") or {}, entry=find(folder.name))
 
 
 def _read_json(path: Path) -> dict:

@@ -170,7 +170,7 @@ class Engine:
 
     def _adopt(self, loaded: hf.Loaded, options: Options) -> None:
         device = loaded.model.device.type
-        self._longest = loaded.spec.context
+        self._longest, self._room = loaded.spec.context, loaded.room
         context = _context(options, self._longest)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
         self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or CHUNK[device])
@@ -232,14 +232,12 @@ class Engine:
         self.options = options
         self._turns.show("idle")
 
-
     def _set_level(self, options: Options) -> None:
         """Change level or near memory; when that fails, everything is as it was."""
         runtime = self._turns.runtime
         level, near_bytes = runtime.level, runtime.near_bytes
         try:
-            runtime.set_level(options.level, options.near_bytes
-                              or hf.near_bytes_for(runtime.far, options.level, runtime.plans))
+            runtime.set_level(options.level, self._room.near_bytes(options.level, options))
         except BaseException:
             runtime.set_level(level, near_bytes)
             raise

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -29,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from engine.checkpoint import Checkpoint
 from engine.experts import LayerExperts, LevelPlan, Runtime
 from engine.format import TRUNK, Manifest, is_compressed
+from engine.room import Room, machine_for, own_bytes, return_freed
 from engine.skeleton import experts_modules, model_spec
 from engine.spec import ModelSpec, Options, UserError
 from engine.store import Far, FarBlobs, FarCheckpoint
@@ -108,6 +108,7 @@ class FloeQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         name = Path(str(model.config.name_or_path or type(model).__name__)).name
+        model.floe_machine = machine_for("cpu", Path.cwd())  # its memory before the weights take theirs
         experts = experts_modules(model, name)
         model.floe_spec = model_spec(name, model.config, model, experts)
         for path, module in experts.items():
@@ -121,7 +122,8 @@ class FloeQuantizer(HfQuantizer):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder on this machine; download the model first.")
         manifest = Manifest.load(folder)
-        bind(model, FarBlobs(folder, manifest), "exact", level_plans(manifest.calibration))
+        room = Room(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
+        bind(model, FarBlobs(folder, manifest), "exact", room)
 
 
 def level_plans(calibration: dict) -> dict[str, LevelPlan]:
@@ -132,15 +134,15 @@ def level_plans(calibration: dict) -> dict[str, LevelPlan]:
             for level, found in calibration.get("levels", {}).items() if "budgets" in found or "thresholds" in found}
 
 
-def bind(model: nn.Module, far: Far, level: str, plans: dict[str, LevelPlan]) -> Runtime:
+def bind(model: nn.Module, far: Far, level: str, room: Room) -> Runtime:
     """Connect every FloeExperts module of the model, in order of depth, to one runtime over `far`."""
-    device = str(model.device)
-    runtime = Runtime(far, model.floe_spec.top_k, level, plans, near_bytes_for(far, level, plans), device)
+    runtime = Runtime(far, room.spec.top_k, level, level_plans(room.calibration), room.near_bytes(level),
+                      str(model.device))
     places = [(path, module) for path, module in model.named_modules() if isinstance(module, FloeExperts)]
     for index, (path, module) in enumerate(places):
         parent = model.get_submodule(path.rpartition(".")[0])
         module.bind(index, runtime, _router_weight(parent, (far.experts, far.hidden)))
-    model.floe = runtime
+    model.floe, model.floe_room = runtime, room
     return runtime
 
 
@@ -152,12 +154,14 @@ def _router_weight(block: nn.Module, shape: tuple[int, int]) -> Tensor | None:
 
 @dataclass
 class Loaded:
-    """An open model: transformers' model and tokenizer, the runtime behind its experts, its numbers."""
+    """An open model: transformers' model and tokenizer, the runtime behind its experts, its numbers, its plan."""
 
     model: nn.Module
     tokenizer: Any
     runtime: Runtime
     spec: ModelSpec
+    room: Room
+    memory_check: str = ""  # what was planned for opening it and what it took, in one sentence
 
 
 def load(folder: str | Path, options: Options, progress: Report | None = None) -> Loaded:
@@ -169,9 +173,11 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     device = options.device or default_device()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     check_folder(folder)
+    machine = machine_for(device, folder)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
     report("Reading the weights", 0.1)
+    before = own_bytes()
     model = _load_compressed(folder, dtype) if is_compressed(folder) else _load_checkpoint(folder, dtype)
     model.to(device)
     report("Preparing near memory", 0.8)
@@ -180,10 +186,17 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     level = usable_level(options.level, runtime)
     if level not in (options.level, "full"):
         report(f"Not calibrated for {options.level}: running at {level}", 0.9)
-    near_bytes = options.near_bytes
-    runtime.set_level(level, near_bytes_for(runtime.far, level, runtime.plans) if near_bytes is None else near_bytes)
-    report("Ready", 1.0)
-    return Loaded(model.eval(), tokenizer, runtime, model.floe_spec)
+    room = replace(model.floe_room, machine=machine)
+    runtime.set_level(level, room.near_bytes(level, options))
+    return_freed()
+    check = room.plan(level, options).check(_taken_bytes(runtime, before)) if device == "cpu" else ""
+    report(f"Ready. {check}", 1.0)
+    return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, room, check)
+
+
+def _taken_bytes(runtime: Runtime, before: int) -> int:
+    """What opening took of main memory. Rows of near memory that are still empty count: they are this model's."""
+    return own_bytes() - before + runtime.near_bytes - runtime.near_used_bytes()
 
 
 def _load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -200,7 +213,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
     config = checkpoint.text_config
     model = type(checkpoint.skeleton).from_pretrained(
         None, config=config, state_dict=trunk, dtype=dtype, quantization_config=FloeConfig(from_checkpoint=True))
-    bind(model, FarCheckpoint(checkpoint), "full", {})
+    bind(model, FarCheckpoint(checkpoint), "full", Room(model.floe_spec, model.floe_machine))
     return model
 
 
@@ -233,9 +246,3 @@ def default_device() -> str:
 def usable_level(wish: str, runtime: Runtime) -> str:
     """The wished level where the folder offers it, else the best one that it has."""
     return wish if wish in runtime.levels else runtime.levels[0]
-
-
-def near_bytes_for(far: Far, level: str, plans: dict[str, LevelPlan]) -> int | None:
-    """Everything, or half of the free memory when everything is more than that."""
-    return None if far.layers * far.experts * far.expert_bytes * 8 < psutil.virtual_memory().available else (
-        psutil.virtual_memory().available // 2)

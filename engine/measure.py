@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from engine.cache import whole_row_bytes
-from engine.experts import Runtime
-from engine.hf import Loaded, near_bytes_for
+from engine.hf import Loaded
 from engine.prefix import Prefix
 from engine.spec import SPARSE_LEVELS, Counters, UserError
 
@@ -76,12 +75,12 @@ def longest(loaded: Loaded) -> int:
     return min(LONGEST, getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST)
 
 
-def near_bytes(runtime: Runtime, level: str, wish: int | str) -> int | None:
+def near_bytes(loaded: Loaded, level: str, wish: int | str) -> int:
     """Near memory for `all`, `sketches` (no record is kept; of whole experts: none) or a number of bytes.
 
     Leaves the runtime at `level`.
     """
-    everything = near_bytes_for(runtime.far, level, runtime.plans)
+    runtime, everything = loaded.runtime, loaded.room.near_bytes(level)
     runtime.set_level(level, everything)
     if wish == "all":
         return everything
@@ -103,7 +102,7 @@ def evaluate(loaded: Loaded, documents: list[list[int]], levels: list[str], near
     before = (runtime.level, runtime.near_wish, runtime.phase, runtime.predict)
     tallies, reference_loss = {level: _Tally() for level in levels}, 0.0
     try:
-        sizes = {level: near_bytes(runtime, level, near) for level in levels}
+        sizes = {level: near_bytes(loaded, level, near) for level in levels}
         with torch.inference_mode():
             for done, ids in enumerate(documents):
                 report(done, len(documents))

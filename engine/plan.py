@@ -38,7 +38,7 @@ CPU_WEIGHT_BYTES = 4                   # trunk and cache are float32 on a CPU
 class Wishes:
     """What the user asks for; None lets the plan decide. speed: tokens per second. near_bytes: a ceiling.
 
-    trunk_bits: of the folder, where it is known. on_disk: nothing has to be downloaded.
+    trunk_bits, group_size: of the folder, where they are known. on_disk: nothing has to be downloaded.
     """
 
     level: str | None = None
@@ -47,6 +47,7 @@ class Wishes:
     near_bytes: int | None = None
     chunk: int | None = None
     trunk_bits: int | None = None
+    group_size: int | None = None
     on_disk: bool = False
 
     def __post_init__(self) -> None:
@@ -119,15 +120,15 @@ class Plan:
         """Peak on the near side: VRAM on a card, the process's own memory without one."""
         return self.vram_bytes if self.device == "cuda" else self.ram_bytes
 
-    def check(self, measured_bytes: int, before_bytes: int | None = None) -> str:
-        """A sentence that compares the measured peak of the near side with the planned one (5 % is agreement).
+    @property
+    def warm_bytes(self) -> int:
+        """What warming up should take: on a card the whole peak; without one the trunk and near memory, because there
+        context and activations come as the conversation needs them."""
+        return self.vram_bytes if self.device == "cuda" else dict(self.memory)["trunk"] + self.near_bytes
 
-        before_bytes: what the process used before the model was opened, in place of the planned share for it.
-        """
-        planned = self.planned_bytes
-        if before_bytes is not None:
-            planned += before_bytes - dict(self.memory).get("process", CUDA_CONTEXT_BYTES)
-        return plan_text.compare(planned, measured_bytes, self.device)
+    def check(self, measured_bytes: int) -> str:
+        """A sentence that compares what warming up took with what was planned for it (5 % is agreement)."""
+        return plan_text.compare(self.warm_bytes, measured_bytes, self.device)
 
     def document(self) -> dict:
         """The JSON of `plan --json`."""
@@ -147,7 +148,7 @@ def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calib
     wishes = wishes or Wishes()
     if wishes.context and wishes.context > model.context:
         raise UserError(f"{model.name} reads at most {model.context:,} tokens; ask for a context up to that.")
-    layout = _layout(model, wishes.level)
+    layout = _layout(model, wishes)
     known = sparsity.calibrated(calibration, model, layout) if calibration else sparsity.assumed(model, layout)
     choice = (wishes.level,) if wishes.level else CHOICE
     tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
@@ -157,11 +158,11 @@ def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calib
                    advice=_advice(model, machine, wishes, layout, known, best))
 
 
-def _layout(model: ModelSpec, level: str | None) -> Layout:
+def _layout(model: ModelSpec, wishes: Wishes) -> Layout:
     try:
-        return Layout(model.hidden, model.neurons, default_group_size(model.hidden))
+        return Layout(model.hidden, model.neurons, wishes.group_size or default_group_size(model.hidden))
     except ValueError as error:
-        if level == "full":    # streams what is there; the layout only feeds numbers that `full` does not use
+        if wishes.level == "full":    # streams what is there; the layout only feeds numbers that `full` does not use
             return Layout(-(-model.hidden // 64) * 64, model.neurons, 64)
         raise UserError(f"{model.name} cannot be compressed: {error}") from error
 

@@ -61,13 +61,12 @@ class MissCurve:
 
 @dataclass(frozen=True)
 class Budget:
-    """Neurons per token over all layers: refined ones, and those that get their down row only. `layer_*`: the most
-    that one layer asks for."""
+    """Neurons per token over all layers: refined ones, and those that get their down row only. layer_most: of both
+    together, the most that one layer asks for."""
 
     refined: float
     down_only: float
-    layer_refined: float
-    layer_down_only: float
+    layer_most: float
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _assumed_budget(spec: ModelSpec, layout: Layout, level: str, share: float) -
     refined = share * neurons * (1.0 if level == "floe" else 0.5)
     as_many = 0.5 * share * neurons * layout.record / layout.prefix
     down_only = 0.0 if level == "floe" else min(neurons - refined, as_many)
-    return Budget(spec.layers * refined, spec.layers * down_only, refined, down_only)
+    return Budget(spec.layers * refined, spec.layers * down_only, refined + down_only)
 
 
 def calibrated(calibration: Mapping, spec: ModelSpec, layout: Layout) -> Sparsity:
@@ -109,8 +108,7 @@ def calibrated(calibration: Mapping, spec: ModelSpec, layout: Layout) -> Sparsit
     for level, entry in (calibration.get("levels") or {}).items():
         pairs = entry.get("budgets") if isinstance(entry, Mapping) else None
         if pairs:
-            budgets[level] = Budget(sum(p[0] for p in pairs), sum(p[1] for p in pairs),
-                                    max(p[0] for p in pairs), max(p[1] for p in pairs))
+            budgets[level] = Budget(sum(p[0] for p in pairs), sum(p[1] for p in pairs), max(map(sum, pairs)))
     curves = dict(base.curves)
     for name, points in (calibration.get("miss_curves") or {}).items():
         if points:

@@ -105,8 +105,7 @@ def bounce_records(spec: ModelSpec, sparsity: Sparsity, level: str) -> int:
     """The most records that one layer may need for one token."""
     if level == "floe":
         return spec.top_k * spec.neurons
-    budget = sparsity.budgets[level]
-    return ceil(budget.layer_refined + budget.layer_down_only)
+    return ceil(sparsity.budgets[level].layer_most)
 
 
 def _slots(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, sketches: int, records: int) -> Residency:

@@ -278,7 +278,7 @@ def test_calibration_replaces_what_was_assumed(tiny):
                    "miss_curves": {"record:fast": [[1000, 0.5], [4000, 0.1]], "sketch": [[48, 0.2]]}}
     layout = Layout(256, 256, 128)
     known = sparsity.calibrated(calibration, tiny, layout)
-    assert known.measured and known.budgets["fast"].refined == 60 and known.budgets["fast"].layer_down_only == 20
+    assert known.measured and known.budgets["fast"].refined == 60 and known.budgets["fast"].layer_most == 30
     assert known.miss_rate("record", "fast", 2500) == pytest.approx(0.3)
     assert known.miss_rate("sketch", "fast", 24) == pytest.approx(0.6)     # from 1.0 at no slot
     assert known.miss_rate("record", "balanced", 24576) == 0.0             # still assumed
@@ -294,7 +294,9 @@ def test_the_warm_up_check_speaks():
     assert "10 % more than planned" in made.check(int(made.vram_bytes * 1.1))
     assert "20 % less than planned" in made.check(int(made.vram_bytes * 0.8))
     on_cpu = plan(SPECS["olmoe-1b-7b"], hardware.described("cpu-ddr4"), Wishes(near_bytes=10**9))
-    assert on_cpu.check(on_cpu.ram_bytes - 10**9 + 3 * 10**8, before_bytes=3 * 10**8).endswith("as planned.")
+    trunk = dict(on_cpu.memory)["trunk"]
+    assert on_cpu.check(int(1.04 * (trunk + on_cpu.near_bytes))).endswith("as planned.")
+    assert "30 % more than planned" in on_cpu.check(int(1.3 * (trunk + on_cpu.near_bytes)))
 
 
 def test_bad_wishes_are_refused():

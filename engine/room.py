@@ -1,0 +1,64 @@
+"""How much near memory a model gets when it is opened: the plan of its level on this machine, as it was before.
+
+The machine is looked at once, before the weights are read: later its free memory has already been spent on them.
+No torch.
+"""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from engine import hardware
+from engine.plan import Plan, Wishes, plan
+from engine.spec import Machine, ModelSpec, Options
+
+
+@dataclass(frozen=True)
+class Room:
+    """One open model, and the machine as it was before. trunk_bits, group_size: as stored; calibration: floe.json's."""
+
+    spec: ModelSpec
+    machine: Machine
+    trunk_bits: int = 16
+    group_size: int | None = None
+    calibration: Mapping = field(default_factory=dict)
+
+    def plan(self, level: str, options: Options | None = None) -> Plan:
+        """UserError for a context that the model cannot read."""
+        options = options or Options()
+        wishes = Wishes(level, options.context, near_bytes=options.near_bytes, chunk=options.chunk,
+                        trunk_bits=self.trunk_bits, group_size=self.group_size, on_disk=True)
+        return plan(self.spec, self.machine, wishes, self.calibration or None)
+
+    def near_bytes(self, level: str, options: Options | None = None) -> int:
+        """What the user wishes, else what the plan gives the level."""
+        if options is not None and options.near_bytes is not None:
+            return options.near_bytes
+        return self.plan(level, options).near_bytes
+
+
+def own_bytes() -> int:
+    """Memory that this process has for itself, without the files that are mapped into it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        return psutil.Process().memory_info().rss
+
+
+def return_freed() -> None:
+    """Give the system what loading has freed: glibc keeps it (550 MB beside a trunk of 550 MB were seen)."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library, which decides for itself
+
+
+def machine_for(device: str, folder: Path) -> Machine:
+    """This machine for a model on `device` ("cpu" asks no driver). UserError without a usable card for "cuda"."""
+    found = hardware.survey(folder) if device == "cuda" else hardware.without_cards(folder)
+    return hardware.machine(found, device)
