@@ -167,17 +167,19 @@ class Making:
 
 def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits: int = 16,
              device: str | None = None, report: Callable[[Progress], None] = lambda progress: None,
-             say: Callable[[str], None] = lambda sentence: None) -> Manifest:
+             say: Callable[[str], None] = lambda sentence: None,
+             check: Callable[[], None] = lambda: None) -> Manifest:
     """Make the compressed folder `dest` from the checkpoint folder `source`.
 
-    say: receives what a user should know besides the progress (parts of the checkpoint that are left out).
+    say: receives what a user should know besides the progress (parts of the checkpoint that are left out). check: is
+    called before every expert and may raise.
     UserError: not a MoE checkpoint, a group size that does not divide hidden, weights that are not finite, a dest that
     holds something else or was begun with other settings.
     MachineError: full disk. Finished files survive any failure, and the next call goes on behind them.
     """
     source = Path(source)
     return compress_checkpoint(Checkpoint.open(source), source, Path(dest), str(source.resolve()), group_size,
-                               trunk_bits, device, report, say)
+                               trunk_bits, device, report, say, check)
 
 
 def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_size: int | None = None,

@@ -2,7 +2,8 @@
 
 Repositories live in memory: branches, commits, files. Large files go by LFS: resolve answers with a redirect to
 /cdn/SHA256, as the public Hub does. `faults` maps a path of a file to functions that are called in turn with the
-handler, one per request for its bytes; a function that returns True has answered. `served` counts bytes per path.
+handler, one per request for its bytes; a function that returns True has answered. `served` counts bytes per path;
+`cards` holds what the front matter of a repository's card says.
 """
 from __future__ import annotations
 
@@ -57,6 +58,7 @@ class LoopbackHub:
         self.served: Counter[str] = Counter()
         self.requests: list[str] = []
         self.gated: set[str] = set()
+        self.cards: dict[str, dict] = {}
         self.tokens_seen: list[tuple[str, str | None]] = []
         self.cdn: str | None = None
         self.ranges = True
@@ -159,7 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.document([_entry(path, data) for path, data in files.items()])
         else:
             self.document({"_id": "1", "id": name, "modelId": name, "sha": commit, "private": False, "tags": [],
-                           "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in files]})
+                           "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in files],
+                           "cardData": self.loopback.cards.get(name, {})})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         found = self._repository(name, revision)
