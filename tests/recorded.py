@@ -1,0 +1,69 @@
+"""Record a decode step with make_fx and replay it: the CPU's model of a captured CUDA graph.
+
+Every Python value is frozen at recording, as in a graph; a step that decides anything by a value of a tensor cannot be
+recorded, or shows `_local_scalar_dense` or `nonzero`. The functions of kernels/ become one node each, as their Triton
+versions are on a card (the references inside those nodes may look at values).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "score", "score_up", "select", "select_above",
+           "take")
+HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "masked_select", "unique")
+
+_library = torch.library.Library("floe_recorded", "DEF")
+_library.define("kernel(int which, Tensor(a!)[] tensors) -> Tensor[]")
+_calls: list[tuple] = []
+
+
+def _run(which: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    function, spec, leaves = _calls[which]
+    given = iter(tensors)
+    args, kwargs = tree_unflatten([next(given) if leaf is None else leaf[0] for leaf in leaves], spec)
+    out = function(*args, **kwargs)
+    return [] if out is None else list(out) if isinstance(out, tuple) else [out]
+
+
+_library.impl("kernel", _run, "CompositeExplicitAutograd")
+
+
+def as_node(function: Callable) -> Callable:
+    """The same function, one operator to whoever records it; what is no tensor is frozen."""
+    def call(*args, **kwargs):
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        _calls.append((function, spec, [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]))
+        out = torch.ops.floe_recorded.kernel(len(_calls) - 1, tensors)
+        return None if not out else out[0] if len(out) == 1 else tuple(out)
+    return call
+
+
+@contextmanager
+def kernels_as_nodes(module):
+    """Inside, the kernels that `module` imported are nodes."""
+    before = {name: getattr(module, name) for name in KERNELS}
+    try:
+        for name, function in before.items():
+            setattr(module, name, as_node(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(module, name, function)
+
+
+def record(step: Callable[[], None], module) -> tuple[torch.fx.GraphModule, list[str]]:
+    """-> the recorded step, which runs once while it is recorded, and the names of its operators."""
+    with kernels_as_nodes(module):
+        graph = make_fx(lambda: step())()  # it counts the arguments that a function could take
+    return graph, [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def asks_the_host(names: list[str]) -> list[str]:
+    """The recorded operators that would stop a device to look at a value."""
+    return [name for name in names if any(word in name for word in HOST)]
