@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from engine.hub import Hub
 from engine.paths import data_dir, demo_model
 from engine.shape import spec_from_config
-from engine.spec import ModelSpec, Sampling, UserError
+from engine.spec import MachineError, ModelSpec, Sampling, UserError
 
 TABLE = Path(__file__).resolve().parents[1] / "assets" / "catalogue.toml"
 AIMS = ("fast", "best", "coding", "long")
@@ -113,19 +114,20 @@ def look_up(text: str, data: str | Path | None = None) -> Known:
     if entry:
         return Known(entry.spec, entry=entry)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return Known(spec_from_config(_hub_config(text, data_dir(data) / "cache"), text))
+        return _from_hub(text, data_dir(data) / "cache")
     raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, "
                     f"or one of {', '.join(entries())}.")
 
 
-def _from_folder(folder: Path) -> Known:
+def _from_folder(folder: Path, name: str = "") -> Known:
     config = _read_json(folder / "config.json")
-    spec = spec_from_config(config, folder.name)
+    spec = spec_from_config(config, name or folder.name)
     if not (folder / "floe.json").is_file():
         return Known(spec, folder, entry=find(folder.name))
     manifest = _read_json(folder / "floe.json")
     return Known(spec, folder, compressed=True, trunk_bits=manifest.get("trunk_bits"),
-                 group_size=manifest.get("group_size"), calibration=manifest.get("calibration") or {}, entry=find(folder.name))
+                 group_size=manifest.get("group_size"), calibration=manifest.get("calibration") or {},
+                 entry=find(folder.name))
 
 
 def _read_json(path: Path) -> dict:
@@ -138,14 +140,26 @@ def _read_json(path: Path) -> dict:
     return document
 
 
-def _hub_config(repository: str, cache_folder: Path) -> dict:
-    """config.json of a Hub repository: a few kilobytes, kept in the data folder's cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _from_hub(repository: str, cache_folder: Path) -> Known:
+    """From the few kilobytes of a repository that say what it is, kept in the data folder's cache by commit.
+
+    Without a network what was read last time is taken. UserError, MachineError: one sentence.
+    """
+    own = cache_folder / "hub" / repository.replace("/", "--")
     try:
-        return _read_json(Path(hf_hub_download(repository, "config.json", cache_dir=cache_folder / "hub")))
-    except HFValidationError as error:
-        raise UserError(f"{repository!r} is not a Hub id; write it like owner/name.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"The configuration of {repository} could not be read from the Hub "
-                        f"({type(error).__name__}); check the name and the network.") from error
+        hub = replace(Hub.here(), delays=(1,))
+        listing = hub.listing(repository)
+        for name in ("config.json", "floe.json"):
+            file = listing.find(name)
+            if file:
+                (own / listing.commit).mkdir(parents=True, exist_ok=True)
+                hub.fetch(listing, file, own / listing.commit / name, lambda n_bytes, text: None)
+        folder = own / listing.commit
+    except (MachineError, UserError):
+        known = sorted(own.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not known:
+            raise
+        folder = known[-1].parent
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{repository} has no config.json: it is not a transformers checkpoint.")
+    return replace(_from_folder(folder, repository), folder=None)

@@ -8,6 +8,7 @@ import pytest
 from engine import catalogue
 from engine.shape import spec_from_config
 from engine.spec import UserError
+from tests.loopback_hub import LoopbackHub
 
 NAMES = list(catalogue.entries())
 # Total weights as the models are known for, in billions, and bytes of 16-bit cache per token.
@@ -149,13 +150,32 @@ def test_look_up_reads_a_folder(tmp_path):
 def test_look_up_explains_what_is_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="There is no model 'nothing'"):
         catalogue.look_up("nothing", tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="could not be read from the Hub"):
-        catalogue.look_up("owner/name", tmp_path)
     with pytest.raises(UserError, match="not a Hub id"):
         catalogue.look_up("owner/bad name!", tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="network is switched off"):
+        catalogue.look_up("owner/name", tmp_path)
+
+
+def test_look_up_reads_the_configuration_of_a_hub_id_and_nothing_else(tmp_path, monkeypatch):
+    config = json.dumps(dict(catalogue.entries()["mixtral-8x7b"].config)).encode()
+    manifest = json.dumps({"trunk_bits": 4, "group_size": 128, "calibration": {"levels": {"fast": {}}}}).encode()
+    with LoopbackHub() as loopback:
+        monkeypatch.setenv("HF_ENDPOINT", loopback.endpoint)
+        loopback.add("me/original", {"config.json": config, "model.safetensors": b"x" * 99})
+        loopback.add("me/ready", {"config.json": config, "floe.json": manifest, "trunk.safetensors": b"x"})
+        loopback.add("me/other", {"model.gguf": b"x"})
+        known, ready = (catalogue.look_up(name, tmp_path) for name in ("me/original", "me/ready"))
+        assert known.spec.experts == 8 and known.spec.name == "me/original" and not known.compressed
+        assert ready.compressed and ready.trunk_bits == 4 and ready.calibration["levels"] == {"fast": {}}
+        assert known.folder is None and ready.folder is None
+        assert set(loopback.served) == {"config.json", "floe.json"}
+        with pytest.raises(UserError, match="me/other has no config.json"):
+            catalogue.look_up("me/other", tmp_path)
+        with pytest.raises(UserError, match="me/nobody.*does not exist"):
+            catalogue.look_up("me/nobody", tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")               # what was read once is known without a network
+    assert catalogue.look_up("me/ready", tmp_path) == ready
 
 
 def test_damaged_tables_are_said(tmp_path):

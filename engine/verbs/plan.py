@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     known = catalogue.look_up(args.model, args.data)
     wishes = Wishes(level=args.level, context=args.context, speed=args.speed, trunk_bits=known.trunk_bits,
-                    group_size=known.group_size, on_disk=known.compressed)
+                    group_size=known.group_size, on_disk=known.compressed and known.folder is not None)
     made = plan(known.spec, _machine(args), wishes, known.calibration)
     print(made, file=sys.stderr)
     return made.document()
