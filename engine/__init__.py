@@ -22,7 +22,8 @@ from engine.spec import (
 _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": "engine.paths",
          "download": "engine.fetch", "Choice": "engine.fetch", "Hub": "engine.hub", "Stopped": "engine.hub",
          "Progress": "engine.progress", "Installed": "engine.installed", "models": "engine.installed",
-         "delete": "engine.installed", "here": "engine.fitting", "outlooks": "engine.fitting"}
+         "delete": "engine.installed", "here": "engine.fitting", "outlooks": "engine.fitting",
+         "publish": "engine.publishing", "import_gguf": "engine.gguf_import"}
 
 __all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
            "UserError", *_LAZY]

@@ -117,6 +117,16 @@ def test_the_door_of_the_engine_is_not_used_from_inside():
         assert "engine" not in names, f"{path.relative_to(ROOT)} imports from the engine's door"
 
 
+def test_the_door_has_no_name_of_a_module():
+    """Python would put the module in the place of the name as soon as somebody imports it."""
+    import engine
+    modules = {path.stem for path in (ROOT / "engine").iterdir()}
+    assert not modules & set(engine.__all__)
+    code = ("import sys, engine; [getattr(engine, name) for name in ('download', 'here', 'look_up', 'delete')]; "
+            "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_verbs_are_imported_by_nobody_but_their_door():
     for path in files(*PACKAGES):
         if path.parts[-2] != "verbs" and path.name != "__main__.py":

@@ -12,7 +12,8 @@ from engine import catalogue
 from engine.fetch import Choice, download
 from engine.format import Manifest
 from engine.hub import Hub
-from engine.publish import card, publish
+from engine.installed import Source
+from engine.publishing import card, publish
 from engine.spec import MachineError, Options, Sampling, UserError
 from tests.folders import compressed
 from tests.loopback_hub import LoopbackHub, status
@@ -67,25 +68,30 @@ def test_the_demo_is_published_picked_by_name_downloaded_and_answers(loopback, d
 
 
 def test_an_original_is_compressed_while_it_arrives_and_answers(loopback, demo_checkpoint, tmp_path):
-    original, _ = make(tmp_path / "made", demo_checkpoint)
+    original, compressed_here = make(tmp_path / "made", demo_checkpoint)
     loopback.add_folder("me/Original", original)
     found = download("me/Original", data=tmp_path, choice=Choice(16, "cpu", keep_original=False))
     assert Manifest.load(found).layers == 2
-    assert isinstance(answer(found), str)
+    assert answer(found) == answer(compressed_here) != ""
+    publish(found, REPO, Hub.here("hf_mine"))               # and on it goes, to the next person
+    again = download(REPO, data=tmp_path)
+    assert Manifest.load(again) == Manifest.load(found) and answer(again) == answer(found)
 
 
 def test_a_gguf_file_is_imported_and_answers(loopback, demo_checkpoint, tmp_path):
+    """With nothing of the original but its configuration: the tokenizer is in the file."""
     pytest.importorskip("gguf")
     from transformers import AutoModelForCausalLM
 
     from tests.gguf_files import write
-    original, _ = make(tmp_path / "made", demo_checkpoint)
-    write(tmp_path / "model-Q8_0.gguf", "qwen3_moe", AutoModelForCausalLM.from_pretrained(original), "Q8_0")
-    small = {path.name: path.read_bytes() for path in original.iterdir() if path.suffix != ".safetensors"}
-    loopback.add("me/Model-GGUF", small | {"model-Q8_0.gguf": (tmp_path / "model-Q8_0.gguf").read_bytes()})
+    original, compressed_here = make(tmp_path / "made", demo_checkpoint)
+    write(tmp_path / "model-F32.gguf", "qwen3_moe", AutoModelForCausalLM.from_pretrained(original), "F32",
+          demo_checkpoint)
+    loopback.add("me/Model-GGUF", {name.name: name.read_bytes() for name in (
+        tmp_path / "model-F32.gguf", original / "config.json")})
     found = download("me/Model-GGUF", data=tmp_path, choice=Choice(16, "cpu"))
     assert Manifest.load(found).layers == 2
-    assert isinstance(answer(found), str)
+    assert answer(found) == answer(compressed_here) != ""
 
 
 def test_what_is_uploaded(loopback, folder):
@@ -136,6 +142,43 @@ def test_refusals_become_sentences(loopback, folder, place, code, kind, words):
     loopback.fault(place, *[status(code)] * 9)
     with pytest.raises(kind, match=words):
         publish(folder, REPO, Hub.here("hf_mine"))
+
+
+def test_the_card_names_original_and_licence(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "made")
+    entry = catalogue.entries()["mixtral-8x7b"]
+    Source("https://hub", entry.repository, "c0ffee", "original", ()).save(tmp_path / "made")
+    text = card(tmp_path / "made", Manifest.load(folder), REPO)
+    assert f"base_model: {entry.repository}\n" in text and "license: apache-2.0\n" in text
+    assert "at commit c0ffee" in text
+
+
+def test_a_hub_out_of_reach(folder):
+    with pytest.raises(MachineError, match="upload to me/Demo-Floe broke off.*start again"):
+        publish(folder, REPO, Hub("http://127.0.0.1:9", token="hf_mine"))
+
+
+def test_an_upload_that_breaks_off_goes_on(loopback, folder):
+    """The commit comes last: nothing is published until all files have arrived, and those are not sent again."""
+    loopback.fault(f"api/models/{REPO}/commit/main", *[status(500)] * 9)
+    with pytest.raises(MachineError):
+        publish(folder, REPO, Hub.here("hf_mine"))
+    assert "floe.json" not in loopback.repositories[REPO].at("main")[1]
+    sent = sum(request.startswith("PUT") for request in loopback.requests)
+    loopback.faults.clear()
+    publish(folder, REPO, Hub.here("hf_mine"))
+    assert sent > 0 and sum(request.startswith("PUT") for request in loopback.requests) == sent
+    assert "floe.json" in loopback.repositories[REPO].at("main")[1]
+
+
+def test_an_unfinished_folder_is_not_published(loopback, folder, tmp_path):
+    """As a killed compression leaves it: all files but the manifest, and the notes of how far it is."""
+    shutil.copytree(folder, tmp_path / "half")
+    (tmp_path / "half" / "floe.json").unlink()
+    (tmp_path / "half" / "floe.partial.json").write_text("{}")
+    with pytest.raises(UserError, match="half is not a finished compressed folder; compress the model first"):
+        publish(tmp_path / "half", REPO, Hub.here("hf_mine"))
+    assert not loopback.requests
 
 
 def test_the_verb(loopback, folder, capsys):

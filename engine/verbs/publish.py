@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from engine.publish import publish
+    from engine.publishing import publish
     address = publish(args.folder, args.repository, Hub.here(args.token), args.private,
                       lambda sentence: print(sentence, file=sys.stderr))
     print(f"Published: {address}", file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from engine import catalogue
 from engine.format import Manifest, file_entry, is_compressed
 from engine.hub import Hub, RemoteFile
 from engine.installed import SOURCE, Source
@@ -61,13 +62,21 @@ def card(folder: Path, manifest: Manifest, repository: str) -> str:
     front, own = _own_words(folder)
     source = Source.load(folder)
     origin = source.repository if source and source.kind == "original" else ""
-    front = front or "\n".join(["library_name: floechat", "tags: [floe, mixture-of-experts]",
-                                *([f"base_model: {origin}", "base_model_relation: quantized"] if origin else [])])
+    front = front or _front(origin)
     name = repository.partition("/")[2]
     parts = [f"---\n{front}\n---", own or f"# {name}\n\nA Mixture-of-Experts model compressed for Floe Chat"
              + (f", from {origin} at commit {source.commit}." if origin else "."), _sizes(manifest), _levels(manifest),
              _how_to(repository)]
     return "\n\n".join(parts) + "\n"
+
+
+def _front(origin: str) -> str:
+    """What the Hub reads; the licence is the original's, where the catalogue knows it."""
+    entry = catalogue.find(origin) if origin else None
+    lines = ["library_name: floechat", "tags: [floe, mixture-of-experts]"]
+    lines += [f"license: {entry.licence}"] if entry else []
+    lines += [f"base_model: {origin}", "base_model_relation: quantized"] if origin else []
+    return "\n".join(lines)
 
 
 def _own_words(folder: Path) -> tuple[str, str]:
