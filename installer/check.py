@@ -21,6 +21,7 @@ from installer.screen import Screen, Trouble  # noqa: E402
 SYSTEM = (("chromium", "chromium"), ("usr/share/fonts/truetype/dejavu", "fonts-dejavu-core"), ("Xvfb", "xvfb"),
           ("xterm", "xterm"), ("gtk-launch", "libgtk-3-bin"), ("desktop-file-validate", "desktop-file-utils"),
           ("shellcheck", "shellcheck"), ("wine", "wine"), ("usr/lib/wine/wine64", "wine64"))
+MOST_PROCESSES = 4  # at once; a file's tests share models and browsers, so a file stays in one of them
 
 
 def main(arguments: list[str]) -> int:
@@ -34,9 +35,11 @@ def main(arguments: list[str]) -> int:
         return screen.fail(trouble)
     system_packages(screen)
     rest = [argument for argument in arguments if argument != "--quick"]
-    variables = where.variables(app / "cache")
+    variables = where.variables(app / "cache") | {"OMP_NUM_THREADS": "1"}  # each of the processes below has one core
     linted = subprocess.run([where.python, "-m", "ruff", "check", "."], cwd=ROOT, env=variables).returncode
-    pytest = [where.python, "-m", "pytest", "-ra", *(["-m", "not slow"] if quick else []), *rest]
+    cores = max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
+    pytest = [where.python, "-m", "pytest", "-ra", "-n", str(cores), "--dist", "loadfile",
+              *(["-m", "not slow"] if quick else []), *rest]
     return subprocess.run(pytest, cwd=ROOT, env=variables).returncode or linted
 
 
