@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,24 @@ def test_a_hub_that_fails_leaves_a_download_to_go_on_with(loopback, made, tmp_pa
         download(REPO, data=tmp_path, choice=CPU, hub=Hub(loopback.endpoint, delays=(0.01,)))
     loopback.faults.clear()
     assert_imported(download(REPO, data=tmp_path, choice=CPU), made)
+
+
+def test_a_disk_that_fills_up_meanwhile(loopback, made, tmp_path):
+    """A limit on the size of files makes the system refuse the second layer, as a full disk does."""
+    loopback.cards[REPO], before = {"base_model": ORIGINAL}, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def report(progress) -> None:
+        if progress.text == "Compressed layer 1 of 4":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(MachineError, match="cannot be written .File too large"):
+            download(REPO, data=tmp_path, choice=CPU, report=report)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    work = partial(tmp_path / "models" / "Model-GGUF")
+    assert (work / "made" / experts_name(0)).is_file() and not (work / "made" / experts_name(1)).exists()
+    assert_imported(download(REPO, data=tmp_path, choice=CPU), made)
+    assert gguf_bytes(loopback) == made["gguf"].stat().st_size
 
 
 @pytest.mark.slow

@@ -79,6 +79,14 @@ def test_a_stalled_stream_is_taken_up_again(hub, loopback, tmp_path):
     release.set()
 
 
+def test_a_slow_stream_is_waited_for(hub, loopback, tmp_path):
+    """Slower as a whole than the patience for one silence: no new try, nothing twice."""
+    loopback.pause, loopback.piece, told = 0.05, 32 << 10, Told()
+    assert fetch(hub, tmp_path, told=told).read_bytes() == DATA
+    assert told.texts == [] and loopback.served[NAME] == len(DATA)
+    assert sum("GET cdn/" in request for request in loopback.requests) == -(-len(DATA) // CHUNK)
+
+
 def test_tries_begin_anew_when_bytes_arrive(hub, loopback, tmp_path):
     loopback.fault(NAME, *[fault for _ in range(12) for fault in (passes, cut(DATA, 20_000))])
     assert fetch(hub, tmp_path).read_bytes() == DATA
