@@ -48,7 +48,7 @@ class Step:
     def start(self, token: int, ends: frozenset[int], limit: int) -> None:
         """The last token of the prompt, the tokens that end the answer, the most tokens it may have."""
         assert len(ends) <= MOST_ENDS and limit >= 1, (len(ends), limit)
-        self.runtime.phase = "decode"
+        self.runtime.phase, self.runtime.counted = "decode", None
         self.token.fill_(token)
         self.left.fill_(limit)
         self.ends.copy_(torch.tensor(sorted(ends) + [-1] * (MOST_ENDS - len(ends))))

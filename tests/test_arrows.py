@@ -65,6 +65,7 @@ ENGINE = {
     "sampling": {"engine.spec"},
     "device_sampler": {"engine.spec", "engine.sampling"},
     "decoding": {"engine.spec", "engine.device_runtime", "engine.device_sampler", "engine.step_cache"},
+    "graphs": {"engine.decoding"},
     "turn": {"engine.spec", "engine.tokens", "engine.sections", "engine.prefix", "engine.sampling"},
 }
 

@@ -1,0 +1,101 @@
+"""The decode step as a CUDA graph: captured once for each kind of near memory, replayed for every token.
+
+One graph for the sparse levels and one for `exact` (and one for `floe`), in one memory pool. A capture runs every
+kernel first, because compiling and loading are not allowed inside it, and puts back whatever those runs changed. Then
+the graph has to prove itself: one replay must give the logits that running the step gave. A model that cannot be
+captured runs the same kernels one by one, and `sentence` says so.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from engine.decoding import Step
+
+WARM_UPS = 3        # torch's own advice: libraries pick their algorithms in the first runs
+AGREEMENT = 2e-2    # of the largest logit: a library may choose another algorithm inside a graph
+Run = Callable[[], None]
+
+
+class Capture(Protocol):
+    """How a run becomes a graph."""
+
+    def beside(self, run: Run) -> None:
+        """Run it as the recording will, without recording."""
+
+    def record(self, run: Run) -> Run:
+        """-> the graph's replay. The run itself need not have any effect."""
+
+
+class CudaCapture:
+    """One pool and one side stream for all graphs of a model."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def beside(self, run: Run) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, run: Run) -> Run:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            run()
+        return graph.replay
+
+
+class Graphs:
+    """Its `launch` is what engine.decoding.Decoder wants. sentence: "" while graphs work, else why they do not."""
+
+    def __init__(self, step: Step, capture: Capture | None = None) -> None:
+        self.step, self.sentence = step, ""
+        self._capture = capture or CudaCapture()
+        self._graphs: dict[tuple, Run] = {}
+
+    def launch(self, position: int) -> None:
+        """Compute the logits behind `position` tokens; returns before they are there."""
+        key = self._key()
+        if not self.sentence and key not in self._graphs:
+            self._make(key, position)
+        self._graphs.get(key, self.step.compute)()
+
+    def _key(self) -> tuple:
+        """What a graph was made for: it holds the addresses of one arena and one branch of look-ahead."""
+        runtime = self.step.runtime
+        return runtime.arena_bytes, runtime.kind, runtime.predict
+
+    def _make(self, key: tuple, position: int) -> None:
+        """A graph under `key`, or a sentence; either way the sequence is where it was."""
+        self._graphs = {old: graph for old, graph in self._graphs.items() if old[0] == key[0]}  # others' arena is gone
+        before = self.step.save(position)
+        try:
+            graph, agrees = self._prove(before)
+            if agrees:
+                self._graphs[key] = graph
+            else:
+                self.sentence = "A captured step gave other numbers than the same step run anew"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:  # whatever a model does in a capture
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self.sentence = f"This model's step cannot be captured ({reason[0]})"
+        if self.sentence:
+            self.sentence += "; its kernels are launched one by one, which is slower."
+        self.step.restore(before)
+
+    def _prove(self, before: tuple) -> tuple[Run, bool]:
+        """-> the graph, and whether its replay computes what the step itself does."""
+        step = self.step
+        for _ in range(WARM_UPS):
+            self._capture.beside(step.compute)
+            expected = step.logits.clone()
+            step.restore(before)
+        graph = self._capture.record(step.compute)
+        step.restore(before)
+        graph()
+        limit = AGREEMENT * float(expected.abs().max())
+        return graph, bool((step.logits - expected).abs().max() <= limit)
