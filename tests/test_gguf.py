@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from engine.skeleton import read_config
 from engine.spec import Options, UserError
 from tests.architectures import build
 from tests.folders import logits_by_steps, stored_experts, write_tokenizer
+from tests.test_compress import anonymous_bytes
 
 gguf = pytest.importorskip("gguf")
 from gguf.quants import dequantize  # noqa: E402
@@ -333,3 +337,35 @@ def test_without_the_package_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match="needs the package gguf: pip install gguf"):
         import_gguf(path, tmp_path / "made", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads anonymous memory from /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """An embedding of 268 million weights: as bfloat16 once, never as float32."""
+    from transformers import Qwen3MoeConfig
+    config = Qwen3MoeConfig(vocab_size=131072, hidden_size=2048, moe_intermediate_size=256, num_hidden_layers=1,
+                            num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=4,
+                            num_experts_per_tok=2, tie_word_embeddings=True)
+    config.save_pretrained(tmp_path / "like")
+    write_tokenizer(tmp_path / "like")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
+    shapes = {"token_embd": (131072, 2048), "output_norm": (2048,), "blk.0.attn_norm": (2048,),
+              "blk.0.ffn_norm": (2048,), "blk.0.attn_q": (256, 2048), "blk.0.attn_k": (128, 2048),
+              "blk.0.attn_v": (128, 2048), "blk.0.attn_output": (2048, 256), "blk.0.attn_q_norm": (64,),
+              "blk.0.attn_k_norm": (64,), "blk.0.ffn_gate_inp": (4, 2048), "blk.0.ffn_gate_exps": (4, 256, 2048),
+              "blk.0.ffn_up_exps": (4, 256, 2048), "blk.0.ffn_down_exps": (4, 2048, 256)}
+    for name, shape in shapes.items():
+        data = np.ones(shape, np.float32) if len(shape) == 1 else random_blocks("Q4_K", *shape)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=None if len(shape) == 1 else gguf.GGMLQuantizationType.Q4_K)
+    finish(writer)
+    child = subprocess.Popen([sys.executable, "-m", "engine", "import_gguf", str(tmp_path / "m.gguf"),
+                              str(tmp_path / "made"), "--like", str(tmp_path / "like"), "--trunk-bits", "8", "--device",
+                              "cpu"], stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parents[1])
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(0.01)
+    assert child.returncode == 0, child.stderr.read().decode()
+    assert 131072 * 2048 * 2 < peak < 131072 * 2048 * 2 + (1 << 30), f"{peak / 2**30:.2f} GiB"
+    print(f"peak {peak / 2**20:.0f} MiB of anonymous memory")
