@@ -239,6 +239,7 @@ class ExpertsFile(MappedFile):
         super().__init__(path)
         try:
             self.blobs = self.tensor("blobs")
+            self.blobs_at = self.start + self.header["blobs"]["data_offsets"][0]  # bytes from the start of the file
             self.checksums = self.tensor("checksums").tolist()
             self.biases = {name: self.tensor(name) for name in ("gate_bias", "up_bias", "down_bias") if name in self}
         except (KeyError, ValueError, TypeError, RuntimeError, StopIteration) as error:

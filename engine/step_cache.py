@@ -135,11 +135,11 @@ class RingLayer(_KeysAndValues):
         return self.length + query_length, torch.cat((offsets, new))
 
     def saved(self, position: int) -> tuple[Tensor, ...]:
-        return self.keys, self.values
+        return (self.keys, self.values) if self.is_initialized else ()
 
     def restore(self, state: tuple[Tensor, ...]) -> None:
-        self.keys.copy_(state[0])
-        self.values.copy_(state[1])
+        for own, kept in zip((self.keys, self.values), state, strict=False):  # none of an empty cache: all is hidden
+            own.copy_(kept)
 
     def can_go_back(self, position: int) -> bool:
         """Whether nothing has been overwritten yet after `position` tokens."""
@@ -204,7 +204,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
         return tuple(state[:1] for state in (*self._conv.values(), *self._recurrent.values()))
 
     def restore(self, state: tuple[Tensor, ...]) -> None:
-        for own, kept in zip((*self._conv.values(), *self._recurrent.values()), state, strict=True):
+        if not state:  # of an empty cache
+            self.reset()
+        for own, kept in zip((*self._conv.values(), *self._recurrent.values()), state, strict=bool(state)):
             own[:1].copy_(kept)
 
     def can_go_back(self, position: int) -> bool:

@@ -59,11 +59,12 @@ class FarBlobs:
 
     def sketches(self, layer: int) -> Tensor:
         """uint8 [E, 1, sketch_bytes]"""
-        return self._files[layer].blobs[:, None, :self.layout.sketch_bytes]
+        return self.blobs(layer)[:, :, :self.layout.sketch_bytes]
 
     def records(self, layer: int) -> Tensor:
         """uint8 [E, I, record]"""
-        return self._files[layer].blobs[:, self.layout.sketch_bytes:].unflatten(1, (self.neurons, self.layout.record))
+        records = self.blobs(layer)[:, 0, self.layout.sketch_bytes:]
+        return records.unflatten(1, (self.neurons, self.layout.record))
 
     def biases(self, layer: int) -> dict[str, Tensor]:
         return self._files[layer].biases

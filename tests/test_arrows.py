@@ -66,6 +66,10 @@ ENGINE = {
     "device_sampler": {"engine.spec", "engine.sampling"},
     "decoding": {"engine.spec", "engine.device_runtime", "engine.device_sampler", "engine.step_cache"},
     "graphs": {"engine.decoding"},
+    "host_memory": {"engine.units"},
+    "far_locked": {"engine.spec", "engine.format", "engine.store", "engine.host_memory"},
+    "repeating": {"engine.experts"},
+    "card_errors": {"engine.spec", "engine.hardware"},
     "turn": {"engine.spec", "engine.tokens", "engine.sections", "engine.prefix", "engine.sampling"},
 }
 

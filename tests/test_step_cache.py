@@ -85,6 +85,16 @@ def test_snapshots_bring_a_message_boundary_back(model, expected):
 
 
 @torch.no_grad()
+def test_back_to_the_beginning(model, expected):
+    """A snapshot of a cache that has read nothing, not even made its tensors."""
+    cache = StepCache(model.config, CONTEXT)
+    empty = cache.snapshot(0)
+    read(model, cache, 9, 1, 1)
+    cache.restore(empty)
+    same(read(model, cache, *(1,) * 24), expected[:, :24])
+
+
+@torch.no_grad()
 def test_cutting_back_where_every_layer_can(model, expected):
     cache = StepCache(model.config, CONTEXT)
     read(model, cache, 4, 1, 1, 1)

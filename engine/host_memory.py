@@ -1,0 +1,118 @@
+"""Host memory that the kernels of a card can read: page-locked, of exactly the size that was asked for.
+
+`Tensor.pin_memory` rounds up to a power of two, which for 18 GB of experts is 14 GB too many. Here memory is mapped in
+huge pages (random reads of 2 KB meet far fewer entries of the card's page tables) and locked piece by piece; where the
+system locks no memory of ours, the driver is asked for memory of its own. What is not locked stays usable by the host.
+The two calls of the CUDA driver are behind `Driver`; all else runs anywhere.
+"""
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from typing import Protocol
+
+import torch
+
+from engine.units import size
+
+Tensor = torch.Tensor
+HUGE_PAGE = 1 << 21
+PIECE = 1 << 30     # bytes locked at a time: a refusal leaves what came before
+
+
+class Driver(Protocol):
+    """What is asked of CUDA. Results are CUDA's own codes, 0 for success."""
+
+    def register(self, address: int, n_bytes: int) -> int: ...
+
+    def unregister(self, address: int) -> int: ...
+
+    def allocate(self, n_bytes: int) -> tuple[int, int]:
+        """-> code, address."""
+
+    def free(self, address: int) -> int: ...
+
+
+class CudaDriver:
+    """libcuda itself, in the context that torch made."""
+
+    def __init__(self) -> None:
+        torch.zeros(1, device="cuda")  # makes the context, and makes it this thread's
+        self._cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+    def register(self, address: int, n_bytes: int) -> int:
+        return self._cuda.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), 0)
+
+    def unregister(self, address: int) -> int:
+        return self._cuda.cuMemHostUnregister(ctypes.c_void_p(address))
+
+    def allocate(self, n_bytes: int) -> tuple[int, int]:
+        found = ctypes.c_void_p()
+        code = self._cuda.cuMemHostAlloc(ctypes.byref(found), ctypes.c_size_t(n_bytes), 0)
+        return code, found.value or 0
+
+    def free(self, address: int) -> int:
+        return self._cuda.cuMemFreeHost(ctypes.c_void_p(address))
+
+
+class HostMemory:
+    """`bytes`: uint8 [n_bytes]. locked_bytes: how much of it, from the start, a card can read. Close it when done."""
+
+    def __init__(self, n_bytes: int, driver: Driver) -> None:
+        self._driver, self._registered, self._owned = driver, [], 0
+        self.n_bytes, self.refusal = n_bytes, 0
+        self._map(n_bytes)
+        self.locked_bytes = self._lock()
+        if not self.locked_bytes and n_bytes:
+            self._let_the_driver_allocate()
+
+    def _map(self, n_bytes: int) -> None:
+        """Anonymous memory that begins at a huge page; nothing of it is touched yet."""
+        self._mapped = mmap.mmap(-1, max(n_bytes, 1) + HUGE_PAGE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._mapped.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel without huge pages: the same memory in small ones
+                pass
+        whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE_PAGE
+        self.bytes = whole[start:start + n_bytes]
+
+    def _lock(self) -> int:
+        """Register piece by piece until the system refuses -> bytes that are locked."""
+        for at in range(0, self.n_bytes, PIECE):
+            address = self.bytes.data_ptr() + at
+            n_bytes = min(PIECE, self.n_bytes - at)
+            self.refusal = self._driver.register(address, n_bytes)
+            if self.refusal:
+                return at
+            self._registered.append(address)
+        return self.n_bytes
+
+    def _let_the_driver_allocate(self) -> None:
+        """Memory of the driver's own, in place of ours, all or nothing."""
+        code, address = self._driver.allocate(self.n_bytes)
+        if code == 0 and address:
+            self._owned = address
+            buffer = (ctypes.c_uint8 * self.n_bytes).from_address(address)
+            self.bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+            self._mapped, self.locked_bytes, self.refusal = None, self.n_bytes, 0
+
+    @property
+    def sentence(self) -> str:
+        """What could not be locked, and what follows; "" when everything is."""
+        if self.locked_bytes == self.n_bytes:
+            return ""
+        return (f"The system page-locks only {size(self.locked_bytes)} of the {size(self.n_bytes)} of experts "
+                f"(CUDA error {self.refusal}), so the processor has to fetch them, which is slower; close other "
+                "programs, or take a model with smaller experts.")
+
+    def close(self) -> None:
+        """Unlock, and let go of the memory; no kernel may still read it."""
+        for address in self._registered:
+            self._driver.unregister(address)
+        if self._owned:
+            self._driver.free(self._owned)
+        self._registered, self._owned, self.locked_bytes = [], 0, 0
+        self.bytes = self._mapped = None
