@@ -25,6 +25,8 @@ VERBS = {
     "delete": "remove a model from the data folder",
     "import_gguf": "make a compressed model folder from a GGUF file",
     "publish": "upload a finished folder with a model card",
+    "synth": "a model of real shape with made-up weights, to measure speed with",
+    "card": "what a graphics card does with the kernels: rows for tests/bench",
     "tables": "the tables of the design: masks and quantisers compared on one checkpoint",
 }
 

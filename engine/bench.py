@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from engine import rates
+from engine import rates, repeating
 from engine.hf import FloeExperts, Loaded
 from engine.prefix import Prefix
 from engine.sampling import Sampler
@@ -67,6 +67,9 @@ class Bench:
         self.device = loaded.model.device
         self.chunk = chunk or CHUNK[self.device.type]
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
+        self.synthetic = loaded.room.calibration.get("synthetic")  # made-up weights: the picks are made up as well
+        if self.synthetic:
+            repeating.follow(loaded.runtime, self.synthetic["repeat"])
         draw = torch.Generator().manual_seed(0)
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
@@ -92,6 +95,7 @@ class Bench:
             "prefill_tokens": sizes.prefill, "decode_tokens": sizes.decode, "chunk": self.chunk,
             "needed_bytes_per_token": needed, "copy_bytes_per_second": copy,
             "own_text": {"cold": cold, "warm": warm},
+            **({"synthetic": True} if self.synthetic else {}),
         }
 
     def _warm_up(self) -> None:

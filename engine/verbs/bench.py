@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def _print(document: dict) -> None:
     own = document["own_text"]
-    _say(f"{document['device']}, level {document['level']}, {document['near_bytes']:,} bytes near\n"
+    kind = "a synthetic model, " if document.get("synthetic") else ""
+    _say(f"{kind}{document['device']}, level {document['level']}, {document['near_bytes']:,} bytes near\n"
          f"prefill {document['prefill_tokens']}: {document['prefill_tokens_per_second']:.1f} tokens/s   "
          f"first token after {document['time_to_first_token_ms']:.0f} ms\n"
          f"decode {document['decode_tokens']}: {document['decode_tokens_per_second']:.1f} tokens/s, "
