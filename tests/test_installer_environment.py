@@ -99,6 +99,22 @@ def test_without_the_index_the_previous_one_is_used(whole, tmp_path, screen, mon
 
 
 @pytest.mark.slow
+def test_repair_makes_it_anew_though_nothing_seems_wrong(tmp_path, screen, monkeypatch):
+    made = recipe(tmp_path, "h11")
+    (tmp_path / "requirements.lock").write_text(made.locks[0].read_text())
+    monkeypatch.setattr(bootstrap, "PINS", tmp_path)
+    parse = bootstrap._parser().parse_args
+    file = bootstrap._environment(parse(["--cpu"]), tmp_path, screen).folder
+    file = next(file.glob("lib/python*/site-packages/h11/_version.py"))
+    before = file.read_text()
+    file.write_text("spoiled, and of the same name")
+    bootstrap._environment(parse(["--cpu"]), tmp_path, screen)
+    assert file.read_text() != before
+    bootstrap._environment(parse(["--cpu", "--repair"]), tmp_path, screen)
+    assert file.read_text() == before
+
+
+@pytest.mark.slow
 def test_a_package_that_was_tampered_with_is_refused(tmp_path, screen):
     made = recipe(tmp_path, "h11")
     lock = made.locks[0]
