@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,25 @@ def test_damaged_foreign_and_mismatched_files(tmp_path):
         GgufSource([path], build("qwen3_moe", hidden_size=128).config)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         import_gguf(tmp_path / "nothing.gguf", tmp_path / "made", folder)
+
+
+def test_a_header_with_flipped_bytes_never_ends_in_anything_but_a_sentence(tmp_path):
+    """Counts, types, names, offsets: refused in words, or of no matter for what is read."""
+    model, path, _ = file_of("qwen3_moe", tmp_path, num_hidden_layers=1)
+    data, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(80):
+        broken = bytearray(data)
+        for _ in range(rng.choice((1, 3))):
+            broken[rng.randrange(data.find(b"blk.0.attn_norm") + 2000)] = rng.choice((0, 255, rng.randrange(256)))
+        (tmp_path / "broken.gguf").write_bytes(broken)
+        try:
+            checkpoint = Checkpoint(model.config, GgufSource([tmp_path / "broken.gguf"], model.config))
+            checkpoint.check_shapes()
+            assert dict(checkpoint.trunk()) and checkpoint.read_expert(0, 0)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 10 < refused < 80
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from engine.fetch import Choice, download, part_of
 from engine.format import Manifest, experts_name
 from engine.gguf_import import import_gguf
 from engine.gguf_like import completed, rebuild_tokenizer
+from engine.gguf_names import MODEL_TYPES
 from engine.hub import Hub, Stopped
 from engine.installed import Source, models, partial
 from engine.spec import MachineError, UserError
@@ -113,6 +114,12 @@ def test_a_name_of_the_catalogue_takes_its_file_out_of_a_folder_in_parts(loopbac
     folder = download("A Model", "gguf", data=tmp_path, choice=CPU)
     assert len(parts) > 2 and folder.name == "model"
     assert Manifest.load(folder).files[:-1] == Manifest.load(made["once"]).files[:-1]
+
+
+@pytest.mark.parametrize("name", catalogue.entries())
+def test_what_the_catalogue_offers_as_gguf_can_be_imported(name):
+    config = catalogue.entries()[name].config
+    assert config.get("text_config", config)["model_type"] in MODEL_TYPES
 
 
 def test_several_files_want_a_name_and_lacking_parts_are_noticed(loopback, tmp_path):
