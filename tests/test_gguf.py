@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from engine import hf
 from engine.checkpoint import Checkpoint
@@ -87,6 +88,20 @@ def test_the_imported_model_gives_the_logits_of_the_compressed_original(kind, tm
     for layer in range(Manifest.load(tmp_path / "a").layers):
         for a, b in zip(*(stored_experts(tmp_path / name, layer) for name in "ab"), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind, whole", [("qwen3_5_moe_text", "qwen3_5_moe"), ("gemma4_text", "gemma4")])
+def test_the_original_may_see_as_well(kind, whole, tmp_path):
+    """Its config.json is that of a model with vision; the file and the import have the language model alone."""
+    model, path, folder = file_of(kind, tmp_path)
+    text = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
+    AutoConfig.for_model(whole, text_config=text, tie_word_embeddings=model.config.tie_word_embeddings
+                         ).save_pretrained(tmp_path / "seeing")
+    write_tokenizer(tmp_path / "seeing")
+    for name, original in (("a", folder), ("b", tmp_path / "seeing")):
+        import_gguf(path, tmp_path / name, original, device="cpu")
+    one, other = (hf.load(tmp_path / name, Options("exact", device="cpu")).model for name in "ab")
+    assert torch.equal(logits_by_steps(one, TOKENS, 6), logits_by_steps(other, TOKENS, 6))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5_moe_text"])
