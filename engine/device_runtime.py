@@ -39,7 +39,9 @@ class NoDevicePath(UserError):
 class DeviceRuntime(Runtime):
     """Takes the place of `before`, a runtime over packed experts; see `take_over`."""
 
-    def __init__(self, before: Runtime, far: FarBlobs, device: str, tokens: int = 1) -> None:
+    def __init__(self, before: Runtime, far: FarBlobs, device: str, tokens: int = 1, level: str | None = None,
+                 near_bytes: int | None = None) -> None:
+        """level: None keeps that of `before`, and its near memory."""
         assert 1 <= tokens <= MOST_TOKENS, tokens
         if not isinstance(far, FarBlobs):
             raise NoDevicePath("An uncompressed checkpoint is computed expert by expert; compress it first.")
@@ -57,7 +59,8 @@ class DeviceRuntime(Runtime):
         self.arena_bytes, self._arena, self._kinds = -1, None, {}
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
-        super().__init__(far, before.top_k, before.level, before.plans, before.near_wish, device, before.predict)
+        level, near_bytes = (level, near_bytes) if level else (before.level, before.near_wish)
+        super().__init__(far, before.top_k, level, before.plans, near_bytes, device, before.predict)
         self.layers = [_moved(layer, device) for layer in before.layers]
         self._before = before.counters()
 
@@ -136,6 +139,12 @@ class DeviceRuntime(Runtime):
     def activity(self) -> list[list[float]]:
         picks = self.recent.cpu()
         return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
+
+    def close(self) -> None:
+        """Give page-locked memory back, once no kernel reads it."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+        self.far.close()
 
     # --- one step -----------------------------------------------------------------------------------------------
     def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -263,10 +272,11 @@ class DeviceRuntime(Runtime):
         return torch.empty(2 * n, h, device=self.device), torch.empty(n, h, device=self.device)
 
 
-def take_over(model: torch.nn.Module, far: FarBlobs, device: str, tokens: int = 1) -> DeviceRuntime:
+def take_over(model: torch.nn.Module, far: FarBlobs, device: str, tokens: int = 1, level: str | None = None,
+              near_bytes: int | None = None) -> DeviceRuntime:
     """Put a DeviceRuntime behind all experts modules of an open model. NoDevicePath: nothing has changed."""
     before = model.floe
-    runtime = DeviceRuntime(before, far, device, tokens)
+    runtime = DeviceRuntime(before, far, device, tokens, level, near_bytes)
     for module in model.modules():
         if getattr(module, "runtime", None) is before:
             module.runtime = runtime

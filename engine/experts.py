@@ -192,7 +192,8 @@ class Runtime:
     # --- the experts function -----------------------------------------------------------------------------------
     def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, H], ids [T, k], weights [T, k] -> [T, H] in x's dtype."""
-        hidden, weights = x.float(), weights.float()
+        # A trunk on a card may have its experts computed here.
+        hidden, weights, ids = x.to(self.device, torch.float32), weights.to(self.device).float(), ids.to(self.device)
         if self.phase == "prefill" or (self.phase == "auto" and len(x) > 1):
             out = self._dense(layer, hidden, ids, weights)
         else:
@@ -202,7 +203,10 @@ class Runtime:
             out = rows[0] if len(rows) == 1 else torch.cat(rows)
             if self.predict and layer.index + 1 < len(self.layers):
                 self._look_ahead(self.layers[layer.index + 1], hidden)
-        return out.to(x.dtype)
+        return out.to(x.device, x.dtype)
+
+    def close(self) -> None:
+        """Nothing here outlives the model."""
 
     def _begin_token(self, index: int) -> None:
         if index == 0:

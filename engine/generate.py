@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine import hf
+from engine import card_errors, hf, plan_text
 from engine.about import about
 from engine.spec import Event, MachineError, Options, Sampling, UserError
 from engine.turn import CHUNK, Turns
@@ -134,6 +134,7 @@ class Engine:
             self._jobs.put(None)
         self._thread.join()
         self._turns.tokens.close()
+        self._turns.runtime.close()
         self._turns = None  # lets go of the model
 
     def __enter__(self) -> Engine:
@@ -171,7 +172,7 @@ class Engine:
     def _adopt(self, loaded: hf.Loaded, options: Options) -> None:
         device = loaded.model.device.type
         self._longest, self._room = loaded.spec.context, loaded.room
-        context = _context(options, self._longest)
+        context = self._context_for(options)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
         self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or CHUNK[device])
         self._info = about(loaded, self._folder, context)
@@ -208,11 +209,16 @@ class Engine:
             if not isinstance(error, UserError):
                 _log.error("An answer failed", exc_info=error)
             channel.error = error.with_traceback(None)  # its frames would keep tensors alive
-            last = Event("end", sentence(error), reason="error")
+            last = Event("end", sentence(error, self._planned()), reason="error")
             self._turns.live.phase = "idle"
         with self._lock:
             self._unfinished.remove(channel)
         channel.put(last)
+
+    def _planned(self) -> str:
+        if self._room.machine.device != "cuda":
+            return ""
+        return plan_text.memory(self._room.plan(self.options.level, self.options))
 
     def _configure(self, options: Options, future: Future) -> None:
         try:
@@ -225,12 +231,18 @@ class Engine:
         old = self.options
         if (options.device, options.predict) != (old.device, old.predict):
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
-        context = _context(options, self._longest)
+        context = self._context_for(options)
         if (options.level, options.near_bytes) != (old.level, old.near_bytes):
             self._set_level(options)
-        self._turns.context, self._turns.chunk = context, options.chunk or CHUNK[self._turns.model.device.type]
+        self._turns.set_context(context, options.chunk or CHUNK[self._turns.model.device.type])
         self.options = options
         self._turns.show("idle")
+
+    def _context_for(self, options: Options) -> int:
+        """On a card its memory is taken at once, so without a wish it is the plan's."""
+        if options.context is None and self._room.machine.device == "cuda":
+            return min(self._longest, self._room.plan(options.level, options).context)
+        return _context(options, self._longest)
 
     def _set_level(self, options: Options) -> None:
         """Change level or near memory; when that fails, everything is as it was."""
@@ -245,12 +257,12 @@ class Engine:
             self._turns.prefix.reset()  # what another level wrote is not what this level would have
 
 
-def sentence(error: BaseException) -> str:
-    """One plain sentence for the user about any error."""
+def sentence(error: BaseException, planned: str = "") -> str:
+    """One plain sentence for the user about any error. planned: what the plan gave which part of a card's memory."""
     if isinstance(error, (UserError, MachineError)):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "The graphics card ran out of memory; choose less near memory or a smaller context, and try again."
+    if words := card_errors.in_words(error, planned):
+        return words
     if isinstance(error, MemoryError):
         return "The computer ran out of memory; close other programs or choose a smaller context, and try again."
     reason = str(error).strip().splitlines()

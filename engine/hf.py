@@ -25,9 +25,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from engine import card_errors
 from engine.checkpoint import Checkpoint
 from engine.experts import LayerExperts, LevelPlan, Runtime
 from engine.format import TRUNK, Manifest, is_compressed
+from engine.on_card import experts_on_card
 from engine.room import Room, machine_for, own_bytes, return_freed
 from engine.skeleton import experts_modules, model_spec
 from engine.spec import ModelSpec, Options, UserError
@@ -167,12 +169,15 @@ class Loaded:
 def load(folder: str | Path, options: Options, progress: Report | None = None) -> Loaded:
     """Open a compressed folder or an uncompressed checkpoint (level `full`).
 
-    UserError in one sentence for a folder that is neither, is damaged, or lacks its tokenizer.
+    UserError in one sentence for a folder that is neither, is damaged, or lacks its tokenizer. MachineError in one
+    for a card that cannot be used.
     """
     folder, report = Path(folder), progress or (lambda text, share: None)
     device = options.device or default_device()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     check_folder(folder)
+    if device == "cuda":
+        card_errors.check()
     machine = machine_for(device, folder)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
@@ -181,13 +186,15 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     model = _load_compressed(folder, dtype) if is_compressed(folder) else _load_checkpoint(folder, dtype)
     model.to(device)
     report("Preparing near memory", 0.8)
-    runtime = model.floe
-    runtime.device, runtime.predict = device, options.predict
+    runtime, room = model.floe, replace(model.floe_room, machine=machine)
+    runtime.predict = options.predict
     level = usable_level(options.level, runtime)
     if level not in (options.level, "full"):
         report(f"Not calibrated for {options.level}: running at {level}", 0.9)
-    room = replace(model.floe_room, machine=machine)
-    runtime.set_level(level, room.near_bytes(level, options))
+    if device == "cpu":
+        runtime.set_level(level, room.near_bytes(level, options))
+    else:
+        runtime = experts_on_card(model, folder, level, room.near_bytes(level, options), report)
     return_freed()
     check = room.plan(level, options).check(_taken_bytes(runtime, before)) if device == "cpu" else ""
     report(f"Ready. {check}", 1.0)

@@ -23,7 +23,7 @@ _MEMORY = {"vram": "video memory", "ram": "main memory", "disk": "disk space"}
 
 def tell(plan: Plan) -> str:
     """The whole plan, a few lines."""
-    lines = [_headline(plan), _memory(plan)]
+    lines = [_headline(plan), memory(plan)]
     if plan.verdict != "no":
         lines += [_near(plan), _time(plan)]
     lines.append(f"What binds: {_BOUNDS[plan.bound]}.")
@@ -45,7 +45,8 @@ def _headline(plan: Plan) -> str:
             f"(wished: {rate(plan.wished_speed)}), prompts at {rate(plan.prefill_tokens_per_second)} tokens/s.")
 
 
-def _memory(plan: Plan) -> str:
+def memory(plan: Plan) -> str:
+    """What the near side's memory goes to, then main memory and disk."""
     where = "Video memory" if plan.device == "cuda" else "Memory"
     parts = ", ".join(f"{name} {size(n)}" for name, n in plan.memory if n)
     line = (f"{where}: {size(plan.planned_bytes)} of {size(plan.near_free_bytes)} free, for a context of "

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 
-from engine.prefix import Prefix, common_length
+from engine.prefix import common_length
 from engine.sampling import Sampler, end_tokens
 from engine.sections import ANSWER, Sections
 from engine.spec import Counters, Event, Sampling, UserError
+from engine.stepping import begin
 from engine.tokens import Prompt, Tokens
 
 CHUNK = {"cpu": 128, "cuda": 2048}    # tokens of one prefill forward
@@ -53,12 +55,18 @@ class Turns:
     def __init__(self, model, tokenizer, runtime, context: int, chunk: int):
         self.model, self.runtime = model, runtime
         self.tokens = Tokens(tokenizer)
-        self.prefix = Prefix(model)
+        self.prefix, self.stepping = begin(model, runtime, context)
         self.context, self.chunk = context, chunk
         self.live = Live()
         self._recommended = getattr(model, "generation_config", None)
         self._ends = end_tokens(self._recommended, tokenizer)
         self._residency_at = 0.0
+
+    def set_context(self, context: int, chunk: int) -> None:
+        """Between answers; what was read is read again where the device's cache has to be made anew."""
+        if self.stepping and context != self.context:
+            self.prefix, self.stepping = begin(self.model, self.runtime, context)
+        self.context, self.chunk = context, chunk
 
     def answer(self, messages: list[dict], sampling: Sampling, stopped: Callable[[], bool],
                wishes: Mapping | None = None) -> Iterator[Event]:
@@ -122,31 +130,41 @@ class Turns:
 
     def _write(self, prompt: Prompt, sampling: Sampling, stopped: Callable[[], bool]) -> Iterator[Event]:
         """Decode until an end token, a stop text, a limit or `stopped`."""
-        sampler = Sampler(sampling, self._recommended, self.model.device)
         after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues else ()
         sections = Sections(self.tokens, prompt.text, sampling.stop, after)
         limit = sampling.max_tokens or getattr(self._recommended, "max_new_tokens", None) or self.context
+        limit = min(limit, self.context - len(self.prefix.ids))
         self.runtime.phase = "decode"
         before = self.runtime.counters()
-        self.live.totals, n, token, start, event = before, 0, prompt.ids[-1], time.perf_counter(), Event("answer")
+        self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")
         kind, reason = ANSWER, None
-        while reason is None:
-            if stopped():
-                reason = "stopped"
-            elif n == limit or len(self.prefix.ids) == self.context:
-                reason = "length"
-            else:
-                token = sampler(self.prefix.feed([token]), self.prefix.ids)
-                n += 1
-                pieces = [] if token in self._ends else sections.push(token)
-                event = self._count(n, start, before)
-                reason = "stop" if token in self._ends or sections.stopped else None
-                for section, text in pieces or [(kind, "")]:
-                    kind = section
-                    yield _with(event, kind, text)
+        with closing(self._tokens(prompt.ids, sampling, limit)) as tokens:
+            while reason is None:
+                if stopped():
+                    reason = "stopped"
+                elif n == limit:
+                    reason = "length"
+                else:
+                    token, n = next(tokens), n + 1
+                    pieces = [] if token in self._ends else sections.push(token)
+                    event = self._count(n, start, before)
+                    reason = "stop" if token in self._ends or sections.stopped else None
+                    for section, text in pieces or [(kind, "")]:
+                        kind = section
+                        yield _with(event, kind, text)
         for kind, text in sections.flush():
             yield _with(event, kind, text)
         yield Event("end", "", n, event.tokens_per_second, event.counters, reason)
+
+    def _tokens(self, ids: list[int], sampling: Sampling, limit: int) -> Iterator[int]:
+        """Token after token behind the prompt `ids`; on a device the next one is on its way meanwhile."""
+        if self.stepping:
+            yield from self.stepping.tokens(ids, sampling, self._recommended, self._ends, limit)
+            return
+        sampler, token = Sampler(sampling, self._recommended, self.model.device), ids[-1]
+        while True:
+            token = sampler(self.prefix.feed([token]), self.prefix.ids)
+            yield token
 
     def _count(self, n_tokens: int, start: float, before: Counters) -> Event:
         """The numbers after one more token, for the panel and for the events of this token."""

@@ -70,7 +70,10 @@ ENGINE = {
     "far_locked": {"engine.spec", "engine.format", "engine.store", "engine.host_memory"},
     "repeating": {"engine.experts"},
     "card_errors": {"engine.spec", "engine.hardware"},
-    "turn": {"engine.spec", "engine.tokens", "engine.sections", "engine.prefix", "engine.sampling"},
+    "stepping": {"engine.spec", "engine.decoding", "engine.device_runtime", "engine.device_sampler", "engine.graphs",
+                 "engine.prefix", "engine.step_cache"},
+    "on_card": {"engine.device_runtime", "engine.experts", "engine.far_locked", "engine.format", "engine.host_memory"},
+    "turn": {"engine.spec", "engine.tokens", "engine.sections", "engine.prefix", "engine.sampling", "engine.stepping"},
 }
 
 

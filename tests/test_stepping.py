@@ -1,0 +1,146 @@
+"""Whole answers by the device's path, run on the CPU: the host's text, the host's bytes, nothing read twice."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import hf
+from engine.device_runtime import DeviceRuntime
+from engine.generate import Engine
+from engine.on_card import experts_on_card
+from engine.prefix import Prefix
+from engine.spec import Options, UserError
+from engine.step_cache import StepCache
+from engine.stepping import StepPrefix
+from tests.architectures import build
+from tests.test_far_locked import Ledger
+from tests.test_generate import DRAWN, GREEDY, LONG, TALK, chat, finish, told
+
+OPTIONS = Options("exact", device="cpu", chunk=16, context=400)
+
+
+def on_device(folder, ledger: Ledger | None = None, said: list | None = None) -> hf.Loaded:
+    loaded = hf.load(folder, OPTIONS)
+    near_bytes = loaded.runtime.far.layers * loaded.runtime.far.experts * loaded.runtime.far.expert_bytes // 2
+    said = [] if said is None else said
+    loaded.runtime = experts_on_card(loaded.model, folder, "exact", near_bytes,
+                                     lambda text, share: said.append(text), ledger or Ledger(), "cpu")
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def engines(demo_checkpoint):
+    """The same model by either path."""
+    with Engine(hf.load(demo_checkpoint, OPTIONS), OPTIONS) as host:
+        with Engine(on_device(demo_checkpoint), OPTIONS) as device:
+            assert isinstance(device._turns.runtime, DeviceRuntime) and device._turns.stepping
+            yield host, device
+
+
+def test_conversations_read_the_same(engines):
+    talk = chat("What is your name?")
+    for text in ("And what do you like?", "Tell me more."):
+        answers = [finish(engine.chat(talk, GREEDY)) for engine in engines]
+        assert told(answers[0][0]) == told(answers[1][0])
+        for (_, mine), (_, theirs) in zip(answers[:1], answers[1:], strict=True):
+            assert (mine.n_tokens, mine.reason) == (theirs.n_tokens, theirs.reason)
+            assert mine.counters.needed_bytes == theirs.counters.needed_bytes > 0
+        assert engines[0]._turns.prefix.ids == engines[1]._turns.prefix.ids
+        talk += chat(told(answers[0][0]), text)
+    reading = [event for event in finish(engines[1].chat(talk, GREEDY))[0] if event.kind == "prefill"]
+    assert reading[0].n_tokens > 0  # what it had read, and written itself, was not read again
+
+
+def test_levels_and_near_memory_change_between_answers(engines):
+    device, texts = engines[1], {}
+    for level in ("exact", "fast", "exact", "fast"):
+        device.configure(replace(OPTIONS, level=level, near_bytes=device._turns.runtime.near_bytes))
+        text = told(finish(device.chat(LONG, GREEDY))[0])
+        assert texts.setdefault(level, text) == text
+    device.configure(OPTIONS)
+
+
+def test_a_seed_repeats_the_answer(engines):
+    texts = {told(finish(engines[1].chat(TALK, replace(DRAWN, seed=seed)))[0]) for seed in (7, 7, 8, 9)}
+    assert 1 < len(texts) <= 3
+
+
+def test_stopping_keeps_what_was_read(engines):
+    device = engines[1]
+    answer = device.chat(LONG, replace(GREEDY, max_tokens=20))
+    for event in answer:
+        if event.n_tokens == 4 and event.kind == "answer":
+            device.stop()
+    prefix = device._turns.prefix
+    assert int(prefix.cache.clock.pos) == len(prefix.ids)
+    again, host = (finish(engine.chat(LONG, GREEDY)) for engine in reversed(engines))
+    assert told(again[0]) == told(host[0])
+
+
+def test_the_context_is_a_limit_and_can_be_changed(engines):
+    n_prompt, ends = engines[1].count_tokens(TALK), []
+    for engine in engines:
+        engine.configure(replace(OPTIONS, context=n_prompt + 5))
+        _, end = finish(engine.chat(TALK, replace(GREEDY, max_tokens=100)))
+        ends.append((end.n_tokens, end.reason))
+        engine.configure(OPTIONS)
+    assert ends[0] == ends[1] and ends[0][0] <= 6  # the last one is not read
+    assert finish(engines[1].chat(TALK, GREEDY))[1].n_tokens > 6
+
+
+def test_a_card_that_is_lost_leaves_the_answer_so_far(demo_checkpoint):
+    """The words that CUDA uses; after them the engine is closed and opened again."""
+    with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
+        step, calls = engine._turns.stepping._decoder.step, [0]
+        draw = step.sampler.draw
+
+        def lost(logits):
+            calls[0] += 1
+            if calls[0] == 6:
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+            return draw(logits)
+        step.sampler.draw = lost
+        events, end = finish(engine.chat(TALK, GREEDY))
+        assert end.reason == "error" and "stopped in the middle" in end.text and "kept" in end.text
+        assert [event.n_tokens for event in events if event.kind == "answer"] == [1, 2, 3, 4]
+        step.sampler.draw = draw
+    with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
+        assert finish(engine.chat(TALK, GREEDY))[1].reason in ("stop", "length")
+
+
+def test_memory_that_cannot_be_locked_is_said_and_the_host_computes(demo_checkpoint):
+    said, ledger = [], Ledger(limit=0)
+    loaded = on_device(demo_checkpoint, ledger, said)
+    assert not isinstance(loaded.runtime, DeviceRuntime) and any("page-locks only" in text for text in said)
+    with Engine(loaded, OPTIONS) as engine:
+        assert type(engine._turns.prefix) is Prefix and finish(engine.chat(TALK, GREEDY))[1].n_tokens > 0
+
+
+def test_closing_gives_locked_memory_back(demo_checkpoint):
+    ledger = Ledger()
+    with Engine(on_device(demo_checkpoint, ledger), OPTIONS):
+        assert ledger.registered
+    assert not ledger.registered
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gpt_oss", "glm4_moe"])
+@torch.no_grad()
+def test_going_back_gives_the_logits_of_reading_anew(name):
+    model = build(name)
+    prefix, fresh = (StepPrefix(model, StepCache(model.config, 64)) for _ in range(2))
+    first, other = list(range(3, 33)), [*range(3, 23), *range(60, 80)]
+    prefix.feed(first[:12])
+    prefix.mark()
+    prefix.feed(first[12:])
+    kept = prefix.reuse(other)
+    assert kept == (12 if prefix.wants_marks else 20) and prefix.ids == other[:kept]
+    expected = fresh.feed(other)
+    torch.testing.assert_close(prefix.feed(other[kept:]), expected, rtol=1e-4, atol=1e-4)
+    assert prefix.reuse([99, 98]) == 0 and prefix.ids == [] and prefix.marks == []
+
+
+def test_a_context_beyond_the_model_is_refused(demo_checkpoint):
+    with pytest.raises(UserError, match="reads at most"):
+        Engine(on_device(demo_checkpoint), replace(OPTIONS, context=10**9))
