@@ -43,6 +43,14 @@ def milliseconds(run, repeats: int = REPEATS) -> float:
     return median(times)
 
 
+def occupied(vram_bytes: int | None) -> torch.Tensor | None:
+    """Take what the card has above `vram_bytes`, so that it is a smaller one for as long as the result lives."""
+    if vram_bytes is None:
+        return None
+    spare = torch.cuda.mem_get_info()[1] - vram_bytes
+    return torch.empty(max(0, spare), dtype=torch.uint8, device="cuda")
+
+
 def fills(total_bytes: int) -> Iterator[Row]:
     """`fill` from page-locked memory of `total_bytes`, random records, against one copy of the same bytes."""
     memory = HostMemory(total_bytes, CudaDriver())

@@ -1,8 +1,10 @@
 """A synthetic model's decode step on a card: captured, replayed against the step run anew, timed, split by kernel."""
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -10,73 +12,84 @@ from engine import catalogue, repeating, synthetic, synthetic_model
 from engine.decoding import Decoder, Step
 from engine.device_runtime import take_over
 from engine.device_sampler import DeviceSampler
-from engine.graphs import Graphs
-from engine.host_memory import CudaDriver, HostMemory
-from engine.spec import Options, Sampling, UserError
+from engine.graphs import Capture, Graphs
+from engine.host_memory import Driver, HostMemory
+from engine.spec import MachineError, Options, Sampling, UserError
 from engine.step_cache import StepCache
-from engine.synthetic import FarSynthetic
+from engine.synthetic import FarSynthetic, Shape
 
 Row = dict[str, object]
 
 
-def steps(name: str, layers: int | None, level: str, near_bytes: int | None, n_tokens: int,
-          say: Callable[[str, float], None]) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a model of the catalogue, its first layers (None: all), level, near memory, tokens to write."""
+
+    name: str
+    layers: int | None = None
+    level: str = "fast"
+    near_bytes: int | None = None
+    n_tokens: int = 300
+
+    def shape(self) -> Shape:
+        """UserError for a model that is not in the catalogue, or has fewer layers."""
+        entry = catalogue.find(self.name)
+        if entry is None:
+            raise UserError(f"There is no model {self.name!r} in the catalogue; choose one of "
+                            f"{', '.join(catalogue.entries())}.")
+        return synthetic.shape_of(entry, self.layers)
+
+
+def steps(case: Case, shape: Shape, driver: Driver, say: Callable[[str, float], None] = lambda text, share: None,
+          device: str = "cuda", capture: Capture | None = None) -> Iterator[Row]:
     """Rows: replay against eager, milliseconds a token, bytes, waits of the host, kernels by time."""
-    entry = catalogue.find(name)
-    if entry is None:
-        raise UserError(f"There is no model {name!r} in the catalogue; choose one of {', '.join(catalogue.entries())}.")
-    shape = synthetic.shape_of(entry, layers)
-    calibration = synthetic.calibration_of(shape)
-    memory = HostMemory(synthetic.bytes_of(shape), CudaDriver())
+    memory = HostMemory(synthetic.bytes_of(shape), driver)
     try:
         if memory.sentence:
-            raise UserError(memory.sentence)
-        far = FarSynthetic(shape, memory.bytes, report=say)
-        step, known = _opened(shape, calibration, far, level, near_bytes, n_tokens), {"model": name, "level": level}
-        known["layers"] = shape.spec.layers
+            raise MachineError(memory.sentence)
+        step = _opened(case, shape, FarSynthetic(shape, memory.bytes, report=say), device)
+        known = {"model": case.name, "level": case.level, "layers": shape.spec.layers}
         with torch.inference_mode():
-            eager, _ = _answer(step, None, n_tokens)
-            graphs = Graphs(step)
-            replayed, took = _answer(step, graphs.launch, n_tokens)
+            eager, _ = _answer(step, None, case.n_tokens)
+            graphs, before = Graphs(step, capture), step.runtime.counters()
+            replayed, took = _answer(step, graphs.launch, case.n_tokens)
+            used = step.runtime.counters() - before
             yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": graphs.sentence}
-            counters = step.runtime.counters()
-            yield {"measured": "step", **known, "ms_per_token": took / n_tokens, "hit_rate": counters.hit_rate,
-                   "far_bytes_per_token": counters.far_bytes / (2 * n_tokens),
-                   "vram_peak": torch.cuda.max_memory_allocated()}
+            yield {"measured": "step", **known, "ms_per_token": 1e3 * took / case.n_tokens, "hit_rate": used.hit_rate,
+                   "far_bytes_per_token": used.far_bytes / case.n_tokens, "near_bytes": step.runtime.near_bytes,
+                   "vram_peak": torch.cuda.max_memory_allocated() if device == "cuda" else 0}
             yield from _by_kernel(step, graphs, known)
     finally:
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         memory.close()
 
 
-def _opened(shape, calibration: dict, far, level: str, near_bytes: int | None, n_tokens: int) -> Step:
-    loaded = synthetic_model.around(shape, calibration, far, Options("exact", device="cuda"))
-    runtime = take_over(loaded.model, far, "cuda")
-    runtime.set_level(level, near_bytes)
-    repeating.follow(runtime, calibration["synthetic"]["repeat"])
-    cache = StepCache(loaded.model.config, n_tokens + 8, "cuda")
-    return Step(loaded.model, runtime, cache, DeviceSampler(shape.spec.vocabulary, n_tokens + 8, "cuda"))
+def _opened(case: Case, shape: Shape, far: FarSynthetic, device: str) -> Step:
+    calibration, context = synthetic.calibration_of(shape), case.n_tokens + 8
+    loaded = synthetic_model.around(shape, calibration, far, Options("exact", 1 << 30, device=device))
+    runtime = take_over(loaded.model, far, device, level=case.level, near_bytes=case.near_bytes)
+    cache = StepCache(loaded.model.config, context, device)
+    repeating.follow(runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
+    return Step(loaded.model, runtime, cache, DeviceSampler(shape.spec.vocabulary, context, device))
 
 
 def _answer(step: Step, launch, n_tokens: int) -> tuple[list[int], float]:
-    """Tokens of an answer from an empty cache, and its milliseconds without the first token."""
+    """Tokens of an answer from an empty cache, and its seconds at the speed behind the first half."""
     step.cache.reset()
     step.runtime.reset()
     step.sampler.start(Sampling(0.7, 20, 0.95, seed=0), None, [])
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    found = []
+    found, half = [], n_tokens // 2
     for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), n_tokens):
-        if not found:
-            start.record()
         found.append(drawn.token)
-    end.record()
-    end.synchronize()
-    return found, start.elapsed_time(end) * n_tokens / max(1, n_tokens - 1)
+        if len(found) == half:
+            start = time.perf_counter()
+    return found, (time.perf_counter() - start) * n_tokens / (n_tokens - half)
 
 
 def _by_kernel(step: Step, graphs: Graphs, known: Row, n_tokens: int = 20) -> Iterator[Row]:
     """Microseconds a token of every kernel, how many ran, and how often the host waited for the device."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    kinds = torch.profiler.supported_activities()
     with torch.profiler.profile(activities=kinds) as profile:
         _answer(step, graphs.launch, n_tokens)
     times, counts, waits = Counter(), Counter(), 0

@@ -30,16 +30,19 @@ def picks(layers: int, experts: int, top_k: int, repeat: float, n_tokens: int = 
     return torch.from_numpy(found)
 
 
-def follow(runtime: Runtime, repeat: float, seed: int = 0) -> None:
-    """From now on decode steps of one token take their experts from such a list; the router's weights stay."""
+def follow(runtime: Runtime, repeat: float, position: Tensor | None = None, seed: int = 0) -> None:
+    """From now on decode steps of one token take their experts from such a list; the router's weights stay.
+
+    position: a tensor that somebody else counts, such as the cache's; without one every step counts.
+    """
     far, forward = runtime.far, runtime.forward
     table = picks(far.layers, far.experts, runtime.top_k, repeat, seed=seed).to(runtime.device)
-    at = torch.zeros(1, dtype=torch.int64, device=runtime.device)
+    at = torch.zeros((), dtype=torch.int64, device=runtime.device) if position is None else position
 
     def following(layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if len(x) == 1 and runtime.phase != "prefill":
-            if layer.index == 0:
+            if layer.index == 0 and position is None:
                 at.add_(1)
-            ids = table[:, layer.index].index_select(0, at % len(table))
+            ids = table[:, layer.index].index_select(0, at[None] % len(table)).to(ids.device)
         return forward(layer, x, ids, weights)
     runtime.forward = following

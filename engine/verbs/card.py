@@ -19,26 +19,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="step: only its first layers")
     parser.add_argument("--level", choices=LEVELS[1:], default="fast", help="step")
     parser.add_argument("--near-bytes", metavar="SIZE", help="step: near memory")
+    parser.add_argument("--vram", metavar="SIZE", help="step: occupy what the card has above this")
     parser.add_argument("--tokens", type=int, default=300, help="step: how many")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the table lies (default: tests/bench)")
 
 
 def run(args: argparse.Namespace) -> dict:
-    from engine import card_errors
+    from engine import card_bench, card_errors, card_step
+    from engine.host_memory import CudaDriver
+    total = parse_bytes(args.total)
+    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
+    case = card_step.Case(args.model, args.layers, args.level, near, args.tokens)
+    shape = case.shape() if args.what == "step" else None
+    vram = None if args.vram is None else parse_bytes(args.vram)
     card_errors.check()
-    from engine import card_bench, card_step
+    held = card_bench.occupied(vram)
     if args.what == "fill":
-        found = card_bench.fills(parse_bytes(args.total))
-    elif args.what == "nodes":
-        found = card_bench.nodes()
+        found = card_bench.fills(total)
     else:
-        near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-        found = card_step.steps(args.model, args.layers, args.level, near, args.tokens, _say)
+        found = card_bench.nodes() if args.what == "nodes" else card_step.steps(case, shape, CudaDriver(), _say)
     rows = []
     for row in found:
         rows.append(row)
         _say("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                        for key, value in row.items()))
+    del held
     return {"rows": rows, "table": str(card_bench.save(rows, args.folder))}
 
 
