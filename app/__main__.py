@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     except MachineError as error:
         print(error, file=sys.stderr)
         return 3
+    except KeyboardInterrupt:  # the server has ended in order and raises it again
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

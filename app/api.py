@@ -28,14 +28,15 @@ ATTACHMENT_BYTES = 1_000_000
 
 def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
     """Everything that is not text of a conversation: small, sent whenever it changes."""
-    live, snapshot = jobs.live, models.snapshot()
+    live, device = jobs.live, models.snapshot().get("device")
     return {"model": {"state": models.state, "step": models.step, "name": models.folder.name,
-                      "loading_seconds": round(snapshot["loading_seconds"], 1)} | _shown_info(models),
+                      "opening": models.opening(), "opened": models.opened()} | _shown_info(models),
             "level": models.level,
             "live": live and {"message": live.message_id, "conversation": live.conversation_id, "phase": live.phase},
             "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],
             "conversations": [_listed(conversation) for conversation in chats.conversations()],
-            "downloads": shelf.downloads(), "disk_trouble": jobs.disk_trouble}
+            "works": shelf.works.shown(), "finished": shelf.works.finished, "graphics": models.around.graphics(device),
+            "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble}
 
 
 def routes(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
@@ -54,6 +55,13 @@ def routes(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf, changed) -> A
     _message_routes(router, chats, jobs, changed)
     _file_routes(router, chats, models, changed)
     _model_routes(router, shelf)
+
+    @router.post("/welcomed")
+    def welcomed(wish: Wish):
+        chats.set_preference("welcomed", bool(wish["done"]))
+        changed()
+        return {}
+
     return router
 
 
@@ -177,14 +185,46 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
     def shown():
         return shelf.shown()
 
+    @router.get("/models/plan")
+    def plan(name: str, level: str = "", context: int | None = None):
+        return shelf.plan(name, level or None, context)
+
+    @router.get("/models/files")
+    def files(path: str = ""):
+        return shelf.suggest(path)
+
     @router.post("/models/open")
     def open_model(wish: Wish):
-        shelf.open(str(wish["name"]))
+        shelf.open(str(wish["name"]), wish.get("level") or None, wish.get("context") or None)
         return {}
+
+    @router.post("/models/folder")
+    def show_folder(wish: Wish):
+        return {"folder": shelf.show_folder(str(wish["name"]))}
+
+    @router.post("/models/compress")
+    def compress(wish: Wish):
+        shelf.compress(str(wish["name"]))
+        return {}
+
+    @router.post("/models/import")
+    def bring_in(wish: Wish):
+        shelf.bring_in(str(wish["file"]), str(wish.get("like") or ""))
+        return {}
+
+    @router.post("/models/cancel")
+    def cancel(wish: Wish):
+        return {"freed": shelf.cancel(str(wish["name"]))}
+
 
     @router.post("/models/download")
     def fetch(wish: Wish):
         shelf.fetch(str(wish["name"]).strip())
+        return {}
+
+    @router.post("/models/resume")
+    def go_on(wish: Wish):
+        shelf.works.go_on(str(wish["name"]))
         return {}
 
     @router.post("/models/pause")

@@ -6,32 +6,40 @@ holder of an Engine in the app; everybody else asks here.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from app.opening import Opening
 from app.strings import TEXT
-from engine import MachineError, Options, UserError
+from app.surroundings import Surroundings
+from engine import Known, MachineError, Options, UserError, look_up, what_binds
 
 
 class Models:
     """`state` is "loading", "ready" or "failed"; `step` says in words what is happening or what went wrong."""
 
-    def __init__(self, folder: Path, options: Options, on_change: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, options: Options, around: Surroundings,
+                 on_change: Callable[[], None] = lambda: None):
         self.folder = folder
+        self.around = around
         self.options = options
         self.state = "loading"
         self.step = TEXT["step_start"]
         self.engine = None
         self.on_change = on_change
         self._changed = threading.Condition()
-        self._started = 0.0
+        self._opening: Opening | None = None
+        self._known: Known | None = None
 
-    def open(self, folder: Path | None = None) -> None:
-        """Start opening `folder` in the background; what is open is closed first."""
-        self.folder = folder or self.folder
+    def open(self, folder: Path | None = None, level: str = "", context: int | None = None) -> None:
+        """Start opening `folder` at `level` in the background; what is open is closed first. Without: as at birth."""
+        if folder:
+            self.folder = folder
+            self.options = replace(self.options, level=level, context=context, near_bytes=None)
+        n_bytes = sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
+        self._opening = Opening(self.folder.name, n_bytes, self.around.data / "cache" / "openings.json")
         self._tell("loading", TEXT["step_start"])
-        self._started = time.monotonic()
         threading.Thread(target=self._open, name="open-model", daemon=True).start()
 
     def wait(self, stop: threading.Event) -> bool:
@@ -51,10 +59,29 @@ class Models:
 
     def snapshot(self) -> dict:
         """What the panel draws; the engine's own numbers once there is an engine."""
-        state = {"state": self.state, "step": self.step, "loading_seconds": 0.0}
-        if self.state == "loading":
-            state["loading_seconds"] = time.monotonic() - self._started
-        return state | (self.engine.snapshot() if self.engine and self.state == "ready" else {})
+        state, engine = {"state": self.state, "step": self.step}, self.engine
+        if not engine or self.state != "ready":
+            return state
+        try:
+            return state | engine.snapshot()
+        except UserError:  # it was closed between the two lines
+            return state
+
+    def opening(self) -> dict | None:
+        """The steps so far and the time left, while a model is being opened."""
+        return self._opening.shown() if self._opening and self.state == "loading" else None
+
+    def opened(self) -> list[str] | None:
+        """The steps that opening the model took, once it is open."""
+        return [name for name, _ in self._opening.steps] if self._opening and self.state == "ready" else None
+
+    def why_slow(self, snapshot: dict) -> dict | None:
+        """What binds the answer of this snapshot: {"bound", "text"}; None while nothing has been measured."""
+        machine, known = self.around.machine, self._known
+        if machine is None or known is None or "answer" not in snapshot:
+            return None
+        found = what_binds(known, machine, snapshot)
+        return {"bound": found.bound, "text": found.text} if found else None
 
     @property
     def level(self) -> str:
@@ -73,9 +100,13 @@ class Models:
     def _open(self) -> None:
         try:
             self.close()
-            self._tell("loading", TEXT["step_import"])
+            self._progress(TEXT["step_import"])
             from engine import Engine
+            self._progress(TEXT["step_measure"])
+            self.around.measure()
             self.engine = Engine.open(self.folder, self.options, progress=self._progress)
+            self._known = look_up(str(self.folder))
+            self._opening.finish()
             self._tell("ready", "")
         except (UserError, MachineError) as error:
             self._tell("failed", str(error))
@@ -86,7 +117,8 @@ class Models:
             raise
 
     def _progress(self, step: str, share: float = 0.0) -> None:
-        self._tell("loading", TEXT["step_share"].format(step=step, percent=round(100 * share)))
+        self._opening.step(step)
+        self._tell("loading", step)
 
     def _tell(self, state: str, step: str) -> None:
         with self._changed:

@@ -109,7 +109,10 @@ def _near_update(parts):
 
 
 def _chat_controls(parts, chat: gr.HTML) -> None:
-    """System prompt, thinking, context policy and sampling of the open conversation."""
+    """System prompt, thinking, context policy and sampling of the open conversation.
+
+    The numbers have no bounds of Gradio's: its error is no sentence, `checked` has one.
+    """
     opened = gr.Textbox(visible="hidden", elem_id="opened")
     controls = {
         "system": gr.Textbox(label=TEXT["system_prompt"], placeholder=TEXT["system_hint"], lines=3, max_lines=10),
@@ -121,13 +124,13 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
                               label=TEXT["effort"]),
         "keep_thinking": gr.Checkbox(label=TEXT["keep_thinking"]),
         "preset": gr.Dropdown([(TEXT[f"preset_{name}"], name) for name in (*PRESETS, "custom")], label=TEXT["preset"]),
-        "temperature": gr.Number(label=TEXT["temperature"], minimum=0, maximum=10, step=0.05),
-        "top_k": gr.Number(label=TEXT["top_k"], minimum=0, precision=0),
-        "top_p": gr.Number(label=TEXT["top_p"], minimum=0.01, maximum=1, step=0.01),
-        "min_p": gr.Number(label=TEXT["min_p"], minimum=0, maximum=1, step=0.01),
-        "repetition_penalty": gr.Number(label=TEXT["repetition_penalty"], minimum=0.01, maximum=10, step=0.01),
-        "seed": gr.Number(label=TEXT["seed"], minimum=0, precision=0),
-        "max_tokens": gr.Number(label=TEXT["max_tokens"], minimum=1, precision=0),
+        "temperature": gr.Number(label=TEXT["temperature"], step=0.05),
+        "top_k": gr.Number(label=TEXT["top_k"], precision=0),
+        "top_p": gr.Number(label=TEXT["top_p"], step=0.01),
+        "min_p": gr.Number(label=TEXT["min_p"], step=0.01),
+        "repetition_penalty": gr.Number(label=TEXT["repetition_penalty"], step=0.01),
+        "seed": gr.Number(label=TEXT["seed"], precision=0),
+        "max_tokens": gr.Number(label=TEXT["max_tokens"], precision=0),
     }
     reset = gr.Button(TEXT["reset"], size="sm", elem_id="reset")
     _bind(parts, chat, opened, controls, reset)

@@ -1,4 +1,4 @@
-"""The numbers of the live panel: the engine's snapshot, rates between two samples, and the machine's memory.
+"""The numbers of the live panel: the engine's snapshot, rates between two samples, the card's and the machine's.
 
 One `Panel` samples for all tabs. Totals are the engine's own counters, passed on unchanged; only rates are computed
 here, from the difference of two samples. Draws nothing: assets/ui/panel.js does.
@@ -13,6 +13,7 @@ import psutil
 from app.models import Models
 
 HISTORY = 120  # samples kept for a tab that opens later: 30 s at 4 a second
+SELDOM = 4  # what is large or costs something comes with every fourth sample
 
 
 class Panel:
@@ -20,23 +21,36 @@ class Panel:
         self._models = models
         self._process = psutil.Process()
         self._last: tuple[float, int] | None = None
+        self._samples = 0
         self.history: deque[dict] = deque(maxlen=HISTORY)
 
     def now(self) -> dict:
-        """The engine's numbers at this moment, with the machine's memory."""
-        memory = psutil.virtual_memory()
-        return self._models.snapshot() | {"process_bytes": self._process.memory_info().rss,
-                                          "ram_total_bytes": memory.total, "ram_free_bytes": memory.available}
+        """Everything at this moment: engine, card, memory, and what binds."""
+        payload = self._often()
+        return payload | {"why": self._models.why_slow(payload)}
 
     def sample(self) -> dict:
-        """`now` plus rates since the last sample; also remembered for the curves."""
-        payload = self.now()
+        """What is drawn next, with rates since the last sample; also remembered for the curves. The experts' activity
+        and what binds are in every fourth one."""
+        payload = self._often()
         counters = payload.get("counters") or {}
         moved = counters.get("far_bytes", 0) + counters.get("speculative_bytes", 0)
         payload["far_bytes_per_second"] = self._rate(moved)
+        self._samples += 1
+        if self._samples % SELDOM == 0:
+            payload["why"] = self._models.why_slow(payload)
+        else:
+            payload.pop("activity", None)
+        card = payload["card"] or {}
         self.history.append({"tokens_per_second": payload.get("tokens_per_second", 0.0),
-                             "far_bytes_per_second": payload["far_bytes_per_second"]})
+                             "far_bytes_per_second": payload["far_bytes_per_second"], "to_card": card.get("to_card")})
         return payload
+
+    def _often(self) -> dict:
+        memory = psutil.virtual_memory()
+        return self._models.snapshot() | {
+            "card": self._models.around.card(), "process_bytes": self._process.memory_info().rss,
+            "ram_total_bytes": memory.total, "ram_free_bytes": memory.available}
 
     def _rate(self, moved: int) -> float:
         now = time.monotonic()

@@ -25,6 +25,7 @@ from app.models import Models
 from app.panel import Panel
 from app.shelf import Shelf
 from app.stream import Stream
+from app.surroundings import Surroundings
 from engine import Options, UserError
 
 PAGE_FIRST_SECONDS = 3.0
@@ -41,21 +42,23 @@ class Parts:
     shelf: Shelf
     panel: Panel
     stream: Stream
+    around: Surroundings
 
     @staticmethod
     def make(data: Path, model: Path, options: Options) -> Parts:
-        chats = Chats(data / "chats.db")
-        models = Models(model, options)
+        chats, around = Chats(data / "chats.db"), Surroundings(data, options.device)
+        models = Models(model, options, around)
         jobs = Jobs(chats, models)
-        shelf, panel = Shelf(data, models), Panel(models)
+        shelf, panel = Shelf(models, around), Panel(models)
         stream = Stream(panel, lambda: jobs.live, lambda: api.state(chats, jobs, models, shelf))
-        models.on_change = jobs.on_change = shelf.on_change = stream.changed
-        return Parts(chats, models, jobs, shelf, panel, stream)
+        models.on_change = jobs.on_change = shelf.works.on_change = stream.changed
+        return Parts(chats, models, jobs, shelf, panel, stream, around)
 
     def close(self) -> None:
         self.shelf.close()
         self.jobs.close()
         self.models.close()
+        self.around.close()
         self.chats.close()
 
 

@@ -1,136 +1,189 @@
-"""The models page: what is on the disk, what could be fetched and how it would run here, downloads that go on.
+"""The models page: what is on the disk, what could be fetched and how it would run here, work on models that goes on.
 
-A download runs in a thread of its own and survives closed tabs; pausing keeps what has arrived, starting again goes on.
 Opening a model closes the old one first. Nothing here loads torch.
 """
 from __future__ import annotations
 
-import threading
-import time
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from app.models import Models
 from app.strings import TEXT
-from engine import MachineError, Progress, Stopped, UserError, delete, demo_model, download, here, models, outlooks
+from app.surroundings import Surroundings
+from app.work import Works
+from engine import (
+    LEVELS,
+    Known,
+    UserError,
+    compress_installed,
+    compressed_name,
+    delete,
+    demo_model,
+    download,
+    fitted,
+    import_file,
+    look_up,
+    models,
+    outlooks,
+)
 
-SURVEY_SECONDS = 60.0  # how long a look at the machine is believed
-
-
-@dataclass
-class Download:
-    """state: running, paused or failed. A finished download is a model on the disk and no longer here."""
-
-    name: str
-    state: str = "running"
-    text: str = ""
-    progress: Progress | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def shown(self) -> dict:
-        numbers = {"done": 0, "total": 0, "speed": 0.0, "left": None}
-        if self.progress:
-            numbers = {"done": self.progress.done_bytes, "total": self.progress.total_bytes,
-                       "speed": self.progress.bytes_per_second, "left": self.progress.seconds_left}
-        return {"name": self.name, "state": self.state, "text": self.text} | numbers
+DEMO = "demo"
+OPENERS = {"darwin": "open"}  # how a folder is shown to a person; elsewhere xdg-open
+SUGGESTIONS = 40
 
 
 class Shelf:
     """Models on disk and on their way. `on_change` may be called from any thread."""
 
-    def __init__(self, data: Path, opened: Models, on_change: Callable[[], None] = lambda: None):
-        self.on_change = on_change
-        self._data, self._opened = data, opened
-        self._downloads: dict[str, Download] = {}
-        self._lock = threading.Lock()
-        self._survey: tuple[float, list[dict], tuple[str, ...]] | None = None
+    def __init__(self, opened: Models, around: Surroundings, on_change: Callable[[], None] = lambda: None):
+        self._opened, self._around, self._data = opened, around, around.data
+        self.works = Works(on_change)
+        self._offered: tuple[object, list[dict]] | None = None
 
     def shown(self) -> dict:
         """Everything the models page draws."""
-        offers, notes = self._offers()
-        on_disk = [self._on_disk(model) for model in models(self._data)]
-        return {"disk": [self._demo(), *on_disk], "offers": offers, "notes": list(notes),
-                "downloads": self.downloads()}
+        machine, found = self._around.look()
+        on_disk = [self._demo(), *(self._on_disk(model) for model in models(self._data))]
+        return {"disk": on_disk, "offers": self._offers(machine), "notes": list(found.notes),
+                "works": self.works.shown(), "used_bytes": sum(model["bytes"] for model in on_disk[1:]),
+                "free_bytes": shutil.disk_usage(self._data).free, "folder": str(self._data / "models")}
 
-    def downloads(self) -> list[dict]:
-        with self._lock:
-            return [download.shown() for download in self._downloads.values()]
-
-    def open(self, name: str) -> None:
-        """Open a model of the disk by the name that `shown` gives; the old one is closed first."""
+    # --- opening ------------------------------------------------------------------------------------------------
+    def open(self, name: str, level: str | None = None, context: int | None = None) -> None:
+        """Open a model of the disk by the name that `shown` gives; the old one is closed first. level None: the
+        plan's. UserError before anything is closed where level or context cannot be."""
         if self._opened.state == "loading":
             raise UserError(TEXT["still_opening"])
+        known = self._known_on_disk(name)
+        made = fitted(known, self._around.look()[0], level, context)
+        self._opened.open(known.folder, made.level, context)
+
+    def plan(self, name: str, level: str | None = None, context: int | None = None) -> dict:
+        """How a model of the disk or of the catalogue would run at this level and context, in words and numbers;
+        verdict "no" and the reason in words where it would not."""
+        known = self._known_on_disk(name) if self._folder(name) else self._known_offer(name)
+        levels = [row for row in (self._levels(known) or LEVELS) if row in LEVELS]
+        shown = {"levels": levels, "longest": known.spec.context, "level": level, "context": context}
+        try:
+            made = fitted(known, self._around.look()[0], level, context)
+        except UserError as error:
+            return shown | {"text": str(error), "verdict": "no"}
+        return shown | {"text": str(made), "verdict": made.verdict, "level": made.level, "context": made.context,
+                        "tokens_per_second": made.decode_tokens_per_second}
+
+    def _folder(self, name: str) -> Path | None:
         folders = {model.name: model.folder for model in models(self._data) if model.kind != "unfinished"}
-        folder = demo_model() if name == "demo" else folders.get(name)
+        return demo_model() if name == DEMO else folders.get(name)
+
+    def _known_on_disk(self, name: str) -> Known:
+        folder = self._folder(name)
         if folder is None:
             raise UserError(TEXT["no_such_model"].format(name=name))
-        self._opened.open(folder)
+        return look_up(str(folder))
+
+    def _known_offer(self, name: str) -> Known:
+        if name not in {offer["name"] for offer in self._offers(self._around.look()[0])}:
+            raise UserError(TEXT["no_such_model"].format(name=name))
+        return look_up(name, self._data)
+
+    def _levels(self, known: Known) -> tuple[str, ...]:
+        """The levels that a folder offers; none for a model that is not here."""
+        if known.folder is None:
+            return ()
+        return ("exact", *known.calibration.get("levels", {})) if known.compressed else ("full",)
+
+    # --- work ---------------------------------------------------------------------------------------------------
+    def fetch(self, name: str) -> None:
+        """Start a download, or go on with one that was stopped. name: of the catalogue, or a Hub id."""
+        offers = self._offers(self._around.look()[0])
+        known = next((offer["name"] for offer in offers if name in (offer["name"], offer["repository"])), "")
+        self.works.start(known or name.rsplit("/", 1)[-1], "download", lambda report, stop: download(
+            name, data=self._data, report=report, stop=stop))
+
+    def compress(self, name: str) -> None:
+        """Compress a checkpoint of the disk, beside it."""
+        self.works.start(compressed_name(name), "compress", lambda report, stop: compress_installed(
+            name, self._data, report=report, stop=stop))
+
+    def bring_in(self, file: str, like: str = "") -> None:
+        """Import a GGUF file of this computer. like: where the original's configuration and tokenizer are, "" beside
+        the file. UserError when there is no such file."""
+        path = Path(file.strip()).expanduser()
+        if not path.is_absolute() or path.suffix != ".gguf" or not path.is_file():
+            raise UserError(TEXT["no_gguf"].format(path=file.strip()))
+        self.works.start(path.stem, "import", lambda report, stop: import_file(
+            path, like.strip(), self._data, report=report, stop=stop))
+
+    def pause(self, name: str) -> None:
+        self.works.pause(name)
+
+    def cancel(self, name: str) -> int:
+        """Stop work for good: what it has made is deleted; bytes freed."""
+        self.works.pause(name)
+        unfinished = {model.name for model in models(self._data) if model.kind == "unfinished"}
+        freed = delete(name, self._data) if name in unfinished else 0
+        self.works.forget(name)
+        self.works.on_change()
+        return freed
 
     def remove(self, name: str) -> int:
         """Delete a model, whole or unfinished; bytes freed. Refused for the one that is open."""
         if any(model.name == name and model.folder == self._opened.folder for model in models(self._data)):
             raise UserError(TEXT["model_in_use"].format(name=name))
-        self.pause(name)
+        self.works.pause(name)
         freed = delete(name, self._data)
-        with self._lock:
-            self._downloads.pop(name, None)
-        self.on_change()
+        self.works.forget(name)
+        self.works.on_change()
         return freed
 
-    def fetch(self, name: str) -> None:
-        """Start a download, or go on with a paused one. name: of the catalogue, or a Hub id."""
-        short = name.rsplit("/", 1)[-1]
-        with self._lock:
-            if short in self._downloads and self._downloads[short].state == "running":
-                raise UserError(TEXT["already_downloading"].format(name=short))
-            job = self._downloads[short] = Download(short)
-        threading.Thread(target=self._run, args=(name, job), name=f"download {short}", daemon=True).start()
-        self.on_change()
+    def show_folder(self, name: str) -> str:
+        """Open the model's folder in this computer's file manager; -> its path. UserError with the path without one."""
+        folder = self._folder(name) or self._data / "models"
+        try:
+            if sys.platform == "win32":
+                os.startfile(folder)
+            else:
+                opener = OPENERS.get(sys.platform, "xdg-open")
+                subprocess.Popen([opener, str(folder)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL, start_new_session=True)
+        except OSError as error:
+            raise UserError(TEXT["no_file_manager"].format(folder=folder)) from error
+        return str(folder)
 
-    def pause(self, name: str) -> None:
-        """Stop a download and wait for its end; what has arrived stays."""
-        with self._lock:
-            job = self._downloads.get(name)
-        if job:
-            job.stop.set()
-            end = time.monotonic() + 30
-            while job.state == "running" and time.monotonic() < end:
-                time.sleep(0.05)
+    def suggest(self, typed: str) -> list[str]:
+        """Folders and GGUF files that begin with what was typed of a path; the home folder's for nothing."""
+        start = Path(typed).expanduser() if typed.strip() else Path.home()
+        folder, stem = (start, "") if typed.endswith(("/", "\\")) or not typed.strip() else (start.parent, start.name)
+        try:
+            found = [path for path in sorted(folder.iterdir()) if path.name.startswith(stem)
+                     and (stem.startswith(".") or not path.name.startswith("."))
+                     and (path.suffix == ".gguf" or path.is_dir())]
+        except OSError:
+            return []
+        return [str(path) + ("" if path.suffix == ".gguf" else os.sep) for path in found[:SUGGESTIONS]]
 
     def close(self) -> None:
-        for job in list(self._downloads.values()):
-            job.stop.set()
+        self.works.close()
 
-    def _run(self, name: str, job: Download) -> None:
-        def tell(progress: Progress) -> None:
-            job.progress, job.text = progress, progress.text or job.text
-            self.on_change()
-
-        try:
-            download(name, data=self._data, report=tell, stop=job.stop)
-            with self._lock:
-                self._downloads.pop(job.name, None)
-        except Stopped:
-            job.state = "paused"
-        except (UserError, MachineError) as error:
-            job.state, job.text = "failed", str(error)
-        except Exception as error:  # the page must say it, whatever it was
-            job.state, job.text = "failed", f"{type(error).__name__}: {error}"
-        self.on_change()
-
-    def _offers(self) -> tuple[list[dict], tuple[str, ...]]:
-        if self._survey is None or time.monotonic() - self._survey[0] > SURVEY_SECONDS:
-            machine, notes = here(self._data, self._opened.options.device)
-            self._survey = time.monotonic(), [asdict(row) for row in outlooks(machine)], notes
-        return self._survey[1:]
+    # --- what is shown ------------------------------------------------------------------------------------------
+    def _offers(self, machine) -> list[dict]:
+        """The catalogue on this machine; planned anew when the machine has been looked at anew."""
+        if self._offered is None or self._offered[0] is not machine:
+            self._offered = machine, [asdict(row) for row in outlooks(machine)]
+        return self._offered[1]
 
     def _on_disk(self, model) -> dict:
         return {"name": model.name, "kind": model.kind, "bytes": model.bytes, "levels": list(model.levels),
-                "share": model.share, "open": model.folder == self._opened.folder}
+                "share": model.share, "open": model.folder == self._opened.folder, "source": model.source,
+                "folder": str(model.folder)}
 
     def _demo(self) -> dict:
         folder = demo_model()
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
-        return {"name": "demo", "kind": "demo", "bytes": size, "levels": [], "share": 1.0,
-                "open": folder == self._opened.folder}
+        return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(self._levels(look_up(str(folder)))),
+                "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder)}

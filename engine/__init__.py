@@ -23,7 +23,10 @@ _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": 
          "download": "engine.fetch", "Choice": "engine.fetch", "Hub": "engine.hub", "Stopped": "engine.hub",
          "Progress": "engine.progress", "Installed": "engine.installed", "models": "engine.installed",
          "delete": "engine.installed", "here": "engine.fitting", "outlooks": "engine.fitting",
-         "publish": "engine.publishing", "import_gguf": "engine.gguf_import"}
+         "publish": "engine.publishing", "import_gguf": "engine.gguf_import",
+         "measured": "engine.fitting", "fitted": "engine.fitting", "Known": "engine.catalogue",
+         "look_up": "engine.catalogue", "what_binds": "engine.binding", "CardMeter": "engine.card",
+         "compress_installed": "engine.local", "compressed_name": "engine.local", "import_file": "engine.local"}
 
 __all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
            "UserError", *_LAZY]

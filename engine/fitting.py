@@ -1,15 +1,16 @@
 """What a person could run on this machine: every model of the catalogue with its plan, and why the card is (not) used.
 
-Numbers only, no network and no torch; the survey of the machine takes a moment, so callers keep what they get.
+Numbers only and no network; the survey of the machine takes a moment, so callers keep what they get. Speeds count as
+measured once `measured` has run on this machine; it alone loads torch.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import catalogue, hardware
+from engine import catalogue, hardware, rates
 from engine.paths import data_dir
-from engine.plan import Wishes, plan
+from engine.plan import Plan, Wishes, plan
 from engine.spec import Machine, UserError
 
 
@@ -31,10 +32,22 @@ class Outlook:
     text: str
 
 
-def here(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, tuple[str, ...]]:
-    """This machine for the planner, and the sentences about what was found."""
+def here(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, hardware.Hardware]:
+    """This machine for the planner, and what was found on it with the sentences about it (`notes`)."""
     found = hardware.survey(data_dir(data) / "models")
-    return hardware.machine(found, device), found.notes
+    return rates.with_cached(hardware.machine(found, device), data_dir(data) / "cache"), found
+
+
+def measured(machine: Machine, data: str | Path | None = None) -> Machine:
+    """The machine with its speeds: half a second the first time, then from the cache."""
+    return rates.with_rates(machine, data_dir(data) / "cache")
+
+
+def fitted(known: catalogue.Known, machine: Machine, level: str | None = None, context: int | None = None) -> Plan:
+    """The plan of one model at what a person chooses; None lets the plan decide. UserError where that cannot be."""
+    wishes = Wishes(level=level, context=context, trunk_bits=known.trunk_bits, group_size=known.group_size,
+                    on_disk=known.folder is not None)
+    return plan(known.spec, machine, wishes, known.calibration)
 
 
 def outlooks(machine: Machine, wishes: Wishes | None = None) -> list[Outlook]:

@@ -1,4 +1,7 @@
-"""The README's pictures: `python tests/screenshots.py` drives the real program and writes assets/docs/*.png."""
+"""The README's pictures: `python tests/screenshots.py` drives the real program and writes assets/docs/*.png.
+
+Colours are reduced to a palette, so that a picture stays far below 300 kB. Look at them before they are committed.
+"""
 from __future__ import annotations
 
 import sys
@@ -8,30 +11,59 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import browser  # noqa: E402
+from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 PLACE = browser.REPOSITORY / "assets" / "docs"
+MOST_BYTES = 300_000
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as data, browser.running(Path(data)) as app, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser.CHROMIUM, chromium_sandbox=False)
         page = chromium.new_page(viewport={"width": 1400, "height": 860})
-        page.set_default_timeout(300_000)
+        page.set_default_timeout(browser.PATIENCE_MS)
         page.goto(app.link)
         browser.wait_ready(page)
-        browser.ask(page, "Tell me a story about a small boat.")
-        browser.ask(page, "Thank you! How are you?")
-        page.screenshot(path=PLACE / "chat-light.png")
-        page.click("#theme")
-        page.screenshot(path=PLACE / "chat-dark.png")
-        page.get_by_role("tab", name="Models").click()
-        page.wait_for_selector("#offers li .verdict")
-        page.screenshot(path=PLACE / "models.png")
-        page.set_viewport_size({"width": 390, "height": 800})
-        page.wait_for_timeout(500)
-        page.screenshot(path=PLACE / "phone.png")
+        take(page, app)
         chromium.close()
+
+
+def take(page, app) -> None:
+    page.wait_for_timeout(1500)
+    picture(page, "first-run")
+    page.click(".aim[data-aim=fast]")
+    page.wait_for_selector(".fits li")
+    picture(page, "three-fits")
+    page.click("#welcome-skip")
+    browser.ask(page, "Hello! How are you today?")
+    browser.ask(page, "Tell me a story about a small boat.")
+    page.wait_for_timeout(1500)
+    picture(page, "chat-light")
+    page.click("#theme")
+    page.evaluate("document.querySelector('#why').scrollIntoView()")
+    picture(page, "engine-dark")
+    page.get_by_role("tab", name="Models").click()
+    page.wait_for_selector("#offers li .verdict")
+    page.locator("#disk summary").first.click()
+    page.wait_for_function("document.querySelector('#disk pre.plan').textContent")
+    picture(page, "models-dark")
+    page.click("#theme")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(500)
+    picture(page, "phone")
+
+
+def picture(page, name: str) -> None:
+    path = PLACE / f"{name}.png"
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(300)
+    page.screenshot(path=path)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    assert path.stat().st_size < MOST_BYTES, f"{path.name} is too large for a README"
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

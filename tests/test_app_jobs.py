@@ -113,6 +113,7 @@ def test_an_answer_is_saved_while_it_grows_and_finished_with_its_numbers(desk):
     chats, jobs, models = desk
     conversation = chats.create()
     answer = jobs.send(conversation.id, "Tell me of the sea, and of everything else that is large and blue")["message"]
+    time.sleep(0.01)
     say(models, "hm ", "blue ", "deep", end=False)
     until(lambda: chats.message(answer).text == "blue deep")
     assert chats.message(answer).status == "running" and jobs.live.thinking == "hm "
@@ -249,10 +250,18 @@ for item in chats.waiting():
     chats.unwait(item["id"])
 jobs.start()
 n = 0
-while True:
+while True:  # an hour's variety: versions, branches, names, pins, deletions, files, and a queue
     conversation = chats.create()
-    message = jobs.send(conversation.id, f"question {{n}}")["message"]
+    message = jobs.send(conversation.id, f"question {{n}}", [{{"name": "a.txt", "text": "x" * 3000}}])["message"]
     jobs.send(conversation.id, "waiting")
+    for old in chats.conversations()[1:4]:
+        chats.rename(old.id, f"renamed {{n}}")
+        chats.pin(old.id, n % 2 == 0)
+        if old.leaf_id:
+            jobs.edit(old.leaf_id, f"edited {{n}}") if chats.message(old.leaf_id).role == "assistant" else None
+            chats.branch(old.leaf_id)
+    for old in chats.conversations()[20:]:
+        chats.delete(old.id)
     for _ in range(60):
         models.engine.says.put(f"w{{n}} ")
         n += 1
@@ -286,4 +295,6 @@ def test_killed_at_random_moments_the_database_opens_and_only_the_last_second_is
             if killed - float(moment) > 1.0:
                 assert f"w{int(n) - 1} " in chats.message(int(message_id)).text
         assert all(row["status"] != "running" for row in chats._rows("SELECT status FROM messages"))
+        assert not chats._rows("SELECT 1 FROM conversations c WHERE leaf_id IS NOT NULL AND NOT EXISTS "
+                               "(SELECT 1 FROM messages m WHERE m.id = c.leaf_id AND m.conversation_id = c.id)")
         chats.close()

@@ -1,6 +1,7 @@
-"""Models on the disk and on their way: download, pause, go on, delete; what is open cannot be deleted."""
+"""Models on the disk and on their way: download, pause, cancel, delete, compress, import, and what a plan says."""
 from __future__ import annotations
 
+import os
 import time
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from loopback_hub import LoopbackHub
 
 from app.shelf import Shelf
+from app.surroundings import Surroundings
 from engine import Options, UserError, demo_model
 
 NAME = "tester/Tiny-Floe"
@@ -26,9 +28,14 @@ def loopback(monkeypatch):
 @pytest.fixture
 def shelf(tmp_path):
     """A shelf whose open model is noted, not opened."""
-    opened = SimpleNamespace(folder=demo_model(), state="ready", options=Options(device="cpu"))
-    opened.open = lambda folder: setattr(opened, "folder", folder)
-    return Shelf(tmp_path, opened)
+    opened = SimpleNamespace(folder=demo_model(), state="ready", options=Options(device="cpu"), asked=None)
+
+    def open_it(folder, level, context):
+        opened.folder, opened.asked = folder, (level, context)
+    opened.open = open_it
+    shelf = Shelf(opened, Surroundings(tmp_path, "cpu"))
+    yield shelf
+    shelf.close()
 
 
 def until(condition, seconds=60):
@@ -42,42 +49,68 @@ def on_disk(shelf):
     return {model["name"]: model for model in shelf.shown()["disk"]}
 
 
+def works(shelf):
+    return {work["name"]: work for work in shelf.works.shown()}
+
+
 def test_a_model_is_fetched_opened_and_deleted(loopback, shelf):
     shelf.fetch(NAME)
-    until(lambda: "Tiny-Floe" in on_disk(shelf) and not shelf.downloads())
-    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
+    until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed" and shelf.works.finished == ["Tiny-Floe"]
     assert on_disk(shelf)["demo"]["open"]
     shelf.open("Tiny-Floe")
     assert on_disk(shelf)["Tiny-Floe"]["open"] and not on_disk(shelf)["demo"]["open"]
     with pytest.raises(UserError, match="is open"):
         shelf.remove("Tiny-Floe")
     shelf.open("demo")
+    assert shelf.shown()["used_bytes"] == on_disk(shelf)["Tiny-Floe"]["bytes"] > 10_000_000
     assert shelf.remove("Tiny-Floe") > 10_000_000
-    assert list(on_disk(shelf)) == ["demo"]
+    assert list(on_disk(shelf)) == ["demo"] and shelf.shown()["used_bytes"] == 0
 
 
 def test_a_paused_download_goes_on_where_it_was(loopback, shelf):
     loopback.pause = 0.02
     shelf.fetch(NAME)
-    until(lambda: shelf.downloads() and shelf.downloads()[0]["done"] > 500_000)
+    until(lambda: works(shelf) and works(shelf)["Tiny-Floe"]["done"] > 500_000)
     with pytest.raises(UserError, match="already"):
         shelf.fetch(NAME)
     shelf.pause("Tiny-Floe")
-    assert shelf.downloads()[0]["state"] == "paused"
+    assert works(shelf)["Tiny-Floe"]["state"] == "paused"
     assert 0 < on_disk(shelf)["Tiny-Floe"]["share"] < 1
     loopback.pause = 0.0
-    shelf.fetch(NAME)
-    until(lambda: not shelf.downloads())
+    assert shelf.works.go_on("Tiny-Floe")
+    until(lambda: not works(shelf))
     assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
     assert sum(loopback.served.values()) < 1.3 * on_disk(shelf)["Tiny-Floe"]["bytes"]  # nothing came twice
 
 
+def test_a_cancelled_download_leaves_nothing(loopback, shelf, tmp_path):
+    loopback.pause = 0.02
+    shelf.fetch(NAME)
+    until(lambda: works(shelf) and works(shelf)["Tiny-Floe"]["done"] > 500_000)
+    assert shelf.cancel("Tiny-Floe") > 500_000
+    assert works(shelf) == {} and list(on_disk(shelf)) == ["demo"]
+    assert not any(path.is_dir() for path in (tmp_path / "models").iterdir())
+    loopback.pause = 0.0
+    shelf.fetch(NAME)  # and it can be begun again
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
+
+
+def test_cancelling_never_deletes_a_model_that_is_whole(loopback, shelf):
+    shelf.fetch(NAME)
+    until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
+    assert shelf.cancel("Tiny-Floe") == 0 and "Tiny-Floe" in on_disk(shelf)
+
+
 def test_what_cannot_be_fetched_is_said(loopback, shelf):
     shelf.fetch("tester/nothing")
-    until(lambda: shelf.downloads()[0]["state"] == "failed")
-    assert shelf.downloads()[0]["text"].endswith(".")
+    until(lambda: works(shelf)["nothing"]["state"] == "failed")
+    assert works(shelf)["nothing"]["text"].endswith(".")
     with pytest.raises(UserError):
         shelf.open("nothing")
+    shelf.cancel("nothing")
+    assert works(shelf) == {}
 
 
 def test_every_model_of_the_catalogue_has_a_verdict_for_this_machine(shelf):
@@ -86,3 +119,94 @@ def test_every_model_of_the_catalogue_has_a_verdict_for_this_machine(shelf):
     assert all(offer["text"] and offer["download_bytes"] > 1e9 for offer in offers)
     order = ["fits", "slow", "no"]
     assert [order.index(offer["verdict"]) for offer in offers] == sorted(order.index(o["verdict"]) for o in offers)
+
+
+def test_the_plan_follows_level_and_context(shelf):
+    name = shelf.shown()["offers"][0]["name"]
+    for model in ("demo", name):
+        free = shelf.plan(model)
+        assert free["text"] and free["levels"] and free["context"] <= free["longest"]
+        for level in ("exact", "fast"):
+            chosen = shelf.plan(model, level, 512)
+            assert chosen["level"] == level and "512 tokens" in chosen["text"]
+    beyond = shelf.plan("demo", None, 4096)
+    assert beyond["verdict"] == "no" and "at most 1,024 tokens" in beyond["text"]
+    with pytest.raises(UserError):
+        shelf.plan("tester/elsewhere")  # never asks the network
+
+
+def test_a_model_is_opened_at_the_chosen_level_and_context(shelf):
+    shelf.open("demo", "fast", 512)
+    assert shelf._opened.asked == ("fast", 512)
+    shelf.open("demo")
+    assert shelf._opened.asked == (shelf.plan("demo")["level"], None)
+    with pytest.raises(UserError, match="at most"):
+        shelf.open("demo", None, 5000)
+    assert shelf._opened.asked[1] is None  # nothing was closed for it
+
+
+def test_the_folder_is_shown_by_the_computers_file_manager(shelf, tmp_path, monkeypatch):
+    manager, seen = tmp_path / "bin" / "xdg-open", tmp_path / "seen"
+    manager.parent.mkdir()
+    manager.write_text(f'#!/bin/sh\nprintf %s "$1" > {seen}.part && mv {seen}.part {seen}\n')
+    manager.chmod(0o755)
+    monkeypatch.setattr("app.shelf.sys.platform", "linux")
+    monkeypatch.setenv("PATH", f"{manager.parent}{os.pathsep}{os.environ['PATH']}")
+    assert shelf.show_folder("demo") == str(demo_model())
+    until(seen.exists)
+    assert seen.read_text() == str(demo_model())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="the folder is"):
+        shelf.show_folder("demo")
+
+
+def test_typing_a_path_brings_folders_and_gguf_files(shelf, tmp_path):
+    (tmp_path / "models of mine").mkdir()
+    for name in ("model.gguf", "model.txt", ".hidden.gguf"):
+        (tmp_path / name).touch()
+    found = [path.removeprefix(str(tmp_path) + os.sep) for path in shelf.suggest(f"{tmp_path}/mod")]
+    assert found == ["model.gguf", "models of mine" + os.sep]
+    assert shelf.suggest(f"{tmp_path}/nothing/here") == []
+
+
+@pytest.mark.parametrize("file", ["", "model.gguf", "/nowhere/model.gguf", "/etc/hostname"])
+def test_a_path_that_is_no_gguf_file_is_refused(shelf, file):
+    with pytest.raises(UserError, match="no GGUF file"):
+        shelf.bring_in(file)
+
+
+def test_a_checkpoint_is_compressed_beside_itself_with_a_pause_between(shelf, tmp_path, demo_checkpoint):
+    import small_model
+    checkpoint, _ = small_model.make(tmp_path / "made", demo_checkpoint)
+    assert list(on_disk(shelf)) == ["demo"]
+    checkpoint.rename(tmp_path / "models" / "Small")
+    assert on_disk(shelf)["Small"]["kind"] == "checkpoint"
+    shelf.compress("Small")
+    until(lambda: works(shelf).get("Small-floe", {"done": 1})["done"] or not works(shelf))
+    shelf.pause("Small-floe")
+    if works(shelf):  # two small layers: it may have been faster than the pause
+        assert works(shelf)["Small-floe"]["state"] == "paused" and works(shelf)["Small-floe"]["total"] == 3
+        shelf.works.go_on("Small-floe")
+        until(lambda: not works(shelf))
+    assert on_disk(shelf)["Small-floe"]["kind"] == "compressed"
+    shelf.compress("Small")
+    until(lambda: works(shelf)["Small-floe"]["state"] == "failed")
+    assert "there already" in works(shelf)["Small-floe"]["text"]
+
+
+def test_a_gguf_file_is_imported_and_a_cancelled_import_leaves_nothing(shelf, tmp_path):
+    pytest.importorskip("gguf")
+    import torch
+    from architectures import build
+    from gguf_files import like, write
+    torch.manual_seed(0)
+    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
+    write(tmp_path / "Tiny.gguf", "qwen3_moe", model)
+    like(tmp_path / "like", model)
+    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
+    until(lambda: not works(shelf) or works(shelf)["Tiny"]["state"] == "failed")
+    assert works(shelf) == {} and on_disk(shelf)["Tiny"]["kind"] == "compressed"
+    shelf.remove("Tiny")
+    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
+    shelf.cancel("Tiny")
+    assert works(shelf) == {} and not (tmp_path / "models" / "Tiny.partial").exists()

@@ -112,7 +112,8 @@ def test_two_tabs_share_one_stream_and_show_the_same(app, context, page):
     other.wait_for_function("document.querySelector('.message.running .answer')?.textContent.length > 10")
     settled(page)
     settled(other)
-    assert other.locator(".message .answer").all_inner_texts() == page.locator(".message .answer").all_inner_texts()
+    assert other.locator(".message .answer").all_text_contents() == \
+        page.locator(".message .answer").all_text_contents()  # a tab in the background lays out nothing
     assert streams == []  # the first tab's stream serves both
     page.close()
     other.wait_for_event("request", lambda request: request.url.endswith("/events"))  # taken over
@@ -132,8 +133,47 @@ def test_the_panel_shows_the_engines_own_totals(page):
     assert page.locator(".layers rect.near").count() == len(residency)
     heights = page.eval_on_selector_all(".layers rect.near", "all => all.map(r => r.getAttribute('height') / 56)")
     assert heights == pytest.approx(residency, abs=0.01)
-    assert "processor" in page.locator("#device-line").inner_text()
     assert float(page.locator("#speed-now").inner_text()) > 0
+
+
+def test_the_panel_shows_which_experts_were_busy(page):
+    ask(page, STORY)
+    now = stats(page)
+    cells = [(x, y) for y, row in enumerate(now["activity"]) for x in range(len(row))]
+    most = max(max(row) for row in now["activity"])
+    x, y = next((x, y) for x, y in cells if now["activity"][y][x] == most)
+    page.wait_for_function("place => document.querySelector('#heat path[data-shade=\"8\"]')?.getAttribute('d')"
+                           ".includes(place)", arg=f"M{x} {y}h")
+    drawn = "".join(page.eval_on_selector_all("#heat path", "all => all.map(path => path.getAttribute('d'))"))
+    assert drawn.count("M") == len(cells) == 6 * 16
+    page.wait_for_function("end => document.querySelector('#heat').getAttribute('aria-label').endsWith(end)",
+                           arg=f", {round(100 * most)} % of the tokens")
+    label = page.locator("#heat").get_attribute("aria-label")
+    assert label.startswith("Expert activity of the last tokens: 6 layers, 16 experts; busiest: layer ")
+
+
+def test_the_panel_names_what_binds(page):
+    ask(page, STORY)
+    why = stats(page)["why"]
+    assert why["bound"] in ("cpu", "prefill") and re.search(r"\d+ %|\d s", why["text"])
+    page.wait_for_function("why => document.querySelector('#why').textContent === why", arg=why["text"])
+
+
+def test_without_a_counter_the_page_says_so_in_words(page):
+    page.wait_for_function("document.querySelector('#card-link').textContent.includes('NVIDIA driver')")
+    assert not re.search(r"\d", page.locator("#card-link").inner_text())
+    assert "video memory" not in page.locator(".memory").inner_text()
+
+
+def test_a_banner_says_whether_the_card_is_used_and_can_be_hidden(page):
+    banner = page.locator("#graphics")
+    page.wait_for_selector("#graphics:has-text('--device cpu')")
+    assert banner.inner_text().startswith("Runs on the processor")
+    banner.get_by_role("button", name="Hide").click()
+    page.reload()
+    browser.wait_ready(page)
+    assert banner.inner_text() == ""
+    page.wait_for_selector("#device-line:has-text('Runs on the processor')")
 
 
 def test_the_panel_can_be_paused(page):

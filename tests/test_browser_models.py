@@ -1,50 +1,230 @@
-"""The models page in the browser: verdicts for this machine, a download from a loopback Hub, switching models."""
+"""The models page and the first run in the browser: what suits this machine, downloads from a loopback Hub, level and
+context with the plan's words, import of a GGUF file, the graphics card as a stand-in driver shows it."""
 from __future__ import annotations
 
+import os
+import re
+import shutil
+
 import browser
+import fake_driver
 import pytest
 from browser import ask, stats, until
 from loopback_hub import LoopbackHub
 
-from engine import demo_model
+from engine import catalogue, demo_model
 
 pytestmark = pytest.mark.browser
 chromium, context, page = browser.chromium, browser.context, browser.page
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
-    """The program, with a Hub of its own in place of the public one."""
+def hub():
+    """A Hub in place of the public one; every repository of the catalogue is the embedded model."""
     if not (demo_model() / "floe.json").is_file():
         pytest.skip("the embedded model (assets/demo) has not been built")
-    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
-        hub.add_folder("tester/Second-Floe", demo_model())
+    with LoopbackHub() as hub:
+        for name in ("tester/Second-Floe", *(entry.repository for entry in catalogue.entries().values())):
+            hub.add_folder(name, demo_model())
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def app(hub, tmp_path_factory):
+    """The program with that Hub, a card that a stand-in driver shows, and a file manager that notes folders."""
+    tools = tmp_path_factory.mktemp("tools")
+    manager = tools / "xdg-open"
+    manager.write_text(f'#!/bin/sh\nprintf %s "$1" > {tools}/part && mv {tools}/part {tools}/opened\n')
+    manager.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
+        patch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("LD_LIBRARY_PATH", str(fake_driver.build(tools)))
+        patch.setenv("FAKE_NVML_CARDS", fake_driver.RTX_3060)
+        patch.setenv("FAKE_NVML_LINK", "12000000,250")
         with browser.running(tmp_path_factory.mktemp("data")) as app:
+            app.tools = tools
             yield app
 
 
-def test_a_model_is_downloaded_opened_and_deleted(page):
+@pytest.fixture
+def newcomer(app, context):
+    """The page as it is at the very first start."""
+    page = context.new_page()
+    page.set_default_timeout(browser.PATIENCE_MS)
+    page.goto(app.link)
+    browser.wait_ready(page)
+    return page
+
+
+def models_tab(page) -> None:
     page.get_by_role("tab", name="Models").click()
     page.wait_for_selector("#offers li .verdict")
+
+
+def row(page, name: str):
+    return page.locator(f"#disk li[data-name='{name}']")
+
+
+def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_chats(hub, newcomer):
+    page = newcomer
+    assert page.locator("#welcome").is_visible() and page.locator(".aim").count() == 4
+    page.click(".aim[data-aim=coding]")
+    page.wait_for_selector(".fits li")
+    offers = page.locator(".fits li")
+    assert offers.count() == 3
+    assert all(re.search(r"(fits|slow)[\s\S]*tokens/s here", text) for text in offers.all_inner_texts())
+    page.get_by_role("button", name="Another wish").click()
+    page.click(".aim[data-aim=fast]")
+    page.wait_for_selector(".fits li")
+    hub.pause = 0.02
+    name = offers.first.get_attribute("data-name")
+    offers.first.get_by_role("button", name="Download").click()
+    page.wait_for_selector(f"#works .work:has-text('{name}')")
+    assert not page.locator("#welcome").is_visible()
+    assert ask(page, "Hello!").locator(".answer").inner_text().strip()  # the demonstration, meanwhile
+    hub.pause = 0.0
+    page.wait_for_selector(f".notice:has-text('{name} is ready')")
+    page.reload()
+    browser.wait_ready(page)
+    assert not page.locator("#welcome").is_visible()  # remembered
+    models_tab(page)
+    page.click("#find-model")
+    page.wait_for_selector(".aim[data-aim=long]")
+    page.click("#welcome-skip")
+    page.wait_for_selector(".message.user, .hero")
+
+
+def test_a_model_is_downloaded_opened_and_deleted(page):
+    models_tab(page)
     assert page.locator("#offers li").count() > 5
     page.fill("#hub-id", "tester/Second-Floe")
-    page.locator(".hub-id button").click()
-    row = page.locator(".models li[data-name='Second-Floe']")
-    row.get_by_role("button", name="Open").wait_for()
-    row.get_by_role("button", name="Open").click()
+    page.locator(".hub-id button").first.click()
+    second = row(page, "Second-Floe")
+    second.get_by_role("button", name="Open", exact=True).click()
     until(page, lambda: stats(page).get("model") == "Second-Floe")
     browser.wait_ready(page)
     assert ask(page, "Hello!").locator(".answer").inner_text().strip()
-    page.locator(".models li[data-name='demo']").get_by_role("button", name="Open").click()
-    until(page, lambda: stats(page).get("model") not in (None, "Second-Floe"))
+    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "demo")
+    assert "used by models" in page.locator("#disk-use").inner_text()
     page.on("dialog", lambda dialog: dialog.accept())
-    row.get_by_role("button", name="Delete").click()
-    row.wait_for(state="detached")
+    second.get_by_role("button", name="Delete").click()
+    second.wait_for(state="detached")
 
 
-def test_the_first_run_offers_three_for_an_aim(page):
-    page.get_by_role("tab", name="Models").click()
-    page.wait_for_selector("#offers li .verdict")
+def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
+    models_tab(page)
+    hub.pause = 0.05
+    page.fill("#hub-id", "tester/Second-Floe")
+    page.locator(".hub-id button").first.click()
+    work = page.locator("#model-works li[data-name='Second-Floe']")
+    page.wait_for_function("document.querySelector('#model-works .amount:not(:empty)')")
+    work.get_by_role("button", name="Pause").click()
+    work.get_by_role("button", name="Go on").wait_for()
+    assert "paused" in work.inner_text()
+    work.get_by_role("button", name="Go on").click()
+    work.get_by_role("button", name="Pause").wait_for()
+    answers = [False, True]
+    page.on("dialog", lambda dialog: dialog.accept() if answers.pop(0) else dialog.dismiss())
+    work.get_by_role("button", name="Cancel").click()
+    assert work.is_visible()  # asked, and not yet
+    work.get_by_role("button", name="Cancel").click()
+    work.wait_for(state="detached")
+    hub.pause = 0.0
+    page.wait_for_selector(".notice:has-text('deleted')")
+    assert row(page, "Second-Floe").count() == 0
+
+
+def test_level_and_context_change_the_plans_words_and_are_opened_with(page):
+    models_tab(page)
+    demo = row(page, "demo")
+    demo.locator("summary").click()
+    plan = demo.locator("pre.plan")
+    page.wait_for_function("document.querySelector('#disk pre.plan').textContent.includes('1,024 tokens')")
+    demo.locator("select").select_option("fast")
+    page.wait_for_function("document.querySelector('#disk pre.plan').textContent.includes('at level fast')")
+    demo.locator("input[type=range]").fill("0")
+    page.wait_for_function("document.querySelector('#disk pre.plan').textContent.includes('context of 512 tokens')")
+    demo.locator("input[type=number]").fill("4096")
+    page.wait_for_function("document.querySelector('#disk pre.plan').textContent.includes('at most 1,024 tokens')")
+    demo.locator("input[type=number]").fill("640")
+    page.wait_for_function("document.querySelector('#disk pre.plan').textContent.includes('context of 640 tokens')")
+    assert plan.get_attribute("data-verdict") in ("fits", "slow")
+    demo.get_by_role("button", name="Open with these").click()
+    until(page, lambda: (stats(page).get("level"), stats(page).get("context")) == ("fast", 640))
+    browser.wait_ready(page)
+    assert "fast" in ask(page, "Hello!").locator(".stats").inner_text()
+    assert "of 640 tokens" in page.locator("#context-meter").inner_text()
+
+
+def test_opening_a_model_shows_its_steps_and_the_time_left(page):
+    page.evaluate("""() => {
+      window.steps = new Set();
+      new MutationObserver(() => {
+        for (const step of document.querySelectorAll('.banner .steps li')) window.steps.add(step.textContent);
+        const clock = document.querySelector('.banner .clock')?.textContent;
+        if (clock) window.steps.add(clock.replace(/\\d+/, 'N'));
+      }).observe(document.querySelector('.banner'), {childList: true, subtree: true, characterData: true});
+    }""")
+    models_tab(page)
+    for _ in range(5):  # a model this small may be open before the page has looked twice
+        row(page, "demo").locator("summary").click()
+        row(page, "demo").get_by_role("button", name="Open with these").click()
+        until(page, lambda: state(page)["model"]["opened"] is not None)
+        browser.wait_ready(page)
+        seen = set(page.evaluate("[...window.steps]"))
+        if len(seen) > 1:
+            break
+    steps = state(page)["model"]["opened"]
+    assert {"Reading the tokenizer", "Reading the weights", "Preparing near memory"} <= set(steps)
+    assert seen & set(steps) and "about N s left" in seen, seen  # it was opened before: how long it takes is known
+
+
+def state(page) -> dict:
+    return page.evaluate("fetch('/api/state').then(reply => reply.json())")
+
+
+def test_the_folder_of_a_model_opens_in_the_file_manager(app, page):
+    models_tab(page)
+    row(page, "demo").get_by_role("button", name="Open folder").click()
+    until(page, (app.tools / "opened").exists)
+    assert (app.tools / "opened").read_text() == str(demo_model())
+
+
+def test_the_aim_narrows_the_catalogue_to_three(page):
+    models_tab(page)
     page.get_by_label("What is it for?").select_option("coding")
     assert 1 <= page.locator("#offers li").count() <= 3
+
+
+def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
+    pytest.importorskip("gguf")
+    import torch
+    from architectures import build
+    from gguf_files import like, write
+    torch.manual_seed(0)
+    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
+    write(tmp_path / "Tiny-Boat.gguf", "qwen3_moe", model)
+    like(tmp_path / "original", model)
+    shutil.copy(demo_model() / "chat_template.jinja", tmp_path / "original")
+    models_tab(page)
+    page.fill("#gguf-path", str(tmp_path / "Tiny"))
+    page.wait_for_function("document.querySelector('#gguf-files option')?.value.endsWith('Tiny-Boat.gguf')")
+    page.fill("#gguf-path", page.locator("#gguf-files option").first.get_attribute("value"))
+    page.fill("#gguf-like", str(tmp_path / "original"))
+    page.click("#gguf-import")
+    made = row(page, "Tiny-Boat")
+    made.get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "Tiny-Boat")
+    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "demo")
+
+
+def test_the_card_counts_beside_the_engine(page):
+    page.wait_for_function("document.querySelector('#card-link').textContent.includes('12.0 GB/s to the card')")
+    assert "250.0 kB/s from it" in page.locator("#card-link").inner_text()
+    page.wait_for_selector(".link polyline.card", state="attached")
+    memory = page.locator(".memory").inner_text()
+    assert re.search(r"video memory\s+406.8 MB / 12.9 GB", memory), memory
+    assert stats(page)["card"]["name"].endswith("RTX 3060")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import browser
 import pytest
+from bench_page import busy_share, long_conversation
 from browser import ask, settled, wait_ready
 
 pytestmark = pytest.mark.browser
@@ -28,10 +29,20 @@ def test_nobody_is_shut_out(page):
     page.locator(".message.user").hover()
     for dark in (False, True):
         page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
-        for tab in ("This chat", "Engine"):
+        for tab in ("This chat", "Engine", "Models"):
             page.get_by_role("tab", name=tab).click()
+            if tab == "Models":
+                page.wait_for_selector("#offers li .verdict")
+                page.locator("#disk summary").first.click()
+                page.wait_for_function("document.querySelector('#disk pre.plan').textContent")
             page.wait_for_timeout(300)
             assert violations(page) == [], (dark, tab)
+        page.click("#find-model")
+        assert violations(page) == [], (dark, "first run")
+        page.click(".aim[data-aim=best]")
+        page.wait_for_selector(".fits li")
+        assert violations(page) == [], (dark, "three fits")
+        page.click("#welcome-skip")
     page.locator(".conversations summary").first.click()
     page.locator(".message.user").get_by_role("button", name="Edit").click()
     assert violations(page) == []
@@ -59,22 +70,16 @@ def test_a_phone_is_wide_enough(page):
     page.click("#new-chat")
     page.wait_for_selector(".hero")
     page.get_by_role("button", name="Show or hide engine and settings").click()
-    assert page.locator("#speed-now").is_visible()
-
-
-PARAGRAPH = "Once **upon** a time there was a `boat`, and $a^2$ was *its* name.\n\n* one\n* two\n\n" \
-    "```python\nx = 1\n```\n"
-
-
-def long_conversation(page, n: int) -> None:
-    messages = [{"id": i + 1, "parent_id": i or None, "role": "assistant" if i % 2 else "user",
-                 "text": PARAGRAPH * (3 if i % 2 else 1)} for i in range(n)]
-    document = {"format": "floechat-conversations", "version": 1,
-                "conversations": [{"title": "Long", "leaf": n, "messages": messages}]}
-    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
-        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
-    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
-    page.wait_for_function("document.querySelectorAll('.message').length >= 40")
+    page.locator("#speed-now").wait_for()
+    for tab in ("This chat", "Models"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth <= 360"), tab
+    page.click("#find-model")
+    page.wait_for_selector(".aim")
+    for aim in page.locator(".aim").all():
+        box = aim.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
 
 
 @pytest.mark.slow
@@ -82,27 +87,8 @@ def test_four_hundred_messages_leave_the_page_light(page):
     """20 updates a second of a growing answer under a long conversation: the main thread's own processor time."""
     long_conversation(page, 400)
     assert page.locator(".message").count() == 40
-    session = page.context.new_cdp_session(page)
-    session.send("Performance.enable", {"timeDomain": "threadTicks"})
-
-    def busy() -> float:
-        metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
-        return metrics["TaskDuration"]
-
-    before = busy()
-    page.evaluate("""async () => {
-      const { emit, opened } = await import('/ui/floe.js');
-      const last = document.querySelector('.message:last-child');
-      last.classList.add('running');
-      for (let i = 0; i < 100; i += 1) {
-        emit('text', {message: Number(last.dataset.id), conversation: opened.id, phase: 'decode', note: '', stats: {},
-          from: Math.floor(i / 5), blocks: [`<p>${'A growing line of text. '.repeat(1 + i % 5)}</p>`],
-          thinking_from: 0, thinking_blocks: []});
-        await new Promise(done => setTimeout(done, 50));
-      }
-    }""")
+    assert busy_share(page, 100) < 0.5
     assert page.locator(".message:last-child .answer .block").count() == 20
-    assert (busy() - before) / 5.0 < 0.5
 
 
 def test_earlier_messages_come_when_asked_for(page):
@@ -121,6 +107,23 @@ def test_markdown_code_and_math_are_shown(page):
     answer.get_by_role("button", name="Copy").first.click()
     page.wait_for_selector(".message.assistant:last-child .copy-code:has-text('Copied')")
     assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
+
+
+def test_thinking_is_folded_and_timed(page):
+    document = {"format": "floechat-conversations", "version": 1, "conversations": [
+        {"title": "Thought", "leaf": 2, "messages": [
+            {"id": 1, "parent_id": None, "role": "user", "text": "How many oars?"},
+            {"id": 2, "parent_id": 1, "role": "assistant", "text": "Two.", "thinking": "A boat has two sides.",
+             "stats": {"thinking_s": 2.31}}]}]}
+    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
+        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
+    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
+    thought = page.locator(".thought")
+    thought.locator("summary").wait_for()
+    assert thought.locator("summary").inner_text() == "Thought for 2.3 s"
+    assert not page.get_by_text("A boat has two sides.").is_visible()
+    thought.locator("summary").click()
+    assert page.get_by_text("A boat has two sides.").is_visible()
 
 
 def test_a_foreign_message_cannot_run_anything(page):

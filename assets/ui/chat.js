@@ -1,18 +1,19 @@
 // The middle of the page: messages, the answer while it grows, the queue, and the place to write.
 // A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
-import { TEXT, api, button, emit, h, icon, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+import { TEXT, api, button, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { message, showThinking, statsLine } from "/ui/message.js";
+import { welcome } from "/ui/welcome.js";
 
 let loads = 0;
-let log, scroller, queue, banner, title, meter, trigger, drawn = { id: null, limit: 40, text: 0 };
+let log, scroller, queue, title, meter, trigger, drawn = { id: null, limit: 40, text: 0 };
 
 export async function mount(root, gradioTrigger) {
   await ready;
   trigger = gradioTrigger;
   log = h("div", { class: "messages", role: "log", "aria-live": "off", "aria-label": TEXT.conversation });
   queue = h("ul", { class: "queue", "aria-label": TEXT.waiting });
-  banner = h("div", { class: "banner", role: "status" });
   title = h("h1", {}, TEXT.app);
   meter = h("span", { class: "meter", id: "context-meter" });
   const down = button("down", TEXT.jump_down, () => follow(true), { class: "jump", hidden: true });
@@ -23,7 +24,7 @@ export async function mount(root, gradioTrigger) {
       button("menu", TEXT.menu, () => toggle("left")), title,
       button("theme", TEXT.theme, switchTheme, { id: "theme" }),
       button("gauge", TEXT.panel_toggle, () => toggle("right"))),
-    banner, scroller, down,
+    ...above(), welcome(() => scroller.parentElement), scroller, down,
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
@@ -95,8 +96,7 @@ function drawMeter(used, total) {
 }
 
 function changed({ now, before }) {
-  drawBanner(now);
-  queue.replaceChildren(...now.waiting.filter((w) => w.conversation_id === opened.id).map(waitingItem));
+  keep(queue, now.waiting.filter((w) => w.conversation_id === opened.id).map((w) => [String(w.id), w]), waitingItem);
   document.body.classList.toggle("answering", Boolean(now.live));
   const ended = before.live && before.live.message !== now.live?.message;
   const begun = now.live && before.live?.message !== now.live.message && now.live.conversation === opened.id;
@@ -105,16 +105,6 @@ function changed({ now, before }) {
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
   if (before.model.state !== "ready" && now.model.state === "ready") load();
-}
-
-function drawBanner(now) {
-  const { model } = now;
-  const parts = [];
-  if (model.state === "loading") parts.push(h("span", { class: "spinner" }), model.step);
-  if (model.state === "failed") parts.push(model.step);
-  if (now.disk_trouble) parts.push(now.disk_trouble);
-  banner.classList.toggle("bad", model.state === "failed" || Boolean(now.disk_trouble));
-  banner.replaceChildren(...parts);
 }
 
 function waitingItem(item) {
@@ -171,6 +161,7 @@ async function send(text, attachments) {
     opened.id = (await api("POST", "/api/conversations")).id;
   }
   await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
+  emit("sent");
   document.body.classList.add("answering");
   drawn.limit = Math.max(40, drawn.limit);
   await load();

@@ -32,6 +32,18 @@ export const ready = api("GET", "/api/strings").then((strings) => Object.assign(
 export const say = (name, values = {}) =>
   (TEXT[name] || name).replace(/\{(\w+)\}/g, (_, key) => (key in values ? values[key] : `{${key}}`));
 
+// Numbers as a person reads them.
+export function bytes(n) {
+  if (n === undefined || n === null || Number.isNaN(n)) return "–";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let i = 0;
+  while (n >= 1000 && i < units.length - 1) { n /= 1000; i += 1; }
+  return `${i === 0 ? Math.round(n) : n.toFixed(n < 10 ? 2 : 1)} ${units[i]}`;
+}
+export const rate = (n) => (n >= 10 ? n.toFixed(0) : n >= 0.05 ? n.toFixed(1) : "<0.1");
+export const duration = (s) =>
+  (s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`);
+
 // A small element builder: h("button", {class: "x", onclick}, "text", child)
 export function h(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -43,6 +55,20 @@ export function h(tag, attributes = {}, ...children) {
   }
   node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return node;
+}
+
+// Children of `place` for [key, item] pairs, in order: made once for a key, brought up to date every time. What is
+// replaced under the pointer loses the click.
+export function keep(place, pairs, make, update = () => {}) {
+  const old = new Map([...place.children].map((node) => [node.dataset.key, node]));
+  const nodes = pairs.map(([key, item]) => {
+    const node = old.get(key) || make(item);
+    node.dataset.key = key;
+    update(node, item);
+    return node;
+  });
+  if (nodes.length !== place.children.length || nodes.some((node, i) => place.children[i] !== node))
+    place.replaceChildren(...nodes);
 }
 
 export const icon = (name) => {
@@ -72,6 +98,10 @@ const ICONS = {
   menu: '<path d="M4 7h16M4 12h16M4 17h16"/>',
   gauge: '<path d="M4 17a8 8 0 1 1 16 0M12 17l4-5"/>',
   theme: '<circle cx="12" cy="12" r="8"/><path d="M12 4v16a8 8 0 0 0 0-16Z" fill="currentColor"/>',
+  bolt: '<path d="M13 3 5 14h6l-1 7 8-11h-6l1-7Z"/>',
+  star: '<path d="m12 4 2.4 5 5.6.7-4.1 3.8 1.1 5.5-5-2.8-5 2.8 1.1-5.5L4 9.7 9.6 9Z"/>',
+  code: '<path d="m8 8-4 4 4 4m8-8 4 4-4 4M13.5 6l-3 12"/>',
+  book: '<path d="M5 5.5A2.5 2.5 0 0 1 7.5 3H19v15H7.5A2.5 2.5 0 0 0 5 20.5Zm0 15A2.5 2.5 0 0 0 7.5 21H19"/>',
   wave: '<path d="M3 9c3-4 6-4 9 0s6 4 9 0M3 16c3-4 6-4 9 0s6 4 9 0"/>',
 };
 
@@ -105,7 +135,8 @@ export const opened = {
   },
 };
 
-export let state = { conversations: [], waiting: [], model: { state: "loading", step: "" }, live: null };
+export let state = { conversations: [], waiting: [], works: [], finished: [],
+  model: { state: "loading", step: "", opening: null }, live: null };
 
 function receive(name, document) {
   if (name === "state") {

@@ -21,6 +21,7 @@ export async function mount(root) {
 
   async function look() {
     if (!search.value.trim()) return draw();
+    delete list.dataset.mark;
     const found = await api("GET", `/api/search?q=${encodeURIComponent(search.value)}`);
     list.replaceChildren(...found.map(foundItem));
     if (!found.length) list.replaceChildren(h("li", { class: "empty" }, TEXT.search_none));
@@ -28,6 +29,9 @@ export async function mount(root) {
 
   function draw() {
     if (search.value.trim() || list.querySelector("input, details[open]")) return;
+    const mark = JSON.stringify([state.conversations, opened.id, state.live?.conversation]);
+    if (mark === list.dataset.mark) return; // a row that is replaced under the pointer loses the click
+    list.dataset.mark = mark;
     const items = state.conversations.map(item);
     list.replaceChildren(...(items.length ? items : [h("li", { class: "empty" }, TEXT.no_conversations)]));
   }

@@ -1,47 +1,70 @@
-// The models page: what is on the disk, what could be fetched and how it would run on this machine, and downloads.
-import { TEXT, api, h, notice, on, ready, say, start } from "/ui/floe.js";
-import { bytes } from "/ui/panel.js";
+// The models page: what is on the disk, what could be fetched and how it would run on this machine, and work on models.
+import { TEXT, api, bytes, duration, emit, h, keep, notice, on, rate, ready, say, start } from "/ui/floe.js";
+import { choose } from "/ui/choose.js";
 
 const AIMS = ["all", "fast", "best", "coding", "long"];
+
+export async function openModel(name, level, context) {
+  await api("POST", "/api/models/open", { name, level, context });
+}
+
+export function showModels() {
+  document.body.classList.remove("hide-right");
+  if (matchMedia("(max-width: 1100px)").matches) document.body.classList.add("show-right");
+  for (const tab of document.querySelectorAll("#right button[role=tab]"))
+    if (tab.textContent.trim() === TEXT.tab_models) tab.click();
+}
 
 export async function mount(root) {
   await ready;
   let shelf = null, aim = "all", watched = "";
-  const disk = h("ul", { class: "models" });
-  const downloads = h("ul", { class: "models", id: "downloads" });
+  const disk = h("ul", { class: "models", id: "disk" });
+  const use = h("p", { class: "device-line", id: "disk-use" });
+  const works = h("ul", { class: "models", id: "model-works" });
   const offers = h("ul", { class: "models", id: "offers" });
   const notes = h("div", { class: "device-line" });
-  const choice = h("select", { "aria-label": TEXT.aim, onchange: () => { aim = choice.value; draw(); } },
+  const choice = h("select", { "aria-label": TEXT.aim, onchange: () => { aim = choice.value; drawOffers(); } },
     ...AIMS.map((name) => h("option", { value: name }, TEXT[`aim_${name}`])));
   const other = h("input", { placeholder: TEXT.fetch_placeholder, "aria-label": TEXT.fetch_other, id: "hub-id" });
   root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_models },
-    h("h2", {}, TEXT.on_disk), disk, downloads, h("h2", {}, TEXT.offers), choice, notes, offers,
+    h("h2", {}, TEXT.on_disk), disk, use, works,
+    h("div", { class: "panel-head" }, h("h2", {}, TEXT.offers),
+      h("button", { type: "button", class: "quiet", id: "find-model", onclick: () => emit("welcome") }, TEXT.find_model)),
+    choice, notes, offers,
     h("h2", {}, TEXT.fetch_other), h("div", { class: "hub-id" }, other,
-      h("button", { type: "button", class: "primary", onclick: () => fetchModel(other.value) }, TEXT.fetch))));
+      h("button", { type: "button", class: "primary", onclick: () => fetchModel(other.value) }, TEXT.fetch)),
+    ...importing()));
 
   async function load() {
     shelf = await api("GET", "/api/models");
-    draw();
+    notes.textContent = shelf.notes.join(" ");
+    use.textContent = say("disk_use", { used: bytes(shelf.used_bytes), free: bytes(shelf.free_bytes) });
+    keep(disk, shelf.disk.map((model) => [JSON.stringify(model), model]), onDisk);
+    drawOffers();
   }
 
-  function draw() {
+  function drawOffers() {
     if (!shelf) return;
-    disk.replaceChildren(...shelf.disk.map(onDisk));
-    notes.textContent = shelf.notes.join(" ");
     const shown = shelf.offers.filter((offer) => aim === "all" || offer.good_for.includes(aim));
-    offers.replaceChildren(...(aim === "all" ? shown : shown.slice(0, 3)).map(offered));
+    keep(offers, (aim === "all" ? shown : shown.slice(0, 3)).map((offer) => [JSON.stringify(offer), offer]), offered);
   }
+
+  const quiet = (text, onclick) => h("button", { type: "button", class: "quiet", onclick }, text);
 
   function onDisk(model) {
     const state = model.open ? TEXT.is_open : model.kind === "unfinished"
       ? say("unfinished", { percent: Math.round(100 * model.share) }) : "";
+    const whole = model.kind !== "unfinished";
     return h("li", { "data-name": model.name }, h("div", { class: "model-head" },
       h("strong", {}, model.kind === "demo" ? TEXT.demo_title : model.name), h("span", { class: "amount" }, bytes(model.bytes))),
+      whole && choose(model, open),
       h("div", { class: "model-buttons" }, h("span", { class: "amount" }, state),
-        !model.open && model.kind !== "unfinished" &&
-          h("button", { type: "button", class: "quiet", onclick: () => openModel(model.name) }, TEXT.open),
-        !model.open && model.kind !== "demo" &&
-          h("button", { type: "button", class: "quiet", onclick: () => remove(model.name) }, TEXT.delete)));
+        quiet(TEXT.open_folder, () => api("POST", "/api/models/folder", { name: model.name })),
+        !whole && model.source && !works.querySelector(`[data-name="${CSS.escape(model.name)}"]`) &&
+          quiet(TEXT.resume, () => fetchModel(model.source)),
+        model.kind === "checkpoint" && quiet(TEXT.compress, () => api("POST", "/api/models/compress", { name: model.name })),
+        !model.open && whole && quiet(TEXT.open, () => open(model.name)),
+        !model.open && model.kind !== "demo" && quiet(TEXT.delete, () => remove(model.name))));
   }
 
   function offered(offer) {
@@ -50,26 +73,39 @@ export async function mount(root) {
       h("p", {}, offer.about),
       h("p", { class: "amount" }, [offer.verdict !== "no" && say("expected", { n: rate(offer.tokens_per_second) }),
         bytes(offer.download_bytes), offer.licence].filter(Boolean).join(" · ")),
-      h("details", {}, h("summary", {}, TEXT.details), h("pre", { tabindex: "0" }, offer.text)),
-      h("div", { class: "model-buttons" },
-        h("button", { type: "button", class: "quiet", onclick: () => fetchModel(offer.name) }, TEXT.fetch)));
+      choose(offer),
+      h("div", { class: "model-buttons" }, quiet(TEXT.fetch, () => fetchModel(offer.name))));
   }
 
-  function drawDownloads(list) {
-    downloads.replaceChildren(...list.map((item) => h("li", { "data-name": item.name },
-      h("div", { class: "model-head" }, h("strong", {}, item.name),
-        h("span", { class: "amount" }, item.state === "paused" ? TEXT.paused : "")),
-      h("span", { class: "meter-bar", style: `--share:${item.total ? item.done / item.total : 0}` }),
-      h("p", { class: item.state === "failed" ? "note error" : "amount" }, item.state === "failed" ? item.text
-        : say("download_line", { done: bytes(item.done), total: bytes(item.total), speed: bytes(item.speed),
-          left: item.left ? say("download_left", { time: duration(item.left) }) : "" })),
+  function drawWorks(list) {
+    keep(works, list.map((item) => [`${item.name} ${item.state}`, item]), work, (node, item) => {
+      node.querySelector(".meter-bar").style.setProperty("--share", item.total ? item.done / item.total : 0);
+      node.querySelector("p").textContent = line(item);
+    });
+  }
+
+  function work(item) {
+    return h("li", { "data-name": item.name },
+      h("div", { class: "model-head" }, h("strong", {}, item.name), h("span", { class: "amount" },
+        item.state === "paused" ? TEXT.paused : TEXT[`work_${item.kind}`])),
+      h("span", { class: "meter-bar" }), h("p", { class: item.state === "failed" ? "note error" : "amount" }),
       h("div", { class: "model-buttons" }, item.state === "running"
-        ? h("button", { type: "button", class: "quiet", onclick: () => api("POST", "/api/models/pause", { name: item.name }) }, TEXT.pause)
-        : h("button", { type: "button", class: "quiet", onclick: () => fetchModel(item.name) }, TEXT.resume)))));
+        ? quiet(TEXT.pause, () => api("POST", "/api/models/pause", { name: item.name }))
+        : quiet(TEXT.resume, () => api("POST", "/api/models/resume", { name: item.name })),
+        quiet(TEXT.cancel, () => cancel(item))));
   }
 
-  async function openModel(name) {
-    await api("POST", "/api/models/open", { name });
+  function line(item) {
+    if (item.state === "failed") return item.text;
+    const left = item.left ? say("download_left", { time: duration(item.left) }) : "";
+    if (item.kind !== "download") return say("work_line", { text: item.text, left });
+    return [say("download_line", { done: bytes(item.done), total: bytes(item.total), speed: bytes(item.speed), left }),
+      item.text].filter(Boolean).join(" · ");
+  }
+
+  async function open(name, level, context) {
+    await openModel(name, level, context);
+    for (const details of disk.querySelectorAll("details[open]")) details.open = false;
     load();
   }
 
@@ -84,9 +120,16 @@ export async function mount(root) {
     load();
   }
 
+  async function cancel({ name }) {
+    if (!confirm(say("really_cancel", { name }))) return;
+    await api("POST", "/api/models/cancel", { name });
+    notice(say("cancelled", { name }));
+    load();
+  }
+
   on("state", ({ now }) => {
-    drawDownloads(now.downloads);
-    const mark = `${now.model.state} ${now.model.name} ${now.downloads.map((d) => d.name + d.state)}`;
+    drawWorks(now.works);
+    const mark = `${now.model.state} ${now.model.name} ${now.works.map((work) => work.name + work.state)}`;
     if (mark !== watched && root.offsetParent) load();
     watched = mark;
   });
@@ -94,5 +137,17 @@ export async function mount(root) {
   start();
 }
 
-const rate = (n) => (n >= 10 ? n.toFixed(0) : n.toFixed(1));
-const duration = (s) => (s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`);
+// A GGUF file of this computer by its path; what was typed of it brings suggestions.
+function importing() {
+  const known = h("datalist", { id: "gguf-files" });
+  const path = h("input", { id: "gguf-path", list: "gguf-files", "aria-label": TEXT.gguf_path, placeholder: TEXT.gguf_path,
+    oninput: suggest, onfocus: suggest });
+  const like = h("input", { id: "gguf-like", "aria-label": TEXT.gguf_like, placeholder: TEXT.gguf_like });
+  async function suggest() {
+    const found = await api("GET", `/api/models/files?path=${encodeURIComponent(path.value)}`);
+    known.replaceChildren(...found.map((value) => h("option", { value })));
+  }
+  return [h("h2", {}, TEXT.gguf), path, known, h("div", { class: "hub-id" }, like,
+    h("button", { type: "button", class: "primary", id: "gguf-import", onclick: () =>
+      api("POST", "/api/models/import", { file: path.value, like: like.value }) }, TEXT.gguf_import))];
+}

@@ -1,6 +1,6 @@
 // The live panel: what the engine does, drawn as SVG from the event stream. Numbers arrive ready; nothing is invented:
 // what the engine does not report is shown as a dash.
-import { TEXT, button, h, on, ready, say, start, state } from "/ui/floe.js";
+import { TEXT, bytes, h, on, ready, say, start, state } from "/ui/floe.js";
 
 const POINTS = 120;
 
@@ -9,9 +9,12 @@ export async function mount(root, trigger) {
   let paused = false;
   const speed = curve("speed", TEXT.speed, TEXT.tokens_per_second);
   const link = curve("link", TEXT.link, TEXT.mb_per_second);
+  const cardLink = h("p", { class: "device-line", id: "card-link" });
+  const why = h("p", { class: "why", id: "why" });
   const model = h("p", { class: "model-line", id: "model-line" });
   const device = h("p", { class: "device-line", id: "device-line" });
   const facts = h("dl", { class: "facts" });
+  const heat = h("div", { class: "heat", id: "heat", role: "img", "aria-label": TEXT.activity_none });
   const layers = h("div", { class: "layers", role: "img", "aria-label": TEXT.residency });
   const memory = h("div", { class: "memory" });
   const totals = h("dl", { class: "totals", id: "totals" });
@@ -21,15 +24,19 @@ export async function mount(root, trigger) {
     pause.setAttribute("aria-pressed", String(paused));
   } }, TEXT.pause);
   root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_engine },
-    h("div", { class: "panel-head" }, model, pause), device, speed.node, link.node, facts,
-    h("h2", {}, TEXT.residency), layers, h("h2", {}, TEXT.memory), memory, h("h2", {}, TEXT.totals), totals));
+    h("div", { class: "panel-head" }, model, pause), device, speed.node, link.node, cardLink, facts,
+    h("h2", {}, TEXT.why), why, h("h2", {}, TEXT.activity), heat, h("h2", {}, TEXT.residency), layers, h("h2", {}, TEXT.memory), memory, h("h2", {}, TEXT.totals), totals));
 
   function draw(stats) {
     if (paused) return;
     speed.push(stats.phase === "decode" ? stats.tokens_per_second || 0 : 0, stats.tokens_per_second || 0);
-    link.push((stats.far_bytes_per_second || 0) / 1e6);
+    const toCard = stats.card?.to_card ?? null;
+    link.push((stats.far_bytes_per_second || 0) / 1e6, undefined, toCard === null ? null : toCard / 1e6);
+    cardLink.textContent = cardLine(stats.card);
+    if (stats.why !== undefined) drawWhy(why, stats.why);
+    if (stats.activity) drawHeat(heat, stats.activity);
     model.textContent = `${stats.model || state.model.name || ""} · ${TEXT[`phase_${phase(stats)}`]}`;
-    device.textContent = deviceLine(stats);
+    device.textContent = state.graphics?.text || stats.step || TEXT.gpu_unknown;
     drawFacts(facts, stats);
     drawLayers(layers, stats.residency || []);
     drawMemory(memory, stats);
@@ -39,7 +46,7 @@ export async function mount(root, trigger) {
   on("stats", draw);
   on("history", (samples) => samples.forEach((sample) => {
     speed.remember(sample.tokens_per_second);
-    link.remember(sample.far_bytes_per_second / 1e6);
+    link.remember(sample.far_bytes_per_second / 1e6, sample.to_card === null ? null : sample.to_card / 1e6);
   }));
   on("state", ({ now, before }) => {
     if (before.model.state !== now.model.state) trigger("change");
@@ -49,37 +56,72 @@ export async function mount(root, trigger) {
 
 const phase = (stats) => (stats.state === "ready" ? stats.phase || "idle" : stats.state || "loading");
 
-function deviceLine(stats) {
-  if (!stats.device) return stats.step || "";
-  return stats.device === "cuda" ? TEXT.device_cuda : TEXT.device_cpu;
+// What the card itself counts, or in words why there is no such number.
+function cardLine(card) {
+  if (!card) return "";
+  if (card.to_card === null) return card.sentence;
+  const line = say("card_link_line", { to: `${bytes(card.to_card)}/s`, back: `${bytes(card.from_card)}/s` });
+  return `${TEXT.card_link}: ${line}`;
 }
 
+function drawWhy(place, why) {
+  place.dataset.bound = why ? why.bound : "";
+  place.textContent = why ? why.text : TEXT.why_none;
+}
+
+// A layer is a row, an expert a column. Cells of one shade are one path, so that 6,000 of them are a dozen nodes.
+const SHADES = 8;
+function drawHeat(place, rows) {
+  const n = rows[0]?.length || 0, most = Math.max(0, ...rows.flat());
+  if (!most) {
+    place.replaceChildren(TEXT.activity_none);
+    return;
+  }
+  const paths = Array.from({ length: SHADES + 1 }, () => "");
+  rows.forEach((row, y) => row.forEach((share, x) => {
+    paths[share ? Math.ceil((SHADES * share) / most) : 0] += `M${x} ${y}h.9v.9h-.9z`;
+  }));
+  place.innerHTML = `<svg viewBox="0 0 ${n} ${rows.length}" preserveAspectRatio="none">${paths.map((d, shade) =>
+    d && `<path data-shade="${shade}" style="opacity:${shade ? 0.2 + (0.8 * shade) / SHADES : 1}" d="${d}"/>`).join("")}</svg>`;
+  const layer = rows.findIndex((row) => row.includes(most)), expert = rows[layer].indexOf(most);
+  place.setAttribute("aria-label", say("activity_label", { layers: rows.length, experts: n, layer, expert,
+    percent: Math.round(100 * most) }));
+  place.title = place.getAttribute("aria-label");
+}
+
+// other: a second line of the same kind, drawn beside the first where it is known (null: it is not).
 function curve(id, title, unit) {
-  const values = [];
+  const values = [], others = [];
   const number = h("strong", { id: `${id}-now` }, "–");
   const node = h("figure", { class: `curve ${id}` }, h("figcaption", {}, title, h("span", {}, number, ` ${unit}`)));
   const picture = h("div", { role: "img", "aria-label": `${title}, ${unit}` });
   node.append(picture);
-  const remember = (value) => {
+  const remember = (value, other = null) => {
     values.push(value);
-    if (values.length > POINTS) values.shift();
+    others.push(other);
+    if (values.length > POINTS) {
+      values.shift();
+      others.shift();
+    }
   };
   return {
     node, remember,
-    push(value, shown = value) {
-      remember(value);
+    push(value, shown = value, other = null) {
+      remember(value, other);
       number.textContent = shown >= 100 ? shown.toFixed(0) : shown.toFixed(1);
-      picture.innerHTML = svgCurve(values);
+      picture.innerHTML = svgCurve(values, others);
     },
   };
 }
 
-function svgCurve(values) {
-  const top = Math.max(...values, 1e-9), x = (i) => (300 * (i + POINTS - values.length)) / (POINTS - 1);
-  const line = values.map((value, i) => `${x(i).toFixed(1)},${(47 - (44 * value) / top).toFixed(1)}`).join(" ");
-  const start = x(0).toFixed(1);
-  return `<svg viewBox="0 0 300 48" preserveAspectRatio="none"><polygon points="${start},48 ${line} 300,48"/>
-    <polyline points="${line}"/></svg>`;
+function svgCurve(values, others) {
+  const known = others.filter((value) => value !== null);
+  const top = Math.max(...values, ...known, 1e-9), x = (i) => (300 * (i + POINTS - values.length)) / (POINTS - 1);
+  const line = (list) => list.map((value, i) => (value === null ? "" :
+    `${x(i).toFixed(1)},${(47 - (44 * value) / top).toFixed(1)}`)).filter(Boolean).join(" ");
+  const start = x(0).toFixed(1), first = line(values);
+  return `<svg viewBox="0 0 300 48" preserveAspectRatio="none"><polygon points="${start},48 ${first} 300,48"/>
+    <polyline points="${first}"/>${known.length ? `<polyline class="card" points="${line(others)}"/>` : ""}</svg>`;
 }
 
 function drawFacts(place, stats) {
@@ -105,6 +147,7 @@ function drawLayers(place, residency) {
 function drawMemory(place, stats) {
   const rows = [
     [TEXT.near_memory, stats.near_used_bytes, stats.near_bytes],
+    ...(stats.card?.vram_total_bytes ? [[TEXT.vram, stats.card.vram_used_bytes, stats.card.vram_total_bytes]] : []),
     [TEXT.process, stats.process_bytes, stats.ram_total_bytes],
     [TEXT.machine, stats.ram_total_bytes - stats.ram_free_bytes, stats.ram_total_bytes],
   ];
@@ -126,12 +169,4 @@ function drawTotals(place, stats) {
 function replace(place, rows) {
   place.replaceChildren(...rows.flatMap(([name, text, value]) =>
     [h("dt", {}, name), h("dd", { "data-value": value === undefined ? null : String(value) }, text)]));
-}
-
-export function bytes(n) {
-  if (n === undefined || n === null || Number.isNaN(n)) return "–";
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  let i = 0;
-  while (n >= 1000 && i < units.length - 1) { n /= 1000; i += 1; }
-  return `${i === 0 ? Math.round(n) : n.toFixed(n < 10 ? 2 : 1)} ${units[i]}`;
 }
