@@ -1,15 +1,15 @@
 """Finds what each level may leave out of a compressed model, and stores it in the folder.
 
 Runs the compressed model over text: one pass collects, per layer, the output error of every budget on a grid; one
-pass per layer measures how much loss that error makes; then budgets of equal marginal loss per byte are tried, each
-time measuring the real loss of the whole model, until the promise is just kept on every text given. A third of the
-text is held back for the figures that are stored and shown. Nothing else of the folder changes, and the manifest is
+pass per layer measures how much that error changes the answers; then budgets of equal marginal loss per byte are tried,
+each time measuring the whole model (engine/rises.py), until the promise is just kept on every text given. A third of
+the text is held back for the figures that are stored and shown. Nothing else of the folder changes, and the manifest is
 replaced atomically.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from engine.budgets import Budgets, LayerTable, cheapest, edges, record_bytes
 from engine.experts import LevelPlan, Runtime
 from engine.format import FileEntry, Manifest, SafetensorsWriter, file_entry
 from engine.hf import Loaded, load
+from engine.rises import Documents, Rises, log_probabilities
 from engine.simulate import Decoded, Seen, Simulation
 from engine.spec import PROMISES, Options, UserError
 from engine.texts import read_tokens
@@ -31,18 +32,9 @@ Report = Callable[[str], None]
 LONGEST = 512        # tokens of a document; longer ones are divided
 PROBE = 0.1          # share of a layer's neurons kept when its sensitivity is measured
 TABLE_TOKENS = 1024  # tokens of each text behind the tables of errors
-# Share of a promise that is spent on the fitted text. Two halves of one corpus differ by some tenths of a percent,
-# which is most of a small promise and little of a large one.
-SPENT = {"quality": 0.25, "balanced": 0.7, "fast": 0.95}
-STEPS = 6            # trials to meet a promise
+STEPS = 8            # trials to meet a promise
 TRACE_TOKENS = 640
 USAGE = "usage.safetensors"
-
-
-Losses = list[float]  # mean next-token loss in nats, one per text
-
-
-Documents = list[Tensor]  # int64 [1, n] each: a loss is measured from the start of a document, as in a conversation
 
 
 def documents_of(path: Path, tokenizer, n_tokens: int) -> Documents:
@@ -62,18 +54,17 @@ class Calibration:
         self.fit = [documents[:-(len(documents) // 3)] for documents in texts]
         self.held = [documents[-(len(documents) // 3):] for documents in texts]
         self.plans: dict[str, LevelPlan] = {}
-        self.tried: dict[Budgets, float] = {}
-        self.trials: dict[float, float] = {}  # predicted loss -> measured
+        self.tried: dict[Budgets, float] = {}  # -> the loss that the tables predict
         self.decoded = Decoded(self.runtime)
 
     @torch.inference_mode()
     def run(self) -> tuple[dict, dict[str, Tensor]]:
         """-> the manifest's "calibration", and the usage counts."""
         self.report("exact: the loss to compare with")
-        exact = self.losses(None, self.fit)
-        tables = self._tables(exact)
+        self.rises = Rises(self.model, self._simulating, self.fit)
+        tables = self._tables()
         for level, promise in PROMISES.items():
-            self.plans[level] = LevelPlan(self._budgets(level, promise, tables, exact))
+            self.plans[level] = LevelPlan(self._budgets(level, promise, tables))
         self.plans["floe"] = LevelPlan(thresholds=self._thresholds())
         levels = self._measured()
         traces, usage = self._traces()
@@ -85,12 +76,8 @@ class Calibration:
     def _simulating(self, plan: LevelPlan | None, observe: Callable[[Seen], None] | None = None) -> Simulation:
         return Simulation(self.runtime, self.decoded, plan, observe)
 
-    def losses(self, plan: LevelPlan | None, texts: Sequence[Documents]) -> Losses:
-        with self._simulating(plan):
-            return [_mean_loss(self.model, documents) for documents in texts]
-
     # --- budgets ------------------------------------------------------------------------------------------------
-    def _tables(self, exact: Losses) -> list[LayerTable]:
+    def _tables(self) -> list[LayerTable]:
         self.report("errors of every layer")
         errors = _Errors(self.runtime)
         with self._simulating(None, errors.see):
@@ -98,58 +85,69 @@ class Calibration:
                 for ids in _some(documents, TABLE_TOKENS):
                     self.model(ids)
         bare = errors.tables()
-        tables = [replace(t, loss_per_dropped=self._sensitivity(i, bare, exact)) for i, t in enumerate(bare)]
-        ratio = self._coarse_ratio(tables, exact)
-        return [replace(t, loss_per_coarse=t.loss_per_dropped * ratio) for t in tables]
+        probes = [self._probe(layer, bare) for layer in range(len(bare))]
+        ratio = _mean(self.rises.ratios(probes))
+        tables = [replace(table, loss_per_dropped=self._sensitivity(layer, table, probes[layer], ratio))
+                  for layer, table in enumerate(bare)]
+        coarse = self._coarse_ratio(tables)
+        return [replace(t, loss_per_coarse=t.loss_per_dropped * coarse) for t in tables]
 
-    def _sensitivity(self, layer: int, tables: list[LayerTable], exact: Losses) -> float:
-        """Loss per unit of dropped error of one layer, the others exact; noise below zero counts as very little."""
-        everything = tables[layer].edges[-1]
-        kept = tables[layer].nearest(PROBE)
-        budgets = tuple((kept if i == layer else everything, 0) for i in range(len(tables)))
-        loss = _rise(self.losses(LevelPlan(budgets), self.fit), exact)
-        self.report(f"layer {layer}: {loss:+.4f} nats with {kept} of {everything} neurons")
-        return max(loss, 1e-5) / max(tables[layer].loss(kept, 0), 1e-30)
+    def _probe(self, layer: int, tables: list[LayerTable]) -> LevelPlan:
+        """One layer with a part of its neurons, the others exact."""
+        everything, kept = tables[layer].edges[-1], tables[layer].nearest(PROBE)
+        return LevelPlan(tuple((kept if i == layer else everything, 0) for i in range(len(tables))))
 
-    def _coarse_ratio(self, tables: list[LayerTable], exact: Losses) -> float:
-        """Loss per coarse error over loss per dropped error: everything kept in all layers, a part of it coarse."""
+    def _sensitivity(self, layer: int, table: LayerTable, probe: LevelPlan, ratio: float) -> float:
+        """Loss per unit of dropped error of one layer, mean of the texts.
+
+        Half of it from the layer's own loss, which is noisy, half from its divergence, which is not a loss.
+        """
+        rises, kept = self.rises.measure(probe), table.nearest(PROBE)
+        own, usual = _mean(rise.loss for rise in rises), ratio * _mean(rise.divergence for rise in rises)
+        self.report(f"layer {layer}: {own:+.4f} nats, {usual:+.4f} by divergence, with {kept} of {table.edges[-1]} "
+                    "neurons")
+        return max((own + usual) / 2, 1e-6) / max(table.loss(kept, 0), 1e-30)
+
+    def _coarse_ratio(self, tables: list[LayerTable]) -> float:
+        """Loss per coarse error over loss per dropped error: everything kept in all layers, a part of it coarse.
+
+        Of the loss alone: coarse neurons miss at random, and the same divergence costs less then.
+        """
         pairs = tuple((t.nearest(PROBE), t.edges[-1] - t.nearest(PROBE)) for t in tables)
-        loss = _rise(self.losses(LevelPlan(pairs), self.fit), exact)
+        coarse = max(1e-6, _mean(rise.loss for rise in self.rises.measure(LevelPlan(pairs))))
         weighted = sum(t.loss_per_dropped * float(t.coarse[t.edges.index(r), -1])
                        for t, (r, _) in zip(tables, pairs, strict=True))
-        self.report(f"all layers: {loss:+.4f} nats with the other neurons coarse")
-        return max(loss, 1e-5) / max(weighted, 1e-30)
+        ratio = coarse / max(weighted, 1e-30)
+        self.report(f"coarse neurons: {coarse:+.4f} nats, {ratio:.2f} of the loss of dropped ones at equal error")
+        return ratio
 
-    def _budgets(self, level: str, promise: float, tables: list[LayerTable], exact: Losses) -> Budgets:
+    def _budgets(self, level: str, promise: float, tables: list[LayerTable]) -> Budgets:
         """The cheapest budgets tried, for any level, that keep the promise on the worst of the texts."""
-        target = math.log1p(SPENT[level] * promise)
-        self._search(level, tables, target, exact)
+        target = math.log1p(promise)
+        self._search(level, tables, target)
         everything = tuple((table.edges[-1], 0) for table in tables)
-        good = [budgets for budgets, loss in self.tried.items() if loss <= target]
+        good = [budgets for budgets in self.tried if self.rises.worst(LevelPlan(budgets)) <= target]
         best = min(good, key=lambda budgets: record_bytes(budgets, self.layout), default=everything)
         kept = sum(map(sum, best)) / sum(table.edges[-1] for table in tables)
         self.report(f"{level}: {kept:.0%} of the neurons, {record_bytes(best, self.layout):,} record bytes a token")
         return best
 
-    def _search(self, level: str, tables: list[LayerTable], target: float, exact: Losses) -> None:
+    def _search(self, level: str, tables: list[LayerTable], target: float) -> None:
         """Narrow the predicted loss whose budgets really lose `target`, from all that was tried so far."""
-        trials = self.trials
         for _ in range(STEPS):
-            low = max((p for p, loss in trials.items() if loss <= target), default=0.0)
-            high = min((p for p, loss in trials.items() if loss > target and p > low), default=math.inf)
-            if trials.get(low, 0.0) >= 0.98 * target:
+            losses = {predicted: self.rises.worst(LevelPlan(budgets)) for budgets, predicted in self.tried.items()}
+            low = max((p for p, loss in losses.items() if loss <= target), default=0.0)
+            high = min((p for p, loss in losses.items() if loss > target and p > low), default=math.inf)
+            if losses.get(low, 0.0) >= 0.98 * target:
                 return
             predicted = math.sqrt(low * high) if low and high < math.inf else high / 3 if not low else 3 * low
             predicted = target if math.isinf(predicted) else predicted
-            trials[predicted] = self._try(level, cheapest(tables, self.layout, predicted), exact)
+            self._try(level, predicted, cheapest(tables, self.layout, predicted))
 
-    def _try(self, level: str, budgets: Budgets, exact: Losses) -> float:
-        """Measured rise of the loss, in nats, on the worst of the texts."""
-        if budgets not in self.tried:
-            self.tried[budgets] = _rise(self.losses(LevelPlan(budgets), self.fit), exact)
-        loss = self.tried[budgets]
+    def _try(self, level: str, predicted: float, budgets: Budgets) -> None:
+        self.tried.setdefault(budgets, predicted)
+        loss = self.rises.worst(LevelPlan(budgets))
         self.report(f"{level}: {record_bytes(budgets, self.layout):,} record bytes, {math.expm1(loss):+.2%}")
-        return loss
 
     def _thresholds(self) -> tuple:
         """FloE's rule at the record bytes of `balanced`: per expert the |u| that keeps the same share everywhere."""
@@ -183,7 +181,7 @@ class Calibration:
             reference = self._reference(batch)
             for level, plan in plans.items():
                 with self._simulating(plan):
-                    sums[level].add(_log_probabilities(self.model, batch), reference, batch)
+                    sums[level].add(log_probabilities(self.model, batch), reference, batch)
         return {level: sums[level].figures() | self._described(plan) for level, plan in plans.items()}
 
     def _described(self, plan: LevelPlan | None) -> dict:
@@ -195,9 +193,9 @@ class Calibration:
 
     def _reference(self, batch: Tensor) -> Tensor:
         if self.reference is not None:
-            return _log_probabilities(self.reference, batch)
+            return log_probabilities(self.reference, batch)
         with self._simulating(None):
-            return _log_probabilities(self.model, batch)
+            return log_probabilities(self.model, batch)
 
     def _traces(self) -> tuple[dict[str, Trace], dict[str, Tensor]]:
         far = self.runtime.far
@@ -294,25 +292,15 @@ class _Sums:
         return {"perplexity": math.exp(self.nll / self.tokens), "kl": self.kl / self.tokens}
 
 
-def _log_probabilities(model, batch: Tensor) -> Tensor:
-    return model(batch).logits[:, :-1].float().log_softmax(-1)
-
-
-def _mean_loss(model, documents: Documents) -> float:
-    """Nats per predicted token."""
-    total = sum(float(F.nll_loss(_log_probabilities(model, ids)[0], ids[0, 1:], reduction="sum")) for ids in documents)
-    return total / sum(ids.shape[1] - 1 for ids in documents)
-
-
 def _some(documents: Documents, n_tokens: int) -> Documents:
     """The first documents with at most n_tokens together, but one at least."""
     ends = torch.tensor([ids.shape[1] for ids in documents]).cumsum(0)
     return documents[:max(1, int((ends <= n_tokens).sum()))]
 
 
-def _rise(losses: Losses, exact: Losses) -> float:
-    """The worst rise of the loss over the texts."""
-    return max(a - b for a, b in zip(losses, exact, strict=True))
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def _quantile(values: Tensor, share: float) -> float:
