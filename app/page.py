@@ -19,6 +19,8 @@ HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">')
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the system's own: nothing is fetched
 _MIB = 1 << 20
+FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+MAY_WARN = FREE | {"queue": True}  # Gradio shows a warning only where the event went through its queue
 
 
 def theme() -> gr.themes.Base:
@@ -70,11 +72,10 @@ def _engine_controls(parts, page: gr.Blocks) -> None:
     def set_near(mebibytes: float):
         return _configure(parts, near_bytes=int(mebibytes * _MIB))
 
-    free = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    page.load(present, None, [level, near], **free)
-    panel.change(present, None, [level, near], **free)  # the script triggers it when a model has been opened
-    level.input(set_level, level, [level, near], **free)
-    near.release(set_near, near, [level, near], **free)
+    page.load(present, None, [level, near], **FREE)
+    panel.change(present, None, [level, near], **FREE)  # the script triggers it when a model has been opened
+    level.input(set_level, level, [level, near], **MAY_WARN)
+    near.release(set_near, near, [level, near], **MAY_WARN)
 
 
 def _configure(parts, **changes):
@@ -137,7 +138,7 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
 
 
 def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Button) -> None:
-    names, free = list(controls), {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    names = list(controls)
     outputs = [opened, *controls.values()]
 
     def show(event: gr.EventData):
@@ -160,11 +161,11 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
         return _keep(parts, conversation_id, kept, names)
 
     inputs = outputs
-    chat.select(show, None, outputs, **free)
+    chat.select(show, None, outputs, **FREE)
     for name, control in controls.items():
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-        event(preset if name == "preset" else store, inputs, outputs, **free)
-    reset.click(to_defaults, opened, outputs, **free)
+        event(preset if name == "preset" else store, inputs, outputs, **MAY_WARN)
+    reset.click(to_defaults, opened, outputs, **FREE)
 
 
 def _stored(parts, conversation_id) -> dict:
