@@ -43,7 +43,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m engine VERB ...\n\n" + "\n".join(f"  {v:10} {t}" for v, t in VERBS.items()))
+        print("usage: python -m engine VERB ...\n\n" + "\n".join(f"  {v:11} {t}" for v, t in VERBS.items()))
         return 0 if argv else 2
     if argv[0] not in VERBS:
         print(f"There is no verb {argv[0]!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)

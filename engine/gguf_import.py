@@ -58,10 +58,11 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
     paths = parts_of(Path(file))
     with TemporaryDirectory() as scratch:
         folder = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
+        say(f"Reading {paths[0].name}")         # a large vocabulary takes the package ten seconds and more
         source = GgufSource(paths, config_of(folder))
         checkpoint = Checkpoint(config_of(folder), source, source.name.removesuffix(".gguf"))
         checkpoint.check_shapes()
-        folder = completed(folder, paths[0], Path(scratch) / "made")
+        folder = completed(folder, paths[0], source.texts, Path(scratch) / "made")
         if source.left_out:
             say(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
                 f"{source.left_out[0]}.")

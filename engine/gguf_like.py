@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
 
@@ -15,7 +16,6 @@ from engine import catalogue
 from engine.compress import COPIED
 from engine.fetch import begin, fetch_all
 from engine.gguf_names import MODEL_TYPES
-from engine.gguf_source import reader, text
 from engine.hub import Hub, Listing
 from engine.installed import Source
 from engine.progress import Meter
@@ -63,24 +63,24 @@ def copy_small(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def completed(like: Path, file: Path, scratch: Path) -> Path:
-    """`like` if it has a tokenizer and a chat template, else `scratch` with its files and what `file` adds to them."""
-    template = text(reader(file), "tokenizer.chat_template")
+def completed(like: Path, file: Path, texts: Mapping[str, str], scratch: Path) -> Path:
+    """`like` if it has a tokenizer and a chat template, else `scratch` with its files and what `file` adds to them.
+    texts: of the file's metadata (`GgufSource.texts`)."""
+    template = texts["tokenizer.chat_template"]
     has_tokenizer = any((like / name).is_file() for name in TOKENIZERS)
     if has_tokenizer and (_has_template(like) or not template):
         return like
     copy_small(like, scratch)
     if not has_tokenizer:
-        rebuild_tokenizer(file, scratch)
+        rebuild_tokenizer(file, texts, scratch)
     if template:
         (scratch / TEMPLATE).write_text(template, encoding="utf-8")
     return scratch
 
 
-def rebuild_tokenizer(file: Path, folder: Path) -> None:
+def rebuild_tokenizer(file: Path, texts: Mapping[str, str], folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json from the file's metadata. UserError where that would be guessing."""
-    metadata = reader(file)
-    kind, split = text(metadata, "tokenizer.ggml.model"), text(metadata, "tokenizer.ggml.pre")
+    kind, split = texts["tokenizer.ggml.model"], texts["tokenizer.ggml.pre"]
     if kind != "llama" and not (kind == "gpt2" and split in _known_splits()):
         raise UserError(f"The tokenizer in {file.name} ({kind or 'none'}, {split or 'none'}) cannot be rebuilt; name "
                         "the original with --like: its tokenizer.json is needed.")

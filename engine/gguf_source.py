@@ -21,6 +21,7 @@ Tensor = torch.Tensor
 MAGIC = b"GGUF"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 # Numbers of the file that must be those of the configuration, where both have them.
 NUMBERS = {"embedding_length": "hidden_size", "expert_used_count": "num_experts_per_tok",
            "attention.head_count": "num_attention_heads"}
@@ -31,7 +32,8 @@ DECODED_AT_ONCE = 1 << 24       # weights; their float32 and the package's tempo
 
 class GgufSource:
     """`TensorSource` over the parts of one GGUF model, in order. config: transformers' configuration of the language
-    model. left_out: tensors of the file that the model has no place for.
+    model. left_out: tensors of the file that the model has no place for. texts: some of the metadata, see TEXTS; the
+    rest is let go, a large vocabulary is half a gigabyte of small objects in the package's reader.
 
     UserError for another architecture, an unknown kind of quantisation, a damaged file, a configuration of another
     model, the missing package.
@@ -39,12 +41,13 @@ class GgufSource:
 
     def __init__(self, paths: Iterable[Path], config) -> None:
         paths = list(paths)
-        self._readers = [reader(path) for path in paths]
+        readers = [reader(path) for path in paths]
         self.name = paths[0].name
-        self.architecture = text(self._readers[0], "general.architecture")
-        _check(self.name, self.architecture, self._readers[0], config)
-        self._tensors = {tensor.name: tensor for reader in self._readers for tensor in reader.tensors}
-        self._check_tensors()
+        self.texts = {key: text(readers[0], key) for key in TEXTS}
+        self.architecture = self.texts["general.architecture"]
+        _check(self.name, self.architecture, readers[0], config)
+        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        self._check_tensors(readers[0].get_field("split.tensors.count"))
         self._stacks = _stacks(self._tensors)
         stacked = {name for names in self._stacks.values() for name in names}
         names = [name for name in self._tensors if name not in stacked]
@@ -109,8 +112,7 @@ class GgufSource:
             raise UserError(f"The tensor {name} of {self.name} cannot be decoded ({error}); get the file "
                             "again.") from error
 
-    def _check_tensors(self) -> None:
-        promised = self._readers[0].get_field("split.tensors.count")
+    def _check_tensors(self, promised) -> None:
         if promised and int(promised.contents()) != len(self._tensors):
             raise UserError(f"The parts of {self.name} hold {len(self._tensors)} tensors instead of "
                             f"{int(promised.contents())}; they do not belong together, get them again.")

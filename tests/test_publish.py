@@ -105,6 +105,21 @@ def test_what_is_uploaded(loopback, folder):
     assert sum(request.startswith("PUT") for request in loopback.requests) == n_puts     # nothing sent twice
 
 
+def test_the_ordinary_client_pulls_it_and_transformers_opens_it(loopback, folder, tmp_path):
+    from huggingface_hub import snapshot_download
+    from transformers import AutoModelForCausalLM
+
+    import engine.hf  # noqa: F401
+    publish(folder, REPO, Hub.here("hf_mine"))
+    with LoopbackHub() as cdn:                              # large files lie elsewhere, as with the public Hub
+        cdn.lfs, loopback.cdn = loopback.lfs, cdn.endpoint
+        found = Path(snapshot_download(REPO, endpoint=loopback.endpoint, local_dir=tmp_path / "pulled", token=False))
+    for path in folder.iterdir():
+        assert (found / path.name).read_bytes() == path.read_bytes()
+    opened = AutoModelForCausalLM.from_pretrained(found)
+    assert opened.config.quantization_config.group_size == Manifest.load(folder).group_size
+
+
 def test_the_card_tells_levels_sizes_and_how_to_load(demo, tmp_path):
     manifest = Manifest.load(demo)
     text = card(demo, manifest, REPO)
