@@ -23,7 +23,10 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a model of the catalogue, its first layers (None: all), level, near memory, tokens to write."""
+    """What is measured: a model of the catalogue and its first layers, at a level, with near memory, for some tokens.
+
+    None: all layers; near memory as planned.
+    """
 
     name: str
     layers: int | None = None
@@ -68,7 +71,8 @@ def steps(case: Case, shape: Shape, driver: Driver, say: Callable[[str, float], 
 def _opened(case: Case, shape: Shape, far: FarSynthetic, device: str) -> Step:
     calibration, context = synthetic.calibration_of(shape), case.n_tokens + 8
     loaded = synthetic_model.around(shape, calibration, far, Options("exact", 1 << 30, device=device))
-    runtime = take_over(loaded.model, far, device, level=case.level, near_bytes=case.near_bytes)
+    near_bytes = loaded.room.near_bytes(case.level) if case.near_bytes is None else case.near_bytes
+    runtime = take_over(loaded.model, far, device, level=case.level, near_bytes=near_bytes)
     cache = StepCache(loaded.model.config, context, device)
     repeating.follow(runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
     return Step(loaded.model, runtime, cache, DeviceSampler(shape.spec.vocabulary, context, device))

@@ -3,7 +3,7 @@
 The same protocol, policies and counters as engine/experts.py, which stays the oracle; but the clock, the budgets, the
 counters and every table are tensors changed in place, nothing is read back, and shapes depend on no value. A step can
 therefore be recorded once and replayed. Experts stay packed: sketches and records at the sparse levels, whole blobs at
-`exact`. Far memory must be readable by the kernels (engine/pinned.py on a card) and verified beforehand.
+`exact`. Far memory must be readable by the kernels (engine/far_locked.py) and verified beforehand.
 
 Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a layer keeps, L layers, E experts.
 """

@@ -231,10 +231,18 @@ class Engine:
         old = self.options
         if (options.device, options.predict) != (old.device, old.predict):
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
-        context = self._context_for(options)
-        if (options.level, options.near_bytes) != (old.level, old.near_bytes):
-            self._set_level(options)
-        self._turns.set_context(context, options.chunk or CHUNK[self._turns.model.device.type])
+        turns, chunk = self._turns, options.chunk or CHUNK[self._turns.model.device.type]
+        context, before = self._context_for(options), (turns.context, turns.chunk)
+        trades = self._room.machine.device == "cuda" and context != turns.context  # with near memory, for the card's
+        if trades and context < turns.context:
+            turns.set_context(context, chunk)  # first what gives memory back
+        try:
+            if trades or (options.level, options.near_bytes) != (old.level, old.near_bytes):
+                self._set_level(options)
+        except BaseException:
+            turns.set_context(*before)
+            raise
+        turns.set_context(context, chunk)
         self.options = options
         self._turns.show("idle")
 

@@ -25,14 +25,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from engine import card_errors
+from engine import card_errors, plan_text
 from engine.checkpoint import Checkpoint
 from engine.experts import LayerExperts, LevelPlan, Runtime
 from engine.format import TRUNK, Manifest, is_compressed
 from engine.on_card import experts_on_card
 from engine.room import Room, machine_for, own_bytes, return_freed
 from engine.skeleton import experts_modules, model_spec
-from engine.spec import ModelSpec, Options, UserError
+from engine.spec import MachineError, ModelSpec, Options, UserError
 from engine.store import Far, FarBlobs, FarCheckpoint
 from engine.trunk import CODES, SCALES, decode
 
@@ -184,7 +184,6 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     report("Reading the weights", 0.1)
     before = own_bytes()
     model = _load_compressed(folder, dtype) if is_compressed(folder) else _load_checkpoint(folder, dtype)
-    model.to(device)
     report("Preparing near memory", 0.8)
     runtime, room = model.floe, replace(model.floe_room, machine=machine)
     runtime.predict = options.predict
@@ -194,11 +193,21 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     if device == "cpu":
         runtime.set_level(level, room.near_bytes(level, options))
     else:
-        runtime = experts_on_card(model, folder, level, room.near_bytes(level, options), report)
+        runtime = _onto_card(model, folder, level, room, options, report)
     return_freed()
     check = room.plan(level, options).check(_taken_bytes(runtime, before)) if device == "cpu" else ""
     report(f"Ready. {check}", 1.0)
     return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, room, check)
+
+
+def _onto_card(model: nn.Module, folder: Path, level: str, room: Room, options: Options, report: Report) -> Runtime:
+    """Trunk and experts onto the card. MachineError with the plan's sum when they do not fit."""
+    try:
+        model.to("cuda")
+        return experts_on_card(model, folder, level, room.near_bytes(level, options), report)
+    except torch.OutOfMemoryError as error:
+        planned = plan_text.memory(room.plan(level, options))
+        raise MachineError(card_errors.in_words(error, planned)) from error
 
 
 def _taken_bytes(runtime: Runtime, before: int) -> int:

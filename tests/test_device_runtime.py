@@ -14,6 +14,7 @@ from engine.spec import Options, UserError
 from kernels.activation import Gate
 from tests.folders import checkpoint, compressed
 from tests.test_experts import N_TOKENS, PLANS, PROMPT, E, K, L
+from tests.test_kernels_triton import run_cases
 
 LEVELS = ("exact", *PLANS)
 
@@ -191,6 +192,17 @@ def test_experts_without_a_device_path_say_so(folder, tmp_path, monkeypatch):
     with pytest.raises(NoDevicePath, match="on the host"):
         take_over(loaded.model, loaded.runtime.far, "cpu")
     assert loaded.model.floe is loaded.runtime
+
+
+def test_the_step_runs_on_the_kernels_of_a_card(repository):
+    pytest.importorskip("triton")
+    run_cases(repository, "step", "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_the_step_runs_on_the_kernels_of_a_card_at_every_level(repository):
+    pytest.importorskip("triton")
+    run_cases(repository, "step", "-m", "slow")
 
 
 def test_near_memory_for_less_than_a_step_is_a_sentence(folder):

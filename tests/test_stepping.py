@@ -9,9 +9,10 @@ import torch
 from engine import hf
 from engine.device_runtime import DeviceRuntime
 from engine.generate import Engine
+from engine.hardware import described
 from engine.on_card import experts_on_card
 from engine.prefix import Prefix
-from engine.spec import Options, UserError
+from engine.spec import MachineError, Options, UserError
 from engine.step_cache import StepCache
 from engine.stepping import StepPrefix
 from tests.architectures import build
@@ -90,6 +91,31 @@ def test_the_context_is_a_limit_and_can_be_changed(engines):
     assert finish(engines[1].chat(TALK, GREEDY))[1].n_tokens > 6
 
 
+def test_context_and_near_memory_are_traded_without_loading(demo_checkpoint):
+    """As on a small card: more context leaves less near memory, and back; the trunk stays where it is."""
+    with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
+        engine._room, near = _Small(engine._room), {}
+        weights, text = engine._turns.model.lm_head.weight, told(finish(engine.chat(TALK, GREEDY))[0])
+        for context in (100, 500, 100):
+            engine.configure(replace(OPTIONS, context=context))
+            assert engine._turns.prefix.cache.clock.context == context
+            assert near.setdefault(context, engine._turns.runtime.near_bytes) == engine._turns.runtime.near_bytes
+            assert told(finish(engine.chat(TALK, GREEDY))[0]) == text
+        assert near[500] < near[100] and engine._turns.model.lm_head.weight is weights
+
+
+class _Small:
+    """A card with so little memory that every token of context costs near memory."""
+
+    machine = described("rtx-3060-12gb")
+
+    def __init__(self, room):
+        self.plan = room.plan
+
+    def near_bytes(self, level, options):
+        return 1_500_000 - 1_000 * options.context
+
+
 def test_a_card_that_is_lost_leaves_the_answer_so_far(demo_checkpoint):
     """The words that CUDA uses; after them the engine is closed and opened again."""
     with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
@@ -116,6 +142,17 @@ def test_memory_that_cannot_be_locked_is_said_and_the_host_computes(demo_checkpo
     assert not isinstance(loaded.runtime, DeviceRuntime) and any("page-locks only" in text for text in said)
     with Engine(loaded, OPTIONS) as engine:
         assert type(engine._turns.prefix) is Prefix and finish(engine.chat(TALK, GREEDY))[1].n_tokens > 0
+
+
+def test_a_full_card_is_said_with_the_plans_sum(demo_checkpoint, monkeypatch):
+    loaded = hf.load(demo_checkpoint, OPTIONS)
+    room = replace(loaded.room, machine=described("rtx-3060-12gb"))
+
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.10 GiB.")
+    monkeypatch.setattr(loaded.model, "to", full)
+    with pytest.raises(MachineError, match=r"ran out of memory.*Planned was: Video memory: .* trunk .* experts "):
+        hf._onto_card(loaded.model, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None)
 
 
 def test_closing_gives_locked_memory_back(demo_checkpoint):

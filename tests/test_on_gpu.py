@@ -1,0 +1,86 @@
+"""What only a card can show: kernels, page-locked memory and graphs, against what the CPU computes."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import hf
+from engine.decoding import Decoder, Step
+from engine.device_runtime import DeviceRuntime, take_over
+from engine.device_sampler import DeviceSampler
+from engine.experts import LevelPlan
+from engine.far_locked import FarLocked
+from engine.format import Manifest
+from engine.generate import Engine
+from engine.graphs import Graphs
+from engine.host_memory import CudaDriver, HostMemory
+from engine.spec import Options, Sampling
+from engine.step_cache import StepCache
+from kernels.fill import fill
+from tests.folders import compressed
+from tests.test_generate import GREEDY, TALK, finish, told
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
+N_TOKENS = 300
+
+
+def locked(folder: Path) -> FarLocked:
+    far = FarLocked(folder, Manifest.load(folder), CudaDriver())
+    assert far.memory.sentence == ""
+    return far
+
+
+def test_a_kernel_reads_page_locked_memory():
+    memory = HostMemory(1000 * 2304, CudaDriver())
+    memory.bytes.copy_(torch.arange(1000 * 2304) % 251)
+    far, near = memory.bytes.view(1, 1000, 2304), torch.zeros(64, 2304, dtype=torch.uint8, device="cuda")
+    source = torch.randperm(1000)[:64].int().cuda()
+    place = torch.arange(64, dtype=torch.int32, device="cuda")
+    fill(far, source, near, place, torch.zeros_like(place), torch.full_like(place, 2304))
+    assert torch.equal(near.cpu(), far[0, source.long().cpu()])
+    memory.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("level", ["exact", "fast", "floe"])
+@pytest.mark.parametrize("tokens", [1, 4])
+@torch.no_grad()
+def test_the_experts_step_is_the_cpus(name, level, tokens, tmp_path):
+    from tests.interpreted_step import run
+    folder = compressed(name, tmp_path)[2]
+    expected, found = run(folder, level, tokens), run(folder, level, tokens, locked(folder), "cuda")
+    for a, b in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert found[1] == expected[1] and all(map(torch.equal, found[2], expected[2]))
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+@torch.inference_mode()
+def test_a_captured_step_replays_past_every_window(name, tmp_path):
+    folder = compressed(name, tmp_path, max_position_embeddings=512)[2]
+    loaded = hf.load(folder, Options("exact", device="cpu"))
+    loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
+    model = loaded.model.to("cuda")
+    runtime = take_over(model, locked(folder), "cuda")
+    step = Step(model, runtime, StepCache(model.config, N_TOKENS + 8, "cuda"), DeviceSampler(128, N_TOKENS + 8, "cuda"))
+    for level in ("exact", "fast"):
+        runtime.set_level(level, (runtime.smallest_bytes() + runtime.everything_bytes()) // 2)
+        graphs, answers = Graphs(step), []
+        for launch in (None, graphs.launch):
+            step.cache.reset()
+            runtime.reset()
+            step.sampler.start(Sampling(4.0, 60, 0.98, seed=3), None, [])
+            answers.append([drawn.token for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), N_TOKENS)])
+        assert graphs.sentence == "" and answers[0] == answers[1] and len(set(answers[0])) > 10
+
+
+def test_the_embedded_model_says_what_it_says_on_the_cpu(repository):
+    texts = []
+    for device in ("cpu", "cuda"):
+        with Engine.open(repository / "assets" / "demo", Options("exact", device=device)) as engine:
+            assert isinstance(engine._turns.runtime, DeviceRuntime) == (device == "cuda")
+            texts.append(told(finish(engine.chat(TALK, GREEDY))[0]))
+    assert texts[0] == texts[1]
