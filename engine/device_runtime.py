@@ -10,6 +10,7 @@ Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a la
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from engine.cache import BlobCache, SparseCache
 from engine.experts import FADE, LayerExperts, Runtime
 from engine.gates import recognised
+from engine.prefill import Staging, decoded, product
 from engine.spec import SPARSE_LEVELS, Counters, UserError
 from engine.store import FarBlobs
 from kernels.activation import Gate, quantize_activation
 from kernels.age import age
 from kernels.apply import apply
-from kernels.dense import decode_blob, dense
+from kernels.dense import dense
 from kernels.fill import fill
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, select, select_above
@@ -57,6 +59,7 @@ class DeviceRuntime(Runtime):
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)
         self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
         self.arena_bytes, self._arena, self._kinds = -1, None, {}
+        self.staging = Staging(far.layout, far.experts, device)
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
         level, near_bytes = (level, near_bytes) if level else (before.level, before.near_wish)
@@ -150,7 +153,7 @@ class DeviceRuntime(Runtime):
     def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         layer = self.layers[layer.index]
         if self.phase == "prefill" or (self.phase == "auto" and len(x) > 1):
-            return self._dense(layer, x.float(), ids, weights.float()).to(x.dtype)
+            return self._dense(layer, x, ids, weights).to(x.dtype)
         assert len(x) <= self.tokens, f"a step of {len(x)} tokens, planned for {self.tokens}"
         hidden, weights, ids = x.float(), weights.float().contiguous(), ids.int()
         if layer.index == 0:
@@ -258,18 +261,42 @@ class DeviceRuntime(Runtime):
         self._bring_near(pool, near, far, source, first, torch.where(source < 0, 0, n_bytes).int(), ahead=True)
 
     # --- prefill ------------------------------------------------------------------------------------------------
-    def _for_prefill(self, layer: LayerExperts, expert: int, scratch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A whole packed expert crosses the link and is decoded on the device; what is near stays as it is."""
-        (gate_up, down), hidden = scratch, self.far.hidden
-        blob = self.far.blobs(layer.index)[expert, 0].to(self.device, non_blocking=True)
-        for target, source in zip((*layer.halves(gate_up), down), decode_blob(blob, self.far.layout), strict=True):
-            target.copy_(source[:, :hidden])
-        self.prefill_far_bytes += self.far.expert_bytes
-        return gate_up, down
+    def _dense(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Many tokens: every routed expert once, in order, over the tokens that chose it. Waits for the routing."""
+        order = ids.flatten().argsort(stable=True)
+        counts = torch.bincount(ids.flatten(), minlength=self.far.experts).tolist()
+        tokens, share = order // ids.shape[1], weights.flatten()[order, None].float()
+        chosen, first = [e for e, n in enumerate(counts) if n], list(accumulate(counts, initial=0))
+        out, gate_kind = torch.zeros(x.shape, device=x.device), self.gates[layer.index]
+        slots = self._near_slots(layer.index)
+        tiles = self.staging.stream(chosen, lambda group, tile: self._copy(layer.index, group, tile, slots))
+        for group, tile in tiles:
+            for expert, *matrices in zip(group, *decoded(tile, self.far.layout, x.dtype), strict=True):
+                rows = slice(first[expert], first[expert + 1])
+                biases = [layer.biases[name][expert] if layer.biases else None for name in ("gate_bias", "up_bias")]
+                y = product(x[tokens[rows]], *matrices, gate_kind, biases).float()
+                out.index_add_(0, tokens[rows], layer.finish(y, expert) * share[rows])
+        return out
 
-    def _scratch(self) -> tuple[Tensor, Tensor]:
-        n, h = self.far.neurons, self.far.hidden
-        return torch.empty(2 * n, h, device=self.device), torch.empty(n, h, device=self.device)
+    def _near_slots(self, layer: int) -> list[int]:
+        """Where whole experts of a layer lie near, -1 for those that are far."""
+        if self.whole is None:
+            return [-1] * self.far.experts
+        return self.whole.pool.slot_of.view(self.far.layers, -1)[layer].tolist()
+
+    def _copy(self, layer: int, group: list[int], tile: Tensor, slots: list[int]) -> None:
+        """Experts into the rows of a tile, what is far in as few copies as it takes."""
+        far, at = self.far.blobs(layer)[:, 0], 0
+        while at < len(group):
+            end = at + 1
+            if slots[group[at]] >= 0:
+                tile[at].copy_(self.whole.blobs[slots[group[at]]])
+            else:
+                while end < len(group) and group[end] == group[end - 1] + 1 and slots[group[end]] < 0:
+                    end += 1
+                tile[at:end].copy_(far[group[at]:group[end - 1] + 1], non_blocking=True)
+                self.prefill_far_bytes += (end - at) * self.far.expert_bytes
+            at = end
 
 
 def take_over(model: torch.nn.Module, far: FarBlobs, device: str, tokens: int = 1, level: str | None = None,

@@ -10,6 +10,7 @@ from engine import hf
 from engine.device_runtime import DeviceRuntime, NoDevicePath, take_over
 from engine.experts import LevelPlan
 from engine.gates import recognised
+from engine.prefill import Staging
 from engine.spec import Options, UserError
 from kernels.activation import Gate
 from tests.folders import checkpoint, compressed
@@ -105,6 +106,41 @@ def test_other_experts(name, tmp_path):
             before = runtime.counters()
             found[on_device, level] = answer(loaded), runtime.counters() - before
     assert found[True, "exact"] == found[False, "exact"] and found[True, "fast"] == found[False, "fast"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4_text"])
+@pytest.mark.parametrize("per_tile", [1, 3, 100])
+@torch.no_grad()
+def test_prefill_through_tiles(name, per_tile, tmp_path):
+    """The host's outputs; what is near is not fetched again, and prefill leaves near memory as it was."""
+    made, found = compressed(name, tmp_path)[2], []
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    loaded = hf.load(made, Options("exact", device="cpu"))
+    far, top_k = loaded.runtime.far, loaded.runtime.top_k
+    ids = torch.stack([torch.randperm(far.experts - 1)[:top_k] for _ in range(40)])  # one that nobody wants
+    weights = torch.rand(40, top_k)
+    for on_device in (False, True):
+        if on_device:
+            runtime = take_over(loaded.model, far, "cpu")
+            runtime.staging = Staging(far.layout, far.experts, "cpu", per_tile * far.layout.blob_bytes)
+            assert runtime.staging.per_tile == min(per_tile, far.experts)
+        runtime = loaded.model.floe
+        runtime.predict = False
+        runtime.set_level("exact", runtime.everything_bytes())
+        runtime.phase = "prefill"
+        found.append([runtime.forward(layer, x, ids, weights) for layer in runtime.layers])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    used = len(ids.unique())
+    assert runtime.prefill_far_bytes == used * far.layers * far.expert_bytes and not sum(runtime.residency())
+    runtime.phase = "decode"
+    for layer in runtime.layers:
+        runtime.forward(layer, x[:1], ids[:1], weights[:1])
+    before, tables, runtime.phase = runtime.prefill_far_bytes, runtime.whole.pool.slot_of.clone(), "prefill"
+    again = [runtime.forward(layer, x, ids, weights) for layer in runtime.layers]
+    torch.testing.assert_close(again, found[0], rtol=1e-4, atol=1e-5)
+    near = len(set(ids[0].tolist()))
+    assert runtime.prefill_far_bytes - before == (used - near) * far.layers * far.expert_bytes
+    assert torch.equal(runtime.whole.pool.slot_of, tables)
 
 
 @torch.no_grad()
