@@ -22,7 +22,7 @@ COMMANDS = re.findall(r"`(?:compute-sanitizer )?python -m engine ([^`]+)`", WAIT
 without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a card")
 
 
-@pytest.mark.parametrize("name", ["qwen3.6-35b-a3b", "gpt-oss-20b"])
+@pytest.mark.parametrize("name", ["qwen3.6-35b-a3b", pytest.param("gpt-oss-20b", marks=pytest.mark.slow)])
 def test_a_synthetic_step_is_measured(name, monkeypatch):
     monkeypatch.setattr(catalogue, "find", tiny)
     case, ledger = Case(name, None, "fast", 60_000, 24), Ledger()
