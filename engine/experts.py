@@ -87,6 +87,7 @@ class Runtime:
         self.layers: list[LayerExperts] = []
         self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
         self.prefill_far_bytes = 0
+        self.note = ""  # why the processor computes what a card was asked for
         self._totals = [0, 0, 0, 0, 0]  # the fields of Counters but the last
         self._activity = np.zeros((far.layers, far.experts), np.float32)  # picks, fading; _tokens: tokens, fading too
         self._tokens = 0.0

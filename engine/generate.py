@@ -153,11 +153,15 @@ class Engine:
         return self._info
 
     def snapshot(self) -> dict:
-        """What the engine is doing now; cheap, waits for nothing. Counters are totals since the model was opened."""
+        """What the engine is doing now; cheap, waits for nothing. Counters are totals since the model was opened.
+
+        note: a sentence where a card does less than it might (no graph, experts on the processor), else "".
+        """
         turns = self._open_turns()
         live, runtime, far = turns.live, turns.runtime, turns.runtime.far
         return {
             "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
+            "note": runtime.note or (turns.stepping.sentence if turns.stepping else ""),
             "phase": live.phase, "tokens_per_second": live.tokens_per_second,
             "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
             "answer": asdict(live.answer) | {"tokens": live.answer_tokens, "seconds": live.answer_seconds},

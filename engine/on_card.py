@@ -25,6 +25,7 @@ def experts_on_card(model: torch.nn.Module, folder: Path, level: str, near_bytes
         return _locked(model, folder, level, near_bytes, report, driver or CudaDriver(), device)
     except NoDevicePath as error:
         report(str(error), 0.9)
+        model.floe.note = str(error)
         model.floe.set_level(level, near_bytes)
         return model.floe
 

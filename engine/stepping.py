@@ -110,12 +110,16 @@ class Stepping:
 
 
 def begin(model: torch.nn.Module, runtime, context: int) -> tuple[Prefix | StepPrefix, Stepping | None]:
-    """What reads and what decodes this model: the device alone where it can, else transformers' own cache."""
+    """What reads and what decodes this model: the device alone where it can, else transformers' own cache.
+
+    In the second case runtime.note says why, if a card was asked for.
+    """
     if not isinstance(runtime, DeviceRuntime):
         return Prefix(model), None
     try:
         cache = StepCache(model.config, context, next(model.parameters()).device)
-    except NotCapturable:
+    except NotCapturable as error:
+        runtime.note = str(error)
         return Prefix(model), None
     stepping = Stepping(model, runtime, cache)
     return stepping.prefix, stepping

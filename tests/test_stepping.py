@@ -14,8 +14,9 @@ from engine.on_card import experts_on_card
 from engine.prefix import Prefix
 from engine.spec import MachineError, Options, UserError
 from engine.step_cache import StepCache
-from engine.stepping import StepPrefix
+from engine.stepping import StepPrefix, begin
 from tests.architectures import build
+from tests.folders import compressed
 from tests.test_far_locked import Ledger
 from tests.test_generate import DRAWN, GREEDY, LONG, TALK, chat, finish, told
 
@@ -142,6 +143,18 @@ def test_memory_that_cannot_be_locked_is_said_and_the_host_computes(demo_checkpo
     assert not isinstance(loaded.runtime, DeviceRuntime) and any("page-locks only" in text for text in said)
     with Engine(loaded, OPTIONS) as engine:
         assert type(engine._turns.prefix) is Prefix and finish(engine.chat(TALK, GREEDY))[1].n_tokens > 0
+        assert engine.snapshot()["note"] in said
+
+
+def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(tmp_path):
+    folder = compressed("lfm2_moe", tmp_path)[2]
+    loaded = hf.load(folder, replace(OPTIONS, context=64))
+    runtime = experts_on_card(loaded.model, folder, "exact", 1 << 20, lambda text, share: None, Ledger(), "cpu")
+    prefix, stepping = begin(loaded.model, runtime, 64)
+    assert type(prefix) is Prefix and stepping is None and "runs step by step" in runtime.note
+    with torch.no_grad():
+        assert prefix.feed([3, 4, 5]).isfinite().all() and prefix.feed([6]).isfinite().all()
+    assert runtime.counters().needed_bytes > 0
 
 
 def test_a_full_card_is_said_with_the_plans_sum(demo_checkpoint, monkeypatch):
