@@ -19,6 +19,7 @@ from engine.units import size
 Tensor = torch.Tensor
 HUGE_PAGE = 1 << 21
 PIECE = 1 << 30     # bytes locked at a time: a refusal leaves what came before
+SHARED = 3          # CUDA's flags "portable" and "device map": every context, and the kernels, may use it
 
 
 class Driver(Protocol):
@@ -42,14 +43,14 @@ class CudaDriver:
         self._cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
     def register(self, address: int, n_bytes: int) -> int:
-        return self._cuda.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), 0)
+        return self._cuda.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), SHARED)
 
     def unregister(self, address: int) -> int:
         return self._cuda.cuMemHostUnregister(ctypes.c_void_p(address))
 
     def allocate(self, n_bytes: int) -> tuple[int, int]:
         found = ctypes.c_void_p()
-        code = self._cuda.cuMemHostAlloc(ctypes.byref(found), ctypes.c_size_t(n_bytes), 0)
+        code = self._cuda.cuMemHostAlloc(ctypes.byref(found), ctypes.c_size_t(n_bytes), SHARED)
         return code, found.value or 0
 
     def free(self, address: int) -> int:

@@ -5,6 +5,7 @@ attention goes back to any position, rings and recurrent states to marks, copies
 """
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,8 @@ class StepPrefix:
 
     def __init__(self, model: torch.nn.Module, cache: StepCache) -> None:
         self.model, self.cache = model, cache
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._marks: list[Snapshot] = []
         self.ids: list[int] = []
 
@@ -63,7 +66,7 @@ class StepPrefix:
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Read more tokens; logits [V] after the last one."""
-        logits = forward(self.model, torch.tensor([ids], device=self.cache.clock.device), self.cache)
+        logits = forward(self.model, torch.tensor([ids], device=self.cache.clock.device), self.cache, **self._last_only)
         self.ids += ids
         return logits[0, -1]
 

@@ -55,6 +55,15 @@ def test_conversations_read_the_same(engines):
     assert reading[0].n_tokens > 0  # what it had read, and written itself, was not read again
 
 
+def test_a_chunk_makes_the_logits_of_its_last_token_alone(engines):
+    """Logits of 2,048 tokens over 250,000 words would take 2 GB."""
+    rows = []
+    head = engines[1]._turns.model.lm_head.register_forward_hook(lambda module, given, out: rows.append(out.shape[1]))
+    finish(engines[1].chat(chat("Something new. " * 20), GREEDY))
+    head.remove()
+    assert len(rows) > 3 and set(rows) == {1}
+
+
 def test_levels_and_near_memory_change_between_answers(engines):
     device, texts = engines[1], {}
     for level in ("exact", "fast", "exact", "fast"):
