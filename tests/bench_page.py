@@ -1,15 +1,18 @@
 """The page's own costs: `python tests/bench_page.py [--json]`. Needs a quiet machine and Chromium.
 
 Seconds from starting the program to a page that can be typed into; the share of the browser's main thread at 20 updates
-a second under 400 messages, as shown (the newest 40) and with all of them loaded; what a watching page costs the
-engine's tokens per second, medians of interleaved answers.
+a second under 400 messages, as shown (the newest 40) and with all of them loaded; what the event stream costs the
+engine's tokens per second, read by a bare reader and by a page that draws, medians of interleaved answers.
 """
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -94,26 +97,52 @@ def speed_of_answer(client: httpx.Client, address: str) -> float:
     return message["stats"]["tokens_per_second"]
 
 
-def speeds(chromium, app) -> tuple[list[float], list[float]]:
-    """Tokens per second without a page and with one that shows the growing answer, in turns."""
-    alone, watched = [], []
+@contextmanager
+def reader(client: httpx.Client, address: str) -> Iterator[None]:
+    """Somebody who takes the whole event stream and draws nothing."""
+    ended = threading.Event()
+
+    def read() -> None:
+        with httpx.stream("GET", f"{address}/events", timeout=60, cookies=client.cookies) as events:
+            for _ in events.iter_lines():
+                if ended.is_set():
+                    return
+    thread = threading.Thread(target=read)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+@contextmanager
+def watcher(chromium, app) -> Iterator[None]:
+    """A page that shows whatever is being written."""
+    page = chromium.new_page()
+    page.goto(app.link)
+    browser.wait_ready(page)
+    page.evaluate("""async () => {
+      const { on, opened } = await import('/ui/floe.js');
+      on('state', ({now}) => { if (now.live && opened.id !== now.live.conversation)
+        opened.id = now.live.conversation; });
+    }""")
+    page.wait_for_timeout(1000)
+    yield
+    page.close()
+
+
+def speeds(chromium, app) -> dict[str, list[float]]:
+    """Tokens per second with nobody watching, a reader, and a page, in turns."""
+    found: dict[str, list[float]] = {"alone": [], "read": [], "watched": []}
     with httpx.Client(timeout=60) as client:
         client.get(app.link)
         speed_of_answer(client, app.address)  # warms up
         for _ in range(ROUNDS):
-            alone.append(speed_of_answer(client, app.address))
-            page = chromium.new_page()
-            page.goto(app.link)
-            browser.wait_ready(page)
-            page.evaluate("""async () => {  // whatever is being written is what is shown
-              const { on, opened } = await import('/ui/floe.js');
-              on('state', ({now}) => { if (now.live && opened.id !== now.live.conversation)
-                opened.id = now.live.conversation; });
-            }""")
-            page.wait_for_timeout(1000)
-            watched.append(speed_of_answer(client, app.address))
-            page.close()
-    return alone, watched
+            found["alone"].append(speed_of_answer(client, app.address))
+            with reader(client, app.address):
+                found["read"].append(speed_of_answer(client, app.address))
+            with watcher(chromium, app):
+                found["watched"].append(speed_of_answer(client, app.address))
+    return found
 
 
 def measure() -> dict:
@@ -134,12 +163,12 @@ def measure() -> dict:
             load_all(page, MESSAGES)
             loaded = busy_share(page)
             context.close()
-            alone, watched = speeds(chromium, app)
+            rates = {kind: median(values) for kind, values in speeds(chromium, app).items()}
         chromium.close()
     return {"page_seconds": median(s for s, _ in starts), "model_seconds": median(s for _, s in starts),
             "main_thread_40_shown": shown, "main_thread_400_loaded": loaded,
-            "tokens_per_second_alone": median(alone), "tokens_per_second_watched": median(watched),
-            "streaming_cost": 1 - median(watched) / median(alone)}
+            **{f"tokens_per_second_{kind}": value for kind, value in rates.items()},
+            "streaming_cost": 1 - rates["read"] / rates["alone"], "page_cost": 1 - rates["watched"] / rates["alone"]}
 
 
 def main() -> None:
@@ -150,8 +179,9 @@ def main() -> None:
     print(f"page usable after {found['page_seconds']:.1f} s, model ready after {found['model_seconds']:.1f} s\n"
           f"main thread at 20 updates/s, {MESSAGES} messages: {100 * found['main_thread_40_shown']:.0f} % with the "
           f"newest 40 shown, {100 * found['main_thread_400_loaded']:.0f} % with all loaded\n"
-          f"tokens/s without a page {found['tokens_per_second_alone']:.1f}, with one "
-          f"{found['tokens_per_second_watched']:.1f}: streaming costs {100 * found['streaming_cost']:.1f} %")
+          f"tokens/s alone {found['tokens_per_second_alone']:.1f}, streamed to a reader "
+          f"{found['tokens_per_second_read']:.1f} ({-100 * found['streaming_cost']:+.1f} %), to a page on the same "
+          f"cores {found['tokens_per_second_watched']:.1f} ({-100 * found['page_cost']:+.1f} %)")
 
 
 if __name__ == "__main__":
