@@ -58,7 +58,7 @@ class DeviceRuntime(Runtime):
         self.thresholds = torch.zeros(far.layers, far.experts, device=device)
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)
         self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
-        self.arena_bytes, self._arena, self._kinds = -1, None, {}
+        self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self.staging = Staging(far.layout, far.experts, device)
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
@@ -89,7 +89,9 @@ class DeviceRuntime(Runtime):
         if n_bytes != self.arena_bytes:
             self._kinds.clear()  # the old arena goes before the new one comes: there is no room for both
             self.near = self.sparse = self.whole = self._arena = None
+            self.arena_bytes = -1  # until there is one: the card may be full
             self._arena, self.arena_bytes = torch.empty(n_bytes, dtype=torch.uint8, device=self.device), n_bytes
+            self.n_arenas += 1
         return self._arena
 
     def _most_records(self) -> list[int]:

@@ -66,7 +66,7 @@ class Graphs:
     def _key(self) -> tuple:
         """What a graph was made for: it holds the addresses of one arena and one branch of look-ahead."""
         runtime = self.step.runtime
-        return runtime.arena_bytes, runtime.kind, runtime.predict
+        return runtime.n_arenas, runtime.kind, runtime.predict
 
     def _make(self, key: tuple, position: int) -> None:
         """A graph under `key`, or a sentence; either way the sequence is where it was."""

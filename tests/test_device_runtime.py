@@ -192,6 +192,23 @@ def test_levels_change_in_the_same_tensors(folder):
     assert runtime.near is before and runtime.near_wish == near_bytes and answer(loaded) == alone["fast"]
 
 
+@torch.no_grad()
+def test_a_card_that_is_full_lets_go_back_to_what_was(folder, monkeypatch):
+    loaded = opened(folder, "exact", 0.5, False, True)
+    runtime, empty = loaded.runtime, torch.empty
+    level, near_bytes, first = runtime.level, runtime.near_wish, answer(loaded)
+
+    def full(*sizes, **given):
+        if sizes == (near_bytes + 1000,):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(*sizes, **given)
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        runtime.set_level("exact", near_bytes + 1000)
+    runtime.set_level(level, near_bytes)
+    assert answer(loaded) == first
+
+
 def test_reset_keeps_the_tensors(folder):
     loaded = opened(folder, "balanced", 0.5, False, True)
     runtime = loaded.runtime
