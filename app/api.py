@@ -68,7 +68,8 @@ def routes(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf, changed) -> A
 def _conversation_routes(router: APIRouter, chats: Chats, jobs: Jobs, models: Models, changed) -> None:
     @router.post("/conversations")
     def create():
-        conversation = chats.create(settings=chats.preference("settings", {}))
+        conversation = chats.create(settings=chats.preference("draft", {}))
+        chats.set_preference("draft", {})
         changed()
         return _listed(conversation)
 

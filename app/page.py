@@ -138,53 +138,69 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
 
 
 def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Button) -> None:
+    """Every control stores its own value and answers for itself (and the preset): what a person types into another
+    one meanwhile is neither overwritten nor stored half."""
     names = list(controls)
-    outputs = [opened, *controls.values()]
 
     def show(event: gr.EventData):
         conversation_id = int(event.id)
         return [str(conversation_id), *_values(parts, names, _stored(parts, conversation_id))]
 
-    def store(conversation_id: str, *values):
-        settings = _settings(dict(zip(names, values, strict=True)))
-        return _keep(parts, conversation_id, settings, names)
-
-    def preset(conversation_id: str, *values):
-        settings = _settings(dict(zip(names, values, strict=True)))
-        if settings["preset"] != "custom":
-            kept = {n: v for n, v in settings.items() if n not in SAMPLING_NAMES}
-            settings = kept | PRESETS[settings["preset"]]
-        return _keep(parts, conversation_id, settings, names)
-
     def to_defaults(conversation_id: str):
         kept = {n: v for n, v in _stored(parts, conversation_id).items() if n == "system"}
-        return _keep(parts, conversation_id, kept, names)
+        return _keep(parts, conversation_id, kept, names, names)
 
-    inputs = outputs
-    chat.select(show, None, outputs, **FREE)
+    def storing(name: str):
+        touched = [name, *(SAMPLING_NAMES if name == "preset" else ["preset"] if name in SAMPLING_NAMES else [])]
+
+        def store(conversation_id: str, value):
+            return _keep(parts, conversation_id, _changed(_stored(parts, conversation_id), name, value), names, touched)
+        return store
+
+    chat.select(show, None, [opened, *controls.values()], **FREE)
     for name, control in controls.items():
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-        event(preset if name == "preset" else store, inputs, outputs, **MAY_WARN)
-    reset.click(to_defaults, opened, outputs, **FREE)
+        event(storing(name), [opened, control], list(controls.values()), **MAY_WARN)
+    reset.click(to_defaults, opened, list(controls.values()), **FREE)
 
 
 def _stored(parts, conversation_id) -> dict:
+    """The settings of a conversation, or of the one that begins with the next message."""
     try:
+        if not int(conversation_id or 0):
+            return parts.chats.preference("draft", {})
         return parts.chats.conversation(int(conversation_id)).settings
-    except (UserError, ValueError):
+    except UserError:
         return {}
 
 
-def _keep(parts, conversation_id: str, settings: dict, names: list[str]):
+def _changed(stored: dict, name: str, value) -> dict:
+    """Settings with one control's value; what is empty or the model's own is left out."""
+    settings = {n: v for n, v in stored.items() if n != name}
+    if name == "preset" and value in PRESETS:
+        return {n: v for n, v in settings.items() if n not in SAMPLING_NAMES} | PRESETS[value] | {"preset": value}
+    if value not in (None, "", "model"):
+        settings[name] = value == "on" if name == "thinking" else value
+    if name in SAMPLING_NAMES:
+        chosen = {n: settings[n] for n in SAMPLING_NAMES if n in settings}
+        settings["preset"] = next((preset for preset, values in PRESETS.items() if values == chosen), "custom")
+    return settings
+
+
+def _keep(parts, conversation_id: str, settings: dict, names: list[str], touched: list[str]) -> list:
+    """Store, and the new values of the touched controls; what cannot be is said and put back."""
     try:
         settings = checked(settings)
-        if conversation_id:
+        if int(conversation_id or 0):
             parts.chats.set_settings(int(conversation_id), settings)
             parts.stream.changed()
+        else:
+            parts.chats.set_preference("draft", settings)
     except UserError as error:
         gr.Warning(str(error))
         settings = _stored(parts, conversation_id)
-    return [conversation_id, *_values(parts, names, settings)]
+    values = dict(zip(names, _values(parts, names, settings), strict=True))
+    return [values[name] if name in touched else gr.skip() for name in names]
 
 
 def _values(parts, names: list[str], settings: dict) -> list:
@@ -204,15 +220,3 @@ def _values(parts, names: list[str], settings: dict) -> list:
         else:
             values.append(value)
     return values
-
-
-def _settings(values: dict) -> dict:
-    """The controls' values as settings; what is empty or the model's own is left out."""
-    settings = {name: value for name, value in values.items() if value not in (None, "", "model")}
-    if "thinking" in settings:
-        settings["thinking"] = settings["thinking"] == "on"
-    differs = {n: settings[n] for n in SAMPLING_NAMES if n in settings}
-    settings["preset"] = values.get("preset") or "model"
-    if settings["preset"] != "custom" and differs != PRESETS.get(settings["preset"], {}):
-        settings["preset"] = "custom" if values.get("preset") in (None, "model", "custom") else settings["preset"]
-    return settings

@@ -210,6 +210,18 @@ def test_settings_belong_to_the_conversation_and_are_kept(app, page):
     page.wait_for_selector("text=temperature must lie between")
 
 
+def test_settings_made_before_the_first_message_count_for_it(app, page):
+    page.click("#new-chat")
+    page.get_by_role("tab", name="This chat").click()
+    page.get_by_label("Longest answer").fill("4")
+    page.get_by_label("Longest answer").press("Enter")
+    until(page, lambda: page.get_by_label("Sampling preset").input_value() == "Custom")
+    assert "4 tokens" in ask(page, SAGA).locator(".stats").inner_text()
+    assert settings(app, int(page.url.rsplit("#c", 1)[1]))["max_tokens"] == 4
+    new_chat(page)
+    assert "max_tokens" not in settings(app, int(page.url.rsplit("#c", 1)[1]))
+
+
 def settings(app, conversation_id: int) -> dict:
     with sqlite3.connect(f"file:{app.data}/chats.db?mode=ro", uri=True) as db:
         return json.loads(db.execute("SELECT settings FROM conversations WHERE id=?", (conversation_id,)).fetchone()[0])
