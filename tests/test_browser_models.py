@@ -81,7 +81,7 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     name = offers.first.get_attribute("data-name")
     offers.first.get_by_role("button", name="Download").click()
     page.wait_for_selector(f"#works .work:has-text('{name}')")
-    assert not page.locator("#welcome").is_visible()
+    page.wait_for_selector("#welcome", state="hidden")
     assert ask(page, "Hello!").locator(".answer").inner_text().strip()  # the demonstration, meanwhile
     hub.pause = 0.0
     page.wait_for_selector(f".notice:has-text('{name} is ready')")

@@ -7,7 +7,7 @@ const ICONS = { fast: "bolt", best: "star", coding: "code", long: "book" };
 
 export function welcome(chat) {
   const place = h("section", { class: "welcome", id: "welcome", "aria-labelledby": "welcome-title", hidden: true });
-  let wanted = false;
+  let wanted = false, over = false; // over: done with in this tab, whatever an older state still says
 
   function show(open) {
     place.hidden = !open;
@@ -52,11 +52,12 @@ export function welcome(chat) {
 
   async function done() {
     wanted = false;
+    over = true;
     show(false);
     if (state.welcome) await api("POST", "/api/welcomed", { done: true });
   }
 
-  on("state", ({ now }) => show(wanted || now.welcome));
+  on("state", ({ now }) => show(wanted || (now.welcome && !over)));
   on("welcome", () => {
     wanted = true;
     document.body.classList.remove("show-right");
