@@ -14,7 +14,7 @@ import webbrowser
 from pathlib import Path
 
 from app.strings import TEXT
-from engine import MachineError, Options, UserError, data_dir, demo_model
+from engine import LEVELS, MachineError, Options, UserError, data_dir, demo_model
 
 HOST = "127.0.0.1"  # never another address: what listens on the network needs more than a token
 PORT = 7860
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-browser", action="store_true", help="print the link instead of opening it")
     parser.add_argument("--data", metavar="DIR", help="data folder (default: FLOECHAT_HOME, else the platform's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
+    parser.add_argument("--level", choices=LEVELS, help="default: what the plan chooses for this machine")
     parser.add_argument("--model", metavar="FOLDER", help="a model folder (default: the embedded demonstration)")
     return parser
 
@@ -51,7 +52,9 @@ def _serve(args: argparse.Namespace) -> int:
     port, token = listener.getsockname()[1], secrets.token_urlsafe(32)
     from app.server import Parts, serve
 
-    parts = Parts.make(data, Path(args.model).absolute() if args.model else demo_model(), Options(device=args.device))
+    options = Options(device=args.device, **({"level": args.level} if args.level else {}))
+    model = Path(args.model).absolute() if args.model else demo_model()
+    parts = Parts.make(data, model, options, plan_level=args.level is None)
     serve(parts, listener, token, lambda: _announce(f"http://{HOST}:{port}/?t={token}", not args.no_browser))
     return 0
 

@@ -13,15 +13,16 @@ from pathlib import Path
 from app.opening import Opening
 from app.strings import TEXT
 from app.surroundings import Surroundings
-from engine import Known, MachineError, Options, UserError, look_up, what_binds
+from engine import Known, MachineError, Options, UserError, fitted, look_up, what_binds
 
 
 class Models:
     """`state` is "loading", "ready" or "failed"; `step` says in words what is happening or what went wrong."""
 
-    def __init__(self, folder: Path, options: Options, around: Surroundings,
+    def __init__(self, folder: Path, options: Options, around: Surroundings, plan_level: bool = False,
                  on_change: Callable[[], None] = lambda: None):
-        self.folder = folder
+        """plan_level: the first model opens at the level that its plan chooses, not at that of the options."""
+        self.folder, self._plan_level = folder, plan_level
         self.around = around
         self.options = options
         self.state = "loading"
@@ -35,7 +36,7 @@ class Models:
     def open(self, folder: Path | None = None, level: str = "", context: int | None = None) -> None:
         """Start opening `folder` at `level` in the background; what is open is closed first. Without: as at birth."""
         if folder:
-            self.folder = folder
+            self.folder, self._plan_level = folder, False
             self.options = replace(self.options, level=level, context=context, near_bytes=None)
         n_bytes = sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
         self._opening = Opening(self.folder.name, n_bytes, self.around.data / "cache" / "openings.json")
@@ -104,6 +105,8 @@ class Models:
             from engine import Engine
             self._progress(TEXT["step_measure"])
             self.around.measure()
+            if self._plan_level:
+                self._take_planned_level()
             self.engine = Engine.open(self.folder, self.options, progress=self._progress)
             self._known = look_up(str(self.folder))
             self._opening.finish()
@@ -115,6 +118,13 @@ class Models:
         except Exception as error:
             self._tell("failed", TEXT["open_failed"].format(error=error))
             raise
+
+    def _take_planned_level(self) -> None:
+        try:
+            made = fitted(look_up(str(self.folder)), self.around.machine)
+        except UserError:
+            return  # opening it says what is wrong
+        self.options = replace(self.options, level=made.level)
 
     def _progress(self, step: str, share: float = 0.0) -> None:
         self._opening.step(step)

@@ -45,9 +45,9 @@ class Parts:
     around: Surroundings
 
     @staticmethod
-    def make(data: Path, model: Path, options: Options) -> Parts:
+    def make(data: Path, model: Path, options: Options, plan_level: bool = False) -> Parts:
         chats, around = Chats(data / "chats.db"), Surroundings(data, options.device)
-        models = Models(model, options, around)
+        models = Models(model, options, around, plan_level)
         jobs = Jobs(chats, models)
         shelf, panel = Shelf(models, around), Panel(models)
         stream = Stream(panel, lambda: jobs.live, lambda: api.state(chats, jobs, models, shelf))

@@ -36,6 +36,8 @@ CPU_LAYER_OPERATIONS = 270
 CPU_WHOLE_OPERATIONS, CPU_PICK_OPERATIONS = 6, 10
 CPU_SPARSE_OPERATIONS = 1000
 CPU_FETCH_OPERATIONS = 250
+CPU_FAR_OPERATIONS = 170       # a layer of the sparse path where not everything is near: places given, records moved
+ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
 FETCH_SHARE = 0.65             # of the bare decoding speed: the weights are also copied into their slot
 CHOSEN_ROWS = 5                # rows decoded for a chosen neuron: gate and up twice, down
 
@@ -174,7 +176,9 @@ def token_on_cpu(spec: ModelSpec, machine: Machine, layout: Layout | None, spars
         operations += spec.layers * CPU_SPARSE_OPERATIONS
         scored = spec.layers * spec.top_k * 2 * spec.hidden * spec.neurons
         chosen = CHOSEN_ROWS * (budget.refined + budget.down_only) * spec.hidden
-        experts, misses = (scored + chosen) / decode, 0.0
+        experts = (scored + chosen) / decode
+        misses = near.far_bytes / (ROWS_SHARE * copy)
+        misses += spec.layers * CPU_FAR_OPERATIONS * operation if near.far_bytes else 0.0
     far = near.far_bytes * (cached / copy + (1 - cached) / min(copy, DISK_BYTES_PER_SECOND))
     attention = spec.kv_bytes_per_token * context / gemv
     return (("trunk", trunk_bytes / gemv), ("experts", experts), ("attention", attention),

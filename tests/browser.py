@@ -31,7 +31,7 @@ class App:
 
     def __init__(self, data: Path, *arguments: str, inside: tuple[str, ...] = ()):
         command = [*inside, sys.executable, "-m", "app", "--no-browser", "--port", "0", "--device", "cpu",
-                   "--data", str(data)]
+                   "--level", "balanced", "--data", str(data)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.data, self.log = data, open(data / "program.log", "w+")
         self.started = time.monotonic()

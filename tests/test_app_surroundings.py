@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import fake_driver
 import pytest
 from fake_driver import RTX_3060
 
+from app.models import Models
 from app.opening import Opening
 from app.surroundings import Surroundings
+from engine import Options, demo_model, fitted, look_up
 
 library, driver = fake_driver.library, fake_driver.driver
 OLD_CARD = "NVIDIA GeForce GTX 1080 Ti|6.1|11264|11000|3|16|3|16|5505|352"
@@ -76,3 +79,14 @@ def test_the_time_left_comes_from_the_last_time(tmp_path):
 def test_a_damaged_memory_of_openings_promises_nothing(tmp_path, text):
     (tmp_path / "openings.json").write_text(text)
     assert Opening("boat", 1000, tmp_path / "openings.json").shown()["left"] is None
+
+
+def test_the_first_model_opens_at_the_level_of_its_plan(around):
+    machine = around("cpu")
+    models = Models(demo_model(), Options(level="fast", device="cpu"), machine, plan_level=True)
+    try:
+        models.open()
+        assert models.wait(threading.Event())
+        assert models.level == fitted(look_up(str(demo_model())), machine.machine).level != "fast"
+    finally:
+        models.close()

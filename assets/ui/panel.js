@@ -36,7 +36,7 @@ export async function mount(root, trigger) {
     if (stats.why !== undefined) drawWhy(why, stats.why);
     if (stats.activity) drawHeat(heat, stats.activity);
     model.textContent = `${stats.model || state.model.name || ""} · ${TEXT[`phase_${phase(stats)}`]}`;
-    device.textContent = state.graphics?.text || stats.step || TEXT.gpu_unknown;
+    device.textContent = [state.graphics?.text || stats.step || TEXT.gpu_unknown, stats.note].filter(Boolean).join(" ");
     drawFacts(facts, stats);
     drawLayers(layers, stats.residency || []);
     drawMemory(memory, stats);
