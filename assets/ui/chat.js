@@ -6,7 +6,7 @@ import { composer } from "/ui/composer.js";
 import { message, showThinking, statsLine } from "/ui/message.js";
 import { welcome } from "/ui/welcome.js";
 
-let loads = 0;
+const loads = { begun: 0, drawn: 0 };
 let log, scroller, queue, title, meter, trigger, drawn = { id: null, limit: 40, text: 0 };
 
 export async function mount(root, gradioTrigger) {
@@ -44,7 +44,7 @@ export async function mount(root, gradioTrigger) {
 
 export async function load() {
   const id = opened.id;
-  const turn = ++loads; // of several at once only the last may draw: its answer is the newest
+  const turn = ++loads.begun;
   trigger("select", { id: id ?? 0 });
   if (!id) return drawEmpty();
   let conversation;
@@ -54,7 +54,8 @@ export async function load() {
     if (opened.id === id) opened.id = null;
     return;
   }
-  if (opened.id !== id || turn !== loads) return;
+  if (opened.id !== id || turn < loads.drawn) return; // a newer answer has overtaken this one
+  loads.drawn = turn;
   const stay = drawn.id === id && !nearEnd() ? scroller.scrollTop : null;
   drawn.id = id;
   title.textContent = conversation.conversation.title || TEXT.untitled;
