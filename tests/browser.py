@@ -111,7 +111,8 @@ class Watch:
             self.foreign.append(request.url)
 
     def check(self) -> None:
-        assert self.foreign == [] and self.errors == []
+        assert self.foreign == [], self.foreign
+        assert self.errors == [], self.errors
 
 
 @pytest.fixture
@@ -172,6 +173,8 @@ def settled(page) -> None:
     until(page, lambda: _nothing_to_do(page))
     page.wait_for_function("!document.querySelector('.message.running') && "
                            "document.querySelector('.message.assistant')")
+    # Messages have content-visibility: auto, so one that no frame has shown yet has no inner text.
+    page.evaluate("new Promise(shown => requestAnimationFrame(() => requestAnimationFrame(shown)))")
 
 
 def _nothing_to_do(page) -> bool:

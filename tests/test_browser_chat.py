@@ -11,9 +11,9 @@ from browser import ask, send, settled, stats, until
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
 
-STORY = "Tell me a story about a small boat."  # about 140 tokens
-SAGA = "Write a story about a dragon, a princess and a castle."  # about 860
-TALE = "Write a long story. Use the words river, dog, moon."  # about 250
+STORY = "Write a long story about the sea."  # 317 tokens: the embedded model recommends to take the likeliest ones
+SAGA = "Tell me a story about a princess and a wolf."  # 572
+TALE = "Write a long story. Use the words river, dog, moon."  # 225
 LONG = "Tell me about the sea, the boat and the bird. " * 55  # 730 tokens of the demonstration's 1024
 
 # Notes every text that the answer shows, and how many tokens the engine had computed when the first one appeared.

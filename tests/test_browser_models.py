@@ -133,7 +133,7 @@ def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
     work.wait_for(state="detached")
     hub.pause = 0.0
     page.wait_for_selector(".notice:has-text('deleted')")
-    assert row(page, "Second-Floe").count() == 0
+    row(page, "Second-Floe").wait_for(state="detached")
 
 
 def test_level_and_context_change_the_plans_words_and_are_opened_with(page):

@@ -1,6 +1,6 @@
 // The middle of the page: messages, the answer while it grows, the queue, and the place to write.
 // A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
-import { TEXT, api, button, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+import { TEXT, api, button, emit, h, icon, keep, notice, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { message, showThinking, statsLine } from "/ui/message.js";
@@ -120,14 +120,15 @@ function grow(update) {
   if (update.conversation !== opened.id) return;
   const node = log.querySelector(`[data-id="${update.message}"]`);
   if (!node || !node.classList.contains("running")) return;
-  const stick = nearEnd();
-  const whole = replaceBlocks(node.querySelector(".answer"), update.from, update.blocks)
-    && replaceBlocks(node.querySelector(".thought .md"), update.thinking_from, update.thinking_blocks);
-  if (!whole) return load(); // this tab came in the middle
+  const stick = nearEnd(), known = soFar(update.message);
+  if (!replaceAll(node, update) && !(known && replaceAll(node, known))) return; // the beginning has been asked for
   showThinking(node, update);
   node.querySelector(".stats").replaceChildren(...statsLine(update.stats));
   if (stick) follow(true);
 }
+
+const replaceAll = (node, update) => replaceBlocks(node.querySelector(".answer"), update.from, update.blocks)
+  && replaceBlocks(node.querySelector(".thought .md"), update.thinking_from, update.thinking_blocks);
 
 function replaceBlocks(place, from, blocks) {
   const first = place.firstElementChild;

@@ -3,7 +3,11 @@
 // on to the others; when it closes, the next one takes over. Knows no element.
 
 export const bus = new EventTarget();
-export const on = (name, handler) => bus.addEventListener(name, (event) => handler(event.detail));
+export function on(name, handler) {
+  bus.addEventListener(name, (event) => handler(event.detail));
+  if (name !== "state") return; // it comes only when something changed: an element that is made late must not wait for it
+  setTimeout(() => state !== UNKNOWN && handler({ now: state, before: UNKNOWN }));
+}
 export const emit = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
 
 export async function api(method, path, body) {
@@ -135,10 +139,26 @@ export const opened = {
   },
 };
 
-export let state = { conversations: [], waiting: [], works: [], finished: [],
+const UNKNOWN = { conversations: [], waiting: [], works: [], finished: [],
   model: { state: "loading", step: "", opening: null }, live: null };
+export let state = UNKNOWN;
+
+// The answer that is being written, as far as this tab has heard of it: every block, while updates bring the changed ones.
+let written = null;
+export const soFar = (message) => (written?.message === message ? written : null);
+
+function keepUp(update) {
+  const { blocks, thinking_blocks: thinking } = soFar(update.message) || { blocks: [], thinking_blocks: [] };
+  if (blocks.length < update.from || thinking.length < update.thinking_from) { // this tab came in the middle
+    written = null;
+    return channel.postMessage({ name: "whole" }); // another one may have heard the beginning
+  }
+  written = { ...update, from: 0, blocks: [...blocks.slice(0, update.from), ...update.blocks], thinking_from: 0,
+    thinking_blocks: [...thinking.slice(0, update.thinking_from), ...update.thinking_blocks] };
+}
 
 function receive(name, document) {
+  if (name === "text") keepUp(document);
   if (name === "state") {
     const before = state;
     state = document;
@@ -148,7 +168,10 @@ function receive(name, document) {
 
 const NAMES = ["state", "text", "stats", "history"];
 const channel = new BroadcastChannel("floe-events");
-channel.onmessage = ({ data }) => receive(data.name, data.document);
+channel.onmessage = ({ data }) => {
+  if (data.name !== "whole") receive(data.name, data.document);
+  else if (written) channel.postMessage({ name: "text", document: written });
+};
 
 async function refresh() {
   receive("state", await api("GET", "/api/state"));

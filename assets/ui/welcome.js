@@ -54,7 +54,7 @@ export function welcome(chat) {
     wanted = false;
     over = true;
     show(false);
-    if (state.welcome) await api("POST", "/api/welcomed", { done: true });
+    if (state.welcome !== false) await api("POST", "/api/welcomed", { done: true });
   }
 
   on("state", ({ now }) => show(wanted || (now.welcome && !over)));
@@ -63,7 +63,7 @@ export function welcome(chat) {
     document.body.classList.remove("show-right");
     show(true);
   });
-  on("sent", () => !place.hidden && done());
+  on("sent", () => !over && done()); // before it was even shown, perhaps
   on("opened", () => !place.hidden && done());
   return place;
 }
