@@ -144,8 +144,9 @@ function importing() {
     oninput: suggest, onfocus: suggest });
   const like = h("input", { id: "gguf-like", "aria-label": TEXT.gguf_like, placeholder: TEXT.gguf_like });
   async function suggest() {
-    const found = await api("GET", `/api/models/files?path=${encodeURIComponent(path.value)}`);
-    known.replaceChildren(...found.map((value) => h("option", { value })));
+    const typed = path.value;
+    const found = await api("GET", `/api/models/files?path=${encodeURIComponent(typed)}`);
+    if (typed === path.value) known.replaceChildren(...found.map((value) => h("option", { value })));
   }
   return [h("h2", {}, TEXT.gguf), path, known, h("div", { class: "hub-id" }, like,
     h("button", { type: "button", class: "primary", id: "gguf-import", onclick: () =>
