@@ -329,4 +329,4 @@ def _store(folder: Path, manifest: Manifest, found: dict, usage: dict[str, Tenso
         for name, counts in usage.items():
             writer.add(name, counts)
     entries: list[FileEntry] = [e for e in manifest.files if e.path != USAGE] + [file_entry(folder / USAGE)]
-    Manifest(**{**manifest.__dict__, "files": tuple(entries), "calibration": found}).save(folder)
+    replace(manifest, files=tuple(entries), calibration=found).save(folder)

@@ -13,7 +13,7 @@ import mmap
 import os
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -59,9 +59,6 @@ class Manifest:
     @cached_property
     def layout(self) -> Layout:
         return Layout(self.hidden, self.neurons, self.group_size)
-
-    def with_calibration(self, calibration: dict) -> Manifest:
-        return replace(self, calibration=calibration)
 
     def save(self, folder: Path) -> None:
         write_text_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1))

@@ -13,13 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
+import waiting
 
 from app import jobs as jobs_module
 from app.chats import Chats
 from app.jobs import Jobs
 from engine import Counters, Event, MachineError, UserError
+
+until = partial(waiting.until, seconds=5)
 
 
 class Steps:
@@ -93,13 +97,6 @@ def desk(tmp_path, monkeypatch):
     models.engine.stop()
     jobs.close()
     chats.close()
-
-
-def until(condition, seconds=5):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def say(models, *words, end=True):

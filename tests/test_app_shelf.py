@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import os
-import time
 from types import SimpleNamespace
 
 import pytest
 from loopback_hub import LoopbackHub
+from waiting import until
 
 from app.shelf import Shelf
 from app.surroundings import Surroundings
@@ -36,13 +36,6 @@ def shelf(tmp_path):
     shelf = Shelf(opened, Surroundings(tmp_path, "cpu"))
     yield shelf
     shelf.close()
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def on_disk(shelf):

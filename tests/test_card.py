@@ -1,16 +1,18 @@
 """The card's live numbers through the stand-in driver: counted, not counted, hanging, not there; no made-up zero."""
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import fake_driver
 import pytest
+import waiting
 from fake_driver import RTX_3060
 
 from engine import card, hardware
 from engine.card import CardMeter
 
 library, driver = fake_driver.library, fake_driver.driver
+until = partial(waiting.until, seconds=30)
 
 
 @pytest.fixture
@@ -24,13 +26,6 @@ def meter():
     yield start
     for each in made:
         each.close()
-
-
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_card_that_counts(driver, meter):

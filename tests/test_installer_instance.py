@@ -8,15 +8,17 @@ import stat
 import subprocess
 import sys
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import waiting
 
 from installer import instance
 from installer.screen import Screen, Trouble
 
 ROOT = Path(__file__).resolve().parents[1]
+wait_for = partial(waiting.until, seconds=20)
 SERVER = """
 import socket, sys, time
 place = socket.create_server(("127.0.0.1", 0)) if len(sys.argv) < 2 else None
@@ -133,10 +135,3 @@ def test_a_program_that_ends_at_once_gets_its_sentence_shown(app):
 def test_a_link_without_a_port_behind_it_is_no_page(app):
     (app / "logs" / "app.log").write_text("http://127.0.0.1:9/?t=abc")
     assert instance.running(app) is None
-
-
-def wait_for(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)

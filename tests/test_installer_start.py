@@ -15,12 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import waiting
 from browser import CHROMIUM, ask, until, wait_ready
 
 ROOT = Path(__file__).resolve().parents[1]
+until_there = partial(waiting.until, seconds=240)
 PARTS = ("app", "assets", "engine", "installer", "kernels", "pyproject.toml")
 PORT = 7961
 
@@ -189,13 +192,6 @@ def _lock_is_free(person: Person) -> bool:
         except OSError:
             return False
         return True
-
-
-def until_there(condition, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.2)
 
 
 def test_the_second_start_is_quick(person):

@@ -7,7 +7,7 @@ import { message, showThinking, statsLine } from "/ui/message.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
-let log, scroller, queue, title, meter, trigger, drawn = { id: null, limit: 40, text: 0 };
+let log, scroller, queue, title, meter, trigger, drawn = { id: null, limit: 40 };
 
 export async function mount(root, gradioTrigger) {
   await ready;
