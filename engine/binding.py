@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine import sparsity, speed
 from engine.catalogue import Known
-from engine.plan import CPU_WEIGHT_BYTES, trunk_bytes
+from engine.plan import WEIGHT_BYTES
 from engine.spec import Machine
 from engine.units import rate, size
 from kernels.layout import Layout, default_group_size
@@ -61,10 +61,9 @@ def _parts(known: Known, machine: Machine, snapshot: Mapping) -> speed.Times:
     near = speed.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"],
                            expert_misses=far / each)
     context = snapshot["context_used"]
+    trunk = WEIGHT_BYTES[machine.device] * (spec.trunk_params - spec.embedding_params)
     if machine.device == "cpu":
-        trunk = CPU_WEIGHT_BYTES * (spec.trunk_params - spec.embedding_params)
         return speed.token_on_cpu(spec, machine, layout, sparse, level, near, trunk, context, cached=1.0)
-    trunk = trunk_bytes(spec, known.trunk_bits or 16)[1]
     pageable = 1 - min(1.0, machine.pinned_limit_bytes / (spec.n_experts_total * each))
     return speed.token_on_gpu(spec, machine, layout, sparse, level, near, trunk, each, 2 * context, pageable)
 

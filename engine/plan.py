@@ -27,11 +27,12 @@ MIB = 2**20
 # Video memory besides weights, cache and slots.
 CUDA_CONTEXT_BYTES = 400 * 10**6       # the driver's context and the loaded kernels
 GRAPH_POOL_BYTES = 150 * 10**6
-STAGING_BYTES = 2 * 64 * MIB           # two tiles of packed experts on their way in during prefill
+TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
 FRAGMENTATION_BYTES = 200 * 10**6
 # Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
 PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
-CPU_WEIGHT_BYTES = 4                   # trunk and cache are float32 on a CPU
+# Of a weight of the trunk while it runs, whatever it takes on disk: transformers' own layers hold it unpacked.
+WEIGHT_BYTES = {"cuda": 2, "cpu": 4}
 
 
 @dataclass(frozen=True)
@@ -195,10 +196,15 @@ def _expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
     return 2 * model.expert_params if level == "full" else layout.blob_bytes
 
 
-def _prefill_bytes(model: ModelSpec, chunk: int) -> int:
+def tile_experts(experts: int, blob_bytes: int) -> int:
+    """Experts of one staging tile: as many of a layer's as TILE_BYTES hold, one at least."""
+    return min(experts, max(1, TILE_BYTES // blob_bytes))
+
+
+def _prefill_bytes(model: ModelSpec, chunk: int, per_tile: int) -> int:
     """Activations of a chunk and the 16-bit scratch that one staging tile is decoded into."""
     rows = chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
-    return 2 * rows + int(STAGING_BYTES / 2 * 16 / 4.5)
+    return 2 * (rows + per_tile * model.expert_params)
 
 
 def _bounce_bytes(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str) -> int:
@@ -218,30 +224,31 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout
     common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
               "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed}
     side = _on_gpu if machine.device == "cuda" else _on_cpu
-    made = side(model, machine, wishes, layout, known, bits, common)
+    made = side(model, machine, wishes, layout, known, common)
     if not wishes.on_disk and disk > machine.disk_free_bytes and made.verdict != "no":
         made = replace(made, verdict="no", bound="disk", missing_bytes=disk - machine.disk_free_bytes)
     return made
 
 
-def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity, bits: int,
+def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity,
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
-    embedding, trunk = trunk_bytes(model, bits)
-    kv = model.kv_bytes_per_token * context
+    trunk, read = (WEIGHT_BYTES["cuda"] * n for n in (model.trunk_params, _read(model)))
+    kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
     memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
               ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
-              ("staging", STAGING_BYTES), ("prefill workspace", _prefill_bytes(model, chunk)),
+              ("staging", 2 * per_tile * layout.blob_bytes),
+              ("prefill workspace", _prefill_bytes(model, chunk, per_tile)),
               ("bounce buffer", _bounce_bytes(model, layout, known, level)), ("reserve", FRAGMENTATION_BYTES))
     fixed = sum(size for _, size in memory)
     free = machine.vram_free_bytes - fixed
     room = max(0, free if wishes.near_bytes is None else min(free, wishes.near_bytes))
     near, stay = _near(model, layout, known, level, room, _expert_bytes(model, layout, level))
     far = model.n_experts_total * _expert_bytes(model, layout, level)
-    ram = far + embedding + PROCESS_BYTES["cuda"]
+    ram = far + PROCESS_BYTES["cuda"]
     pinned = min(far, machine.pinned_limit_bytes)
     pageable = 1 - pinned / far
-    token = speed.token_on_gpu(model, machine, layout, known, level, stay, trunk, _expert_bytes(model, layout, level),
+    token = speed.token_on_gpu(model, machine, layout, known, level, stay, read, _expert_bytes(model, layout, level),
                                context, pageable)
     streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
     prefill = speed.chunk_on_gpu(model, machine, chunk, streamed, pageable)
@@ -267,15 +274,15 @@ def _near(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str
                 stay.record_slots * layout.record), stay
 
 
-def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity, bits: int,
+def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity,
             common: dict) -> Plan:
     """First the smallest arena, then the experts file's place in the system's page cache, then a larger arena."""
     level, context, chunk = common["level"], common["context"], common["chunk"]
-    kv = model.kv_bytes_per_token * context * CPU_WEIGHT_BYTES // 2
+    kv = model.kv_bytes_per_token * context * WEIGHT_BYTES["cpu"] // 2
     far_each = _expert_bytes(model, layout, level)
     near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
     far = model.n_experts_total * far_each
-    memory = (("trunk", CPU_WEIGHT_BYTES * model.trunk_params), ("context memory (KV)", kv),
+    memory = (("trunk", WEIGHT_BYTES["cpu"] * model.trunk_params), ("context memory (KV)", kv),
               ("recurrent and window state", 2 * model.state_bytes), ("process", PROCESS_BYTES["cpu"]),
               ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
     fixed = sum(size for _, size in memory)
@@ -285,7 +292,7 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, 
     near, stay = _near_on_cpu(model, layout, known, level, room, far_each, near_each)
     ram = fixed + near.total_bytes
     cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
-    token = speed.token_on_cpu(model, machine, layout, known, level, stay, CPU_WEIGHT_BYTES * _read(model), context,
+    token = speed.token_on_cpu(model, machine, layout, known, level, stay, WEIGHT_BYTES["cpu"] * _read(model), context,
                                cached)
     prefill = speed.chunk_on_cpu(model, machine, chunk, stay)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
@@ -338,8 +345,7 @@ def _assumptions(best: Plan, known: sparsity.Sparsity, machine: Machine) -> tupl
     if not known.measured and best.level != "full":
         said.append("budgets and hit rates are assumed from another model until this one has been calibrated")
     if best.device == "cuda":
-        said.append("the trunk stays packed in video memory and the one-token forward is captured as transformers "
-                    "has it")
+        said.append("the trunk is held at 16 bits and its one-token forward is captured as transformers has it")
     elif not machine.gemv_bytes_per_second:
         said.append("this machine's speed has not been measured")
     return tuple(said)

@@ -25,7 +25,7 @@ def snapshot(seconds, *, hit=1.0, read=0.0, context=1000, tokens=100, level="exa
 
 
 @pytest.mark.parametrize("bound, words, machine, shown", [
-    ("link", ("25.2 GB/s", "50 % was near"), CARD, snapshot(0.020, hit=0.5)),
+    ("link", ("25.2 GB/s", "30 % was near"), CARD, snapshot(0.025, hit=0.3)),
     ("trunk", ("reads whole",), replace(CARD, vram_bytes_per_second=20e9),
      snapshot(0.090, level="balanced", context=1)),
     ("vram", ("attention",), CARD, snapshot(0.030, context=200_000)),
@@ -43,8 +43,8 @@ def test_nothing_is_said_before_the_first_token():
 
 
 def test_a_wider_link_stops_binding():
-    slow = what_binds(MODEL, CARD, snapshot(0.020, hit=0.7))
-    fast = what_binds(MODEL, replace(CARD, link_bytes_per_second=1e12), snapshot(0.020, hit=0.7))
+    slow = what_binds(MODEL, CARD, snapshot(0.025, hit=0.3))
+    fast = what_binds(MODEL, replace(CARD, link_bytes_per_second=1e12), snapshot(0.025, hit=0.3))
     assert slow.bound == "link" != fast.bound
 
 

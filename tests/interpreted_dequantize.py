@@ -1,0 +1,28 @@
+"""Whole experts decoded by the device's kernel under the interpreter: the reference's numbers to the bit."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import triton_dequantize
+from kernels.dequantize import dequantize
+from kernels.layout import Layout, default_group_size
+from tests.random_experts import random_blobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden,neurons,n", [(256, 12, 3), (2880, 8, 2), (1088, 5, 1),
+                                              *(pytest.param(hidden, 16, 2, marks=pytest.mark.slow)
+                                                for hidden in (2048, 4096, 5120))])
+def test_dequantize(hidden, neurons, n, dtype):
+    layout = Layout(hidden, neurons, default_group_size(hidden))
+    blobs = random_blobs(n, layout, torch.Generator().manual_seed(hidden))
+    made = []
+    for function in (dequantize.reference, triton_dequantize.dequantize):
+        gate_up = torch.full((n, 2 * neurons, hidden), torch.nan, dtype=dtype)
+        down = torch.full((n, neurons, hidden), torch.nan, dtype=dtype)
+        function(blobs, gate_up, down, layout)
+        made.append((gate_up, down))
+    for expected, found in zip(*made, strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1.6e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-6)
