@@ -82,10 +82,14 @@ class WholeCache:
             return 0
         if self._used:
             used = torch.tensor(self._used)
-            self.pool.stamp[used] = clock
+            self.pool.stamp[used] = self.pool.stamp[used].clamp(min=clock)
             self.pool.ahead[used] = 0
             self._used.clear()
         return int(age(self.pool, clock, self.reserve)[1])
+
+    def pools(self) -> list[tuple[Pool, int]]:
+        """The one pool, with the slots that a token is kept free."""
+        return [(self.pool, self.reserve)]
 
     def used_bytes(self) -> int:
         return _resident(self.pool) * self.row_bytes
@@ -141,19 +145,24 @@ class SparseCache:
         fill(far, ids, self.sketches, place, have, need)
         return place, int((need - have)[place >= 0].sum()), int(need.sum())
 
-    def take_records(self, layer: int, items: Tensor, need: Tensor, far: Tensor, clock: int) -> tuple:
+    def take_records(self, layer: int, items: Tensor, need: Tensor, far: Tensor, clock: int,
+                     ahead: bool = False) -> tuple:
         """Records `items` [n] = expert * I + neuron near -> place int32 [n], fetched bytes, needed bytes."""
         per_layer = self.experts * self.layout.neurons
-        place, have = take(self.record_pool, items + layer * per_layer, need, clock)
+        place, have = take(self.record_pool, items + layer * per_layer, need, clock, ahead)
         fill(far, items, self.records, place, have, need)
-        return place, int((need - have).sum()), int(need.sum())
+        return place, int((need - have)[place >= 0].sum()), int(need.sum())
 
     def end_token(self, clock: int) -> int:
-        wasted = 0
+        """Evict the oldest; returns the bytes fetched ahead in vain."""
+        wasted = int(age(self.record_pool, clock, self.record_reserve)[1]) * self.layout.record
         if not self.resident:
-            wasted = int(age(self.sketch_pool, clock, self.sketch_reserve)[1]) * self.layout.sketch_bytes
-        age(self.record_pool, clock, self.record_reserve)
+            wasted += int(age(self.sketch_pool, clock, self.sketch_reserve)[1]) * self.layout.sketch_bytes
         return wasted
+
+    def pools(self) -> list[tuple[Pool, int]]:
+        """Of sketches and of records, each with the slots that a token is kept free."""
+        return [(self.sketch_pool, self.sketch_reserve), (self.record_pool, self.record_reserve)]
 
     def used_bytes(self) -> int:
         records = self.record_pool.held[self.record_pool.object_of >= 0].sum()
@@ -183,11 +192,21 @@ class BlobCache:
         self.layers, self.near_bytes = layers, self.blobs.numel()
         self.reserve = min(layers * bounce, max(1, n_slots // KEEP_FREE))
 
+    def pools(self) -> list[tuple[Pool, int]]:
+        """The one pool, with the slots that a token is kept free."""
+        return [(self.pool, self.reserve)]
+
     def used_bytes(self) -> int:
         return _resident(self.pool) * self.row_bytes
 
     def residency(self) -> list[float]:
         return (self.pool.slot_of.view(self.layers, -1) >= 0).float().mean(1).tolist()
+
+
+def pinnable(pool: Pool, reserve: int) -> int:
+    """Slots that may be pinned: where not everything fits, a token needs some that come and go."""
+    n_slots = len(pool.object_of)
+    return n_slots if n_slots == len(pool.slot_of) else max(0, n_slots - reserve)
 
 
 def _on(device: str) -> Arena:

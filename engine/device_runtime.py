@@ -3,7 +3,8 @@
 The same protocol, policies and counters as engine/experts.py, which stays the oracle; but the clock, the budgets, the
 counters and every table are tensors changed in place, nothing is read back, and shapes depend on no value. A step can
 therefore be recorded once and replayed. Experts stay packed: sketches and records at the sparse levels, whole blobs at
-`exact`. Far memory must be readable by the kernels (engine/far_locked.py) and verified beforehand.
+`exact`. Far memory must have been verified beforehand and be readable by the kernels (engine/far_locked.py); for layers
+where it is not, the host fetches, and such a step cannot be recorded.
 
 Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a layer keeps, L layers, E experts.
 """
@@ -15,17 +16,18 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from engine.beside import Beside
 from engine.cache import BlobCache, SparseCache
 from engine.experts import FADE, LayerExperts, Runtime
 from engine.gates import recognised
-from engine.prefill import Staging, decoded, product
+from engine.prefill import PRODUCT_ROW, Staging, product
 from engine.spec import SPARSE_LEVELS, Counters, UserError
 from engine.store import FarBlobs
 from kernels.activation import Gate, quantize_activation
 from kernels.age import age
 from kernels.apply import apply
 from kernels.dense import dense
-from kernels.fill import fill
+from kernels.fill import fill, fill_through_host
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, select, select_above
 from kernels.take import Pool, new_pool, take
@@ -42,11 +44,14 @@ class DeviceRuntime(Runtime):
     """Takes the place of `before`, a runtime over packed experts; see `take_over`."""
 
     def __init__(self, before: Runtime, far: FarBlobs, device: str, tokens: int = 1, level: str | None = None,
-                 near_bytes: int | None = None) -> None:
-        """level: None keeps that of `before`, and its near memory."""
+                 near_bytes: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """level: None keeps that of `before`, and its near memory. dtype: of prefill's matrices, that of the trunk."""
         assert 1 <= tokens <= MOST_TOKENS, tokens
         if not isinstance(far, FarBlobs):
             raise NoDevicePath("An uncompressed checkpoint is computed expert by expert; compress it first.")
+        if far.neurons * dtype.itemsize % PRODUCT_ROW:
+            raise NoDevicePath(f"Experts of {far.neurons} neurons do not suit the card's matrix product; they run on "
+                               "the host.")
         for layer in range(far.layers):
             for expert in range(far.experts):
                 far.verify(layer, expert)
@@ -59,8 +64,10 @@ class DeviceRuntime(Runtime):
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)
         self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
         self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
-        self.staging = Staging(far.layout, far.experts, device)
+        self.staging = Staging(far.layout, far.experts, device, dtype)
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
+        self.headroom, self.link_bytes_per_second = True, float("inf")  # engine/headroom.py; bytes that may cross
+        self._beside = Beside(device)
         self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
         level, near_bytes = (level, near_bytes) if level else (before.level, before.near_wish)
         super().__init__(far, before.top_k, level, before.plans, near_bytes, device, before.predict)
@@ -127,7 +134,7 @@ class DeviceRuntime(Runtime):
             self.sparse.preload(self.far.sketches)
 
     def _pools(self) -> list[Pool]:
-        return [self.whole.pool] if self.whole is not None else [self.sparse.sketch_pool, self.sparse.record_pool]
+        return [pool for pool, _ in (self.sparse or self.whole).pools()]
 
     def everything_bytes(self) -> int:
         most = 0 if self.kind == "dense" else max(self._most_records()) * self.tokens
@@ -149,11 +156,13 @@ class DeviceRuntime(Runtime):
         """Give page-locked memory back, once no kernel reads it."""
         if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize()
+        super().close()
         self.far.close()
 
     # --- one step -----------------------------------------------------------------------------------------------
     def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         layer = self.layers[layer.index]
+        self._beside.join()
         if self.phase == "prefill" or (self.phase == "auto" and len(x) > 1):
             return self._dense(layer, x, ids, weights).to(x.dtype)
         assert len(x) <= self.tokens, f"a step of {len(x)} tokens, planned for {self.tokens}"
@@ -165,26 +174,24 @@ class DeviceRuntime(Runtime):
         step = self._whole_blobs if self.whole is not None else self._chosen_records
         out = layer.finish(step(layer, padded, ids, weights)[..., :hidden.shape[1]], ids.long())
         out = (out * weights[..., None]).sum(1)
-        if layer.index + 1 < len(self.layers):
-            if self.predict:
-                self._guess(self.layers[layer.index + 1], hidden)
-        else:
+        if layer.index + 1 == len(self.layers):
             self._end_step()
         return out.to(x.dtype)
 
     def _begin_step(self) -> None:
         """The token before has ended: make room for this one."""
         self._needed, self._had, self._picked, self._fetched_ahead = [], [], [], []
-        wasted = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._wasted = torch.zeros((), dtype=torch.int64, device=self.device)
         if self.whole is not None:
             if not self.whole.keeps_all:
-                wasted = age(self.whole.pool, self.clock_now, self.whole.reserve)[1] * self.far.expert_bytes
+                self._wasted = age(self.whole.pool, self.clock_now, self.whole.reserve)[1] * self.far.expert_bytes
         else:
+            layout = self.far.layout
+            freed = age(self.sparse.record_pool, self.clock_now, self.sparse.record_reserve)
+            self._wasted = freed[1] * layout.record
             if not self.sparse.resident:
                 freed = age(self.sparse.sketch_pool, self.clock_now, self.sparse.sketch_reserve)
-                wasted = freed[1] * self.far.layout.sketch_bytes
-            age(self.sparse.record_pool, self.clock_now, self.sparse.record_reserve)
-        self._wasted = wasted
+                self._wasted = self._wasted + freed[1] * layout.sketch_bytes
         self.clock_now.add_(1)
 
     def _end_step(self) -> None:
@@ -197,13 +204,22 @@ class DeviceRuntime(Runtime):
         picked = torch.cat((*self._picked, self._picked[0].new_tensor([len(self.recent) - 1])))
         self.recent.mul_(FADE).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
 
-    def _bring_near(self, pool: Pool, near: Tensor, far: Tensor, source: Tensor, first: int, need: Tensor,
-                    ahead: bool = False) -> Tensor:
-        """Objects `first + source` (int32 [T, n], -1 for none) into near memory -> place int32 [T, n]."""
+    def _bring_near(self, layer: int, records: bool, source: Tensor, need: Tensor, ahead: bool = False) -> Tensor:
+        """Objects `source` of a layer (int32 [T, n], -1 for none) into near memory -> place int32 [T, n].
+
+        What is fetched ahead crosses the link beside the main stream, which must `join` before it is read.
+        """
+        pool, near, far = self._objects(layer, records)
         misses = torch.empty(source.numel() + 1, dtype=torch.int32, device=source.device)
-        objects = torch.where(source < 0, -1, source + first)
+        objects = torch.where(source < 0, -1, source + layer * (len(pool.slot_of) // self.far.layers))
         place, have = take(pool, objects, need, self.clock_now, ahead, misses)
-        fill(far, source, near, place, have, need, misses)
+        tables = source, place, have, need
+        if layer >= self.far.readable_layers:
+            fill_through_host(far, source, near, place, have, need)
+        elif ahead:
+            self._beside.run(lambda: fill(far, source, near, place, have, need, misses), *tables, misses)
+        else:
+            fill(far, source, near, place, have, need, misses)
         if ahead:
             self._fetched_ahead.append(torch.where(place < 0, 0, need - have).flatten())
         else:
@@ -211,24 +227,30 @@ class DeviceRuntime(Runtime):
             self._had.append(have.flatten())
         return place
 
+    def _objects(self, layer: int, records: bool) -> tuple[Pool, Tensor, Tensor]:
+        """The pool of a layer's experts (or their sketches, or their records), near memory, far memory."""
+        if self.whole is not None:
+            return self.whole.pool, self.whole.blobs, self.far.blobs(layer)
+        if records:
+            return self.sparse.record_pool, self.sparse.records, self.far.records(layer)
+        return self.sparse.sketch_pool, self.sparse.sketches, self.far.sketches(layer)
+
     def _whole_blobs(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Level `exact` -> per-expert sums [T, k, H]."""
-        need = torch.full_like(ids, self.far.layout.blob_bytes)
-        place = self._bring_near(self.whole.pool, self.whole.blobs, self.far.blobs(layer.index), ids,
-                                 layer.index * self.far.experts, need)
+        place = self._bring_near(layer.index, False, ids, torch.full_like(ids, self.far.layout.blob_bytes))
+        self._look_ahead_from(layer, x)
         return dense(x, self.whole.blobs, place, self.far.layout, self.gates[layer.index], *_biases(layer, ids))
 
     def _chosen_records(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sparse levels -> per-expert sums [T, k, H]."""
-        far, near, layout, biases = self.far, self.sparse, self.far.layout, _biases(layer, ids)
-        place = self._bring_near(near.sketch_pool, near.sketches, far.sketches(layer.index), ids,
-                                 layer.index * far.experts, torch.full_like(ids, layout.sketch_bytes))
+        near, layout, biases = self.sparse, self.far.layout, _biases(layer, ids)
+        place = self._bring_near(layer.index, False, ids, torch.full_like(ids, layout.sketch_bytes))
         neurons, fidelity = self._choose(layer, x, place, ids, weights, biases)
         there, index = neurons >= 0, neurons.clamp(min=0)
         items = ids.gather(1, (index // layout.neurons).long()) * layout.neurons + index % layout.neurons
         need = torch.where(there, torch.where(fidelity == DOWN_ONLY, layout.prefix, layout.record), 0).int()
-        where = self._bring_near(near.record_pool, near.records, far.records(layer.index),
-                                 torch.where(there, items, -1), layer.index * far.experts * layout.neurons, need)
+        where = self._bring_near(layer.index, True, torch.where(there, items, -1), need)
+        self._look_ahead_from(layer, x)
         return apply(x, near.sketches, place, near.records, where, neurons, fidelity, layout, self.gates[layer.index],
                      *biases)
 
@@ -246,58 +268,82 @@ class DeviceRuntime(Runtime):
         refined, total = self.budgets[layer.index].split(1)
         return select(scores, refined, total, capacity, histogram)
 
-    def _guess(self, following: LayerExperts, x: Tensor) -> None:
-        """Fetch what the next layer's router picks on this layer's input, into free slots, up to `ahead_bytes`."""
-        if following.router_weight is None or (self.sparse is not None and self.sparse.resident):
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step fetches for the next layer; a recorded step does so for ever, or never."""
+        return self.predict and self.headroom
+
+    def _look_ahead_from(self, layer: LayerExperts, x: Tensor) -> None:
+        """Fetch what the next layer's router picks on this layer's input, into free slots, up to `ahead_bytes`.
+
+        Behind this layer's demand, beside its product and all that comes before the next layer's experts.
+        """
+        following = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
+        if not self.looks_ahead or following is None or following.router_weight is None:
             return
-        guess = (x[-1:] @ following.router_weight.T).topk(self.top_k).indices.int()
-        first = following.index * self.far.experts
-        if self.whole is not None:
-            pool, near, far = self.whole.pool, self.whole.blobs, self.far.blobs(following.index)
-        else:
-            pool, near, far = self.sparse.sketch_pool, self.sparse.sketches, self.far.sketches(following.index)
-        n_bytes = near.shape[1]
-        missing = pool.slot_of[(guess + first).long()] < 0
-        allowed = missing.cumsum(1) * n_bytes <= self.ahead_bytes
+        if self.sparse is not None and self.sparse.resident:
+            return
+        pool, near, _ = self._objects(following.index, False)
+        guess = (x[-1:, :self.far.hidden] @ following.router_weight.T).topk(self.top_k).indices.int()
+        missing = pool.slot_of[(guess + following.index * self.far.experts).long()] < 0
+        allowed = missing.cumsum(1) * near.shape[1] <= self.ahead_bytes
         source = torch.where(missing & allowed, guess, -1)
-        self._bring_near(pool, near, far, source, first, torch.where(source < 0, 0, n_bytes).int(), ahead=True)
+        self._bring_near(following.index, False, source, torch.where(source < 0, 0, near.shape[1]).int(), ahead=True)
+
+    def _fetch_ahead(self, layer: int, ids: Tensor, records: bool) -> None:
+        """Between tokens, for `pin`."""
+        self._fetched_ahead = []
+        near = self._objects(layer, records)[1]
+        self._bring_near(layer, records, ids[None], torch.full_like(ids[None], near.shape[1]), ahead=True)
+        self._beside.join()
+        self.counts[3] += self._fetched_ahead[0].sum()
+        self.counted = None
+
+    def _now(self) -> Tensor:
+        return self.clock_now
+
+    def _count_wasted(self, n: Tensor, records: bool) -> None:
+        self.counts[4] += n * self._objects(0, records)[1].shape[1]
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _dense(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Many tokens: every routed expert once, in order, over the tokens that chose it. Waits for the routing."""
-        order = ids.flatten().argsort(stable=True)
-        counts = torch.bincount(ids.flatten(), minlength=self.far.experts).tolist()
-        tokens, share = order // ids.shape[1], weights.flatten()[order, None].float()
-        chosen, first = [e for e, n in enumerate(counts) if n], list(accumulate(counts, initial=0))
-        out, gate_kind = torch.zeros(x.shape, device=x.device), self.gates[layer.index]
-        slots = self._near_slots(layer.index)
-        tiles = self.staging.stream(chosen, lambda group, tile: self._copy(layer.index, group, tile, slots))
+        picks, top_k = ids.flatten(), ids.shape[1]
+        order = picks.argsort(stable=True)
+        counts = torch.bincount(picks, minlength=self.far.experts).tolist()
+        first, slots = list(accumulate(counts, initial=0)), self._near_slots(layer.index)
+        out = torch.empty(len(picks), x.shape[1], dtype=x.dtype, device=x.device)  # a row for each pick of a token
+        tiles = self.staging.stream([expert for expert, n in enumerate(counts) if n],
+                                    lambda group, tile: self._copy(layer.index, group, tile, slots))
         for group, tile in tiles:
-            for expert, *matrices in zip(group, *decoded(tile, self.far.layout, x.dtype), strict=True):
-                rows = slice(first[expert], first[expert + 1])
-                biases = [layer.biases[name][expert] if layer.biases else None for name in ("gate_bias", "up_bias")]
-                y = product(x[tokens[rows]], *matrices, gate_kind, biases).float()
-                out.index_add_(0, tokens[rows], layer.finish(y, expert) * share[rows])
-        return out
+            start, end = first[group[0]], first[group[-1] + 1]
+            rows = order[start:end]
+            ends = torch.tensor([first[expert + 1] - start for expert in group], dtype=torch.int32, device=x.device)
+            chosen = picks[rows].long()
+            biases = [layer.biases[name][chosen] if layer.biases else None for name in ("gate_bias", "up_bias")]
+            y = product(x[rows // top_k], ends, *self.staging.decoded(tile), self.gates[layer.index], biases)
+            out[rows] = layer.finish(y, chosen).to(out.dtype)
+        return _weighted(out.view(*ids.shape, -1), weights)
 
     def _near_slots(self, layer: int) -> list[int]:
-        """Where whole experts of a layer lie near, -1 for those that are far."""
-        if self.whole is None:
-            return [-1] * self.far.experts
-        return self.whole.pool.slot_of.view(self.far.layers, -1)[layer].tolist()
+        """Where whole experts of a layer, or their sketches, lie near; -1 for those that are far."""
+        pool = self._objects(layer, False)[0]
+        return pool.slot_of.view(self.far.layers, -1)[layer].tolist()
 
     def _copy(self, layer: int, group: list[int], tile: Tensor, slots: list[int]) -> None:
         """Experts into the rows of a tile, what is far in as few copies as it takes."""
         far, at = self.far.blobs(layer)[:, 0], 0
+        near = self._objects(layer, False)[1]
         while at < len(group):
-            end = at + 1
+            end, kept = at + 1, 0
             if slots[group[at]] >= 0:
-                tile[at].copy_(self.whole.blobs[slots[group[at]]])
+                kept = near.shape[1]
+                tile[at, :kept].copy_(near[slots[group[at]]])
             else:
                 while end < len(group) and group[end] == group[end - 1] + 1 and slots[group[end]] < 0:
                     end += 1
-                tile[at:end].copy_(far[group[at]:group[end - 1] + 1], non_blocking=True)
-                self.prefill_far_bytes += (end - at) * self.far.expert_bytes
+            tile[at:end, kept:].copy_(far[group[at]:group[end - 1] + 1, kept:], non_blocking=True)
+            self.prefill_far_bytes += (end - at) * (self.far.expert_bytes - kept)
             at = end
 
 
@@ -305,12 +351,20 @@ def take_over(model: torch.nn.Module, far: FarBlobs, device: str, tokens: int = 
               near_bytes: int | None = None) -> DeviceRuntime:
     """Put a DeviceRuntime behind all experts modules of an open model. NoDevicePath: nothing has changed."""
     before = model.floe
-    runtime = DeviceRuntime(before, far, device, tokens, level, near_bytes)
+    runtime = DeviceRuntime(before, far, device, tokens, level, near_bytes, model.dtype)
     for module in model.modules():
         if getattr(module, "runtime", None) is before:
             module.runtime = runtime
     model.floe = runtime
     return runtime
+
+
+def _weighted(y: Tensor, weights: Tensor) -> Tensor:
+    """y [T, k, H], weights [T, k] -> float32 [T, H], summed in the order of the picks."""
+    out = torch.zeros(len(y), y.shape[2], device=y.device)
+    for pick in range(y.shape[1]):
+        out += y[:, pick] * weights[:, pick, None].float()
+    return out
 
 
 def _gate_of(layer: LayerExperts) -> Gate:

@@ -7,20 +7,23 @@ not depend on what is near, nor on prediction. Weights are float32 here; hidden 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.cache import SparseCache, WholeCache, whole_row_bytes
+from engine.cache import SparseCache, WholeCache, pinnable, whole_row_bytes
+from engine.host_memory import HostMemory
 from engine.spec import SPARSE_LEVELS, Counters, UserError
 from engine.store import Far, FarBlobs
 from kernels.activation import Gate, quantize_activation
+from kernels.age import age
 from kernels.apply import apply
 from kernels.score import score, score_up
 from kernels.select import DOWN_ONLY, select, select_above
+from kernels.take import Pool, pin
 
 Tensor = torch.Tensor
 Rows = tuple[Tensor, Tensor]  # gate_up [2I, H] in the module's own order, down [I, H]
@@ -88,6 +91,7 @@ class Runtime:
         self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
         self.prefill_far_bytes = 0
         self.note = ""  # why the processor computes what a card was asked for
+        self.memories: list[HostMemory] = []  # of the trunk, locked for a card
         self._totals = [0, 0, 0, 0, 0]  # the fields of Counters but the last
         self._activity = np.zeros((far.layers, far.experts), np.float32)  # picks, fading; _tokens: tokens, fading too
         self._tokens = 0.0
@@ -137,6 +141,35 @@ class Runtime:
         self.clock, self._in_token = 0, False
         if self.sparse is not None:
             self.sparse.preload(self._checked_sketches)
+
+    def pin(self, experts: Iterable[tuple[int, int]] = (), neurons: Iterable[tuple[int, int, int]] = ()) -> None:
+        """The working set, between tokens: what stays near until the next call, in place of what stayed so far.
+
+        experts: (layer, expert), their sketches or, where near memory holds whole experts, all of them; neurons:
+        (layer, expert, neuron), their records. What is far is fetched now and counted as fetched ahead. UserError,
+        nothing changed, when a token would find too little room beside it. `reset` and `set_level` forget it.
+        """
+        per_expert = self.far.neurons
+        wanted = [[layer * self.far.experts + expert for layer, expert in experts],
+                  [(layer * self.far.experts + expert) * per_expert + neuron for layer, expert, neuron in neurons]]
+        pools = (self.sparse or self.whole).pools()
+        assert len(pools) == 2 or not wanted[1], "records are near at the sparse levels only"
+        for (pool, reserve), objects in zip(pools, wanted, strict=False):
+            if (n := len(set(objects))) > (most := pinnable(pool, reserve)):
+                raise UserError(f"Near memory has room for {most:,} pinned parts of experts, not for {n:,}; pin less, "
+                                "or give it more memory.")
+        for (pool, _), objects, records in zip(pools, wanted, (False, True), strict=False):
+            self._pin_in(pool, torch.tensor(sorted(set(objects)), dtype=torch.int64, device=pool.stamp.device), records)
+
+    def _pin_in(self, pool: Pool, objects: Tensor, records: bool) -> None:
+        clock, per_layer = self._now(), len(pool.slot_of) // self.far.layers
+        pin(pool, objects, clock)  # what is there need not make room for the rest
+        missing = objects[pool.slot_of[objects] < 0]
+        self._count_wasted(age(pool, clock + 1, len(missing))[1], records)
+        for layer in (missing // per_layer).unique().tolist():
+            ids = (missing[missing // per_layer == layer] % per_layer).int()
+            self._fetch_ahead(layer, ids, records)
+        pin(pool, objects, clock)
 
     def everything_bytes(self) -> int:
         """Near memory at which nothing is ever fetched twice, at this level."""
@@ -207,7 +240,9 @@ class Runtime:
         return out.to(x.device, x.dtype)
 
     def close(self) -> None:
-        """Nothing here outlives the model."""
+        """Give page-locked memory back; no kernel may still read it."""
+        for memory in self.memories:
+            memory.close()
 
     def _begin_token(self, index: int) -> None:
         if index == 0:
@@ -319,14 +354,32 @@ class Runtime:
         if following.router_weight is None or (self.sparse or self.whole).is_complete():
             return
         guess = (x[-1:] @ following.router_weight.float().T).topk(self.top_k).indices[0].int()
-        if self.sparse is not None:
-            for expert in guess.tolist():
-                self.far.verify(following.index, expert)
-            far = self.far.sketches(following.index)
-            self._totals[3] += self.sparse.take_sketches(following.index, guess, far, self.clock, ahead=True)[1]
+        self._fetch_ahead(following.index, guess, records=False)
+
+    def _fetch_ahead(self, layer: int, ids: Tensor, records: bool) -> None:
+        """Experts, or their sketches, or records `ids` int32 [n] of a layer into free slots, and count their bytes."""
+        if self.whole is not None:
+            for expert in ids.tolist():
+                if not self.whole.is_near(layer * self.far.experts + expert):
+                    if self._bring(self.layers[layer], expert, ahead=True) < 0:
+                        return
+                    self._totals[3] += self.far.expert_bytes
             return
-        for expert in guess.tolist():
-            if not self.whole.is_near(following.index * self.far.experts + expert):
-                if self._bring(following, expert, ahead=True) < 0:
-                    return
-                self._totals[3] += self.far.expert_bytes
+        for expert in (ids // self.far.neurons if records else ids).unique().tolist():
+            self.far.verify(layer, expert)
+        if records:
+            need = torch.full_like(ids, self.far.layout.record)
+            found = self.sparse.take_records(layer, ids, need, self.far.records(layer), self.clock, ahead=True)
+        else:
+            found = self.sparse.take_sketches(layer, ids, self.far.sketches(layer), self.clock, ahead=True)
+        self._totals[3] += found[1]
+
+    def _now(self) -> int:
+        """The token that is under way, or ended last."""
+        return self.clock
+
+    def _count_wasted(self, n: Tensor, records: bool) -> None:
+        """n int64: objects that were fetched ahead, never asked for, and evicted."""
+        layout = getattr(self.far, "layout", None)
+        each = self.far.expert_bytes if self.whole is not None else layout.record if records else layout.sketch_bytes
+        self._totals[4] += int(n) * each

@@ -1,4 +1,7 @@
-"""Far memory in page-locked host memory: the experts files read once, each expert checked, then left to the kernels."""
+"""Far memory in page-locked host memory: the experts files read once, each expert checked, then left to the kernels.
+
+Where the system locks only part of it, the first layers are the kernels' and the host fetches for the others.
+"""
 from __future__ import annotations
 
 import os
@@ -49,6 +52,18 @@ class FarLocked(FarBlobs):
                                     "download or compress the model again.")
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def readable_layers(self) -> int:
+        return self.memory.locked_bytes // (self.experts * self.layout.blob_bytes)
+
+    @property
+    def sentence(self) -> str:
+        """What could not be locked, and what follows; "" when everything is."""
+        if self.readable_layers == self.layers:
+            return ""
+        return (f"{self.memory.sentence} The processor fetches for {self.layers - self.readable_layers} of "
+                f"{self.layers} layers meanwhile, which is slower.")
 
     def blobs(self, layer: int) -> Tensor:
         return self._blobs[layer]

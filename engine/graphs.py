@@ -1,6 +1,7 @@
 """The decode step as a CUDA graph: captured once for each kind of near memory, replayed for every token.
 
-One graph for the sparse levels and one for `exact` (and one for `floe`), in one memory pool. A capture runs every
+One graph for the sparse levels and one for `exact` (and one for `floe`), each with and without look-ahead where that is
+switched, in one memory pool. A capture runs every
 kernel first, because compiling and loading are not allowed inside it, and puts back whatever those runs changed. Then
 the graph has to prove itself: one replay must give the logits that running the step gave. A model that cannot be
 captured runs the same kernels one by one, and `sentence` says so.
@@ -33,7 +34,8 @@ class CudaCapture:
     """One pool and one side stream for all graphs of a model."""
 
     def __init__(self) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        # Above the priority of what runs beside it (engine/beside.py).
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(priority=-1)
 
     def beside(self, run: Run) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -66,7 +68,7 @@ class Graphs:
     def _key(self) -> tuple:
         """What a graph was made for: it holds the addresses of one arena and one branch of look-ahead."""
         runtime = self.step.runtime
-        return runtime.n_arenas, runtime.kind, runtime.predict
+        return runtime.n_arenas, runtime.kind, runtime.looks_ahead
 
     def _make(self, key: tuple, position: int) -> None:
         """A graph under `key`, or a sentence; either way the sequence is where it was."""

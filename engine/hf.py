@@ -29,6 +29,8 @@ from engine import card_errors, plan_text
 from engine.checkpoint import Checkpoint
 from engine.experts import LayerExperts, LevelPlan, Runtime
 from engine.format import TRUNK, Manifest, is_compressed
+from engine.host_embedding import leave_on_host
+from engine.host_memory import CudaDriver, Driver
 from engine.on_card import experts_on_card
 from engine.room import Room, machine_for, own_bytes, return_freed
 from engine.skeleton import experts_modules, model_spec
@@ -174,7 +176,6 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     """
     folder, report = Path(folder), progress or (lambda text, share: None)
     device = options.device or default_device()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     check_folder(folder)
     if device == "cuda":
         card_errors.check()
@@ -182,7 +183,7 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
     report("Reading the weights", 0.1)
-    before = own_bytes()
+    before, dtype = own_bytes(), trunk_dtype(device)
     model = _load_compressed(folder, dtype) if is_compressed(folder) else _load_checkpoint(folder, dtype)
     report("Preparing near memory", 0.8)
     runtime, room = model.floe, replace(model.floe_room, machine=machine)
@@ -193,21 +194,37 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     if device == "cpu":
         runtime.set_level(level, room.near_bytes(level, options))
     else:
-        runtime = _onto_card(model, folder, level, room, options, report)
+        runtime = _onto_card(model, folder, level, room, options, report, CudaDriver())
     return_freed()
     check = room.plan(level, options).check(_taken_bytes(runtime, before)) if device == "cpu" else ""
     report(f"Ready. {check}", 1.0)
     return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, room, check)
 
 
-def _onto_card(model: nn.Module, folder: Path, level: str, room: Room, options: Options, report: Report) -> Runtime:
+def trunk_dtype(device: str) -> torch.dtype:
+    """float32 on the processor; 16 bits on a card: bfloat16, or float16 where it has no units for that (before 8.0)."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def _onto_card(model: nn.Module, folder: Path, level: str, room: Room, options: Options, report: Report,
+               driver: Driver) -> Runtime:
     """Trunk and experts onto the card. MachineError with the plan's sum when they do not fit."""
+    embedding = leave_on_host(model, driver)
     try:
         model.to("cuda")
-        return experts_on_card(model, folder, level, room.near_bytes(level, options), report)
-    except torch.OutOfMemoryError as error:
-        planned = plan_text.memory(room.plan(level, options))
-        raise MachineError(card_errors.in_words(error, planned)) from error
+        runtime = experts_on_card(model, folder, level, room.near_bytes(level, options), report, driver)
+    except BaseException as error:
+        if embedding:
+            embedding.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            planned = plan_text.memory(room.plan(level, options))
+            raise MachineError(card_errors.in_words(error, planned)) from error
+        raise
+    runtime.memories = [embedding] if embedding else []
+    runtime.link_bytes_per_second = room.machine.link_bytes_per_second
+    return runtime
 
 
 def _taken_bytes(runtime: Runtime, before: int) -> int:

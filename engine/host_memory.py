@@ -102,12 +102,11 @@ class HostMemory:
 
     @property
     def sentence(self) -> str:
-        """What could not be locked, and what follows; "" when everything is."""
+        """What could not be locked, and what helps; "" when everything is."""
         if self.locked_bytes == self.n_bytes:
             return ""
         return (f"The system page-locks only {size(self.locked_bytes)} of the {size(self.n_bytes)} of experts "
-                f"(CUDA error {self.refusal}), so the processor has to fetch them, which is slower; close other "
-                "programs, or take a model with smaller experts.")
+                f"(CUDA error {self.refusal}); close other programs, or take a model with smaller experts.")
 
     def close(self) -> None:
         """Unlock, and let go of the memory; no kernel may still read it."""

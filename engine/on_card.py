@@ -10,19 +10,19 @@ from engine.device_runtime import DeviceRuntime, NoDevicePath, take_over
 from engine.experts import Runtime
 from engine.far_locked import FarLocked
 from engine.format import Manifest, is_compressed
-from engine.host_memory import CudaDriver, Driver
+from engine.host_memory import Driver
 
 Report = Callable[[str, float], None]
 
 
 def experts_on_card(model: torch.nn.Module, folder: Path, level: str, near_bytes: int, report: Report,
-                    driver: Driver | None = None, device: str = "cuda") -> Runtime:
+                    driver: Driver, device: str = "cuda") -> Runtime:
     """Page-lock the folder's experts and let the device compute them, at `level` with `near_bytes` of its memory.
 
-    -> the runtime that the model has now; the host's own where experts cannot be locked or computed there.
+    -> the runtime that the model has now; the host's own where the card cannot compute such experts.
     """
     try:
-        return _locked(model, folder, level, near_bytes, report, driver or CudaDriver(), device)
+        return _locked(model, folder, level, near_bytes, report, driver, device)
     except NoDevicePath as error:
         report(str(error), 0.9)
         model.floe.note = str(error)
@@ -37,9 +37,11 @@ def _locked(model: torch.nn.Module, folder: Path, level: str, near_bytes: int, r
     far = FarLocked(folder, Manifest.load(folder), driver,
                     lambda share: report("Reading the experts into page-locked memory", 0.8 + 0.1 * share))
     try:
-        if far.memory.sentence:
-            raise NoDevicePath(far.memory.sentence)
-        return take_over(model, far, device, level=level, near_bytes=near_bytes)
+        runtime = take_over(model, far, device, level=level, near_bytes=near_bytes)
     except BaseException:
         far.close()
         raise
+    runtime.note = far.sentence
+    if far.sentence:
+        report(far.sentence, 0.9)
+    return runtime

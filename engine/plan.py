@@ -233,7 +233,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout
 def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: sparsity.Sparsity,
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
-    trunk, read = (WEIGHT_BYTES["cuda"] * n for n in (model.trunk_params, _read(model)))
+    trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (_read(model), model.embedding_params))
     kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
     memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
               ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
@@ -245,10 +245,10 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, 
     room = max(0, free if wishes.near_bytes is None else min(free, wishes.near_bytes))
     near, stay = _near(model, layout, known, level, room, _expert_bytes(model, layout, level))
     far = model.n_experts_total * _expert_bytes(model, layout, level)
-    ram = far + PROCESS_BYTES["cuda"]
+    ram = far + embedding + PROCESS_BYTES["cuda"]
     pinned = min(far, machine.pinned_limit_bytes)
     pageable = 1 - pinned / far
-    token = speed.token_on_gpu(model, machine, layout, known, level, stay, read, _expert_bytes(model, layout, level),
+    token = speed.token_on_gpu(model, machine, layout, known, level, stay, trunk, _expert_bytes(model, layout, level),
                                context, pageable)
     streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
     prefill = speed.chunk_on_gpu(model, machine, chunk, streamed, pageable)

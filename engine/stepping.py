@@ -6,14 +6,16 @@ attention goes back to any position, rings and recurrent states to marks, copies
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator
 
 import torch
 
-from engine.decoding import Decoder, Step
+from engine.decoding import Decoder, Drawn, Step
 from engine.device_runtime import DeviceRuntime
 from engine.device_sampler import DeviceSampler
 from engine.graphs import Graphs
+from engine.headroom import WINDOW, has_headroom
 from engine.prefix import MAX_MARK_BYTES, MAX_MARKS, Prefix, common_length
 from engine.spec import Sampling
 from engine.step_cache import FullLayer, NotCapturable, Snapshot, StepCache, forward
@@ -85,11 +87,12 @@ class Stepping:
     """Decodes on the device, a step ahead of its reader. sentence: why no graph is used, "" where one is or will be."""
 
     def __init__(self, model: torch.nn.Module, runtime: DeviceRuntime, cache: StepCache) -> None:
-        device = cache.clock.device
+        device, self._runtime = cache.clock.device, runtime
         self.prefix = StepPrefix(model, cache)
         self.sampler = DeviceSampler(model.config.get_text_config().vocab_size, cache.clock.context, device)
         step = Step(model, runtime, cache, self.sampler)
-        self._graphs = Graphs(step) if torch.device(device).type == "cuda" else None
+        recordable = runtime.far.readable_layers == runtime.far.layers
+        self._graphs = Graphs(step) if torch.device(device).type == "cuda" and recordable else None
         self._decoder = Decoder(step, self._graphs.launch if self._graphs else None)
 
     @property
@@ -104,12 +107,25 @@ class Stepping:
         limit = min(limit, self.prefix.cache.clock.context - position)
         steps = decoder.tokens(ids[-1], position, ends, limit)
         try:
-            for drawn in steps:
+            for drawn in self._watched(steps):
                 self.prefix.ids = self.prefix.ids[:position] + decoder.fed
                 yield drawn.token
         finally:
             steps.close()
             self.prefix.ids = self.prefix.ids[:position] + decoder.fed
+
+
+    def _watched(self, steps: Iterator[Drawn]) -> Iterator[Drawn]:
+        """The same, and every few tokens a look at how busy the link was: without headroom nothing is fetched ahead."""
+        runtime, crossed, since = self._runtime, None, 0.0
+        for n, drawn in enumerate(steps):
+            if n % WINDOW == 0:
+                now, total = time.perf_counter(), drawn.counts[2] + drawn.counts[3]
+                if crossed is not None:
+                    runtime.headroom = has_headroom(runtime.headroom, total - crossed, now - since,
+                                                    runtime.link_bytes_per_second)
+                crossed, since = total, now
+            yield drawn
 
 
 def begin(model: torch.nn.Module, runtime, context: int) -> tuple[Prefix | StepPrefix, Stepping | None]:

@@ -50,6 +50,11 @@ class FarBlobs:
         self.expert_bytes = self.layout.blob_bytes
         self._files = [ExpertsFile(folder / experts_name(i)) for i in range(manifest.layers)]
 
+    @property
+    def readable_layers(self) -> int:
+        """How many layers, from the first, a device that computes them can read by itself."""
+        return self.layers
+
     def close(self) -> None:
         """The maps go with the last tensor that looks into them."""
 

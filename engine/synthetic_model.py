@@ -26,10 +26,10 @@ def around(shape: Shape, calibration: Mapping, far: FarSynthetic, options: Optio
     """A random trunk around experts that are there."""
     device = options.device or hf.default_device()
     machine = machine_for(device, demo_model())
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     report("Making up the trunk", 0.0)
     trunk = {name: parts[name] for name, parts in trunk_of(shape, 16, seed=0)}
-    model = type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk, dtype=dtype,
+    model = type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk,
+                                                 dtype=hf.trunk_dtype(device),
                                                  quantization_config=hf.FloeConfig(from_checkpoint=True))
     room = Room(shape.spec, machine, 16, shape.layout.group, calibration)
     runtime = hf.bind(model, far, "exact", room)

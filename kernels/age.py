@@ -1,7 +1,7 @@
 """Once a token: free the longest unused slots, so that the next token finds enough of them on the free stack.
 
 The only place where anything leaves near memory. Oldest first, ties by slot index, what was not used for AGES - 1
-tokens or more counting as equally old; what was used in the token that just ended stays.
+tokens or more counting as equally old; what was used in the token that just ended stays, and so does what is pinned.
 """
 from __future__ import annotations
 

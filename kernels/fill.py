@@ -1,4 +1,4 @@
-"""Copy what is missing from far to near memory: the only function that touches far memory at decode.
+"""Copy what is missing from far to near memory: the only file that touches far memory at decode.
 
 Legend: E experts, I objects per expert (1 for whole sketches), P bytes of an object, M misses.
 """
@@ -27,6 +27,11 @@ def fill(far: Tensor, source: Tensor, near: Tensor, place: Tensor, have: Tensor,
         index = source[rows].long()
         expert, item = index // far.shape[1], index % far.shape[1]
         near[place[rows].long(), low:high] = far[expert, item, low:high].to(near.device)
+
+
+def fill_through_host(far: Tensor, source: Tensor, near: Tensor, place: Tensor, have: Tensor, need: Tensor) -> None:
+    """As `fill`, for far memory that the device cannot read: waits for the device, then copies on the host's side."""
+    fill.reference(far, *(table.cpu() if table is not near else table for table in (source, near, place, have, need)))
 
 
 def _spans(have: Tensor, need: Tensor) -> list[tuple[int, int]]:

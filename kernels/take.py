@@ -3,7 +3,7 @@
 A pool is an array of equal slots followed by a bounce area. A missing object takes a slot from the free stack, or,
 when the stack is empty, a row of the bounce area that holds it for this layer only. Places count through both:
 0 .. n_slots-1 are slots, n_slots .. are bounce rows. Slots return to the stack only in kernels/age.py, between tokens,
-so nothing that a token uses can disappear in it.
+so nothing that a token uses can disappear in it. A slot whose stamp is PINNED never returns.
 """
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from kernels.pick import twin
 
 Tensor = torch.Tensor
 
+PINNED = 2**31 - 1      # a stamp later than any token, which using the slot does not change
+
 
 class Pool(NamedTuple):
     """The tables of one pool, all int32 on the device. N objects exist, S of them fit."""
 
     slot_of: Tensor    # [N] slot of an object, -1 when it is far
     object_of: Tensor  # [S] object in a slot, -1 when it is free
-    stamp: Tensor      # [S] token that used the slot last
+    stamp: Tensor      # [S] token that used the slot last, or PINNED
     held: Tensor       # [S] bytes of the object that are in the slot (a prefix or all)
     ahead: Tensor      # [S] 1 while an object fetched ahead has not been asked for
     free: Tensor       # [S] stack of free slots
@@ -35,6 +37,14 @@ def new_pool(n_objects: int, n_slots: int, device: torch.device | str = "cpu") -
     stack = torch.arange(n_slots - 1, -1, -1, dtype=torch.int32, device=device)
     return Pool(table(n_objects, -1), table(n_slots, -1), table(n_slots, -1), table(n_slots, 0), table(n_slots, 0),
                 stack, table(1, n_slots))
+
+
+def pin(pool: Pool, objects: Tensor, clock: int | Tensor) -> None:
+    """Those of `objects` (int [n]) that are near stay so until the next call; what was pinned before counts as used
+    at `clock`. Between tokens only."""
+    pool.stamp.copy_(torch.where(pool.stamp == PINNED, clock, pool.stamp))
+    slots = pool.slot_of[objects.long()]
+    pool.stamp[slots[slots >= 0].long()] = PINNED
 
 
 @twin("kernels.triton_take")
@@ -95,5 +105,5 @@ def _assign(pool: Pool, objects: Tensor, slots: Tensor, need: Tensor, clock: int
 def _touch(pool: Pool, slots: Tensor, need: Tensor, clock: int, ahead: bool) -> None:
     pool.held[slots] = torch.maximum(pool.held[slots], need)
     if not ahead:
-        pool.stamp[slots] = clock
+        pool.stamp[slots] = pool.stamp[slots].clamp(min=clock)
         pool.ahead[slots] = 0

@@ -23,7 +23,8 @@ STATE = 4
 
 @triton.jit
 def _ages(object_of, stamp, slot, n_slots, now, AGES: tl.constexpr):
-    """Tokens since a slot was used, 0 for free slots and those of this token; AGES - 1 stands for anything older."""
+    """Tokens since a slot was used, 0 for free slots, pinned ones and those of this token; AGES - 1 for anything
+    older."""
     there = slot < n_slots
     resident = tl.load(object_of + slot, mask=there, other=-1) >= 0
     age = now - tl.load(stamp + slot, mask=there, other=0)

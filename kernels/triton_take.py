@@ -39,6 +39,7 @@ def _take(objects, need, slot_of, object_of, stamp, held, ahead_of, free, n_free
             new = (missing > 0) & (rank < left)
             to = tl.load(free + (left - 1 - rank), mask=new, other=-1)
             there = tl.minimum(tl.load(held + slot, mask=hit, other=0, volatile=True), wanted)
+            last = tl.load(stamp + slot, mask=hit, other=0, volatile=True)
             n_new = tl.sum(new.to(tl.int32), 0)
             n_missing = tl.sum(missing, 0)
             if not AHEAD:
@@ -55,7 +56,7 @@ def _take(objects, need, slot_of, object_of, stamp, held, ahead_of, free, n_free
                 tl.store(stamp + to, now, mask=new)
                 tl.store(ahead_of + to, 1, mask=new)
             else:
-                tl.store(stamp + to, now, mask=used)
+                tl.store(stamp + to, tl.maximum(last, now), mask=used)  # pinned slots keep their stamp
                 tl.store(ahead_of + to, 0, mask=used)
             if LISTED:
                 fetch = ((to >= 0) & (there < wanted)).to(tl.int32)

@@ -7,7 +7,7 @@ import torch
 from kernels import triton_age, triton_fill, triton_take
 from kernels.age import age
 from kernels.fill import fill
-from kernels.take import Pool, new_pool, take
+from kernels.take import Pool, new_pool, pin, take
 
 N_OBJECTS = 300
 
@@ -41,6 +41,8 @@ def test_take_gives_the_references_places_and_tables(rows, n_slots):
     twin = copy(pool)
     for clock in range(6):
         objects, need = wishes(generator, rows, 24)
+        for tables in (pool, twin):
+            pin(tables, objects[0, :5 * (clock % 2)], clock)
         for ahead in (clock % 3 == 2, False):
             lists = torch.full((2, 1 + objects.numel()), -7, dtype=torch.int32)
             expected = take.reference(pool, objects, need, clock, ahead, lists[0])
@@ -99,6 +101,8 @@ def test_age_frees_the_references_slots(monkeypatch, n_slots):
             for tables in (pool, twin):
                 take.reference(tables, objects, need, clock, ahead)
         reserve = int(torch.randint(0, 120, (1,), generator=generator))
+        for tables in (pool, twin):
+            pin(tables, objects[0, :20], clock)
         expected = age.reference(pool, clock, reserve)
         found = triton_age.age(twin, torch.tensor([clock], dtype=torch.int32), reserve)
         assert torch.equal(expected, found)

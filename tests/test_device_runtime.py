@@ -13,8 +13,9 @@ from engine.gates import recognised
 from engine.prefill import Staging
 from engine.spec import Options, UserError
 from kernels.activation import Gate
+from kernels.take import PINNED
 from tests.folders import checkpoint, compressed
-from tests.test_experts import N_TOKENS, PLANS, PROMPT, E, K, L
+from tests.test_experts import N_TOKENS, PLANS, PROMPT, E, K, L, N
 from tests.test_kernels_triton import run_cases
 
 LEVELS = ("exact", *PLANS)
@@ -122,8 +123,7 @@ def test_prefill_through_tiles(name, per_tile, tmp_path):
     for on_device in (False, True):
         if on_device:
             runtime = take_over(loaded.model, far, "cpu")
-            runtime.staging = Staging(far.layout, far.experts, "cpu", per_tile * far.layout.blob_bytes)
-            assert runtime.staging.per_tile == min(per_tile, far.experts)
+            runtime.staging = Staging(far.layout, far.experts, "cpu", per_tile=min(per_tile, far.experts))
         runtime = loaded.model.floe
         runtime.predict = False
         runtime.set_level("exact", runtime.everything_bytes())
@@ -141,6 +141,53 @@ def test_prefill_through_tiles(name, per_tile, tmp_path):
     near = len(set(ids[0].tolist()))
     assert runtime.prefill_far_bytes - before == (used - near) * far.layers * far.expert_bytes
     assert torch.equal(runtime.whole.pool.slot_of, tables)
+
+
+@torch.no_grad()
+def test_sketches_that_are_near_are_not_read_again(folder):
+    """At a sparse level prefill takes them from near memory; only records cross the link."""
+    loaded = opened(folder, "fast", 0.5, False, True)
+    runtime, x = loaded.runtime, torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    assert runtime.sparse.resident
+    ids, weights = torch.tensor([[0, 1], [5, 2]]).repeat(20, 1), torch.rand(40, K)
+    found = []
+    for level in ("fast", "exact"):
+        runtime.set_level(level, runtime.near_wish)
+        runtime.phase, before = "prefill", runtime.prefill_far_bytes
+        found.append(torch.stack([runtime.forward(layer, x, ids, weights) for layer in runtime.layers]))
+        each = runtime.far.expert_bytes - (runtime.far.layout.sketch_bytes if level == "fast" else 0)
+        assert runtime.prefill_far_bytes - before == 4 * L * each
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("level", ["exact", "fast", "floe"])
+@torch.no_grad()
+def test_what_is_pinned_stays_near_on_either_path(level, folder):
+    """The working set survives whole answers, changes no token, and lets go of what is pinned no more."""
+    experts, neurons = [(0, 1), (2, 7)], [] if level == "exact" else [(0, 3, 5), (1, 2, 40), (1, 2, 41)]
+    found = []
+    for on_device in (False, True):
+        loaded = opened(folder, level, 0.4, False, on_device)
+        runtime, plain = loaded.runtime, answer(opened(folder, level, 0.4, False, on_device))
+        before = runtime.counters()
+        runtime.pin(experts, neurons)
+        fetched = (runtime.counters() - before).speculative_bytes
+        assert answer(loaded) == plain
+        pools = [pool for pool, _ in (runtime.sparse or runtime.whole).pools()]
+        wanted = [[layer * E + expert for layer, expert in experts],
+                  [(layer * E + expert) * N + neuron for layer, expert, neuron in neurons]]
+        for pool, objects in zip(pools, wanted, strict=False):
+            assert all(int(pool.slot_of[item]) >= 0 and int(pool.stamp[pool.slot_of[item]]) == PINNED
+                       for item in objects)
+        runtime.pin(experts, neurons)  # nothing to do
+        assert (runtime.counters() - before).speculative_bytes == fetched > 0
+        runtime.pin()
+        assert answer(loaded) == plain and not any(bool((pool.stamp == PINNED).any()) for pool in pools)
+        with pytest.raises(UserError, match="pin less"):
+            runtime.pin([(layer, expert) for layer in range(L) for expert in range(E)],
+                        [(0, expert, neuron) for expert in range(E) for neuron in range(N)] if neurons else [])
+        found.append(fetched)
+    assert found[0] == found[1]
 
 
 @torch.no_grad()

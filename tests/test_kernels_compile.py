@@ -15,6 +15,7 @@ from kernels import (
     triton_activation,
     triton_age,
     triton_apply,
+    triton_dequantize,
     triton_fill,
     triton_score,
     triton_select,
@@ -72,6 +73,12 @@ def dense_call(hidden: int) -> Callable:
                                       layout, Gate("gelu_tanh"))
 
 
+def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
+    layout = layout_of(hidden)
+    return lambda: triton_dequantize.dequantize(bytes_(1, layout.blob_bytes), torch.zeros(1, 1024, hidden, dtype=dtype),
+                                                torch.zeros(1, 512, hidden, dtype=dtype), layout)
+
+
 def select_call(n: int, counted: bool) -> Callable:
     return lambda: triton_select.select(torch.zeros(1, n), integers(1), integers(1), n // 2,
                                         integers(1, 4096) if counted else None)
@@ -103,10 +110,13 @@ CALLS = {
     "apply biased": apply_call(2880, biased=True),
     "apply 4096": apply_call(4096, n=4300),
     "dense": dense_call(2048),
+    "dequantize": dequantize_call(2048, torch.bfloat16),
+    "dequantize 2880": dequantize_call(2880, torch.float16),
 }
 
 
-SLOW_CALLS = {"select 8192", "select uncounted", "score up", "take ahead", "apply biased", "apply 4096", "dense"}
+SLOW_CALLS = {"select 8192", "select uncounted", "score up", "take ahead", "apply biased", "apply 4096", "dense",
+              "dequantize 2880"}
 
 
 @pytest.mark.parametrize("card", cards())

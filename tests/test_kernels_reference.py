@@ -28,7 +28,7 @@ from kernels.planes import (
 )
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, FLOE, REFINED, histogram_of, select, select_above
-from kernels.take import new_pool, take
+from kernels.take import PINNED, new_pool, pin, take
 from tests.random_experts import blob_of, random_blobs, random_expert
 
 LAYOUTS = [Layout(256, 5, 128), Layout(320, 3, 64), Layout(2880, 4, 64), Layout(2048, 3, 128)]
@@ -230,6 +230,7 @@ class Protocol(RuleBasedStateMachine):
         self.clock = 0
         self.used: set[int] = set()                                # objects in slots that this token asked for
         self.unasked: set[int] = set()                             # fetched ahead, not asked for since
+        self.pinned: set[int] = set()
 
     def fetched(self, rows, ahead):
         width = max(len(row) for row in rows)
@@ -280,14 +281,29 @@ class Protocol(RuleBasedStateMachine):
         n_free = int(self.pool.n_free)
         n_evicted, n_wasted = age(self.pool, self.clock, reserve).tolist()
         gone = before - {int(item) for item in self.pool.object_of if item >= 0}
-        assert len(gone) == n_evicted and not gone & self.used
+        assert len(gone) == n_evicted and not gone & (self.used | self.pinned)
         assert len(gone & self.unasked) == n_wasted
         assert int(self.pool.n_free) == n_free + n_evicted and (not gone or n_free + n_evicted <= reserve)
-        stayed = [stamps[item] for item in before - gone]
+        stayed = [stamps[item] for item in before - gone]  # the latest possible for a pinned one
         assert not gone or max(stamps[item] for item in gone) <= min(stayed, default=1 << 30)
         self.unasked -= gone
         self.used.clear()
         self.clock += 1
+
+    @rule(objects=st.sets(st.integers(0, N_OBJECTS - 1), max_size=8))
+    def pin(self, objects):
+        """Only between tokens: here, before anything of this one is asked for."""
+        if self.used:
+            return
+        pin(self.pool, torch.tensor(sorted(objects), dtype=torch.int64), self.clock)
+        self.pinned = {item for item in objects if int(self.pool.slot_of[item]) >= 0}
+
+    @invariant()
+    def pins_are_what_was_pinned_last(self):
+        if not hasattr(self, "pool"):
+            return
+        assert {int(self.pool.object_of[slot]) for slot in (self.pool.stamp == PINNED).nonzero()[:, 0]
+                if int(self.pool.object_of[slot]) >= 0} == self.pinned
 
     @invariant()
     def every_object_has_one_slot_and_every_slot_one_object(self):

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
 
-FILES = ("memory", "choice", "product")
+FILES = ("memory", "choice", "product", "dequantize")
 
 
 def run_cases(repository, name: str, *options: str) -> None:

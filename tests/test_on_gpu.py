@@ -16,6 +16,7 @@ from engine.format import Manifest
 from engine.generate import Engine
 from engine.graphs import Graphs
 from engine.host_memory import CudaDriver, HostMemory
+from engine.prefill import Staging
 from engine.spec import Options, Sampling
 from engine.step_cache import StepCache
 from kernels.fill import fill
@@ -57,6 +58,31 @@ def test_the_experts_step_is_the_cpus(name, level, tokens, tmp_path):
     assert found[1] == expected[1] and all(map(torch.equal, found[2], expected[2]))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4_text"])
+@pytest.mark.parametrize("level", ["exact", "fast"])
+@torch.inference_mode()
+def test_prefill_is_the_cpus(name, level, tmp_path):
+    """Tiles on a stream of their own, decoded by one kernel, torch's grouped product; tiles are reused."""
+    folder, found = compressed(name, tmp_path)[2], []
+    draw = torch.Generator().manual_seed(0)
+    x, n = torch.randn(200, 64, generator=draw), 200
+    for device in ("cpu", "cuda"):
+        loaded = hf.load(folder, Options("exact", device="cpu"))
+        loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
+        far = locked(folder) if device == "cuda" else loaded.runtime.far
+        runtime = take_over(loaded.model.to(device), far, device)
+        runtime.set_level(level, runtime.everything_bytes())
+        runtime.staging = Staging(far.layout, far.experts, device, per_tile=2)
+        runtime.phase, draw = "prefill", torch.Generator().manual_seed(1)
+        ids = torch.stack([torch.randperm(far.experts, generator=draw)[:runtime.top_k] for _ in range(n)])
+        weights = torch.rand(n, runtime.top_k, generator=draw)
+        for _ in range(2):
+            found.append([runtime.forward(layer, x.to(device), ids.to(device), weights.to(device)).cpu()
+                          for layer in runtime.layers])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("name", CAPTURED)
 @torch.inference_mode()
 def test_a_captured_step_replays_past_every_window(name, tmp_path):
@@ -69,12 +95,13 @@ def test_a_captured_step_replays_past_every_window(name, tmp_path):
     for level in ("exact", "fast"):
         runtime.set_level(level, (runtime.smallest_bytes() + runtime.everything_bytes()) // 2)
         graphs, answers = Graphs(step), []
-        for launch in (None, graphs.launch):
+        for launch, headroom in ((None, True), (graphs.launch, True), (graphs.launch, False)):
+            runtime.headroom = headroom  # a graph with the branch of look-ahead, and one without
             step.cache.reset()
             runtime.reset()
             step.sampler.start(Sampling(4.0, 60, 0.98, seed=3), None, [])
             answers.append([drawn.token for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), N_TOKENS)])
-        assert graphs.sentence == "" and answers[0] == answers[1] and len(set(answers[0])) > 10
+        assert graphs.sentence == "" and answers[0] == answers[1] == answers[2] and len(set(answers[0])) > 10
 
 
 def test_the_embedded_model_says_what_it_says_on_the_cpu(repository):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import hf
+from engine import device_runtime, headroom, hf, host_memory
 from engine.device_runtime import DeviceRuntime
 from engine.generate import Engine
 from engine.hardware import described
@@ -146,13 +146,30 @@ def test_a_card_that_is_lost_leaves_the_answer_so_far(demo_checkpoint):
         assert finish(engine.chat(TALK, GREEDY))[1].reason in ("stop", "length")
 
 
-def test_memory_that_cannot_be_locked_is_said_and_the_host_computes(demo_checkpoint):
-    said, ledger = [], Ledger(limit=0)
-    loaded = on_device(demo_checkpoint, ledger, said)
-    assert not isinstance(loaded.runtime, DeviceRuntime) and any("page-locks only" in text for text in said)
+@pytest.mark.parametrize("level", ["exact", "fast"])
+@pytest.mark.parametrize("locked, readable", [(0.0, 0), (0.6, 3)])
+def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, engines, level, locked, readable,
+                                                                   monkeypatch):
+    """The same answer, the same bytes; layers that are locked whole stay the device's own."""
+    folder_bytes = engines[1]._turns.runtime.far.layers * engines[1]._turns.runtime.far.experts \
+        * engines[1]._turns.runtime.far.expert_bytes
+    monkeypatch.setattr(host_memory, "PIECE", folder_bytes // 20)
+    said, found = [], []
+    loaded = on_device(demo_checkpoint, Ledger(limit=int(locked * folder_bytes)), said)
+    far = loaded.runtime.far
+    assert isinstance(loaded.runtime, DeviceRuntime) and far.readable_layers == readable
+    fetched: list[int] = []
+    through_host = device_runtime.fill_through_host
+    monkeypatch.setattr(device_runtime, "fill_through_host", lambda *given: fetched.append(1) or through_host(*given))
     with Engine(loaded, OPTIONS) as engine:
-        assert type(engine._turns.prefix) is Prefix and finish(engine.chat(TALK, GREEDY))[1].n_tokens > 0
-        assert engine.snapshot()["note"] in said
+        assert "page-locks only" in engine.snapshot()["note"] and engine.snapshot()["note"] in said
+        for each in (engine, engines[1]):
+            each.configure(replace(OPTIONS, level=level, near_bytes=loaded.runtime.near_bytes))
+            before = each.snapshot()["counters"]["needed_bytes"]
+            events, end = finish(each.chat(TALK, GREEDY))
+            found.append((told(events), end.n_tokens, each.snapshot()["counters"]["needed_bytes"] - before))
+        engines[1].configure(OPTIONS)
+    assert found[0] == found[1] and fetched
 
 
 def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(tmp_path):
@@ -174,7 +191,7 @@ def test_a_full_card_is_said_with_the_plans_sum(demo_checkpoint, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.10 GiB.")
     monkeypatch.setattr(loaded.model, "to", full)
     with pytest.raises(MachineError, match=r"ran out of memory.*Planned was: Video memory: .* trunk .* experts "):
-        hf._onto_card(loaded.model, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None)
+        hf._onto_card(loaded.model, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None, Ledger())
 
 
 def test_closing_gives_locked_memory_back(demo_checkpoint):
@@ -203,3 +220,24 @@ def test_going_back_gives_the_logits_of_reading_anew(name):
 def test_a_context_beyond_the_model_is_refused(demo_checkpoint):
     with pytest.raises(UserError, match="reads at most"):
         Engine(on_device(demo_checkpoint), replace(OPTIONS, context=10**9))
+
+
+def test_nothing_is_fetched_ahead_where_the_link_is_busy(demo_checkpoint):
+    """The policy, and that an answer follows it: the same text, from then on without a byte ahead."""
+    assert headroom.has_headroom(True, 79, 1.0, 100) and not headroom.has_headroom(True, 81, 1.0, 100)
+    assert headroom.has_headroom(False, 49, 1.0, 100) and not headroom.has_headroom(False, 51, 1.0, 100)
+    with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
+        runtime = engine._turns.runtime
+        text = told(finish(engine.chat(LONG, GREEDY))[0])
+        assert runtime.counters().speculative_bytes > 0 and runtime.looks_ahead
+        with torch.inference_mode():
+            engine._turns.prefix.reset()
+        runtime.link_bytes_per_second, before = 1.0, runtime.counters().speculative_bytes
+        assert told(finish(engine.chat(LONG, GREEDY))[0]) == text and not runtime.looks_ahead
+        used = runtime.counters().speculative_bytes - before
+        assert used > 0  # of the first tokens
+        finish(engine.chat(LONG, GREEDY))
+        assert runtime.counters().speculative_bytes - before == used
+        runtime.link_bytes_per_second = float("inf")
+        finish(engine.chat(LONG, GREEDY))
+        assert runtime.looks_ahead
