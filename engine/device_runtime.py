@@ -28,8 +28,9 @@ from kernels.age import age
 from kernels.apply import apply
 from kernels.dense import dense
 from kernels.fill import fill, fill_through_host
+from kernels.resolve import Resolved, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
-from kernels.select import BINS, DOWN_ONLY, select, select_above
+from kernels.select import BINS, select, select_above
 from kernels.take import Pool, new_pool, take
 
 Tensor = torch.Tensor
@@ -68,6 +69,7 @@ class DeviceRuntime(Runtime):
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.headroom, self.link_bytes_per_second = True, float("inf")  # engine/headroom.py; bytes that may cross
         self._beside = Beside(device)
+        self._first_of_layer = far.experts * torch.arange(far.layers, device=device)[:, None]
         self.counted: list[int] | None = None  # what came back with the last token; saves a wait for the device
         level, near_bytes = (level, near_bytes) if level else (before.level, before.near_wish)
         super().__init__(far, before.top_k, level, before.plans, near_bytes, device, before.predict)
@@ -166,11 +168,12 @@ class DeviceRuntime(Runtime):
         if self.phase == "prefill" or (self.phase == "auto" and len(x) > 1):
             return self._dense(layer, x, ids, weights).to(x.dtype)
         assert len(x) <= self.tokens, f"a step of {len(x)} tokens, planned for {self.tokens}"
-        hidden, weights, ids = x.float(), weights.float().contiguous(), ids.int()
+        hidden, weights, ids = x.float(), weights.float().contiguous(), ids.contiguous()
         if layer.index == 0:
             self._begin_step()
-        self._picked.append(ids.flatten().long() + layer.index * self.far.experts)
-        padded = F.pad(hidden, (0, self.far.layout.padded - hidden.shape[1]))
+        self._picked.append(ids.flatten())
+        padding = self.far.layout.padded - hidden.shape[1]
+        padded = F.pad(hidden, (0, padding)) if padding else hidden
         step = self._whole_blobs if self.whole is not None else self._chosen_records
         out = layer.finish(step(layer, padded, ids, weights)[..., :hidden.shape[1]], ids.long())
         out = (out * weights[..., None]).sum(1)
@@ -180,52 +183,44 @@ class DeviceRuntime(Runtime):
 
     def _begin_step(self) -> None:
         """The token before has ended: make room for this one."""
-        self._needed, self._had, self._picked, self._fetched_ahead = [], [], [], []
-        self._wasted = torch.zeros((), dtype=torch.int64, device=self.device)
-        if self.whole is not None:
-            if not self.whole.keeps_all:
-                self._wasted = age(self.whole.pool, self.clock_now, self.whole.reserve)[1] * self.far.expert_bytes
-        else:
-            layout = self.far.layout
-            freed = age(self.sparse.record_pool, self.clock_now, self.sparse.record_reserve)
-            self._wasted = freed[1] * layout.record
-            if not self.sparse.resident:
-                freed = age(self.sparse.sketch_pool, self.clock_now, self.sparse.sketch_reserve)
-                self._wasted = self._wasted + freed[1] * layout.sketch_bytes
+        self._picked = []
+        for (pool, reserve), each in zip((self.sparse or self.whole).pools(), self._each_bytes(), strict=True):
+            if len(pool.object_of) < len(pool.slot_of):  # else nothing ever leaves
+                self.counts[4:].add_(age(pool, self.clock_now, reserve)[1:] * each * self.done.logical_not())
         self.clock_now.add_(1)
 
+    def _each_bytes(self) -> list[int]:
+        """Bytes of an object of each pool."""
+        layout = self.far.layout
+        return [layout.blob_bytes] if self.whole is not None else [layout.sketch_bytes, layout.record]
+
     def _end_step(self) -> None:
-        """Count the whole step at once: a few operations instead of a few per layer."""
-        needed = torch.cat(self._needed).sum(dtype=torch.int64)
-        had = torch.cat(self._had).sum(dtype=torch.int64)
-        ahead = torch.cat(self._fetched_ahead or [self._needed[0][:0]]).sum(dtype=torch.int64)
-        step = torch.stack((needed, had, needed - had, ahead, self._wasted))
-        self.counts.add_(torch.where(self.done, 0, step))
-        picked = torch.cat((*self._picked, self._picked[0].new_tensor([len(self.recent) - 1])))
+        """Which experts were busy: a few operations a token instead of a few a layer."""
+        picked = torch.stack(self._picked).long() + self._first_of_layer
+        picked = torch.cat((picked.flatten(), self._first_of_layer[-1] + self.far.experts))  # and one token more
         self.recent.mul_(FADE).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
 
-    def _bring_near(self, layer: int, records: bool, source: Tensor, need: Tensor, ahead: bool = False) -> Tensor:
-        """Objects `source` of a layer (int32 [T, n], -1 for none) into near memory -> place int32 [T, n].
+    def _fill(self, layer: int, records: bool, found: Resolved, ahead: bool = False) -> Tensor:
+        """Bring what is missing -> place int32 [T, n].
 
         What is fetched ahead crosses the link beside the main stream, which must `join` before it is read.
         """
-        pool, near, far = self._objects(layer, records)
-        misses = torch.empty(source.numel() + 1, dtype=torch.int32, device=source.device)
-        objects = torch.where(source < 0, -1, source + layer * (len(pool.slot_of) // self.far.layers))
-        place, have = take(pool, objects, need, self.clock_now, ahead, misses)
-        tables = source, place, have, need
+        source, place, have, need, misses = found
+        _, near, far = self._objects(layer, records)
         if layer >= self.far.readable_layers:
             fill_through_host(far, source, near, place, have, need)
         elif ahead:
-            self._beside.run(lambda: fill(far, source, near, place, have, need, misses), *tables, misses)
+            self._beside.run(lambda: fill(far, source, near, place, have, need, misses), *found)
         else:
             fill(far, source, near, place, have, need, misses)
-        if ahead:
-            self._fetched_ahead.append(torch.where(place < 0, 0, need - have).flatten())
-        else:
-            self._needed.append(need.flatten())
-            self._had.append(have.flatten())
         return place
+
+    def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
+        """Experts or their sketches near -> place int32 [T, k]; with most_ahead ahead of demand, so many bytes."""
+        pool, near, _ = self._objects(layer, False)
+        found = resolve_experts(pool, ids, layer * self.far.experts, near.shape[1], self.clock_now, self.counts,
+                                self.done, most_ahead)
+        return self._fill(layer, False, found, most_ahead is not None)
 
     def _objects(self, layer: int, records: bool) -> tuple[Pool, Tensor, Tensor]:
         """The pool of a layer's experts (or their sketches, or their records), near memory, far memory."""
@@ -237,19 +232,19 @@ class DeviceRuntime(Runtime):
 
     def _whole_blobs(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Level `exact` -> per-expert sums [T, k, H]."""
-        place = self._bring_near(layer.index, False, ids, torch.full_like(ids, self.far.layout.blob_bytes))
+        place = self._bring_experts(layer.index, ids)
         self._look_ahead_from(layer, x)
         return dense(x, self.whole.blobs, place, self.far.layout, self.gates[layer.index], *_biases(layer, ids))
 
     def _chosen_records(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The sparse levels -> per-expert sums [T, k, H]."""
         near, layout, biases = self.sparse, self.far.layout, _biases(layer, ids)
-        place = self._bring_near(layer.index, False, ids, torch.full_like(ids, layout.sketch_bytes))
+        place = self._bring_experts(layer.index, ids)
         neurons, fidelity = self._choose(layer, x, place, ids, weights, biases)
-        there, index = neurons >= 0, neurons.clamp(min=0)
-        items = ids.gather(1, (index // layout.neurons).long()) * layout.neurons + index % layout.neurons
-        need = torch.where(there, torch.where(fidelity == DOWN_ONLY, layout.prefix, layout.record), 0).int()
-        where = self._bring_near(layer.index, True, torch.where(there, items, -1), need)
+        first = layer.index * self.far.experts * layout.neurons
+        found = resolve_neurons(near.record_pool, neurons, fidelity, ids, first, layout, self.clock_now, self.counts,
+                                self.done)
+        where = self._fill(layer.index, True, found)
         self._look_ahead_from(layer, x)
         return apply(x, near.sketches, place, near.records, where, neurons, fidelity, layout, self.gates[layer.index],
                      *biases)
@@ -283,27 +278,24 @@ class DeviceRuntime(Runtime):
             return
         if self.sparse is not None and self.sparse.resident:
             return
-        pool, near, _ = self._objects(following.index, False)
-        guess = (x[-1:, :self.far.hidden] @ following.router_weight.T).topk(self.top_k).indices.int()
-        missing = pool.slot_of[(guess + following.index * self.far.experts).long()] < 0
-        allowed = missing.cumsum(1) * near.shape[1] <= self.ahead_bytes
-        source = torch.where(missing & allowed, guess, -1)
-        self._bring_near(following.index, False, source, torch.where(source < 0, 0, near.shape[1]).int(), ahead=True)
+        guess = (x[-1:, :self.far.hidden] @ following.router_weight.T).topk(self.top_k).indices
+        self._bring_experts(following.index, guess, self.ahead_bytes)
 
     def _fetch_ahead(self, layer: int, ids: Tensor, records: bool) -> None:
         """Between tokens, for `pin`."""
-        self._fetched_ahead = []
-        near = self._objects(layer, records)[1]
-        self._bring_near(layer, records, ids[None], torch.full_like(ids[None], near.shape[1]), ahead=True)
-        self._beside.join()
-        self.counts[3] += self._fetched_ahead[0].sum()
+        pool, near, far = self._objects(layer, records)
+        need = torch.full_like(ids, near.shape[1])
+        place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock_now, True)
+        bring = fill if layer < self.far.readable_layers else fill_through_host
+        bring(far, ids, near, place, have, need)
+        self.counts[3] += (need - have)[place >= 0].sum()
         self.counted = None
 
     def _now(self) -> Tensor:
         return self.clock_now
 
     def _count_wasted(self, n: Tensor, records: bool) -> None:
-        self.counts[4] += n * self._objects(0, records)[1].shape[1]
+        self.counts[4] += n * self._each_bytes()[int(records)]
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _dense(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

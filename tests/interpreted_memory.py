@@ -1,4 +1,4 @@
-"""Cases for Triton's interpreter (run by test_kernels_triton.py): take, fill and age, byte for byte."""
+"""Cases for Triton's interpreter (run by test_kernels_triton.py): take, resolve, fill and age, byte for byte."""
 from __future__ import annotations
 
 import pytest
@@ -7,6 +7,8 @@ import torch
 from kernels import triton_age, triton_fill, triton_take
 from kernels.age import age
 from kernels.fill import fill
+from kernels.layout import Layout
+from kernels.resolve import resolve_experts, resolve_neurons
 from kernels.take import Pool, new_pool, pin, take
 
 N_OBJECTS = 300
@@ -65,6 +67,44 @@ def test_take_of_a_list_longer_than_a_tile(monkeypatch):
         assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
         assert torch.equal(lists[0], lists[1])
         assert_same(pool, twin)
+
+
+def same_wishes(mine, theirs) -> None:
+    """Of two Resolved: every table; of the misses only those that are listed."""
+    n = int(mine.misses[0])
+    assert torch.equal(mine.misses[:n + 1], theirs.misses[:n + 1])
+    assert all(map(torch.equal, mine[:4], theirs[:4]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("n_slots", [0, 5, 60])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_resolve_gives_the_references_places_tables_and_counts(rows, n_slots, kind):
+    """Experts, records and fetches ahead of a layer by turns, in one pool; a finished answer counts nothing."""
+    generator, layout = torch.Generator().manual_seed(rows + n_slots), Layout(256, 10, 128)
+    pools, counts = [new_pool(N_OBJECTS, n_slots)], torch.zeros(2, 5, dtype=torch.int64)
+    pools.append(copy(pools[0]))
+    for clock in range(6):
+        now, done = torch.tensor([clock], dtype=torch.int32), torch.tensor(clock == 4)
+        first = 90 * (clock % 2)
+        ids = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(rows)]).to(kind)
+        neurons = torch.stack([torch.randperm(40, generator=generator)[:24].sort().values for _ in range(rows)]).int()
+        neurons[-1, 20 - clock:] = -1
+        fidelity = torch.randint(0, 3, neurons.shape, generator=generator).to(torch.int8)
+        most = torch.tensor([(9000, 0, 5000)[clock % 3]], dtype=torch.int32)
+        found = []
+        for pool, total, experts, records in zip(
+                pools, counts, (resolve_experts.reference, triton_take.resolve_experts),
+                (resolve_neurons.reference, triton_take.resolve_neurons), strict=True):
+            rest = now, total, done
+            found.append((experts(pool, ids, first, 4000, *rest),
+                          experts(pool, ids[-1:].clone(), first + 90, 4000, *rest, most),
+                          records(pool, neurons, fidelity, ids, first, layout, *rest)))
+        for mine, theirs in zip(*found, strict=True):
+            same_wishes(mine, theirs)
+        assert_same(*pools)
+        assert torch.equal(counts[0], counts[1])
+    assert counts[0, 0] >= counts[0, 2] > 0 and (n_slots < 60 or (counts[0, 1] > 0 and counts[0, 3] > 0))
 
 
 @pytest.mark.parametrize("listed", [False, True])

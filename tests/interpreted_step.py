@@ -19,7 +19,8 @@ from kernels import triton_apply, triton_fill, triton_score
 from tests.folders import compressed
 
 OF = {"age": "age", "apply": "apply", "dense": "apply", "fill": "fill", "quantize_activation": "activation",
-      "score": "score", "score_up": "score", "select": "select", "select_above": "select", "take": "take"}
+      "score": "score", "score_up": "score", "select": "select", "select_above": "select", "resolve_experts": "take",
+      "resolve_neurons": "take"}
 LEVELS = ("exact", "fast", "floe")
 
 

@@ -13,8 +13,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "score", "score_up", "select", "select_above",
-           "take")
+KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "resolve_experts", "resolve_neurons", "score",
+           "score_up", "select", "select_above")
 HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "masked_select", "unique")
 
 _library = torch.library.Library("floe_recorded", "DEF")

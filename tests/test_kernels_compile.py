@@ -88,6 +88,18 @@ def take_call(n: int, ahead: bool) -> Callable:
     return lambda: triton_take.take(new_pool(5000, 999), integers(n), integers(n), integers(1), ahead, integers(n + 1))
 
 
+def resolve_call(ahead: bool) -> Callable:
+    rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
+    return lambda: triton_take.resolve_experts(new_pool(5000, 999), integers(1, 8).long(), 256, 589_824, *rest,
+                                               integers(1) if ahead else None)
+
+
+def resolve_neurons_call(n: int) -> Callable:
+    rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
+    return lambda: triton_take.resolve_neurons(new_pool(5000, 999), integers(1, n), integers(1, n).to(torch.int8),
+                                               integers(1, 8).long(), 131_072, layout_of(2048), *rest)
+
+
 def fill_call(n_bytes: int, listed: bool) -> Callable:
     return lambda: triton_fill.fill(bytes_(3, 512, n_bytes), integers(99), bytes_(9, n_bytes), integers(99),
                                     integers(99), integers(99), integers(100) if listed else None)
@@ -103,6 +115,9 @@ CALLS = {
     "select above": lambda: triton_select.select_above(torch.zeros(1, 9000), torch.zeros(1, 9000), 4096),
     "take": take_call(1229, False),
     "take ahead": take_call(8, True),
+    "resolve experts": resolve_call(False),
+    "resolve ahead": resolve_call(True),
+    "resolve neurons": resolve_neurons_call(1229),
     "fill records": fill_call(2304, True),
     "fill sketches": fill_call(589_824, False),
     "age": lambda: triton_age.age(new_pool(5000, 4999), integers(1), integers(1)),
@@ -115,7 +130,8 @@ CALLS = {
 }
 
 
-SLOW_CALLS = {"select 8192", "select uncounted", "score up", "take ahead", "apply biased", "apply 4096", "dense",
+SLOW_CALLS = {"select 8192", "select uncounted", "score up", "take ahead", "resolve ahead",
+              "apply biased", "apply 4096", "dense",
               "dequantize 2880"}
 
 

@@ -1,0 +1,74 @@
+"""From what a layer wants to places in near memory: routed experts, or the neurons that `select` chose.
+
+`take` with everything around it, so that a device does it in one kernel: which objects these are, how many bytes of
+each are wanted, what must be filled, and the bytes counted.
+
+Legend: T tokens of a step, k routed experts, E experts and I neurons of a layer, K neurons chosen.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kernels.layout import Layout
+from kernels.pick import twin
+from kernels.select import DOWN_ONLY
+from kernels.take import Pool, take
+
+Tensor = torch.Tensor
+
+NEEDED, HIT, FAR, AHEAD = 0, 1, 2, 3  # of the counters, int64 [4 or more]
+
+
+class Resolved(NamedTuple):
+    """What `fill` is given. All int32 [T, n]; misses int32 [1 + T*n]: how many must be filled, then their positions."""
+
+    source: Tensor  # object within its layer, -1 for none
+    place: Tensor   # as of `take`
+    have: Tensor
+    need: Tensor
+    misses: Tensor
+
+
+@twin("kernels.triton_take")
+def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Tensor, counts: Tensor, done: Tensor,
+                    most_ahead: Tensor | None = None) -> Resolved:
+    """Places for experts `ids` (int [T, k]; object = first + id), each of n_bytes.
+
+    counts is added to unless done (bool). most_ahead (int32 [1], T = 1): fetch ahead of demand instead, no more than
+    so many bytes, the rest of what is missing getting place -1.
+    """
+    source = ids.int()
+    if most_ahead is not None:
+        missing = pool.slot_of[(source + first).long()] < 0
+        source = torch.where(missing & (missing.cumsum(1) * n_bytes > most_ahead), -1, source)
+    need = torch.where(source < 0, 0, n_bytes).int()
+    return _resolved(pool, source, first, need, clock, counts, done, most_ahead is not None)
+
+
+@twin("kernels.triton_take")
+def resolve_neurons(pool: Pool, neurons: Tensor, fidelity: Tensor, ids: Tensor, first: int, layout: Layout,
+                    clock: Tensor, counts: Tensor, done: Tensor) -> Resolved:
+    """Places for the records of neurons int32 [T, K] (of the k routed experts `ids` [T, k] one after the other, -1 for
+    none), whole or a prefix by fidelity int8 [T, K]; object = first + expert * I + neuron."""
+    there, index = neurons >= 0, neurons.clamp(min=0)
+    experts = ids.gather(1, (index // layout.neurons).long()).int()
+    source = torch.where(there, experts * layout.neurons + index % layout.neurons, -1)
+    need = torch.where(there, torch.where(fidelity == DOWN_ONLY, layout.prefix, layout.record), 0).int()
+    return _resolved(pool, source, first, need, clock, counts, done, False)
+
+
+def _resolved(pool: Pool, source: Tensor, first: int, need: Tensor, clock: Tensor, counts: Tensor, done: Tensor,
+              ahead: bool) -> Resolved:
+    misses = torch.zeros(source.numel() + 1, dtype=torch.int32, device=source.device)
+    place, have = take.reference(pool, torch.where(source < 0, -1, source + first), need, clock, ahead, misses)
+    if not bool(done):
+        if ahead:
+            counts[AHEAD] += int((need - have)[place >= 0].sum())
+        else:
+            needed, had = int(need.sum()), int(have.sum())
+            counts[NEEDED] += needed
+            counts[HIT] += had
+            counts[FAR] += needed - had
+    return Resolved(source, place, have, need, misses)
