@@ -41,6 +41,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one verb; the exit code. Wrong words on the command line end in argparse's SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m engine VERB ...\n\n" + "\n".join(f"  {v:11} {t}" for v, t in VERBS.items()))
@@ -54,15 +55,28 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except (MachineError, MemoryError) as error:
-        print(str(error) or "Out of memory: close other programs or choose a smaller model.", file=sys.stderr)
+    except MachineError as error:
+        print(error, file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except Exception as error:
+        return _failed(error)
     if args.json:
         print(json.dumps(document))
     return 0
+
+
+def _failed(error: Exception) -> int:
+    """A machine's error in one sentence; what is a mistake of this program keeps its traceback."""
+    from engine.failures import in_words  # loads torch; wrong arguments need not wait for it
+
+    words = in_words(error)
+    if words is None:
+        raise error
+    print(words, file=sys.stderr)
+    return 3
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine import card_errors, hf, plan_text
+from engine import hf, plan_text
 from engine.about import about
-from engine.spec import Event, MachineError, Options, Sampling, UserError
+from engine.failures import sentence
+from engine.spec import Event, Options, Sampling, UserError
 from engine.turn import CHUNK, Turns
 
 _log = logging.getLogger(__name__)
@@ -267,18 +268,6 @@ class Engine:
             raise
         if options.level != level:
             self._turns.prefix.reset()  # what another level wrote is not what this level would have
-
-
-def sentence(error: BaseException, planned: str = "") -> str:
-    """One plain sentence for the user about any error. planned: what the plan gave which part of a card's memory."""
-    if isinstance(error, (UserError, MachineError)):
-        return str(error)
-    if words := card_errors.in_words(error, planned):
-        return words
-    if isinstance(error, MemoryError):
-        return "The computer ran out of memory; close other programs or choose a smaller context, and try again."
-    reason = str(error).strip().splitlines()
-    return f"The model failed ({type(error).__name__}{': ' + reason[0] if reason else ''}); try again."
 
 
 def _context(options: Options, longest: int) -> int:
