@@ -43,7 +43,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """floe.json. `calibration` is empty until `calibrate` has run."""
+    """floe.json. `calibration` is empty until `calibrate` has run. ValueError for numbers that no model has."""
 
     group_size: int
     trunk_bits: int
@@ -55,6 +55,24 @@ class Manifest:
     files: tuple[FileEntry, ...]
     calibration: dict = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        numbers = (self.layers, self.experts, self.top_k, self.neurons, self.hidden)
+        good = all(type(n) is int and n > 0 for n in numbers) and self.top_k <= self.experts
+        if not (good and self.trunk_bits in (16, 8, 4) and self.layout and self._levels_fit()):
+            raise ValueError("these are not the numbers of a model")
+
+    def _levels_fit(self) -> bool:
+        """Whether every level's budgets, or thresholds, are as many and as large as this model can have."""
+        most = self.top_k * self.neurons
+        for level in self.calibration.get("levels", {}).values():
+            budgets, thresholds = level.get("budgets"), level.get("thresholds")
+            if budgets is not None and not (len(budgets) == self.layers and all(
+                    refined >= 0 <= down_only and refined + down_only <= most for refined, down_only in budgets)):
+                return False
+            if thresholds is not None and [len(row) for row in thresholds] != [self.experts] * self.layers:
+                return False
+        return True
 
     @cached_property
     def layout(self) -> Layout:
@@ -76,7 +94,7 @@ class Manifest:
             return Manifest(files=files, **raw)
         except FileNotFoundError as error:
             raise UserError(f"{folder} holds no compressed model: {MANIFEST} is missing.") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / MANIFEST} is damaged; download or compress the model again.") from error
 
     def check_sizes(self, folder: Path) -> None:
@@ -94,6 +112,7 @@ def is_compressed(folder: Path) -> bool:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
+    """The whole text under its name, or what was there before. MachineError for a full disk."""
     temporary = path.with_name(path.name + ".part")
     with writing(temporary), temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -17,7 +17,6 @@ from typing import Any
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -25,7 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from engine import card_errors, plan_text
+from engine import card_errors, failures, plan_text
 from engine.checkpoint import Checkpoint
 from engine.experts import LayerExperts, LevelPlan, Runtime
 from engine.format import TRUNK, Manifest, is_compressed
@@ -39,6 +38,7 @@ from engine.store import Far, FarBlobs, FarCheckpoint
 from engine.trunk import CODES, SCALES, decode
 
 Tensor = torch.Tensor
+SIZES = ("layers", "experts", "top_k", "neurons", "hidden")  # what the manifest repeats of the configuration
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 Report = Callable[[str, float], None]  # (what is being done, share done 0..1)
 
@@ -125,8 +125,11 @@ class FloeQuantizer(HfQuantizer):
         folder = Path(model.config.name_or_path)
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder on this machine; download the model first.")
-        manifest = Manifest.load(folder)
-        room = Room(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
+        manifest, spec = Manifest.load(folder), model.floe_spec
+        if any(getattr(manifest, name) != getattr(spec, name) for name in SIZES):
+            raise UserError(f"{folder} is damaged (config.json and floe.json are of different models); download or "
+                            "compress the model again.")
+        room = Room(spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
         bind(model, FarBlobs(folder, manifest), "exact", room)
 
 
@@ -233,11 +236,21 @@ def _taken_bytes(runtime: Runtime, before: int) -> int:
 
 
 def _load_compressed(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """UserError where configuration and weights are not those of one model: transformers would make up the rest."""
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged (config.json or {TRUNK} cannot be used); download or compress the model "
-                        "again.") from error
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
+                                                            output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds for what does not go together
+        if isinstance(error, UserError) or failures.is_out_of_memory(error):
+            raise
+        raise UserError(_damaged(folder)) from error
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise UserError(_damaged(folder))
+    return model
+
+
+def _damaged(folder: Path) -> str:
+    return f"{folder} is damaged (config.json or {TRUNK} cannot be used); download or compress the model again."
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from engine.checkpoint import Checkpoint
-from engine.format import ExpertsFile, Manifest, experts_name
+from engine.format import MANIFEST, ExpertsFile, Manifest, experts_name
 from engine.spec import UserError
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_up
@@ -40,7 +40,7 @@ class Far(Protocol):
 
 
 class FarBlobs:
-    """The experts files of a compressed folder, mapped into memory."""
+    """The experts files of a compressed folder, mapped into memory. UserError for files that are not what it says."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         manifest.check_sizes(folder)
@@ -49,6 +49,10 @@ class FarBlobs:
         self.neurons, self.hidden = manifest.neurons, manifest.hidden
         self.expert_bytes = self.layout.blob_bytes
         self._files = [ExpertsFile(folder / experts_name(i)) for i in range(manifest.layers)]
+        for file in self._files:
+            if file.blobs.shape != (self.experts, self.expert_bytes) or len(file.checksums) != self.experts:
+                raise UserError(f"{file.path} holds other experts than {MANIFEST} says; download or compress the model "
+                                "again.")
 
     @property
     def readable_layers(self) -> int:

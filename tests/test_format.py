@@ -204,6 +204,55 @@ def test_a_damaged_manifest(folder, text):
     refuse(folder, "floe.json is damaged")
 
 
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("changes", [
+    {"layers": -1}, {"layers": "2"}, {"experts": 0}, {"top_k": 9}, {"neurons": 48.0}, {"hidden": 100},
+    {"group_size": 0}, {"trunk_bits": 5}, {"calibration": []}, {"calibration": {"levels": 3}},
+    {"calibration": {"levels": {"fast": []}}},
+    *({"calibration": {"levels": {"fast": {"budgets": budgets}}}} for budgets in (
+        "x", [[1, 1]], [[1, 1, 1]] * 2, [[1, -1]] * 2, [[90, 7]] * 2, [["1", "1"]] * 2)),
+    {"calibration": {"levels": {"floe": {"thresholds": [[0.1] * 8]}}}},
+    {"calibration": {"levels": {"floe": {"thresholds": [[0.1] * 7] * 2}}}},
+])
+def test_a_manifest_with_numbers_that_no_model_has(folder, changes):
+    edit(folder / "floe.json", **changes)
+    refuse(folder, "floe.json is damaged")
+
+
+@pytest.mark.parametrize("name, changes, word", [
+    *(("floe.json", {name: value}, "different models") for name, value in (
+        ("layers", 1), ("layers", 3), ("experts", 4), ("top_k", 1), ("neurons", 64), ("hidden", 128))),
+    ("config.json", {"moe_intermediate_size": 64}, "different models"),
+    ("config.json", {"num_hidden_layers": 1}, "damaged"), ("config.json", {"num_hidden_layers": 3}, "damaged"),
+    ("config.json", {"vocab_size": 100}, "damaged"), ("config.json", {"hidden_size": 128}, "damaged"),
+    ("config.json", {"quantization_config": None}, "damaged"), ("config.json", {"model_type": "llama"}, "no routed"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "damaged"),
+])
+def test_configuration_manifest_and_weights_of_different_models(folder, name, changes, word):
+    edit(folder / name, **changes)
+    refuse(folder, word)
+
+
+def test_experts_of_another_model(folder, tmp_path):
+    """Sizes agree with a manifest that was made for them; the model's own numbers do not."""
+    other = compressed("qwen3_moe", tmp_path / "other", moe_intermediate_size=32)[2]
+    entries = json.loads((folder / "floe.json").read_text())["files"]
+    shutil.copyfile(other / experts_name(1), folder / experts_name(1))
+    size = (folder / experts_name(1)).stat().st_size
+    edit(folder / "floe.json",
+         files=[entry | {"bytes": size} if entry["path"] == experts_name(1) else entry for entry in entries])
+    refuse(folder, experts_name(1), "other experts")
+
+
+def test_a_weight_of_the_trunk_under_another_name_is_not_made_up(folder):
+    path = folder / "trunk.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"layers.0.self_attn.q_proj", b"layers.0.self_attn.q_prox"))
+    refuse(folder, "trunk.safetensors cannot be used")
+
+
 @pytest.mark.parametrize("name", ["trunk.safetensors", "experts-00001.safetensors"])
 def test_a_truncated_or_missing_file_is_seen_at_open(folder, name):
     size = (folder / name).stat().st_size
