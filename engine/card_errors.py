@@ -114,6 +114,19 @@ def check() -> None:
         raise MachineError(sentence)
 
 
+def device_for(wish: str | None) -> tuple[str, str]:
+    """cpu or cuda (without a wish, where it works), and the sentence why a card that is there is left alone, else "".
+
+    MachineError for a card that is wished and cannot be used.
+    """
+    if wish == "cpu" or (wish is None and not torch.cuda.is_available()):
+        return "cpu", ""
+    why = obstacle(facts())
+    if why and wish:
+        raise MachineError(why)
+    return ("cpu", why) if why else ("cuda", "")
+
+
 def in_words(error: BaseException, planned: str = "") -> str | None:
     """One sentence about an error of the card or of its compiler; None for any other. planned: the plan's line about
     memory, for a card that is full."""

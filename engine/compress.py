@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from engine import card_errors
 from engine.checkpoint import Checkpoint, ExpertLayer
 from engine.format import (
     MANIFEST,
@@ -136,13 +137,14 @@ class Making:
     def begin(checkpoint: Checkpoint, dest: Path, origin: str, group_size: int | None = None, trunk_bits: int = 16,
               device: str | None = None) -> Making:
         """Start, or go on with what an interrupted run of the same settings has finished. origin: what is compressed,
-        in words. UserError: a group size that does not divide hidden, a dest that holds something else."""
+        in words. UserError: a group size that does not divide hidden, a dest that holds something else. MachineError: a
+        card that cannot be used."""
         spec = checkpoint.spec
         try:
             layout = Layout(spec.hidden, spec.neurons, group_size or default_group_size(spec.hidden))
         except ValueError as error:
             raise UserError(str(error)) from error
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device, _ = card_errors.device_for(device)
         settings = {"group_size": layout.group, "trunk_bits": trunk_bits, "source": origin}
         return Making(checkpoint, dest, layout, trunk_bits, device, settings, _resume(dest, settings))
 
@@ -175,7 +177,7 @@ def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits
     called before every expert and may raise.
     UserError: not a MoE checkpoint, a group size that does not divide hidden, weights that are not finite, a dest that
     holds something else or was begun with other settings.
-    MachineError: full disk. Finished files survive any failure, and the next call goes on behind them.
+    MachineError: full disk, no card. Finished files survive any failure, and the next call goes on behind them.
     """
     source = Path(source)
     return compress_checkpoint(Checkpoint.open(source), source, Path(dest), str(source.resolve()), group_size,

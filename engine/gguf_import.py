@@ -14,8 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
-import torch
-
+from engine import card_errors
 from engine import compress as compression
 from engine.checkpoint import Checkpoint
 from engine.fetch import Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
@@ -125,8 +124,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     work = partial(dest)
     made = work / "made"
     if not is_compressed(made):
-        bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[
-            choice.device or ("cuda" if torch.cuda.is_available() else "cpu")]
+        bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[card_errors.device_for(choice.device)[0]]
         _prepare(hub, source, model, work, bits, stop)
         meter = Meter(source.bytes, arrived(work, source.files), report)
         fetch_all(hub, source, source.files, work, meter, stop)

@@ -178,10 +178,8 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     for a card that cannot be used.
     """
     folder, report = Path(folder), progress or (lambda text, share: None)
-    device = options.device or default_device()
+    device, why_not_the_card = card_errors.device_for(options.device)
     check_folder(folder)
-    if device == "cuda":
-        card_errors.check()
     machine = machine_for(device, folder)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
@@ -195,6 +193,7 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     if level not in (options.level, "full"):
         report(f"Not calibrated for {options.level}: running at {level}", 0.9)
     if device == "cpu":
+        runtime.note = why_not_the_card
         runtime.set_level(level, room.near_bytes(level, options))
     else:
         runtime = _onto_card(model, folder, level, room, options, report, CudaDriver())
@@ -283,10 +282,6 @@ def load_tokenizer(folder: Path):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise UserError(f"{folder} has no usable tokenizer (tokenizer.json); download the model again.") from error
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usable_level(wish: str, runtime: Runtime) -> str:

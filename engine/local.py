@@ -63,10 +63,9 @@ def _made(name: str, data: str | Path | None, choice: Choice, report: Report, st
             raise UserError(f"{name} is there already; delete it first to make it again.")
         making = partial(dest)
         report(Progress(0, 1, 0.0, None, "Loading the compressor"))
-        import torch
-
+        from engine.card_errors import device_for
         from engine.plan import DEFAULT_TRUNK_BITS
-        device = choice.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device, _ = device_for(choice.device)
 
         def check() -> None:
             if stop.is_set():

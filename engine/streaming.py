@@ -20,6 +20,7 @@ from threading import Event
 
 import torch
 
+from engine import card_errors
 from engine.checkpoint import Checkpoint
 from engine.compress import Making, experts_of, result_bytes
 from engine.fetch import INDEX, Choice, arrived, begin, check_disk, fetch_all
@@ -162,8 +163,7 @@ class Stream:
         self.tensors = ArrivingShards(self.folder, file_of)
         checkpoint = Checkpoint(read_config(self.folder), self.tensors, self.source.repository.partition("/")[2])
         origin = f"{self.source.repository} at {self.source.commit}"
-        bits = self.choice.trunk_bits or DEFAULT_TRUNK_BITS[
-            self.choice.device or ("cuda" if torch.cuda.is_available() else "cpu")]
+        bits = self.choice.trunk_bits or DEFAULT_TRUNK_BITS[card_errors.device_for(self.choice.device)[0]]
         making = Making.begin(checkpoint, self.made, origin, None, bits, self.choice.device)
         if checkpoint.left_out:
             self.meter.say(f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import AutoTokenizer
 
-from engine import hf
+from engine import card_errors, hf
 from engine.paths import demo_model
 from engine.room import Room, machine_for
 from engine.spec import Options
@@ -24,7 +24,7 @@ def open_in_memory(shape: Shape, calibration: Mapping, options: Options,
 def around(shape: Shape, calibration: Mapping, far: FarSynthetic, options: Options,
            report: Callable[[str, float], None] = lambda text, share: None) -> hf.Loaded:
     """A random trunk around experts that are there."""
-    device = options.device or hf.default_device()
+    device, _ = card_errors.device_for(options.device)
     machine = machine_for(device, demo_model())
     report("Making up the trunk", 0.0)
     trunk = {name: parts[name] for name, parts in trunk_of(shape, 16, seed=0)}

@@ -58,3 +58,30 @@ def test_errors_in_the_middle():
     assert "Python.h" in in_words(RuntimeError("fatal error: Python.h: No such file or directory"))
     for other in (RuntimeError("shapes do not match"), ValueError("x"), KeyError()):
         assert in_words(other) is None
+
+
+WHY = "The GTX 1080 has compute capability 6.1."
+
+
+@pytest.mark.parametrize("wish, available, why, expected", [
+    (None, True, "", ("cuda", "")), (None, True, WHY, ("cpu", WHY)), (None, False, WHY, ("cpu", "")),
+    ("cpu", True, "", ("cpu", "")), ("cuda", True, "", ("cuda", "")), ("cuda", False, WHY, MachineError)])
+def test_without_a_wish_a_card_is_taken_where_it_works(wish, available, why, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(card_errors, "facts", Facts)
+    monkeypatch.setattr(card_errors, "obstacle", lambda seen: why)
+    if expected is MachineError:
+        with pytest.raises(MachineError, match="GTX 1080"):
+            card_errors.device_for(wish)
+    else:
+        assert card_errors.device_for(wish) == expected
+
+
+def test_why_a_card_is_left_alone_is_shown(monkeypatch, repository):
+    from engine import hf
+    from engine.generate import Engine
+    from engine.spec import Options
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(card_errors, "obstacle", lambda seen: WHY)
+    with Engine(hf.load(repository / "assets" / "demo", Options(level="exact")), Options()) as engine:
+        assert (engine.snapshot()["device"], engine.snapshot()["note"]) == ("cpu", WHY)
