@@ -55,11 +55,12 @@ class LayerTable:
         return float(self.losses[self.edges.index(refined), self.edges.index(refined + down_only)])
 
     def best(self, layout: Layout, price: float) -> tuple[int, int]:
-        """The pair that minimises loss + price * bytes; price in nats per byte."""
+        """The pair that minimises loss + price * bytes, with one neuron at least; price in nats per byte."""
         count = torch.tensor(self.edges, dtype=torch.float64)
         n_bytes = count[:, None] * (layout.record - layout.prefix) + count[None, :] * layout.prefix
         cost = self.losses + price * n_bytes
         cost = cost.masked_fill(torch.ones_like(cost, dtype=torch.bool).tril(-1), math.inf)
+        cost[:, 0] = math.inf
         i, j = divmod(int(cost.argmin()), len(self.edges))
         return self.edges[i], self.edges[j] - self.edges[i]
 

@@ -148,6 +148,8 @@ class SparseCache:
     def take_records(self, layer: int, items: Tensor, need: Tensor, far: Tensor, clock: int,
                      ahead: bool = False) -> tuple:
         """Records `items` [n] = expert * I + neuron near -> place int32 [n], fetched bytes, needed bytes."""
+        if not len(items):  # FloE's rule may keep nothing
+            return items, 0, 0
         per_layer = self.experts * self.layout.neurons
         place, have = take(self.record_pool, items + layer * per_layer, need, clock, ahead)
         fill(far, items, self.records, place, have, need)

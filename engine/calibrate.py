@@ -142,12 +142,12 @@ class Calibration:
                 return
             predicted = math.sqrt(low * high) if low and high < math.inf else high / 3 if not low else 3 * low
             predicted = target if math.isinf(predicted) else predicted
-            self._try(level, predicted, cheapest(tables, self.layout, predicted))
-
-    def _try(self, level: str, predicted: float, budgets: Budgets) -> None:
-        self.tried.setdefault(budgets, predicted)
-        loss = self.rises.worst(LevelPlan(budgets))
-        self.report(f"{level}: {record_bytes(budgets, self.layout):,} record bytes, {math.expm1(loss):+.2%}")
+            budgets = cheapest(tables, self.layout, predicted)
+            if budgets in self.tried:  # the grid has nothing between
+                return
+            self.tried[budgets] = predicted
+            loss = self.rises.worst(LevelPlan(budgets))
+            self.report(f"{level}: {record_bytes(budgets, self.layout):,} record bytes, {math.expm1(loss):+.2%}")
 
     def _thresholds(self) -> tuple:
         """FloE's rule at the record bytes of `balanced`: per expert the |u| that keeps the same share everywhere."""
@@ -311,16 +311,26 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
               device: str | None = None, report: Report = print) -> dict:
     """Calibrate a compressed folder and store the result in its floe.json; returns it.
 
-    UserError: not a compressed folder, text too short or unreadable. The old calibration stays until the end.
+    UserError: not a compressed folder, text too short or unreadable, a reference with another vocabulary. The old
+    calibration stays until the end.
     """
     manifest = Manifest.load(folder)
     loaded = load(folder, Options(level="exact", device=device, predict=False))
-    reference = None if reference_folder is None else load(reference_folder, Options(level="full", device=device)).model
+    reference = None if reference_folder is None else _reference(reference_folder, loaded, device)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
     found, usage = Calibration(loaded, documents, reference, report).run()
     found |= {"texts": [path.name for path in texts],
               "reference": "exact" if reference_folder is None else reference_folder.name}
     _store(folder, manifest, found, usage)
+    return found
+
+
+def _reference(folder: Path, loaded: Loaded, device: str | None):
+    found = load(folder, Options(level="full", device=device)).model
+    theirs, ours = found.config.vocab_size, loaded.model.config.vocab_size
+    if theirs != ours:
+        raise UserError(f"{folder} has {theirs:,} tokens in its vocabulary and this model {ours:,}; give the "
+                        "checkpoint that it was made from.")
     return found
 
 

@@ -49,11 +49,13 @@ def replay(trace: Trace, n_slots: int) -> float:
     if not n_slots:
         return 1.0
     pool = new_pool(trace.objects_per_layer * len(trace.items), n_slots)
-    per_token = sum(len(items[0]) for items in trace.items)
+    per_token = max(sum(len(items[t]) for items in trace.items) for t in range(trace.tokens))
     reserve = min(per_token, max(1, n_slots // KEEP_FREE))
     needed = missed = 0
     for t in range(trace.tokens):
         for layer, (items, need) in enumerate(zip(trace.items, trace.need, strict=True)):
+            if not len(items[t]):  # FloE's rule may keep nothing
+                continue
             wanted = items[t] + layer * trace.objects_per_layer
             _, have = take(pool, wanted, need[t], t + 1)
             if t >= trace.tokens // 2:
