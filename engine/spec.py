@@ -50,7 +50,7 @@ class Options:
         _check(self.device in (None, "cpu", "cuda"), f"There is no device {self.device!r}; choose cpu or cuda.")
         for name in ("near_bytes", "context", "chunk"):
             value = getattr(self, name)
-            _check(value is None or (isinstance(value, int) and value >= (0 if name == "near_bytes" else 1)),
+            _check(value is None or (type(value) is int and value >= (0 if name == "near_bytes" else 1)),
                    f"{name} must be a positive whole number, not {value!r}.")
 
 
