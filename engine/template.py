@@ -22,7 +22,8 @@ from engine.spec import MachineError, UserError
 MAX_TEMPLATE_CHARACTERS = 1 << 20     # the longest templates in use have about 30,000
 MAX_PROMPT_CHARACTERS = 1 << 24       # a million tokens are about 4 million
 MAX_PROCESS_BYTES = 512 << 20
-SECONDS = 10.0                        # a long conversation takes milliseconds
+SECONDS = 10.0                        # of a processor; a long conversation takes milliseconds
+PATIENCE = 12                         # times as long by the clock: other programs may have the processor
 _PROGRAM = Path(__file__).with_name("template_process.py")
 
 
@@ -94,13 +95,13 @@ class ChatTemplate:
     def _wait(self) -> str | None:
         """The reply, or None when the process ended. Kills it and raises UserError when it takes too much."""
         watched = psutil.Process(self._process.pid)
-        end = time.monotonic() + self._seconds
+        begun, end = _processor_seconds(watched), time.monotonic() + PATIENCE * self._seconds
         while True:
             try:
                 return self._replies.get(timeout=0.02)
             except queue.Empty:
                 pass
-            if time.monotonic() > end:
+            if _processor_seconds(watched) - begun > self._seconds or time.monotonic() > end:
                 self._kill()
                 raise _broken(f"it did not finish within {self._seconds:g} seconds")
             if _resident(watched) > MAX_PROCESS_BYTES:
@@ -127,6 +128,13 @@ def _resident(process: psutil.Process) -> int:
         return process.memory_info().rss
     except psutil.Error:
         return 0
+
+
+def _processor_seconds(process: psutil.Process) -> float:
+    try:
+        return process.cpu_times().user
+    except psutil.Error:
+        return 0.0
 
 
 def _broken(why: str) -> UserError:

@@ -197,12 +197,12 @@ def test_leaving_the_iterator_early_stops_the_model(engine, forwards, leave):
 
     def wait() -> None:
         reached.set()
-        assert left.wait(20)
+        assert left.wait(60)
 
     forwards.on[6] = wait
     answer = engine.chat(LONG, GREEDY)
     assert next(answer).kind == "prefill"
-    assert reached.wait(20)
+    assert reached.wait(60)
     if leave == "close":
         answer.close()
         assert list(answer) == []
@@ -215,7 +215,7 @@ def test_leaving_the_iterator_early_stops_the_model(engine, forwards, leave):
 
 def test_a_second_answer_waits_and_stop_is_for_the_first(engine, forwards):
     both = threading.Event()
-    forwards.on[1] = lambda: both.wait(20)
+    forwards.on[1] = lambda: both.wait(60)
     first, second = engine.chat(LONG, GREEDY), engine.chat(TALK, GREEDY)
     engine.stop()
     both.set()
@@ -309,7 +309,7 @@ def test_closing_stops_what_runs_and_refuses_what_comes(trained):
     forwards.on[2] = closer.start
     running, waiting = engine.chat(LONG, replace(GREEDY, max_tokens=900)), engine.chat(TALK, GREEDY)
     assert finish(running)[1].reason == "stopped" and finish(waiting)[1].reason == "stopped"
-    closer.join(20)
+    closer.join(60)
     assert not closer.is_alive() and not engine._thread.is_alive()
     forwards.handle.remove()
     with pytest.raises(UserError, match="closed"):

@@ -1,6 +1,11 @@
 """Prompts, streaming decode, thinking and stop texts, on the demonstration model's own tokenizer."""
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -130,6 +135,20 @@ def test_after_a_kill_the_next_conversation_is_rendered():
     assert template.render(HI) == "ok"
     template.close()
     assert template._process is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGSTOP")
+def test_a_busy_computer_is_no_fault_of_the_template():
+    """Its own work counts, not the clock: here its process does not run for longer than it may work."""
+    template = ChatTemplate("ok", {}, seconds=1)
+    assert template.render(HI) == "ok"
+    pid = template._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    waking = threading.Timer(2, os.kill, (pid, signal.SIGCONT))
+    waking.start()
+    assert template.render(HI) == "ok" and template._process.pid == pid
+    waking.join()
+    template.close()
 
 
 def test_what_a_template_refuses_is_said(make_tokens):
