@@ -134,6 +134,8 @@ def test_the_command(folders, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
                                            "hit_rate"]
     assert main(["eval", str(folders[1]), "--levels", "exact,best"]) == 2
     assert "no level 'best'" in capsys.readouterr().err
+    assert main([*arguments[:2], "--text", str(text), "--near", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("1 bytes of near memory hold no expert")
 
 
 def test_documents_are_no_longer_than_the_context(compressed) -> None:

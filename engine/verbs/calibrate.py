@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-DEFAULT_TEXT = Path(__file__).resolve().parents[2] / "assets" / "texts" / "calibration.jsonl"
+from engine.spec import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
+    if args.tokens < 1:
+        raise UserError("--tokens must be at least 1.")
     from engine.calibrate import calibrate
+    from engine.texts import CALIBRATION_TEXT
 
-    texts = args.text or [DEFAULT_TEXT]
+    texts = args.text or [CALIBRATION_TEXT]
     found = calibrate(args.folder, texts, args.tokens, args.reference, args.device,
                       lambda line: print(line, file=sys.stderr))
     for level, measured in found["levels"].items():

@@ -5,12 +5,13 @@ import argparse
 import sys
 
 from engine.spec import LEVELS, Event, MachineError, Options, Sampling, UserError
+from engine.units import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a compressed model, or an uncompressed checkpoint")
     parser.add_argument("--level", choices=LEVELS, default=Options.level)
-    parser.add_argument("--near-bytes", type=int, metavar="N", help="near memory in bytes (default: planned)")
+    parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: planned)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens (default: what the model can)")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens that are read at once")
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -27,8 +28,8 @@ def run(args: argparse.Namespace) -> dict | None:
     """The last answer as a document; UserError or MachineError when --prompt could not be answered."""
     if args.json and args.prompt is None:
         raise UserError("--json prints one answer; give the question with --prompt TEXT.")
-    options = Options(level=args.level, near_bytes=args.near_bytes, context=args.context, chunk=args.chunk,
-                      device=args.device)
+    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
+    options = Options(level=args.level, near_bytes=near, context=args.context, chunk=args.chunk, device=args.device)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
                         repetition_penalty=args.repetition_penalty, seed=args.seed, max_tokens=args.max_tokens,
                         stop=tuple(args.stop))

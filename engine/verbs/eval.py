@@ -31,8 +31,11 @@ def run(args: argparse.Namespace) -> dict:
     loaded = hf.load(args.folder, Options(level="exact", device=args.device, predict=False), _say)
     reference = args.reference and hf.load(args.reference, Options(level="exact", device=args.device, predict=False))
     documents = read_tokens(args.text or EVALUATION_TEXT, loaded.tokenizer, args.tokens, measure.longest(loaded))
-    found = measure.evaluate(loaded, documents, wished or list(loaded.runtime.levels), near, reference, _progress)
-    print(f"\n{found.tokens:,} tokens, reference perplexity {found.reference_perplexity:.4f}\n"
+    try:
+        found = measure.evaluate(loaded, documents, wished or list(loaded.runtime.levels), near, reference, _progress)
+    finally:
+        print(file=sys.stderr)  # the line of the progress ends
+    print(f"{found.tokens:,} tokens, reference perplexity {found.reference_perplexity:.4f}\n"
           "level     perplexity      KL   top-1   far bytes/token   hits", file=sys.stderr)
     for row in found.levels:
         print(f"{row.level:9}{row.perplexity:11.4f}{row.kl:8.4f}{row.top1_agreement:8.1%}"
