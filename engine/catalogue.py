@@ -5,6 +5,7 @@ disk, a catalogue name, or a Hub id of which only config.json is read. The folde
 """
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
 from collections.abc import Mapping
@@ -103,6 +104,13 @@ def find(text: str) -> Entry | None:
     return None
 
 
+def nearest(text: str) -> str:
+    """Names of the catalogue to offer for one that it does not have: those that resemble it, else all."""
+    wanted, names = text.strip().lower(), list(entries())
+    near = [name for name in names if wanted and wanted in name] or difflib.get_close_matches(wanted, names)
+    return ", ".join(near or names)
+
+
 def look_up(text: str, data: str | Path | None = None) -> Known:
     """What a user means by `text`, without loading it. UserError when it is nothing."""
     if text == "demo":
@@ -115,8 +123,8 @@ def look_up(text: str, data: str | Path | None = None) -> Known:
         return Known(entry.spec, entry=entry)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text, data_dir(data) / "cache")
-    raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, "
-                    f"or one of {', '.join(entries())}.")
+    raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, or a name of the catalogue: "
+                    f"{nearest(text)}.")
 
 
 def _from_folder(folder: Path, name: str = "") -> Known:

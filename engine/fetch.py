@@ -61,8 +61,8 @@ def wanted(text: str) -> Wanted:
         return Wanted(entry.name, entry.repository, entry.revision, entry.ready, entry.gguf_repository, entry.gguf_file)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return Wanted(text.partition("/")[2], text)
-    raise UserError(f"There is no model {text!r} to download: give a Hub id like owner/name, or one of "
-                    f"{', '.join(catalogue.entries())}.")
+    raise UserError(f"There is no model {text!r} to download: give a Hub id like owner/name, or a name of the "
+                    f"catalogue: {catalogue.nearest(text)}.")
 
 
 def download(text: str, source: str | None = None, folder: str | Path | None = None, data: str | Path | None = None,

@@ -44,7 +44,12 @@ def measured(machine: Machine, data: str | Path | None = None) -> Machine:
 
 
 def fitted(known: catalogue.Known, machine: Machine, level: str | None = None, context: int | None = None) -> Plan:
-    """The plan of one model at what a person chooses; None lets the plan decide. UserError where that cannot be."""
+    """The plan of one model at what a person chooses; None lets the plan decide. UserError where that cannot be.
+
+    A checkpoint on the disk runs as it is, at `full`.
+    """
+    if known.folder is not None and not known.compressed:
+        level = "full"
     wishes = Wishes(level=level, context=context, trunk_bits=known.trunk_bits, group_size=known.group_size,
                     on_disk=known.folder is not None)
     return plan(known.spec, machine, wishes, known.calibration)

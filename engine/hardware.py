@@ -7,6 +7,7 @@ measured elsewhere (engine.rates); here they are only what the hardware's number
 """
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import re
@@ -197,12 +198,21 @@ def machine(found: Hardware, device: str | None = None) -> Machine:
     common = {"ram_total_bytes": found.ram_total_bytes, "ram_free_bytes": found.ram_free_bytes,
               "disk_free_bytes": found.disk_free_bytes, "pinned_limit_bytes": found.pinned_limit_bytes}
     if gpu is None:
-        return Machine(name=platform.processor() or platform.machine() or "CPU", **common)
+        return Machine(name=_processor(), **common)
     printed, flops = _printed_speeds(gpu)
     return Machine(name=gpu.name, device="cuda", vram_total_bytes=gpu.vram_total_bytes,
                    vram_free_bytes=gpu.vram_free_bytes, vram_bytes_per_second=REACHED_BANDWIDTH * printed,
                    link_bytes_per_second=gpu.link_bytes_per_second or LANE_BYTES_PER_SECOND[3] * 8,
                    compute_capability=gpu.compute_capability, flops_per_second=flops, **common)
+
+
+def _processor() -> str:
+    """What a person calls it: on Linux Python only knows the kind ("x86_64"), the system the name."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine() or "this computer"
 
 
 def _printed_speeds(gpu: Gpu) -> tuple[float, float]:
@@ -227,19 +237,14 @@ def described(name: str, ram: int | None = None, vram: int | None = None, link: 
     """A machine of the table, for instance "rtx-3060-12gb", with 32 GiB of RAM unless said otherwise. UserError."""
     row = table().get(name.lower())
     if row is None:
-        raise UserError(f"There is no machine {name!r} in the table; choose one of {', '.join(table())}.")
+        near = [known for known in table() if name.lower() in known] or difflib.get_close_matches(name.lower(), table())
+        raise UserError(f"There is no machine {name!r} in the table; choose one of {', '.join(near or table())}.")
     ram = DEFAULT_RAM if ram is None else ram
     common = {"ram_total_bytes": ram, "ram_free_bytes": max(0, ram - SYSTEM_RAM),
               "disk_free_bytes": 10**12 if disk_free is None else disk_free,
               "pinned_limit_bytes": max(0, ram - 2 * GIB)}
     if _capability(row.get("compute_capability", "")) < MIN_CAPABILITY:
-        speeds = table()["cpu-ddr4"] if "vram_gib" in row else row
-        return Machine(name=row["name"], **common, copy_bytes_per_second=speeds["copy_gb_per_second"] * 1e9,
-                       gemv_bytes_per_second=speeds["gemv_gb_per_second"] * 1e9,
-                       operation_seconds=speeds["operation_microseconds"] * 1e-6,
-                       decode_weights_per_second=speeds["decode_gweights_per_second"] * 1e9,
-                       flops_per_second=speeds["tflops"] * 1e12,
-                       compute_capability=row.get("compute_capability", ""))
+        return _without_card(row, common)
     total = int(row["vram_gib"] * GIB)
     lanes = LANE_BYTES_PER_SECOND[row["pcie_generation"]] * row["pcie_width"]
     return Machine(name=row["name"], device="cuda", **common, vram_total_bytes=vram or total,
@@ -247,6 +252,18 @@ def described(name: str, ram: int | None = None, vram: int | None = None, link: 
                    vram_bytes_per_second=REACHED_BANDWIDTH * row["memory_gb_per_second"] * 1e9,
                    link_bytes_per_second=link or lanes, compute_capability=row["compute_capability"],
                    flops_per_second=row["tflops"] * 1e12)
+
+
+def _without_card(row: dict, common: dict) -> Machine:
+    """A row of the table that runs on its processor; beside a card that is too old, an ordinary one."""
+    name, speeds, capability = row["name"], row, row.get("compute_capability", "")
+    if capability:
+        name, speeds = f"{name} (not used: compute capability {capability}, and 7.5 is the least)", table()["cpu-ddr4"]
+    return Machine(name=name, **common, copy_bytes_per_second=speeds["copy_gb_per_second"] * 1e9,
+                   gemv_bytes_per_second=speeds["gemv_gb_per_second"] * 1e9,
+                   operation_seconds=speeds["operation_microseconds"] * 1e-6,
+                   decode_weights_per_second=speeds["decode_gweights_per_second"] * 1e9,
+                   flops_per_second=speeds["tflops"] * 1e12, compute_capability=capability)
 
 
 def overridden(base: Machine, ram: int | None = None, vram: int | None = None, link: float | None = None) -> Machine:

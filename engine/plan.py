@@ -99,6 +99,7 @@ class Plan:
     bound: str
     memory: tuple[tuple[str, int], ...]
     token: tuple[tuple[str, float], ...]
+    n_experts: int
     hit_rate: float
     far_bytes_per_token: float
     wished_speed: float
@@ -151,12 +152,18 @@ def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calib
         raise UserError(f"{model.name} reads at most {model.context:,} tokens; ask for a context up to that.")
     layout = _layout(model, wishes)
     known = sparsity.calibrated(calibration, model, layout) if calibration else sparsity.assumed(model, layout)
-    choice = (wishes.level,) if wishes.level else CHOICE
+    choice = (wishes.level,) if wishes.level else _offered(wishes, calibration)
     tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
     best = _best(tried)
     everything = tuple((p.level, p.verdict, p.decode_tokens_per_second) for p in tried)
     return replace(best, levels=everything, assumptions=_assumptions(best, known, machine),
                    advice=_advice(model, machine, wishes, layout, known, best))
+
+
+def _offered(wishes: Wishes, calibration: Mapping | None) -> tuple[str, ...]:
+    """A folder runs at the levels that it was calibrated for; what is still to be made may be calibrated for all."""
+    measured = (calibration or {}).get("levels") or {}
+    return tuple(level for level in CHOICE if level == "exact" or level in measured or not wishes.on_disk)
 
 
 def _layout(model: ModelSpec, wishes: Wishes) -> Layout:
@@ -222,7 +229,8 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout
     chunk = min(wishes.chunk or DEFAULT_CHUNK[machine.device], context)
     disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * _expert_bytes(model, layout, level)
     common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
-              "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed}
+              "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed,
+              "n_experts": model.n_experts_total}
     side = _on_gpu if machine.device == "cuda" else _on_cpu
     made = side(model, machine, wishes, layout, known, common)
     if not wishes.on_disk and disk > machine.disk_free_bytes and made.verdict != "no":

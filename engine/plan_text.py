@@ -3,11 +3,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.spec import PROMISES
 from engine.units import rate, size
 
 if TYPE_CHECKING:
     from engine.plan import Plan
 
+# What a level means, for somebody who has never heard of it.
+LEVEL_WORDS = {"full": "the original weights", "exact": "4 bits, nothing left out",
+               **{level: f"perplexity at most {100 * promise:g} % above exact" for level, promise in PROMISES.items()},
+               "floe": "the published FloE rule"}
 _VERDICTS = {"fits": "fits", "slow": "runs, but slowly", "no": "does not fit"}
 _BOUNDS = {
     "link": "the link between memory and card: what is not near has to cross it",
@@ -29,7 +34,7 @@ def tell(plan: Plan) -> str:
     lines.append(f"What binds: {_BOUNDS[plan.bound]}.")
     if len(plan.levels) > 1 and plan.verdict != "no":
         others = ", ".join(f"{level} {rate(speed)}" for level, verdict, speed in plan.levels if verdict != "no")
-        lines.append(f"Tokens per second by level: {others}.")
+        lines.append(f"Tokens/s by level: {others}.")
     if plan.advice:
         lines.append("Better: " + "; ".join(plan.advice) + ".")
     if plan.assumptions:
@@ -41,31 +46,35 @@ def _headline(plan: Plan) -> str:
     head = f"{plan.model} on {plan.machine}: {_VERDICTS[plan.verdict]}"
     if plan.verdict == "no":
         return f"{head}, {size(plan.missing_bytes)} of {_MEMORY[plan.bound]} are missing."
-    return (f"{head}, at level {plan.level} about {rate(plan.decode_tokens_per_second)} tokens/s "
-            f"(wished: {rate(plan.wished_speed)}), prompts at {rate(plan.prefill_tokens_per_second)} tokens/s.")
+    return (f"{head}, at level {plan.level} ({LEVEL_WORDS[plan.level]}) about {rate(plan.decode_tokens_per_second)} "
+            f"tokens/s (wished: {rate(plan.wished_speed)}), "
+            f"prompts at {rate(plan.prefill_tokens_per_second)} tokens/s.")
 
 
 def memory(plan: Plan) -> str:
     """What the near side's memory goes to, then main memory and disk."""
     where = "Video memory" if plan.device == "cuda" else "Memory"
-    parts = ", ".join(f"{name} {size(n)}" for name, n in plan.memory if n)
-    line = (f"{where}: {size(plan.planned_bytes)} of {size(plan.near_free_bytes)} free, for a context of "
+    names = {"trunk": "trunk (all but the experts)"}
+    parts = ", ".join(f"{names.get(name, name)} {size(n)}" for name, n in plan.memory if n)
+    line = (f"{where}: {size(plan.planned_bytes)} needed, {size(plan.near_free_bytes)} free. With a context of "
             f"{plan.context:,} tokens: {parts}, experts {size(plan.near_bytes)}.")
     if plan.device == "cuda":
-        line += (f" Main memory: {size(plan.ram_bytes)} of {size(plan.ram_free_bytes)} free, "
-                 f"{size(plan.pinned_bytes)} of it page-locked.")
-    return line + f" Disk: {size(plan.disk_bytes)}."
+        line += (f" Main memory: {size(plan.ram_bytes)} needed, {size(plan.ram_free_bytes)} free, "
+                 f"{size(plan.pinned_bytes)} page-locked.")
+    return line + f" Disk: {size(plan.disk_bytes)} needed."
 
 
 def _near(plan: Plan) -> str:
-    near = plan.near
-    if near.expert_slots or not (near.sketch_slots or near.record_slots):
-        kept = f"{near.expert_slots:,} whole experts"
+    near, n_experts = plan.near, plan.n_experts
+    if plan.level in ("exact", "full"):
+        kept = f"{near.expert_slots:,} of {n_experts:,} experts"
     else:
-        kept = f"{near.sketch_slots:,} sketches ({size(near.sketch_bytes)}) and {near.record_slots:,} records " \
-               f"({size(near.record_bytes)})"
-    return (f"Near: {kept}; {100 * plan.hit_rate:.0f} % of what a token needs is expected there, "
-            f"{size(plan.far_bytes_per_token)} a token come from far.")
+        kept = f"{near.sketch_slots:,} of {n_experts:,} experts' sketches ({size(near.sketch_bytes)}) and " \
+               f"{near.record_slots:,} neurons' records ({size(near.record_bytes)})"
+    where, source = ("On the card", "main memory") if plan.device == "cuda" else (
+        "Unpacked in memory", "the model's file, as far as there is room in memory from the system's cache")
+    return (f"{where}: {kept}. {100 * plan.hit_rate:.0f} % of what a token needs is expected there, "
+            f"{size(plan.far_bytes_per_token)} a token come from {source}.")
 
 
 def _time(plan: Plan) -> str:

@@ -13,12 +13,11 @@ from engine import catalogue
 from engine.format import Manifest, file_entry, is_compressed
 from engine.hub import Hub, RemoteFile
 from engine.installed import SOURCE, Source
+from engine.plan_text import LEVEL_WORDS
 from engine.spec import MachineError, UserError
 from engine.units import size
 
 CARD = "README.md"
-LEVEL_WORDS = {"exact": "every neuron, 4 bits", "quality": "at most +0.5 % perplexity", "balanced": "at most +1 %",
-               "fast": "at most +3 %", "floe": "the published FloE rule, for comparison"}
 
 
 def publish(folder: Path, repository: str, hub: Hub, private: bool = False,

@@ -23,5 +23,7 @@ def size(n_bytes: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """63, or 1.5 when it is small."""
+    """63, or 1.5 when it is small; what would be written as zero is not."""
+    if per_second < 0.05:
+        return "less than 0.1" if per_second else "0"
     return f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.1f}"

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import fake_driver
 import pytest
@@ -75,10 +74,9 @@ def test_a_card_that_cannot_be_used(driver, card, said):
                                          ("init:999", "reports an error"), ("crash", "crashed with exit code"),
                                          ("hang", "does not answer"), ("late-hang", "does not answer")])
 def test_a_broken_driver_is_explained_and_never_hangs(driver, fault, said):
+    """That it comes back at all is asserted by its coming back: the stand-in hangs for ever."""
     driver(RTX_3060, fault=fault)
-    start = time.monotonic()
-    found = hardware.survey(timeout=2.0)
-    assert time.monotonic() - start < 30     # it came back at all
+    found = hardware.survey(timeout=1.0 if "hang" in fault else 120.0)
     assert found.gpus == () and said in " ".join(found.notes)
     assert found.ram_total_bytes > found.ram_free_bytes > 0
 
@@ -147,8 +145,10 @@ def test_described_machines():
     changed = hardware.described("rtx-3060-12gb", vram=8 * 2**30, link=12.4e9)
     assert changed.vram_total_bytes == 8 * 2**30 and changed.link_bytes_per_second == 12.4e9
     assert hardware.described("RTX-3060-12GB").ram_total_bytes == 32 * 2**30
-    with pytest.raises(UserError, match="choose one of"):
-        hardware.described("voodoo-2")
+    for typed, offered in (("voodoo-2", "gtx-1080-ti-11gb, .*, cpu-ddr5"), ("rtx-2080ti-11gb", "rtx-2080-ti-11gb"),
+                           ("RTX-3060", "rtx-3060-8gb, rtx-3060-12gb, ")):
+        with pytest.raises(UserError, match=f"choose one of {offered}"):
+            hardware.described(typed)
 
 
 def test_overrides_change_only_what_they_name():
@@ -159,24 +159,55 @@ def test_overrides_change_only_what_they_name():
     assert other.link_bytes_per_second == 5e9 and other.vram_bytes_per_second == base.vram_bytes_per_second
 
 
-def test_measured_speeds_are_cached_per_machine(tmp_path, monkeypatch):
-    machine = Machine(name="test", ram_total_bytes=2**34, ram_free_bytes=2**33, disk_free_bytes=0,
-                      pinned_limit_bytes=0)
-    start = time.monotonic()
+def test_this_machine_is_measured():
+    found = rates.measure("cpu")
+    assert set(found) == set(rates.RATES) and all(rate > 0 for rate in found.values())
+    assert found["operation_seconds"] < 1 and found["copy_bytes_per_second"] > 1e6      # of the right kind at all
+
+
+def described_as(name: str) -> Machine:
+    return Machine(name=name, ram_total_bytes=2**34, ram_free_bytes=2**33, disk_free_bytes=0, pinned_limit_bytes=0)
+
+
+@pytest.fixture
+def speeds(monkeypatch) -> list[float]:
+    """What the next measurements find, in order; one that nobody expects fails the test."""
+    found: list[float] = []
+
+    def measure(device: str, seconds: float) -> dict[str, float]:
+        assert found, "measured although cached"
+        return dict.fromkeys(rates.RATES, found.pop(0))
+    monkeypatch.setattr(rates, "measure", measure)
+    return found
+
+
+def test_measured_speeds_are_cached_per_machine(tmp_path, speeds):
+    machine, other = described_as("test"), described_as("other")
+    speeds += [1.0, 1.1]
     measured = rates.with_rates(machine, tmp_path)
-    assert time.monotonic() - start < 60
-    assert all(getattr(measured, name) > 0 for name in rates.RATES)
-    assert measured.operation_seconds < 1e-3 and measured.copy_bytes_per_second > 1e8
-    monkeypatch.setattr(rates, "measure", lambda device: pytest.fail("measured although cached"))
-    assert rates.with_rates(machine, tmp_path) == measured
-    other = Machine(name="other", ram_total_bytes=2**34, ram_free_bytes=2**33, disk_free_bytes=0, pinned_limit_bytes=0)
-    monkeypatch.setattr(rates, "measure", lambda device: dict.fromkeys(rates.RATES, 1.0))
-    assert rates.with_rates(other, tmp_path).gemv_bytes_per_second == 1.0
-    assert rates.with_rates(machine, tmp_path, refresh=True).gemv_bytes_per_second == 1.0
+    assert measured.gemv_bytes_per_second == 1.1 and measured.operation_seconds == 1.0      # the faster of two
+    assert rates.with_rates(machine, tmp_path) == measured == rates.with_cached(machine, tmp_path)
+    assert rates.with_cached(other, tmp_path) == other
+    speeds += [2.0, 2.0]
+    assert rates.with_rates(other, tmp_path).gemv_bytes_per_second == 2.0
+    speeds += [3.0, 3.0]
+    assert rates.with_rates(machine, tmp_path, refresh=True).gemv_bytes_per_second == 3.0
     for damaged in ("{", "[]", '{"copy_bytes_per_second": 0}'):
         for path in tmp_path.glob("machine-*.json"):
             path.write_text(damaged)
-        assert rates.with_rates(other, tmp_path).gemv_bytes_per_second == 1.0
+        speeds += [4.0, 4.0]
+        assert rates.with_rates(other, tmp_path).gemv_bytes_per_second == 4.0
+
+
+def test_a_busy_moment_does_not_become_the_machines_speed(tmp_path, speeds):
+    """Both halves are told and believed for now, the faster of them; only what they agree on is kept."""
+    machine = described_as("busy")
+    speeds += [0.01, 1.0]
+    assert rates.with_rates(machine, tmp_path).gemv_bytes_per_second == 1.0
+    assert list(tmp_path.iterdir()) == [] and rates.with_cached(machine, tmp_path) == machine
+    speeds += [1.0, 1.0]
+    assert rates.with_rates(machine, tmp_path).gemv_bytes_per_second == 1.0
+    assert rates.with_cached(machine, tmp_path).gemv_bytes_per_second == 1.0
 
 
 def test_without_torch_the_machine_stays_as_it_is(tmp_path, monkeypatch):

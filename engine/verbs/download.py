@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 from engine.fetch import SOURCES, Choice, download
-from engine.hub import Hub, Stopped
+from engine.hub import Hub
 from engine.progress import Progress
-from engine.spec import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +28,12 @@ def run(args: argparse.Namespace) -> dict:
     try:
         folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
                           args.file, args.like)
-    except Stopped as error:
-        raise UserError("Stopped; start again to go on.") from error
+    except KeyboardInterrupt:
+        print("\nWhat has arrived is kept: start again to go on, or delete it.", file=sys.stderr)
+        raise
     finally:
-        print(file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)      # behind the line that was rewritten
     print(f"{folder} is ready. Talk to it: python -m engine chat {folder}", file=sys.stderr)
     return {"folder": str(folder)}
 

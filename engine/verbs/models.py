@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from engine import catalogue
 from engine.installed import Installed, models
 from engine.units import size
 
@@ -17,7 +18,8 @@ def run(args: argparse.Namespace) -> dict:
     for model in found:
         print(_line(model), file=sys.stderr)
     if not found:
-        print("No models yet. Get one: python -m engine download MODEL", file=sys.stderr)
+        print("No models yet. Get one with python -m engine download MODEL: any Hub id (owner/name), or one of "
+              f"{', '.join(catalogue.entries())}.", file=sys.stderr)
     return {"models": [{"name": model.name, "folder": str(model.folder), "kind": model.kind, "bytes": model.bytes,
                         "levels": list(model.levels), "share": model.share, "source": model.source}
                        for model in found]}

@@ -37,5 +37,8 @@ def _machine(args: argparse.Namespace) -> Machine:
     if args.machine:
         return hardware.described(args.machine, **sizes)
     data = data_dir(args.data)
-    here = rates.with_rates(hardware.machine(hardware.survey(data / "models"), args.device), data / "cache")
+    found = hardware.survey(data / "models")
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    here = rates.with_rates(hardware.machine(found, args.device), data / "cache")
     return hardware.overridden(here, **sizes)
