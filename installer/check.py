@@ -6,9 +6,11 @@ file only tries to get the tools, and says why where it may not.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,13 +65,25 @@ def system_packages(screen: Screen) -> None:
                    "that need them will be skipped.")
         return
     screen.say(f"Installing for the tests: {' '.join(missing)} ...")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {
-        "DEBIAN_FRONTEND": "noninteractive"}}
-    subprocess.run(["apt-get", "update"], **quiet)
+    apt(screen, "-o", "APT::Update::Error-Mode=any", "update")
     for package in missing:
-        command = ["apt-get", "install", "-y", "--no-install-recommends", package]
-        if subprocess.run(command, **quiet).returncode:
-            screen.say(f"{package} could not be installed; the tests that need it will be skipped.")
+        if not apt(screen, "install", "-y", "--no-install-recommends", package):
+            screen.say(f"{package} could not be installed (the reason is in {screen.log_path}); the tests that need it "
+                       "will be skipped.")
+
+
+def apt(screen: Screen, *words: str) -> bool:
+    """apt-get, again after a pause where it fails for a reason that may pass: the network, or another apt at work."""
+    command = ["apt-get", "-o", "Acquire::Retries=3", "-o", "DPkg::Lock::Timeout=120", *words]
+    for pause in (*environment.PAUSES, None):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                              env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"})
+        if done.returncode == 0:
+            return True
+        screen.log(f"$ {' '.join(command)}\n{done.stderr}")
+        if pause is None or re.search("Unable to locate package|has no installation candidate", done.stderr):
+            return False
+        time.sleep(pause)
 
 
 if __name__ == "__main__":

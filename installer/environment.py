@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,23 @@ FORMAT = 1  # of the environment's making; a change makes every environment anew
 NEED_CPU_BYTES = 4 << 30  # measured: 1.4 GiB, with the tests' packages 2.3 GiB, and the downloads
 NEED_CUDA_BYTES = 10 << 30  # 3 GB of downloads, 7 to 8 GB unpacked
 FULL_BYTES = 16 << 20  # less than this free after a failure: that was the reason
+PAUSES = (5, 20)  # seconds before each new try of what a network has broken; pip itself tries each file five times
+# What pip says when the way to the index is at fault.
+UNREACHABLE = (r"NewConnectionError|ConnectionError|name resolution|[Rr]ead timed out|ConnectTimeout|ProxyError|"
+               r"SSLError|onnection broken|Connection aborted|IncompleteRead|RemoteDisconnected|"
+               r"HTTP error (?:429|5\d\d)|too many \d+ error responses")
 SENTENCES = {
     "No space left on device|not enough space":
         "The disk is full. Make room and start again.",
     "DO NOT MATCH THE HASHES":
         "A downloaded package is not the one that this release was made with, so it was not installed. Your network or "
         "package mirror may have changed it; try again later.",
-    "NewConnectionError|ConnectionError|name resolution|Read timed out|ConnectTimeout|ProxyError|SSLError":
-        "The package index cannot be reached. Check the connection and start again.",
+    UNREACHABLE: "The package index cannot be reached. Check the connection and start again.",
 }
+
+
+class Passing(Trouble):
+    """May be over in a moment."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +116,18 @@ def build(app: Path, recipe: Recipe, screen: Screen, finish: Callable[[Environme
 
 
 def install(environment: Environment, arguments: list[str], app: Path, screen: Screen) -> None:
-    """pip install in the environment; Trouble with a sentence that names the likely cause."""
+    """pip install in the environment, again after a pause where the network is at fault; Trouble with a sentence that
+    names the likely cause."""
     # Modules are compiled when first used: compiling all of them takes longer than unpacking them.
-    _run([str(environment.python), "-m", "pip", "install", "--no-compile", *arguments], app, screen)
+    command = [str(environment.python), "-m", "pip", "install", "--no-compile", *arguments]
+    for pause in PAUSES:
+        try:
+            return _run(command, app, screen)
+        except Passing as trouble:
+            screen.log(f"{trouble} Trying again in {pause} s.")
+            screen.progress(f"The network has a problem; trying again in {pause} s ...")
+            time.sleep(pause)
+    _run(command, app, screen)
 
 
 def clean_variables(cache: Path) -> dict[str, str]:
@@ -149,19 +167,20 @@ def _run(command: list[str], app: Path, screen: Screen) -> None:
             screen.progress(f"{'Unpacking ...' if busy[1].startswith('Inst') else busy[1]} {busy[2] or ''}")
     if process.wait():
         full = shutil.disk_usage(app).free < FULL_BYTES  # venv keeps its reason to itself
-        raise Trouble(explain("No space left on device" if full else "".join(lines)))
+        raise why("No space left on device" if full else "".join(lines))
 
 
-def explain(output: str) -> str:
+def why(output: str) -> Trouble:
     """The sentence for what pip said when it failed."""
     for sign, sentence in SENTENCES.items():
         if re.search(sign, output):
-            return sentence
+            return Passing(sentence) if sign is UNREACHABLE else Trouble(sentence)
     found = re.search(r"No matching distribution found for (\S+)", output)
-    if found:
-        return (f"The package index has no {found[1]} for this system and Python {sys.version.split()[0]}; "
-                "Python 3.12 is the safest choice.")
-    return "Installing failed; the log says where. Start again, or with --repair."
+    if found:  # an index page that could not be fetched looks like one that lists nothing
+        kind = Passing if "(from versions: none)" in output else Trouble
+        return kind(f"The package index has no {found[1]} for this system and Python {sys.version.split()[0]}; "
+                    "Python 3.12 is the safest choice.")
+    return Trouble("Installing failed; the log says where. Start again, or with --repair.")
 
 
 def _check_disk(app: Path, recipe: Recipe) -> None:

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from tests import waiting
+
 LFS_FROM = 64 << 10
 LFS_SUFFIXES = (".safetensors", ".gguf", ".bin")
 
@@ -62,6 +64,7 @@ class LoopbackHub:
         self.tokens_seen: list[tuple[str, str | None]] = []
         self.cdn: str | None = None
         self.ranges = True
+        self.under_way: set[int] = set()        # threads that are answering
         self.pause = 0.0
         self.piece = 16 << 10
         hub = self
@@ -92,6 +95,10 @@ class LoopbackHub:
     def add_folder(self, name: str, folder: Path) -> str:
         return self.add(name, {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()})
 
+    def settle(self) -> None:
+        """Wait until nothing is sent any more: to a client that was killed, the rest of its chunk may be on its way."""
+        waiting.until(lambda: not self.under_way)
+
     def fault(self, path: str, *functions) -> None:
         self.faults.setdefault(path, []).extend(functions)
 
@@ -118,6 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.loopback.under_way.add(threading.get_ident())
+        try:
+            self._get()
+        finally:
+            self.loopback.under_way.discard(threading.get_ident())
+
+    def _get(self) -> None:
         hub, path = self.loopback, unquote(urlsplit(self.path).path).lstrip("/")
         hub.requests.append(f"{self.command} {path}")
         hub.tokens_seen.append((path, self.headers.get("Authorization")))

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from engine.progress import Meter, Progress
 from engine.spec import UserError
 from tests.killed import CHUNK, Nursery
 from tests.loopback_hub import LoopbackHub, sha256
+from tests.waiting import until
 
 NAME = "me/Small-Floe"
 
@@ -134,6 +136,7 @@ def test_killed_at_twenty_points(loopback, tmp_path):
                                        endpoint=loopback.endpoint)
             kills += 1
             assert not dest.exists()
+            loopback.settle()
             before, wasted = wasted, served() - on_disk(partial(dest), expected)
             assert wasted - before <= CHUNK
     loopback.pause = 0
@@ -206,8 +209,8 @@ def test_an_unfinished_download_of_something_else(loopback, tmp_path):
         download(NAME, source="original", data=tmp_path)
 
 
-@pytest.mark.parametrize("text, words", [("nonsense", "Hub id like owner/name, or one of"), ("./here/x", "Hub id"),
-                                         ("me/Nothing", "does not exist")])
+@pytest.mark.parametrize("text, words", [("nonsense", "Hub id like owner/name, or a name of the catalogue: qwen"),
+                                         ("./here/x", "Hub id"), ("me/Nothing", "does not exist")])
 def test_names_that_mean_nothing(loopback, tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         download(text, data=tmp_path)
@@ -235,6 +238,24 @@ def test_verbs(loopback, tmp_path):
     assert "100.0 %" in done.stderr or "Fetching" in done.stderr
     assert [model["name"] for model in json.loads(verb("models").stdout)["models"]] == ["Small-Floe"]
     assert json.loads(verb("delete", "Small-Floe").stdout)["freed_bytes"] > 1_000_000
+
+
+def test_ctrl_c_keeps_what_has_arrived_and_says_so(loopback, tmp_path):
+    loopback.pause = 0.02
+    command = [sys.executable, "-m", "engine", "download", NAME, "--data", str(tmp_path), "--json"]
+    verb = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"HF_ENDPOINT": loopback.endpoint})
+    until(lambda: sum(loopback.served.values()) > 300_000)
+    verb.send_signal(signal.SIGINT)
+    out, said = verb.communicate(timeout=120)
+    assert verb.returncode == 130 and out == "" and "Traceback" not in said
+    assert "What has arrived is kept: start again to go on, or delete it." in said
+    (found,) = models(tmp_path)
+    assert found.kind == "unfinished" and found.bytes > 100_000
+    loopback.pause = 0
+    done = subprocess.run(command, env=os.environ | {"HF_ENDPOINT": loopback.endpoint}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "models" / "Small-Floe").keys() == FETCHED
 
 
 def test_speed_is_honest():

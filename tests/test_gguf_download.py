@@ -229,6 +229,7 @@ def test_killed_at_twenty_points(loopback, made, tmp_path):
             killed = nursery.killed_when(lambda delay=delay: Event().wait(delay) or True, model=REPO, folder=dest,
                                          endpoint=loopback.endpoint, trunk_bits=16, device="cpu")
             kills += killed
+            loopback.settle()
             if dest.exists():                       # then it is whole; once more from the beginning
                 assert_imported(dest, made)
                 shutil.rmtree(dest)

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def loopback():
 
 @pytest.fixture
 def hub(loopback) -> Hub:
-    return Hub(loopback.endpoint, timeout=0.4, delays=(0.01, 0.01, 0.01), chunk_bytes=CHUNK)
+    """Patient enough for a busy machine; where a test is about impatience it says so."""
+    return Hub(loopback.endpoint, timeout=20, delays=(0.01, 0.01, 0.01), chunk_bytes=CHUNK)
 
 
 class Told:
@@ -73,16 +75,16 @@ def test_cut_connections_go_on_where_they_were(hub, loopback, tmp_path):
 def test_a_stalled_stream_is_taken_up_again(hub, loopback, tmp_path):
     release = threading.Event()
     loopback.fault(NAME, passes, cut(DATA, 70_000, stall=release))
-    told = Told()
-    assert fetch(hub, tmp_path, told=told).read_bytes() == DATA
+    told, impatient = Told(), replace(hub, timeout=0.4, delays=(0.01,) * 50)
+    assert fetch(impatient, tmp_path, told=told).read_bytes() == DATA
     assert any("No answer in time" in text for text in told.texts)
     release.set()
 
 
 def test_a_slow_stream_is_waited_for(hub, loopback, tmp_path):
     """Slower as a whole than the patience for one silence: no new try, nothing twice."""
-    loopback.pause, loopback.piece, told = 0.05, 32 << 10, Told()
-    assert fetch(hub, tmp_path, told=told).read_bytes() == DATA
+    loopback.pause, loopback.piece, told = 0.05, 16 << 10, Told()      # three seconds for all
+    assert fetch(replace(hub, timeout=2.0), tmp_path, told=told).read_bytes() == DATA
     assert told.texts == [] and loopback.served[NAME] == len(DATA)
     assert sum("GET cdn/" in request for request in loopback.requests) == -(-len(DATA) // CHUNK)
 
@@ -204,6 +206,17 @@ def test_the_token_goes_to_the_endpoint_and_nowhere_else(loopback, tmp_path):
         assert fetch(Hub(loopback.endpoint, token="hf_secret"), tmp_path).read_bytes() == DATA
         assert all(token == "Bearer hf_secret" for _, token in loopback.tokens_seen[1:])
         assert cdn.tokens_seen and all(token is None for _, token in cdn.tokens_seen)
+
+
+def test_a_listing_that_is_sent_elsewhere_takes_no_token_along(loopback):
+    with LoopbackHub() as other:                            # another port: another origin
+        other.add("me/model", {NAME: DATA})
+        place = "api/models/me/model/revision/main"
+        loopback.fault(place, status(307, None, Location=f"{other.endpoint}/{place}"))
+        with pytest.raises(UserError, match="no such revision"):       # the other's commit is not one of the endpoint's
+            Hub(loopback.endpoint, token="hf_secret", delays=()).listing("me/model")
+        assert [token for _, token in other.tokens_seen] == [None]
+        assert all(token == "Bearer hf_secret" for _, token in loopback.tokens_seen)
 
 
 def test_only_safe_files_are_fetched(hub, tmp_path):

@@ -1,13 +1,19 @@
 """The private environment: whole or not there at all. Real pip and real packages, but small ones in torch's place."""
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -87,6 +93,7 @@ def test_without_the_index_the_previous_one_is_used(whole, tmp_path, screen, mon
     for name, value in (("PIP_INDEX_URL", "http://127.0.0.1:9/simple"), ("PIP_CONFIG_FILE", os.devnull),
                         ("PIP_RETRIES", "0"), ("PIP_FIND_LINKS", ""), ("PIP_EXTRA_INDEX_URL", "")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment, "PAUSES", ())
     with pytest.raises(Trouble, match="cannot be reached|no "):
         environment.build(tmp_path, recipe(tmp_path, "h11"), screen)
     assert environment.previous(tmp_path) is None
@@ -96,6 +103,77 @@ def test_without_the_index_the_previous_one_is_used(whole, tmp_path, screen, mon
     args = bootstrap._parser().parse_args(["--cpu"])
     assert bootstrap._environment(args, app, screen).folder == app / whole[1].tag()
     assert "previous installation" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+class Index(BaseHTTPRequestHandler):
+    """A package index on the loopback interface with one wheel; `refuses` answers of it are errors."""
+
+    wheel: bytes
+    refuses: int
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        page = f'<a href="/tiny-1.0-py3-none-any.whl#sha256={hashlib.sha256(self.wheel).hexdigest()}">tiny</a>'
+        body = self.wheel if self.path.endswith(".whl") else page.encode()
+        self.send_response(503 if len(self.asked) <= self.refuses else 200)
+        self.send_header("Content-Type", "text/html" if body is not self.wheel else "application/zip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def index(monkeypatch):
+    """Call it with the number of requests that are refused; -> what was asked for. pip alone would not try again."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("tiny.py", "")
+        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("tiny-1.0.dist-info/RECORD", "")
+    asked: list[str] = []
+    handler = type("Handler", (Index,), {"wheel": buffer.getvalue(), "refuses": 0, "asked": asked})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        for name, value in (("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/simple"),
+                            ("PIP_CONFIG_FILE", os.devnull), ("PIP_RETRIES", "0"), ("PIP_EXTRA_INDEX_URL", ""),
+                            ("PIP_FIND_LINKS", ""), ("NO_PROXY", "127.0.0.1")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(environment, "PAUSES", (0, 0))
+
+        def refuse(n: int) -> list[str]:
+            handler.refuses = n
+            return asked
+        yield refuse
+        server.shutdown()
+
+
+@pytest.fixture
+def empty(tmp_path) -> environment.Environment:
+    made = environment.Environment(tmp_path / "env")
+    subprocess.run([sys.executable, "-m", "venv", made.folder], check=True)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refused, whole", [(0, True), (2, True), (99, False)])
+def test_a_network_that_fails_for_a_moment_is_tried_again_and_not_for_ever(index, empty, tmp_path, screen, refused,
+                                                                           whole):
+    asked = index(refused)
+    wanted = partial(environment.install, empty, ["tiny==1.0"], tmp_path, screen)
+    if not whole:
+        with pytest.raises(Trouble, match="no tiny==1.0"):
+            wanted()
+        assert len(asked) == 1 + len(environment.PAUSES)
+        return
+    wanted()
+    assert list(empty.folder.glob("lib/python*/site-packages/tiny.py")) and len(asked) == refused + 2   # page and wheel
+    log = (tmp_path / "log").read_text(encoding="utf-8") if refused else ""
+    assert log.count("Trying again") == refused
 
 
 @pytest.mark.slow
@@ -182,10 +260,14 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, monkeypatch):
      "distribution found for torch==2.13.0+cpu", "cannot be reached"),
     ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the one"),
     ("ERROR: No matching distribution found for torch==2.13.0+cpu", "no torch==2.13.0+cpu"),
+    ("ERROR: HTTP error 503 while getting https://index/torch.whl", "cannot be reached"),
+    ("WARNING: Connection timed out while downloading.\npip._vendor.urllib3.exceptions.ProtocolError: ('Connection "
+     "broken: IncompleteRead(1 bytes read, 2 more expected)')", "cannot be reached"),
     ("something else", "the log says where"),
 ])
 def test_what_pip_says_becomes_a_sentence(output, sentence):
-    assert sentence in environment.explain(output)
+    trouble = environment.why(output)
+    assert sentence in str(trouble) and isinstance(trouble, environment.Passing) == (sentence == "cannot be reached")
 
 
 def test_other_pythons_do_not_leak_in(monkeypatch, tmp_path):
