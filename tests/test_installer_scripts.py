@@ -93,6 +93,29 @@ def test_the_python_of_last_time_is_taken_first(folder, bare_path):
     assert python_of(folder, bare_path).returncode == 3
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the window is a pseudo-terminal")
+@pytest.mark.parametrize("python", ["there", "missing"])
+def test_the_window_stays_open_until_a_key_is_pressed(folder, bare_path, python):
+    """In a terminal, as a double click gives one: the sentence, the log's name, and nothing vanishes unread."""
+    import pty
+    window, inside = pty.openpty()
+    path = os.environ["PATH"] if python == "there" else bare_path
+    process = subprocess.Popen(["/bin/sh", folder / "installer" / "start.sh", "--cpu", "--offline"], stdin=inside,
+                               stdout=inside, stderr=inside, env=os.environ | {"PATH": path, "HOME": str(folder)})
+    os.close(inside)
+    said = b""
+    while b"Press Enter to close this window." not in said:
+        said += os.read(window, 4096)
+    assert process.poll() is None
+    os.write(window, b"\n")
+    assert process.wait(60) == 3
+    os.close(window)
+    if python == "there":
+        assert b"--offline forbids downloads" in said and str(folder / ".app/logs/launcher.log").encode() in said
+    else:
+        assert b"sudo apt install python3 python3-venv" in said
+
+
 def fake_uv(path: Path, record: Path) -> str:
     """A uv that notes how it is called and has this Python to offer; its checksum."""
     path.parent.mkdir(exist_ok=True)
@@ -188,15 +211,16 @@ def test_zips_are_the_same_every_time(tmp_path, platform):
 
 @pytest.mark.slow
 def test_release_zips(tmp_path):
-    done = subprocess.run([sys.executable, INSTALLER / "pack.py", "--dest", tmp_path, "--platform", "linux-x64"],
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, INSTALLER / "pack.py", "--dest", tmp_path], capture_output=True, text=True)
     if done.returncode and "No matching distribution" in done.stderr:
         pytest.skip("the package index has no uv of the pinned version")
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*.zip")
-    assert path.stat().st_size <= pack.MAX_BYTES
-    assert (tmp_path / "SHA256SUMS").read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-    shutil.unpack_archive(path, tmp_path / "there")
+    paths = sorted(tmp_path.glob("*.zip"))
+    assert [path.stem.split("-", 2)[2] for path in paths] == sorted(pack.PLATFORMS)
+    assert all(path.stat().st_size <= pack.MAX_BYTES for path in paths)
+    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in paths]
+    assert sorted((tmp_path / "SHA256SUMS").read_text().splitlines(), key=lambda line: line[66:]) == sums
+    shutil.unpack_archive(next(path for path in paths if "linux" in path.name), tmp_path / "there")
     uv = tmp_path / "there" / "Floe Chat" / "installer" / "bin" / "uv"
     uv.chmod(0o755)
     assert subprocess.run([uv, "--version"], capture_output=True, text=True).stdout.startswith("uv ")
@@ -245,19 +269,70 @@ void start(void) {
 """
 
 
+# Stands for certutil, for findstr (ends with FOUND) and for uv (names PYTHON when asked to find one); wine's own
+# certutil and findstr do nothing. cmd looks for programs in the current folder first.
+TOOLS = """
+char *GetCommandLineA(void);
+void *GetStdHandle(unsigned);
+int lstrlenA(char *), WriteFile(void *, char *, unsigned, unsigned *, void *);
+void ExitProcess(unsigned);
+static int has(char *text, char *word) {
+    for (; *text; text++) {
+        char *a = text, *b = word;
+        while (*b && *a == *b) a++, b++;
+        if (!*b) return 1;
+    }
+    return 0;
+}
+void start(void) {
+    unsigned n;
+    char *line = GetCommandLineA();
+    if (has(line, "python find")) WriteFile(GetStdHandle(-11), PYTHON, lstrlenA(PYTHON), &n, 0);
+    ExitProcess(has(line, "/g:") ? FOUND : 0);
+}
+"""
+
+
+def compiled(folder: Path, name: str, code: str, **constants: str) -> Path:
+    """A Windows program. HOME is the folder, so that zig's cache lies there."""
+    pytest.importorskip("ziglang", reason="needs the ziglang wheel to compile a Windows program")
+    folder.mkdir(exist_ok=True)
+    source = folder / f"{name}.c"
+    source.write_text(code)
+    defined = [f"-D{key}={value}" for key, value in constants.items()]
+    subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu", "-nostdlib", "-O1",
+                    "-fno-sanitize=undefined", *defined, source, "-o", source.with_suffix(".exe"), "-lkernel32",
+                    "-Wl,-e,start"], check=True,
+                   env=os.environ | {"HOME": str(folder)})
+    return source.with_suffix(".exe")
+
+
+def as_windows(path: Path) -> str:
+    return "Z:" + str(path).replace("/", "\\")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("found", [0, 1])
+def test_the_batch_file_takes_the_uv_of_the_list_and_no_other(wine, folder, tmp_path, found):
+    show = compiled(tmp_path / "show", "show", SHOW)
+    python = '"' + as_windows(show).replace("\\", "\\\\") + '\\r\\n"'
+    tools = compiled(tmp_path / "tools", "tools", TOOLS, PYTHON=python, FOUND=str(found))
+    (folder / "installer" / "bin").mkdir()
+    for name in ("certutil.exe", "findstr.exe", "bin/uv.exe"):
+        shutil.copy(tools, folder / "installer" / name)
+    code, said = wine(folder / "installer", "--cpu")
+    if found == 0:
+        assert code == 7 and re.search(r'show.exe" -I "Z:.*\\installer\\bootstrap.py" --cpu', said), said
+    else:
+        assert code == 3 and "uv.exe is not the one this release was made with" in said and "bootstrap" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("on_top", [True, False])
 def test_the_batch_file_hands_over(wine, folder, tmp_path, on_top):
     """The Python of last time is a small program of ours, compiled for Windows, that shows what it is given."""
-    pytest.importorskip("ziglang", reason="needs the ziglang wheel to compile a Windows program")
     (folder / ".app").mkdir()
-    source = tmp_path / "show.c"
-    source.write_text(SHOW)
-    subprocess.run([sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu", "-nostdlib", source, "-o",
-                    source.with_suffix(".exe"), "-lkernel32", "-Wl,-e,start"], check=True,
-                   env=os.environ | {"HOME": str(folder)})
-    windows_path = "Z:" + str(source.with_suffix(".exe")).replace("/", "\\")
-    (folder / ".app" / "python-path").write_text(windows_path + "\n")
+    (folder / ".app" / "python-path").write_text(as_windows(compiled(tmp_path / "show", "show", SHOW)) + "\n")
     if on_top:
         shutil.move(folder / "installer" / BAT.name, folder / BAT.name)
     code, said = wine(folder if on_top else folder / "installer", "--port", "7999")
