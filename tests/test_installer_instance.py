@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from installer import instance
 from installer.screen import Screen, Trouble
 
 ROOT = Path(__file__).resolve().parents[1]
-wait_for = partial(waiting.until, seconds=20)
+wait_for = waiting.until
 SERVER = """
 import socket, sys, time
 place = socket.create_server(("127.0.0.1", 0)) if len(sys.argv) < 2 else None
@@ -107,7 +106,7 @@ def test_the_page_is_found_after_the_launcher_was_killed(app, holder):
 def test_ending_the_launcher_ends_the_program(app, holder):
     assert instance.running(app)
     holder.send_signal(signal.SIGINT)
-    holder.wait(20)
+    holder.wait(60)
     assert instance.running(app) is None
     assert instance.Lock(app / "run.lock").taken
 

@@ -161,15 +161,16 @@ def test_a_double_click_finds_odd_folders(tmp_path):
     subprocess.run(["sh", odd / "installer" / "install_shortcut.sh"], check=True, capture_output=True, env=variables)
     entry = tmp_path / "share" / "applications" / "floechat.desktop"
     entry.write_text(entry.read_text(encoding="utf-8").replace("Terminal=true", "Terminal=false"), encoding="utf-8")
-    gtk_launch("floechat", variables)
+    gtk_launch("floechat", variables, tmp_path / "clicked")
     assert (tmp_path / "clicked").read_text(encoding="utf-8") == f"{odd}/installer/start.sh\n"
 
 
-def gtk_launch(name: str, variables: dict[str, str]) -> None:
-    """A double click, as GTK's own tool does it; it needs a screen, so one is made."""
+def gtk_launch(name: str, variables: dict[str, str], sign: Path) -> None:
+    """A double click, as GTK's own tool does it; it needs a screen, so one is made, until there is the file `sign`."""
     needs("xvfb-run")
-    done = subprocess.run(["xvfb-run", "-a", "sh", "-c", f"gtk-launch {name} && sleep 3"], capture_output=True,
-                          text=True, env=variables, timeout=60)
+    wait = f'n=0; until [ -s "{sign}" ] || [ $n -ge 1200 ]; do sleep 0.1; n=$((n + 1)); done'
+    done = subprocess.run(["xvfb-run", "-a", "sh", "-c", f"gtk-launch {name} && {wait}"], capture_output=True,
+                          text=True, env=variables, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

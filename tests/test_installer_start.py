@@ -27,7 +27,8 @@ until_there = partial(waiting.until, seconds=240)
 PARTS = ("app", "assets", "engine", "installer", "kernels", "pyproject.toml")
 PORT = 7961
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the Linux launcher")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600),     # it installs everything, three times
+              pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the Linux launcher")]
 
 
 class Launch:
@@ -53,7 +54,7 @@ class Launch:
     def end(self, with_signal: int = signal.SIGINT) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, with_signal)
-            self.process.wait(60)
+            self.process.wait(300)
 
 
 class Person:
@@ -86,7 +87,7 @@ class Person:
     def run(self, *arguments: str) -> tuple[int, str]:
         """A start that ends by itself."""
         launch = self.start(*arguments)
-        launch.process.wait(120)
+        launch.process.wait(600)
         return launch.process.returncode, launch.said
 
 
@@ -180,7 +181,7 @@ def _connect(playwright, port: int):
 def _end_session(person: Person, clicked: subprocess.Popen) -> None:
     """The window is closed: the launcher in it gets the signal that a closed terminal sends."""
     os.killpg(clicked.pid, signal.SIGTERM)
-    clicked.wait(30)
+    clicked.wait(300)
     until_there(lambda: _lock_is_free(person))
 
 

@@ -20,7 +20,7 @@ from engine.bench import Bench, Sizes
 from engine.hf import Loaded, load
 from engine.spec import Options
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 APART = 0.2
 QUIET = 0.9                     # share of the time that this thread has the core
 COUNTED, MOST_ROUNDS = 5, 10    # rounds that count, rounds at all
