@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from threading import Event
 
 from engine.fetch import Choice, download
 from engine.hub import Hub
+from engine.installed import partial
+from tests.loopback_hub import LoopbackHub
 
 CHUNK = 64 << 10
 
@@ -52,6 +55,23 @@ class Nursery:
         status = int(self.process.stdout.readline())
         assert status in (0, -signal.SIGKILL), f"the download failed by itself: {status}"
         return status != 0
+
+    def killed_often(self, times: int, when: Callable[[], Callable[[], bool]], loopback: LoopbackHub,
+                     whole: Callable[[Path], None], folder: Path, **arguments) -> int:
+        """Kill so many downloads to `folder`, each at a point of its own that `when` makes. -> how many came to be
+        whole in between: those are looked at by `whole` and removed, and the next begins anew."""
+        kills = finished = 0
+        while kills < times:
+            killed = self.killed_when(when(), folder=folder, endpoint=loopback.endpoint, **arguments)
+            loopback.settle()
+            kills += killed
+            assert killed or folder.exists()
+            if folder.exists():
+                whole(folder)
+                finished += 1
+                shutil.rmtree(folder)
+                shutil.rmtree(partial(folder), ignore_errors=True)
+        return finished
 
 
 def _alive(pid: int) -> bool:

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -221,23 +222,17 @@ def test_killed_at_twenty_points(loopback, made, tmp_path):
     """While fetching, while compressing, while the trunk is written: never a half file, one chunk twice at most."""
     loopback.cards[REPO] = {"base_model": ORIGINAL}
     loopback.pause, loopback.piece = 0.002, 8 << 10
-    rng, kills, whole, dest = random.Random(7), 0, 0, tmp_path / "model"
+    rng, dest = random.Random(7), tmp_path / "model"
+
+    def somewhere() -> Callable[[], bool]:
+        delay = 0.02 + rng.random() * 0.35
+        return lambda: not Event().wait(delay)
     with Nursery("engine.gguf_import", "huggingface_hub.hf_api", "gguf", "gguf.quants",
                  "transformers.models.qwen3_moe.modeling_qwen3_moe") as nursery:
-        while kills < 20:
-            delay = 0.02 + rng.random() * 0.35
-            killed = nursery.killed_when(lambda delay=delay: Event().wait(delay) or True, model=REPO, folder=dest,
-                                         endpoint=loopback.endpoint, trunk_bits=16, device="cpu")
-            kills += killed
-            loopback.settle()
-            if dest.exists():                       # then it is whole; once more from the beginning
-                assert_imported(dest, made)
-                shutil.rmtree(dest)
-                shutil.rmtree(partial(dest), ignore_errors=True)
-                whole += 1
-            assert killed or whole
+        whole = nursery.killed_often(20, somewhere, loopback, lambda folder: assert_imported(folder, made), dest,
+                                     model=REPO, trunk_bits=16, device="cpu")
     assert_imported(download(REPO, folder=dest, choice=CPU), made)
-    assert gguf_bytes(loopback) <= (whole + 1) * made["gguf"].stat().st_size + kills * CHUNK
+    assert gguf_bytes(loopback) <= (whole + 1) * made["gguf"].stat().st_size + 20 * CHUNK
 
 
 # --- the tokenizer in the file -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
@@ -195,26 +196,17 @@ def test_a_repository_that_lacks_a_shard(loopback, original, tmp_path):
 def test_killed_at_twenty_random_points(loopback, original, made, tmp_path):
     """kill -9, also while a layer is compressed or the trunk grows: no shard comes twice, nothing half is taken."""
     loopback.pause, loopback.piece = 0.002, 16 << 10
-    dest, total, rng, whole, kills = tmp_path / "Small", size_of(original), random.Random(2), 0, 0
+    dest, total, rng = tmp_path / "Small", size_of(original), random.Random(2)
 
     def served() -> int:
         return sum(loopback.served.values())
 
+    def somewhere() -> Callable[[], bool]:
+        goal, delay = served() + rng.randrange(total // 6), rng.random() * 0.3
+        return lambda: served() > goal and not Event().wait(delay)
     with Nursery("engine.streaming", "huggingface_hub.hf_api", "transformers.models.qwen3_moe.modeling_qwen3_moe",
                  "transformers.models.qwen3_moe.configuration_qwen3_moe") as nursery:
-        while kills < 20:
-            goal, delay = served() + rng.randrange(total // 6), rng.random() * 0.3
-            killed = nursery.killed_when(lambda goal=goal, delay=delay: served() > goal and not Event().wait(delay),
-                                         model=NAME, folder=dest, endpoint=loopback.endpoint, trunk_bits=16,
-                                         device="cpu", keep_original=False)
-            kills += killed
-            loopback.settle()
-            if dest.exists():                       # then it is whole; once more from the beginning
-                assert_same(dest, made)
-                shutil.rmtree(dest)
-                shutil.rmtree(partial(dest), ignore_errors=True)
-                whole += 1
-            assert killed or whole
-            assert served() <= (whole + 1) * total + kills * CHUNK
+        whole = nursery.killed_often(20, somewhere, loopback, lambda folder: assert_same(folder, made), dest,
+                                     model=NAME, trunk_bits=16, device="cpu", keep_original=False)
     assert_same(download(NAME, folder=dest, choice=LEAN), made)
-    assert served() <= (whole + 1) * total + kills * CHUNK
+    assert served() <= (whole + 1) * total + 20 * CHUNK
