@@ -104,7 +104,7 @@ def build(app: Path, recipe: Recipe, screen: Screen, finish: Callable[[Environme
     environment = Environment(app / tag)
     _stamp(app, tag).unlink(missing_ok=True)
     shutil.rmtree(environment.folder, ignore_errors=True)
-    screen.say("Making the environment (only the first time, a few minutes) ...")
+    screen.say("Installing what Floe Chat needs (only the first time, a few minutes) ...")
     _run([base_python(), "-m", "venv", str(environment.folder)], app, screen)
     for lock in recipe.locks:
         install(environment, ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(lock)], app, screen)

@@ -126,7 +126,7 @@ def _install(person: Person) -> None:
 
 def test_the_second_go_installed_everything(person):
     log = (person.app / "logs" / "launcher.log").read_text(encoding="utf-8")
-    assert len(person.stamps) == 1 and log.count("Making the environment") == 2
+    assert len(person.stamps) == 1 and log.count("Installing what Floe Chat needs") == 2
     assert re.search(r"Self-check on processor.* the kernels work\.", log)
     assert not list(person.app.glob("*/lib/python*/site-packages/nvidia")), "gigabytes of CUDA for nothing"
     python = next(person.app.glob("cpu-*")) / "bin" / "python"
@@ -203,7 +203,7 @@ def test_the_second_start_is_quick(person):
     assert sum(map(int, numbers[11:15])) / os.sysconf("SC_CLK_TCK") < 3  # its own time and that of what it ran
     launch.wait_said("Floe Chat is at")
     launch.end()
-    assert "Making the environment" not in launch.said
+    assert "Installing what Floe Chat needs" not in launch.said
     assert launch.process.returncode in (0, 130)
 
 
@@ -250,7 +250,7 @@ def test_half_of_the_environment_gone(person):
     launch = person.start("--no-browser", "--cpu")
     launch.wait_said("Floe Chat is at")
     launch.end()
-    assert "Making the environment" in launch.said and len(person.stamps) == 1
+    assert "Installing what Floe Chat needs" in launch.said and len(person.stamps) == 1
 
 
 def test_uninstalling_leaves_only_what_was_kept(person):
