@@ -1,15 +1,18 @@
 """How fast a model runs here, and what bounds it.
 
 Random tokens as llama-bench does (prefill, then decode one at a time), and the model's own text from a cold and from a
-warm near memory. The comparison runs transformers' own experts implementations on an uncompressed model of the same
-weights and dtype, with the same loop, threads and kind of cache, interleaved with ours, and takes medians. Clocks are
-read only at the ends of a run, after the device has finished. Prints nothing.
+warm near memory. A device decodes as it does in a chat: alone, a step ahead of its reader, through its graph where it
+has one; there the random tokens are the model's own draws, nearly all alike likely. The comparison runs transformers'
+own experts implementations on an uncompressed model of the same weights and dtype, with the same threads and kind of
+cache, interleaved with ours, and takes medians. Clocks are read only at the ends of a run, after the device has
+finished. Prints nothing.
 """
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 
 import psutil
@@ -18,16 +21,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from engine import rates, repeating
+from engine import card_token, rates, repeating
+from engine.card_token import Decoded, Profile, Row
+from engine.device_runtime import DeviceRuntime
 from engine.hf import FloeExperts, Loaded
 from engine.prefix import Prefix
+from engine.projection import Speeds
 from engine.sampling import Sampler
-from engine.spec import Counters, Sampling, UserError
+from engine.spec import Counters, Machine, Options, Sampling, UserError
+from engine.stepping import Stepping, begin
 from engine.tokens import Tokens
 from engine.turn import CHUNK
 
 PREFILL, DECODE = 512, 128  # tokens
 ROUNDS = 5
+PROFILED = 20  # tokens
+RANDOM = Sampling(10.0, 256, 1.0, 0.0, 1.0, seed=0)  # what a device draws in place of random tokens
+GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0)
 QUESTIONS = ("Tell me a story about a small dog.", "What do you like to do on a rainy day?")
 Report = Callable[[str], None]
 
@@ -73,6 +83,8 @@ class Bench:
         draw = torch.Generator().manual_seed(0)
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
+        self.context = context_for(loaded, self.sizes)
+        self.prefix, self.stepping = begin(loaded.model, loaded.runtime, self.context)
 
     @torch.inference_mode()
     def document(self) -> dict:
@@ -80,7 +92,7 @@ class Bench:
         runtime, sizes = self.loaded.runtime, self.sizes
         self.report(f"random tokens: {sizes.prefill} of prefill, {sizes.decode} of decode")
         self._warm_up()
-        random = self._median_of([self._random() for _ in range(3)])
+        random = self.random
         self.report("the model's own text, cold and warm")
         cold, warm = self._own_text()
         copy = rates.measure(self.device.type)["copy_bytes_per_second"]
@@ -94,35 +106,85 @@ class Bench:
             "device": self.device.type, "level": runtime.level, "near_bytes": runtime.near_bytes,
             "prefill_tokens": sizes.prefill, "decode_tokens": sizes.decode, "chunk": self.chunk,
             "needed_bytes_per_token": needed, "copy_bytes_per_second": copy,
-            "own_text": {"cold": cold, "warm": warm},
+            "own_text": {"cold": cold, "warm": warm}, "note": self.note,
             **({"synthetic": True} if self.synthetic else {}),
         }
 
+    @property
+    def note(self) -> str:
+        """Why a device does less than it might (no graph, experts on the processor), else ""."""
+        return self.loaded.runtime.note or (self.stepping.sentence if self.stepping else "")
+
+    @cached_property
+    def random(self) -> Run:
+        """Medians of prefill and decode of random tokens, each time from an empty near memory; measured once."""
+        return self._median_of([self._random() for _ in range(3)])
+
+    @torch.inference_mode()
+    def rows(self, speeds: Speeds, card: Machine | None = None) -> Iterator[Row]:
+        """What a device's random tokens cost: kernels, what is left beside the bytes, another card, and whole experts
+        in the same near bytes."""
+        loaded, runtime = self.loaded, self.loaded.runtime
+        name = f"synthetic {loaded.spec.name}" if self.synthetic else loaded.spec.name
+        known = {"model": name, "level": runtime.level, "layers": loaded.spec.layers, "near_bytes": runtime.near_bytes}
+        decoded = self._decoded(self.random)
+        yield decoded.row("bench", known) | {"note": self.note}
+        yield from card_token.explained(decoded, *self._profiled(), loaded.model, runtime, loaded.spec, known, speeds,
+                                        card)
+        self.report("whole experts in the same near memory")
+        yield from card_token.whole_experts(
+            runtime, lambda: self._decoded(self._random()).row("whole experts", known | {"level": "exact"}))
+
+    def _decoded(self, run: Run) -> Decoded:
+        return Decoded(self.sizes.decode, run.decode, run.counters, self.context)
+
+    def _profiled(self) -> tuple[Profile, Decoded]:
+        """Of a few tokens with what is near by now."""
+        n = min(PROFILED, self.sizes.decode)
+        self._read(self.ids[:1])
+        before, start = self.loaded.runtime.counters(), time.perf_counter()
+        profile = card_token.profiled(lambda: list(self._decode(self.ids[-n:])), n)
+        used = self.loaded.runtime.counters() - before
+        return profile, Decoded(n, time.perf_counter() - start, used, self.context)
+
     def _warm_up(self) -> None:
-        prefix = Prefix(self.loaded.model)
-        prefix.feed(self.ids[:self.chunk])
-        prefix.feed(self.ids[:1])
+        """Everything that is made or compiled at first use, the graph among it."""
+        self._read(self.ids[:self.chunk])
+        for _ in self._decode(self.ids[-2:]):
+            pass
 
     def _random(self) -> Run:
         """Prefill and decode random tokens from an empty near memory."""
-        runtime = self.loaded.runtime
+        runtime, n = self.loaded.runtime, self.sizes.prefill
         runtime.reset()
-        before = runtime.counters()
-        n = self.sizes.prefill
-        prefix, start = Prefix(self.loaded.model), time.perf_counter()
-        for at in range(0, n, self.chunk):
-            prefix.feed(self.ids[at:min(n, at + self.chunk)])
+        before, start = runtime.counters(), time.perf_counter()
+        self._read(self.ids[:n])
         self._wait()
-        prefilled = time.perf_counter()
-        first = None
-        for token in self.ids[n:]:
-            prefix.feed([token])
+        prefilled, first = time.perf_counter(), None
+        for _ in self._decode(self.ids[n:]):
             if first is None:
                 self._wait()
                 first = time.perf_counter()
         self._wait()
         end = time.perf_counter()
         return Run(prefilled - start, first - start, end - prefilled, runtime.counters() - before)
+
+    def _read(self, ids: list[int]) -> None:
+        """Prefill from an empty cache."""
+        self.prefix.reset()
+        self.loaded.runtime.phase = "prefill" if self.stepping else "auto"
+        for at in range(0, len(ids), self.chunk):
+            self.prefix.feed(ids[at:at + self.chunk])
+
+    def _decode(self, ids: list[int]) -> Iterator[None]:
+        """A step for each of the tokens; on a device the first of them is given, the others are drawn."""
+        if self.stepping:
+            for _ in self.stepping.tokens([*self.prefix.ids, ids[0]], RANDOM, None, frozenset(), len(ids)):
+                yield
+            return
+        for token in ids:
+            self.prefix.feed([token])
+            yield
 
     @staticmethod
     def _median_of(runs: list[Run]) -> Run:
@@ -147,21 +209,37 @@ class Bench:
 
     def _answer(self, prompt: list[int]) -> dict:
         """Decode on through end tokens, so that every run has the same length."""
-        runtime, model = self.loaded.runtime, self.loaded.model
-        sampler = Sampler(Sampling(seed=0), getattr(model, "generation_config", None), self.device)
-        prefix = Prefix(model)
-        if len(prompt) > 1:
-            prefix.feed(prompt[:-1])
+        runtime, n = self.loaded.runtime, self.sizes.decode
+        self._read(prompt[:-1])
         self._wait()
-        token, before, start = prompt[-1], runtime.counters(), time.perf_counter()
-        for _ in range(self.sizes.decode):
-            token = sampler(prefix.feed([token]), prefix.ids)
-        seconds, n = time.perf_counter() - start, self.sizes.decode
+        before, start = runtime.counters(), time.perf_counter()
+        for _ in self._drawn(prompt, n):
+            pass
+        seconds = time.perf_counter() - start
         return {"decode_tokens_per_second": n / seconds, **_per_token(runtime.counters() - before, n)}
+
+    def _drawn(self, prompt: list[int], n_tokens: int) -> Iterator[int]:
+        recommended, sampling = getattr(self.loaded.model, "generation_config", None), Sampling(seed=0)
+        if self.stepping:
+            yield from self.stepping.tokens(prompt, sampling, recommended, frozenset(), n_tokens)
+            return
+        sampler, token = Sampler(sampling, recommended, self.device), prompt[-1]
+        for _ in range(n_tokens):
+            token = sampler(self.prefix.feed([token]), self.prefix.ids)
+            yield token
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def context_for(loaded: Loaded, sizes: Sizes) -> int:
+    """What a cache must have room for; a device's the plan's context, as when the model is opened to chat."""
+    runtime, least = loaded.runtime, sizes.prefill + sizes.decode + 1
+    if not isinstance(runtime, DeviceRuntime):
+        return least
+    planned = loaded.room.plan(runtime.level, Options(near_bytes=runtime.near_bytes)).context
+    return max(least, min(loaded.spec.context, planned))
 
 
 def _per_token(counters: Counters, n_tokens: int) -> dict:
@@ -213,13 +291,18 @@ def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambd
                            generator=torch.Generator().manual_seed(0)).tolist()
     theirs = uncompressed(source or loaded)
     models = {"floe": loaded.model} | {name: theirs for name in _implementations(theirs, prompt, report)}
+    stepping = begin(loaded.model, runtime, context_for(loaded, sizes))[1]
+    runtime.phase = "auto"
     runs: dict[str, list[Run]] = {name: [] for name in models}
     for i in range(rounds + 1):  # the first warms up and does not count
         report(f"comparison: round {i} of {rounds}" if i else "comparison: warming up")
         for name, model in models.items():
             if model is theirs:
                 model.set_experts_implementation(name)
-            run = _greedy(model, prompt, sizes.decode)
+            if stepping and name == "floe":
+                run = _device_greedy(stepping, runtime, prompt, sizes.decode)
+            else:
+                run = _greedy(model, prompt, sizes.decode)
             if i:
                 runs[name].append(run)
     return [{"implementation": name,
@@ -252,4 +335,18 @@ def _greedy(model: nn.Module, prompt: list[int], n_decode: int) -> Run:
     prefilled = time.perf_counter()
     for _ in range(n_decode):
         token = int(prefix.feed([token]).argmax())
+    return Run(prefilled - start, prefilled - start, time.perf_counter() - prefilled)
+
+
+def _device_greedy(stepping: Stepping, runtime: DeviceRuntime, prompt: list[int], n_decode: int) -> Run:
+    """The same answer as a device gives it: its own cache, its own sampler, a step ahead of its reader."""
+    stepping.prefix.reset()
+    runtime.phase = "prefill"
+    start = time.perf_counter()
+    stepping.prefix.feed(prompt[:-1])
+    tokens = stepping.tokens(prompt, GREEDY, None, frozenset(), n_decode + 1)
+    next(tokens)
+    prefilled = time.perf_counter()
+    for _ in tokens:
+        pass
     return Run(prefilled - start, prefilled - start, time.perf_counter() - prefilled)

@@ -2,30 +2,30 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from engine import catalogue, repeating, synthetic, synthetic_model
+from engine import card_token, catalogue, hf, repeating, synthetic, synthetic_model
+from engine.card_token import Decoded, Profile, Row
 from engine.decoding import Decoder, Step
-from engine.device_runtime import take_over
 from engine.device_sampler import DeviceSampler
 from engine.graphs import Capture, Graphs
-from engine.host_memory import Driver, HostMemory
-from engine.spec import MachineError, Options, Sampling, UserError
+from engine.host_memory import Driver
+from engine.projection import Speeds
+from engine.spec import Machine, Options, Sampling, UserError
 from engine.step_cache import StepCache
-from engine.synthetic import FarSynthetic, Shape
+from engine.synthetic import Shape
 
-Row = dict[str, object]
+PROFILED = 20  # tokens
 
 
 @dataclass(frozen=True)
 class Case:
     """What is measured: a model of the catalogue and its first layers, at a level, with near memory, for some tokens.
 
-    None: all layers; near memory as planned.
+    None: all layers; near memory as planned. card: the one that the token is projected onto.
     """
 
     name: str
@@ -33,6 +33,15 @@ class Case:
     level: str = "fast"
     near_bytes: int | None = None
     n_tokens: int = 300
+    card: Machine | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 2:
+            raise UserError(f"Two tokens are the least that can be timed, not {self.n_tokens}.")
+
+    @property
+    def context(self) -> int:
+        return self.n_tokens + 8
 
     def shape(self) -> Shape:
         """UserError for a model that is not in the catalogue, or has fewer layers."""
@@ -43,67 +52,64 @@ class Case:
         return synthetic.shape_of(entry, self.layers)
 
 
-def steps(case: Case, shape: Shape, driver: Driver, say: Callable[[str, float], None] = lambda text, share: None,
-          device: str = "cuda", capture: Capture | None = None) -> Iterator[Row]:
-    """Rows: replay against eager, milliseconds a token, bytes, waits of the host, kernels by time."""
-    memory = HostMemory(synthetic.bytes_of(shape), driver)
+def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,
+          say: Callable[[str, float], None] = lambda text, share: None, device: str = "cuda",
+          capture: Capture | None = None) -> Iterator[Row]:
+    """Rows: replay against eager, a token's milliseconds and bytes, kernels, what is left beside the bytes, another
+    card, and whole experts in the same near bytes."""
+    calibration = synthetic.calibration_of(shape)
+    options = Options(case.level, case.near_bytes, device=device)
+    loaded = synthetic_model.open_on_card(shape, calibration, options, driver, say, device)
     try:
-        if memory.sentence:
-            raise MachineError(memory.sentence)
-        step = _opened(case, shape, FarSynthetic(shape, memory.bytes, report=say), device)
-        known = {"model": case.name, "level": case.level, "layers": shape.spec.layers}
         with torch.inference_mode():
-            eager, _ = _answer(step, None, case.n_tokens)
-            graphs, before = Graphs(step, capture), step.runtime.counters()
-            replayed, took = _answer(step, graphs.launch, case.n_tokens)
-            used = step.runtime.counters() - before
-            yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": graphs.sentence}
-            yield {"measured": "step", **known, "ms_per_token": 1e3 * took / case.n_tokens, "hit_rate": used.hit_rate,
-                   "far_bytes_per_token": used.far_bytes / case.n_tokens, "near_bytes": step.runtime.near_bytes,
-                   "vram_peak": torch.cuda.max_memory_allocated() if device == "cuda" else 0}
-            yield from _by_kernel(step, graphs, known)
+            step = _step(loaded, case, calibration["synthetic"]["repeat"], device)
+            yield from _rows(step, Graphs(step, capture), loaded, case, speeds)
     finally:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        memory.close()
+        loaded.runtime.close()
 
 
-def _opened(case: Case, shape: Shape, far: FarSynthetic, device: str) -> Step:
-    calibration, context = synthetic.calibration_of(shape), case.n_tokens + 8
-    loaded = synthetic_model.around(shape, calibration, far, Options("exact", 1 << 30, device=device))
-    near_bytes = loaded.room.near_bytes(case.level) if case.near_bytes is None else case.near_bytes
-    runtime = take_over(loaded.model, far, device, level=case.level, near_bytes=near_bytes)
-    cache = StepCache(loaded.model.config, context, device)
-    repeating.follow(runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
-    return Step(loaded.model, runtime, cache, DeviceSampler(shape.spec.vocabulary, context, device))
+def _step(loaded: hf.Loaded, case: Case, repeat: float, device: str) -> Step:
+    cache = StepCache(loaded.model.config, case.context, device)
+    repeating.follow(loaded.runtime, repeat, cache.clock.pos)
+    sampler = DeviceSampler(loaded.spec.vocabulary, case.context, device)
+    return Step(loaded.model, loaded.runtime, cache, sampler)
 
 
-def _answer(step: Step, launch, n_tokens: int) -> tuple[list[int], float]:
-    """Tokens of an answer from an empty cache, and its seconds at the speed behind the first half."""
-    step.cache.reset()
+def _rows(step: Step, graphs: Graphs, loaded: hf.Loaded, case: Case, speeds: Speeds) -> Iterator[Row]:
+    known = {"model": f"synthetic {case.name}", "level": case.level, "layers": loaded.spec.layers,
+             "near_bytes": step.runtime.near_bytes}
+    eager, _ = _answer(step, None, case)
+    replayed, decoded = _answer(step, graphs.launch, case)
+    yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": graphs.sentence}
+    peak = torch.cuda.max_memory_allocated() if torch.device(step.runtime.device).type == "cuda" else 0
+    yield decoded.row("step", known) | {"vram_peak": peak}
+    yield from card_token.explained(decoded, *_profiled(step, graphs.launch, case), step.model, step.runtime,
+                                    loaded.spec, known, speeds, case.card)
+    yield from card_token.whole_experts(
+        step.runtime, lambda: _answer(step, graphs.launch, case)[1].row("whole experts", known | {"level": "exact"}))
+
+
+def _answer(step: Step, launch, case: Case) -> tuple[list[int], Decoded]:
+    """All tokens of an answer from an empty near memory; seconds and bytes of its second half, when it has filled."""
     step.runtime.reset()
-    step.sampler.start(Sampling(0.7, 20, 0.95, seed=0), None, [])
-    found, half = [], n_tokens // 2
-    for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), n_tokens):
-        found.append(drawn.token)
+    found, half = [], case.n_tokens // 2
+    for token in _tokens(step, launch, case.n_tokens):
+        found.append(token)
         if len(found) == half:
-            start = time.perf_counter()
-    return found, (time.perf_counter() - start) * n_tokens / (n_tokens - half)
+            before, start = step.runtime.counters(), time.perf_counter()
+    seconds = time.perf_counter() - start
+    return found, Decoded(case.n_tokens - half, seconds, step.runtime.counters() - before, case.context)
 
 
-def _by_kernel(step: Step, graphs: Graphs, known: Row, n_tokens: int = 20) -> Iterator[Row]:
-    """Microseconds a token of every kernel, how many ran, and how often the host waited for the device."""
-    kinds = torch.profiler.supported_activities()
-    with torch.profiler.profile(activities=kinds) as profile:
-        _answer(step, graphs.launch, n_tokens)
-    times, counts, waits = Counter(), Counter(), 0
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name] += event.self_device_time_total
-            counts[event.name] += 1
-        waits += event.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize")
-    yield {"measured": "nodes", **known, "nodes_per_token": sum(counts.values()) / n_tokens,
-           "waits_per_token": waits / n_tokens}
-    for name, microseconds in times.most_common(25):
-        yield {"measured": "kernel", **known, "name": name[:60], "us_per_token": microseconds / n_tokens,
-               "calls_per_token": counts[name] / n_tokens}
+def _profiled(step: Step, launch, case: Case) -> tuple[Profile, Decoded]:
+    """Of a few tokens with what is near by now."""
+    before, start, n = step.runtime.counters(), time.perf_counter(), min(PROFILED, case.n_tokens)
+    profile = card_token.profiled(lambda: list(_tokens(step, launch, n)), n)
+    return profile, Decoded(n, time.perf_counter() - start, step.runtime.counters() - before, case.context)
+
+
+def _tokens(step: Step, launch, n_tokens: int) -> Iterator[int]:
+    step.cache.reset()
+    step.sampler.start(Sampling(0.7, 20, 0.95, seed=0), None, [])
+    for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), n_tokens):
+        yield drawn.token

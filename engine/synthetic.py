@@ -227,8 +227,11 @@ class FarSynthetic(FarBlobs):
     """Experts made up in memory. memory: uint8 of at least `bytes_of(shape)`, page-locked for a card."""
 
     def __init__(self, shape: Shape, memory: Tensor, repeat_neurons: float = REPEAT_NEURONS, seed: int = 0,
-                 report: Callable[[str, float], None] = lambda text, share: None) -> None:
+                 report: Callable[[str, float], None] = lambda text, share: None,
+                 release: Callable[[], None] = lambda: None) -> None:
+        """release: gives `memory` back."""
         spec = shape.spec
+        self._release = release
         self.layout, self.layers, self.experts = shape.layout, spec.layers, spec.experts
         self.neurons, self.hidden, self.expert_bytes = spec.neurons, spec.hidden, shape.layout.blob_bytes
         self._blobs = memory[:bytes_of(shape)].view(self.layers, self.experts, 1, self.expert_bytes)
@@ -247,6 +250,10 @@ class FarSynthetic(FarBlobs):
 
     def verify(self, layer: int, expert: int) -> None:
         """Nothing to hold it against."""
+
+    def close(self) -> None:
+        self._blobs = None
+        self._release()
 
 
 def bytes_of(shape: Shape) -> int:

@@ -10,10 +10,12 @@ import small_model
 import torch
 
 import engine.hf as hf
-from engine import bench
+from engine import bench, projection
 from engine.__main__ import main
 from engine.compress import compress
+from engine.device_runtime import take_over
 from engine.experts import LevelPlan
+from engine.projection import Speeds
 from engine.spec import Options, UserError
 
 KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_ms", "hit_rate",
@@ -56,6 +58,31 @@ def test_a_sparse_level(folders) -> None:
     assert document["level"] == "fast"
     assert document["needed_bytes_per_token"] == small_model.LAYERS * (records + sketches)
     assert 0 < document["far_bytes_per_token"] < small_model.LAYERS * records
+
+
+def test_a_device_is_measured_as_it_is_used(folders, monkeypatch) -> None:
+    """Its own step, cache and sampler decode; what it costs is explained behind the document."""
+    loaded = hf.load(folders[1], Options(level="exact", device="cpu"))
+    loaded.runtime.plans["fast"] = LevelPlan(budgets=((7, 4),) * small_model.LAYERS)
+    loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    loaded.runtime.set_level("fast", loaded.runtime.everything_bytes() // 2)
+    measured, asked = bench.Bench(loaded, sizes=bench.Sizes(24, 8)), []
+    tokens = measured.stepping.tokens
+    monkeypatch.setattr(measured.stepping, "tokens", lambda *given: asked.append(given[-1]) or tokens(*given))
+    document = measured.document()
+    assert asked == [2, 8, 8, 8, 8, 8] and json.loads(json.dumps(document)) == document
+    layout = loaded.runtime.far.layout
+    needed = small_model.LAYERS * (7 * layout.record + 4 * layout.prefix + small_model.TOP_K * layout.sketch_bytes)
+    assert document["needed_bytes_per_token"] == needed and 0 < document["hit_rate"] < 1
+    assert document["near_bytes"] <= loaded.runtime.everything_bytes() // 2 and document["note"] == ""
+    rows = list(measured.rows(Speeds(1e9, 1e8), projection.card("rtx-4070-12gb")))
+    found = {row["measured"]: row for row in rows}
+    assert {"bench", "nodes", "outside memory", "projection", "whole experts"} <= set(found)
+    assert found["bench"]["tokens_per_second"] == pytest.approx(document["decode_tokens_per_second"])
+    assert found["bench"]["needed_bytes_per_token"] == needed and found["projection"]["card"] == "GeForce RTX 4070"
+    whole = small_model.LAYERS * small_model.TOP_K * layout.blob_bytes
+    assert found["whole experts"]["needed_bytes_per_token"] == whole and found["whole experts"]["level"] == "exact"
+    assert loaded.runtime.level == "fast" and json.loads(json.dumps(rows)) == rows
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe", "granitemoeshared"])
@@ -104,6 +131,18 @@ def test_with_all_near_ours_is_no_slower_than_transformers_fastest(repository: P
                               ("decode_tokens_per_second", "prefill_tokens_per_second")))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_device_is_compared_by_its_own_step(folders, monkeypatch) -> None:
+    loaded = hf.load(folders[1], Options(level="exact", device="cpu"))
+    loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    ours = []
+    greedy = bench._device_greedy
+    monkeypatch.setattr(bench, "_device_greedy", lambda *given: ours.append(greedy(*given)) or ours[-1])
+    rows = bench.compare(loaded, rounds=1, sizes=bench.Sizes(16, 4))
+    assert rows[0]["implementation"] == "floe" and len(rows) > 1 and len(ours) == 2
+    n_bytes = small_model.LAYERS * small_model.TOP_K * loaded.runtime.far.layout.blob_bytes
+    assert loaded.runtime.counters().needed_bytes == 2 * (4 + 1) * n_bytes  # every token a step of the device
 
 
 def test_sizes_follow_the_context() -> None:

@@ -1,4 +1,7 @@
-"""`bench FOLDER`: tokens per second, time to first token, bytes and hits, and what bounds them."""
+"""`bench FOLDER`: tokens per second, time to first token, bytes and hits, and what bounds them.
+
+On a graphics card also what a token costs kernel by kernel, on a smaller card (`--vram`) and on another (`--project`).
+"""
 from __future__ import annotations
 
 import argparse
@@ -17,27 +20,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="also run transformers' own experts on the same weights, uncompressed")
     parser.add_argument("--source", type=Path, metavar="CHECKPOINT",
                         help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
+    parser.add_argument("--vram", metavar="SIZE", help="on a card: occupy what it has above this")
+    parser.add_argument("--project", metavar="CARD", help="on a card: what a token would take on this one of the table")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="on a card: append its rows to DIR/<card>.csv")
 
 
 def run(args: argparse.Namespace) -> dict:
     if args.source and not args.compare:
         raise UserError("--source is the checkpoint of the comparison; add --compare.")
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    from engine import bench, hf
-
-    options = Options(level=args.level or Options.level, near_bytes=near, device=args.device)
+    from engine import bench, hf, projection
+    vram = None if args.vram is None else parse_bytes(args.vram)
+    card = None if args.project is None else projection.card(args.project)
+    for_card = args.vram or args.project or args.table
+    device = args.device or ("cuda" if for_card else hf.default_device())
+    if for_card and device == "cpu":
+        raise UserError("--vram, --project and --table are about a graphics card; leave --device cpu out.")
+    hf.check_folder(args.folder)
+    speeds, held = _card(vram) if device == "cuda" else (None, None)
+    options = Options(level=args.level or Options.level, near_bytes=near, device=device)
     loaded = hf.load(args.folder, options, lambda text, share: _say(text))
     if args.level and loaded.runtime.level != args.level:
         raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
-    document = bench.Bench(loaded, report=_say).document()
+    measured = bench.Bench(loaded, report=_say)
+    document = measured.document()
     _print(document)
+    if speeds and measured.stepping:
+        document |= _on_card(measured, speeds, card, args.table)
     if args.compare:
-        source = args.source and hf.load(args.source, Options(level="full", device=args.device))
+        source = args.source and hf.load(args.source, Options(level="full", device=device))
         document["compare"] = bench.compare(loaded, source, _say)
         for row in document["compare"]:
             _say(f"{row['implementation']:12} prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
                  f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
+    del held
     return document
+
+
+def _card(vram: int | None) -> tuple:
+    """The card's speeds while it is empty, and what keeps the rest of it occupied. MachineError without a card."""
+    from engine import card_bench, card_errors
+    card_errors.check()
+    return card_bench.speeds(), card_bench.occupied(vram)
+
+
+def _on_card(measured, speeds, card, table: Path | None) -> dict:
+    from engine import card_bench
+    rows = [card_bench.bandwidth_row(speeds)]
+    for row in measured.rows(speeds, card):
+        rows.append(row)
+        _say(card_bench.told(row))
+    saved = {} if table is None else {"table": str(card_bench.save(rows, table))}
+    return {"rows": rows, **saved}
 
 
 def _print(document: dict) -> None:

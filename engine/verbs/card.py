@@ -1,8 +1,9 @@
-"""`card fill|nodes|step`: what a graphics card does with our kernels, one row a case, appended to a table."""
+"""`card fill|nodes|kernels|step`: what a graphics card does with our kernels, one row a case, appended to a table."""
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.spec import LEVELS
@@ -12,40 +13,49 @@ FOLDER = Path("tests") / "bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("fill", "nodes", "step"), help="bandwidth of fill, cost of a graph's nodes, "
-                        "capture and replay of a synthetic model's step")
+    parser.add_argument("what", choices=("fill", "nodes", "kernels", "step"), help="bandwidth of fill, cost of a "
+                        "graph's nodes, score and apply alone, capture and replay of a synthetic model's step")
     parser.add_argument("--total", metavar="SIZE", default="256MiB", help="fill: page-locked memory (256MiB to 24GiB)")
-    parser.add_argument("--model", default="qwen3.6-35b-a3b", help="step: a name of the catalogue")
+    parser.add_argument("--small-pages", action="store_true", help="fill: pages of 4 KiB")
+    parser.add_argument("--model", default="qwen3.6-35b-a3b", help="kernels, step: a name of the catalogue")
     parser.add_argument("--layers", type=int, help="step: only its first layers")
     parser.add_argument("--level", choices=LEVELS[1:], default="fast", help="step")
     parser.add_argument("--near-bytes", metavar="SIZE", help="step: near memory")
     parser.add_argument("--vram", metavar="SIZE", help="step: occupy what the card has above this")
     parser.add_argument("--tokens", type=int, default=300, help="step: how many")
+    parser.add_argument("--project", metavar="CARD", help="step: what a token would take on this card of the table")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the table lies (default: tests/bench)")
 
 
 def run(args: argparse.Namespace) -> dict:
-    from engine import card_bench, card_errors, card_step
-    from engine.host_memory import CudaDriver
-    total = parse_bytes(args.total)
+    from engine import card_bench, card_errors, card_step, projection
+    total, vram = parse_bytes(args.total), None if args.vram is None else parse_bytes(args.vram)
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    case = card_step.Case(args.model, args.layers, args.level, near, args.tokens)
-    shape = case.shape() if args.what == "step" else None
-    vram = None if args.vram is None else parse_bytes(args.vram)
+    card = None if args.project is None else projection.card(args.project)
+    case = card_step.Case(args.model, args.layers, args.level, near, args.tokens, card)
+    shape = case.shape() if args.what in ("kernels", "step") else None
     card_errors.check()
+    speeds = card_bench.speeds()
     held = card_bench.occupied(vram)
-    if args.what == "fill":
-        found = card_bench.fills(total)
-    else:
-        found = card_bench.nodes() if args.what == "nodes" else card_step.steps(case, shape, CudaDriver(), _say)
-    rows = []
-    for row in found:
+    rows = [card_bench.bandwidth_row(speeds)]
+    for row in _measured(args, total, case, shape, speeds):
         rows.append(row)
-        _say("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                       for key, value in row.items()))
+        _say(card_bench.told(row))
     del held
     return {"rows": rows, "table": str(card_bench.save(rows, args.folder))}
 
 
-def _say(text: str, share: float = 1.0) -> None:
+def _measured(args: argparse.Namespace, total: int, case, shape, speeds) -> Iterator[dict]:
+    from engine import card_bench, card_kernels, card_step
+    from engine.host_memory import CudaDriver
+    if args.what == "fill":
+        return card_bench.fills(total, args.small_pages)
+    if args.what == "nodes":
+        return card_bench.nodes()
+    if args.what == "kernels":
+        return card_kernels.measured(shape)
+    return card_step.steps(case, shape, CudaDriver(), speeds, _say)
+
+
+def _say(text: str, share: float | None = 1.0) -> None:
     print(text, file=sys.stderr)
