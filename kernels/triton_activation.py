@@ -38,7 +38,7 @@ def _quantize(x, codes, low, scales, sums, GROUPS: tl.constexpr, GROUP: tl.const
     """Grid: GROUPS/STEP, T."""
     group = tl.program_id(1) * GROUPS + tl.program_id(0) * STEP + tl.arange(0, STEP)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None]
-    values = tl.load(x + at)
+    values = tl.load(x + at).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), 1e-20), LARGEST * 1.0)
     code = _rounded(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)))
     code = tl.minimum(tl.maximum(code, -LARGEST * 1.0), LARGEST * 1.0).to(tl.int32)

@@ -242,7 +242,7 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
         PLANE=layout.plane2 // 4, WORDS=layout.group // 16, STEP=groups_at_once(layout.groups, 2048 // layout.group),
         SCALES_AT=layout.sketch_scales_at // 4, REFINE_AT=layout.refine_at // 4, KIND=kind_of(gate),
         BIASED=gate_bias is not None, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
-    splits = min(16, triton.next_power_of_2(triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK)))
+    splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK))))
     partial = torch.empty(n_tokens, n_routed, splits, layout.padded, dtype=torch.float32, device=x.device)
     _down[(layout.padded // DOWN_CODES, n_routed * splits, n_tokens)](
         products, starts, blob_words, place, record_words, record_place, neurons, partial, WORDS4=layout.group // 8,

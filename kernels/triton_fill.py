@@ -1,7 +1,8 @@
 """Device version of kernels/fill.py: one warp copies a record or prefix, 16 bytes a lane.
 
 Few warps are enough: what counts is bytes in flight on the link (bandwidth times latency, 32 KiB on PCIe 4), and a
-whole record of a warp is in flight at once. Far memory is page-locked host memory, read once, past the caches.
+whole record of a warp is in flight at once. Far memory is page-locked host memory, read once, past the first cache
+(Triton knows a modifier for more, `.cv`, and drops it silently).
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def _fill(far, source, near, place, have, need, misses, n_entries, far_expert16,
         start = (index // OBJECTS).to(tl.int64) * far_expert16 + (index % OBJECTS).to(tl.int64) * far_object16
         word = work % CHUNKS * CHUNK + tl.arange(0, CHUNK)
         wanted = (word >= low) & (word < high)
-        words = tl.load(far + start * 4 + word, mask=wanted, cache_modifier=".cv")
+        words = tl.load(far + start * 4 + word, mask=wanted, cache_modifier=".cg")
         tl.store(near + to.to(tl.int64) * near16 * 4 + word, words, mask=wanted)
 
 

@@ -148,3 +148,37 @@ def test_age_frees_the_references_slots(monkeypatch, n_slots):
         assert torch.equal(expected, found)
         assert_same(pool, twin)
     assert n_slots < 100 or expected[0] > 0
+
+
+@pytest.mark.parametrize("n_slots", [0, 7, 60, N_OBJECTS])
+def test_slots_hold_what_the_references_hold_step_by_step(monkeypatch, n_slots):
+    """Demand of one to four tokens, fetches ahead and the ends of tokens in any order: after every kernel the same
+    tables, and after every fill the same bytes in every slot and bounce row."""
+    monkeypatch.setattr(triton_age, "TILE", 64)
+    generator, bounce, whole = torch.Generator().manual_seed(n_slots), 4 * 12, 384
+    far = torch.randint(0, 256, (3, N_OBJECTS // 3, whole), dtype=torch.uint8, generator=generator)
+    pool, near, clock = new_pool(N_OBJECTS, n_slots), torch.zeros(2, n_slots + bounce, whole, dtype=torch.uint8), 0
+    twin, n_evicted, n_hits = copy(pool), 0, 0
+    for turn in torch.randint(0, 6, (60,), generator=generator).tolist():
+        if turn == 5:
+            reserve = int(torch.randint(0, 30, (1,), generator=generator))
+            freed = age.reference(pool, clock, reserve)
+            assert torch.equal(freed, triton_age.age(twin, torch.tensor([clock], dtype=torch.int32), reserve))
+            clock, n_evicted = clock + 1, n_evicted + int(freed[0])
+        else:
+            objects, need = wishes(generator, max(1, turn), 12)   # turn 0: ahead of demand
+            lists = torch.zeros(2, 1 + objects.numel(), dtype=torch.int32)
+            expected = take.reference(pool, objects, need, clock, turn == 0, lists[0])
+            found = triton_take.take(twin, objects, need, clock, turn == 0, lists[1])
+            assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
+            n_hits += int((found[1] > 0).sum())
+            fill.reference(far, objects, near[0], *expected, need, lists[0])
+            triton_fill.fill(far, objects, near[1], *found, need, lists[1])
+        assert_same(pool, twin)
+        assert torch.equal(near[0], near[1])
+        for slot, item in enumerate(pool.object_of.tolist()):
+            if item >= 0:
+                n_bytes = int(pool.held[slot])
+                assert torch.equal(near[1, slot, :n_bytes], far.view(N_OBJECTS, whole)[item, :n_bytes])
+    assert n_hits or n_slots == 0
+    assert n_evicted or n_slots in (0, N_OBJECTS)

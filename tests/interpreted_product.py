@@ -10,11 +10,17 @@ from kernels.apply import apply
 from kernels.dense import dense
 from kernels.layout import Layout, default_group_size
 from kernels.select import DOWN_ONLY, FLOE, REFINED
-from tests.random_experts import random_blobs
+from tests.random_experts import random_blobs, random_shape
 
-SHAPES = [(256, 100, 3, 2, 80), (2880, 30, 2, 1, 20)]             # H, I, k, T, chosen
-SLOW = [(256, 512, 10, 1, 1000), (2048, 40, 3, 2, 50), (4096, 600, 1, 1, 300), (5120, 40, 1, 1, 40),
-        (256, 14_336, 1, 1, 4000)]
+
+def random_case(seed: int) -> tuple[int, ...]:
+    """Any number of all neurons, at most 4,096."""
+    hidden, neurons, k, n_tokens = random_shape(seed)
+    return hidden, neurons, k, n_tokens, min(4096, k * neurons) * (seed % 5) // 4
+
+
+SHAPES = [(256, 100, 3, 4, 80), (2880, 30, 2, 1, 60), (256, 32, 2, 1, 0)]      # H, I, k, T, chosen
+SLOW = [(256, 512, 10, 1, 1000), (2048, 40, 3, 3, 50), (256, 14_336, 1, 1, 4000), *map(random_case, range(7))]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,7 @@ def test_apply(hidden, neurons, k, n_tokens, n, biased):
     expected = apply.reference(*arguments)
     found = triton_apply.apply(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
+    assert bool(expected.any()) == (n > 0)
 
 
 def test_apply_of_nothing_is_zero():
@@ -72,18 +79,20 @@ def test_apply_of_nothing_is_zero():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("hidden,neurons,k,n_tokens", [
-    (256, 80, 2, 1), pytest.param(256, 300, 2, 3, marks=pytest.mark.slow),
-    pytest.param(2880, 20, 1, 1, marks=pytest.mark.slow)])
-def test_dense(monkeypatch, hidden, neurons, k, n_tokens, kind):
+@pytest.mark.parametrize("hidden,neurons,k,n_tokens,biased", [
+    (256, 80, 2, 1, False), (256, 40, 2, 4, True), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in (
+        (256, 300, 2, 3, False), (2880, 20, 1, 1, True), (2048, 24, 3, 2, False), (4096, 20, 1, 1, True),
+        (5120, 20, 1, 1, False)))])
+def test_dense(monkeypatch, hidden, neurons, k, n_tokens, biased, kind):
     monkeypatch.setattr(triton_apply, "RANKS_OF_BLOCK", 70)       # several blocks an expert, summed in order
     generator = torch.Generator().manual_seed(hidden)
     layout = Layout(hidden, neurons, default_group_size(hidden))
     blobs = random_blobs(3, layout, generator)
     place = torch.randint(0, 3, (n_tokens, k), generator=generator).int()
     x = torch.randn(n_tokens, layout.padded, generator=generator)
-    expected = dense.reference(x, blobs, place, layout, Gate(kind))
-    found = triton_apply.dense(x, blobs, place, layout, Gate(kind))
+    bias = torch.randn(2, n_tokens, k, neurons, generator=generator) if biased else ()
+    expected = dense.reference(x, blobs, place, layout, Gate(kind), *bias)
+    found = triton_apply.dense(x, blobs, place, layout, Gate(kind), *bias)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
 
 

@@ -1,6 +1,8 @@
 """Compressed experts of random codes and plausible scales, without the quantiser."""
 from __future__ import annotations
 
+import random
+
 import torch
 
 from kernels.layout import Layout
@@ -40,3 +42,11 @@ def blob_of(gate: Nested, up: Nested, down: Nested, layout: Layout) -> Tensor:
 def random_blobs(n: int, layout: Layout, generator: torch.Generator) -> Tensor:
     """uint8 [n, blob_bytes]."""
     return torch.stack([blob_of(*random_expert(layout, generator), layout) for _ in range(n)])
+
+
+def random_shape(seed: int) -> tuple[int, int, int, int]:
+    """-> hidden, neurons, routed experts and tokens of a case: sizes of real models, and not too many of them."""
+    draw = random.Random(seed)
+    hidden, k = draw.choice((256, 2048, 2880, 4096, 5120)), draw.randint(1, 10)
+    neurons = draw.randint(512, max(512, min(14_336, 4096 // k)))
+    return hidden, neurons, k, draw.randint(1, max(1, min(4, 32_000_000 // (hidden * k * neurons))))

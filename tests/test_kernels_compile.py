@@ -4,6 +4,7 @@ The launches are caught from the real wrappers with the shapes of real models, s
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -45,10 +46,12 @@ def layout_of(hidden: int) -> Layout:
     return Layout(hidden, 512, default_group_size(hidden))
 
 
-def score_call(hidden: int) -> Callable:
+def score_call(hidden: int, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 8
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
     return lambda: triton_score.score(torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups),
-                                      bytes_(9, layout.sketch_bytes), integers(1, k), torch.zeros(1, k), layout, Gate(),
+                                      bytes_(9, layout.sketch_bytes), integers(1, k), torch.zeros(1, k), layout,
+                                      Gate("clamped_swiglu" if biased else "silu"), *bias,
                                       histogram=integers(1, 4096))
 
 
@@ -67,10 +70,11 @@ def apply_call(hidden: int, n: int = 1229, biased: bool = False) -> Callable:
                                       Gate("clamped_swiglu" if biased else "silu"), *bias)
 
 
-def dense_call(hidden: int) -> Callable:
-    layout = layout_of(hidden)
-    return lambda: triton_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, 8),
-                                      layout, Gate("gelu_tanh"))
+def dense_call(hidden: int, biased: bool = False) -> Callable:
+    layout, k = layout_of(hidden), 8
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    return lambda: triton_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, k),
+                                      layout, Gate("clamped_swiglu" if biased else "gelu_tanh"), *bias)
 
 
 def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
@@ -84,8 +88,9 @@ def select_call(n: int, counted: bool) -> Callable:
                                         integers(1, 4096) if counted else None)
 
 
-def take_call(n: int, ahead: bool) -> Callable:
-    return lambda: triton_take.take(new_pool(5000, 999), integers(n), integers(n), integers(1), ahead, integers(n + 1))
+def take_call(n: int, ahead: bool, rows: int = 1) -> Callable:
+    return lambda: triton_take.take(new_pool(5000, 999), integers(rows, n), integers(rows, n), integers(1), ahead,
+                                    integers(rows * n + 1))
 
 
 def resolve_call(ahead: bool) -> Callable:
@@ -107,6 +112,7 @@ def fill_call(n_bytes: int, listed: bool) -> Callable:
 
 CALLS = {
     "quantize": lambda: triton_activation.quantize_activation(torch.zeros(1, 2048), 128),
+    "score biased": score_call(2880, biased=True),
     "score up": score_up_call(2048),
     "select 4096": select_call(4096, True),
     "select 8192": select_call(8192, True),
@@ -114,6 +120,7 @@ CALLS = {
     "select uncounted": select_call(28_672, False),
     "select above": lambda: triton_select.select_above(torch.zeros(1, 9000), torch.zeros(1, 9000), 4096),
     "take": take_call(1229, False),
+    "take four tokens": take_call(1229, False, rows=4),
     "take ahead": take_call(8, True),
     "resolve experts": resolve_call(False),
     "resolve ahead": resolve_call(True),
@@ -124,15 +131,16 @@ CALLS = {
     "apply": apply_call(2048),
     "apply biased": apply_call(2880, biased=True),
     "apply 4096": apply_call(4096, n=4300),
+    "apply 5120": apply_call(5120),
     "dense": dense_call(2048),
+    "dense biased": dense_call(2880, biased=True),
     "dequantize": dequantize_call(2048, torch.bfloat16),
     "dequantize 2880": dequantize_call(2880, torch.float16),
 }
 
 
-SLOW_CALLS = {"select 8192", "select uncounted", "score up", "take ahead", "resolve ahead",
-              "apply biased", "apply 4096", "dense",
-              "dequantize 2880"}
+SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "take four tokens", "take ahead",
+              "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880"}
 
 
 @pytest.mark.parametrize("card", cards())
@@ -169,4 +177,7 @@ def test_fill_moves_16_bytes_a_lane(monkeypatch, name, card):
     machine = aot.compiled(launch, card)
     data = launch.arguments["CHUNK"] // (32 * 4)                  # wide loads that cover a chunk
     assert machine.count(r"\bLDG\.E\S*\.128") == data and machine.count(r"\bSTG\.E\S*\.128") == data
+    assert machine.count(r"\bLDG\.E\.128\.STRONG\.GPU") == data   # past the first cache
     assert not machine.count(r"\bLDG\.E\S*\.(U8|U16|S8|S16)")
+    wide = [text for text in machine.instructions if re.search(r"\b(LDG|STG)\.E\S*\.128", text)]
+    assert all("LDG" in text for text in wide[:data])             # a whole chunk is on its way before any is stored
