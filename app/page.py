@@ -19,7 +19,8 @@ HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">')
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the system's own: nothing is fetched
 _MIB = 1 << 20
-FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# always_last: Gradio's own choice drops what a person does while the same event's last answer is still under way
+FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
 MAY_WARN = FREE | {"queue": True}  # Gradio shows a warning only where the event went through its queue
 
 
@@ -41,7 +42,7 @@ def build_page(parts) -> gr.Blocks:
                 chat = _element("chat")
             with gr.Column(elem_id="right", scale=0), gr.Tabs():
                 with gr.Tab(TEXT["tab_engine"], id="engine"):
-                    _engine_controls(parts, page)
+                    _engine_controls(parts)
                 with gr.Tab(TEXT["tab_chat"], id="settings"):
                     _chat_controls(parts, chat)
                 with gr.Tab(TEXT["tab_models"], id="models"):
@@ -56,7 +57,7 @@ def _element(name: str) -> gr.HTML:
                    js_on_load=f"import('/ui/{name}.js').then(m => m.mount(element.firstElementChild, trigger))")
 
 
-def _engine_controls(parts, page: gr.Blocks) -> None:
+def _engine_controls(parts) -> None:
     level = gr.Dropdown(choices=list(LEVELS), value=parts.models.level, label=TEXT["level"],
                         info=TEXT["level_info"], interactive=False, elem_id="level")
     near = gr.Slider(0, 1, value=1, step=0.25, label=TEXT["near"], info=TEXT["near_info"], interactive=False,
@@ -72,7 +73,6 @@ def _engine_controls(parts, page: gr.Blocks) -> None:
     def set_near(mebibytes: float):
         return _configure(parts, near_bytes=int(mebibytes * _MIB))
 
-    page.load(present, None, [level, near], **FREE)
     panel.change(present, None, [level, near], **FREE)  # the script triggers it when a model has been opened
     level.input(set_level, level, [level, near], **MAY_WARN)
     near.release(set_near, near, [level, near], **MAY_WARN)
@@ -142,9 +142,10 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
     one meanwhile is neither overwritten nor stored half."""
     names = list(controls)
 
-    def show(event: gr.EventData):
-        conversation_id = int(event.id)
-        return [str(conversation_id), *_values(parts, names, _stored(parts, conversation_id))]
+    def show(shown: str, event: gr.EventData):
+        if event.same is not None and shown == str(event.same):
+            return [str(event.id), *_hints(parts, names)]
+        return [str(event.id), *_values(parts, names, _stored(parts, event.id))]
 
     def to_defaults(conversation_id: str):
         kept = {n: v for n, v in _stored(parts, conversation_id).items() if n == "system"}
@@ -157,7 +158,7 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
             return _keep(parts, conversation_id, _changed(_stored(parts, conversation_id), name, value), names, touched)
         return store
 
-    chat.select(show, None, [opened, *controls.values()], **FREE)
+    chat.select(show, opened, [opened, *controls.values()], **FREE)
     for name, control in controls.items():
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
         event(storing(name), [opened, control], list(controls.values()), **MAY_WARN)
@@ -205,18 +206,17 @@ def _keep(parts, conversation_id: str, settings: dict, names: list[str], touched
 
 def _values(parts, names: list[str], settings: dict) -> list:
     """What the controls show: the stored wish, else the model's recommendation as a faint hint, else nothing."""
-    recommended = parts.models.info().get("sampling") or {}
     defaults = {"policy": "oldest", "thinking": "model", "effort": "model", "preset": "model", "system": "",
                 "keep_thinking": False}
     shown = dict(settings)
     if "thinking" in shown:
         shown["thinking"] = "on" if shown["thinking"] else "off"
-    values = []
-    for name in names:
-        value = shown.get(name, defaults.get(name))
-        if name in SAMPLING_NAMES:
-            hint = recommended.get(name)
-            values.append(gr.update(value=value, placeholder="" if hint is None else str(hint)))
-        else:
-            values.append(value)
-    return values
+    return [hint | {"value": shown.get(name, defaults.get(name))} for name, hint in zip(names, _hints(parts, names),
+                                                                                      strict=True)]
+
+
+def _hints(parts, names: list[str]) -> list[dict]:
+    """What the open model recommends, for the controls of sampling; nothing that changes a value."""
+    recommended = parts.models.info().get("sampling") or {}
+    hints = {name: "" if recommended.get(name) is None else str(recommended[name]) for name in SAMPLING_NAMES}
+    return [gr.update(placeholder=hints[name]) if name in hints else gr.update() for name in names]

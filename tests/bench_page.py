@@ -41,14 +41,8 @@ GROW = """async n => {
 
 def long_conversation(page, n: int) -> None:
     """Import a conversation of n messages and open it."""
-    messages = [{"id": i + 1, "parent_id": i or None, "role": "assistant" if i % 2 else "user",
-                 "text": PARAGRAPH * (3 if i % 2 else 1)} for i in range(n)]
-    document = {"format": "floechat-conversations", "version": 1,
-                "conversations": [{"title": "Long", "leaf": n, "messages": messages}]}
-    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
-        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
-    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
-    page.wait_for_function("document.querySelectorAll('.message').length >= 40")
+    browser.bring(page, "Long", [{"role": "assistant" if i % 2 else "user", "text": PARAGRAPH * (3 if i % 2 else 1)}
+                                 for i in range(n)])
 
 
 def load_all(page, n: int) -> None:

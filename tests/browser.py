@@ -5,6 +5,7 @@ loopback, or an error in the console, fails the test that caused it.
 """
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -129,20 +130,40 @@ def context(app, chromium):
 
 @pytest.fixture
 def page(app, context):
-    """The open page, the model ready, the first run over."""
+    """The open page, the model ready, the first run over, nothing left to answer of an earlier test."""
     page = context.new_page()
     page.set_default_timeout(PATIENCE_MS)
     context.request.get(app.link)
     context.request.post(app.address + "/api/welcomed", data={"done": True}, headers={"origin": app.address})
     page.goto(app.link)
     wait_ready(page)
+    page.evaluate(STOP_ALL)
+    until(page, lambda: not state(page)["live"])
     return page
+
+
+STOP_ALL = """async () => {
+  const { waiting } = await (await fetch('/api/state')).json();
+  for (const { id } of waiting) await fetch(`/api/waiting/${id}`, { method: 'DELETE' });
+  await fetch('/api/stop', { method: 'POST' });
+}"""
+
+
+def expect(thing):
+    """Playwright's assertion about a page or an element: it looks again until it holds, as long as PATIENCE_MS.
+
+    What it reads does not depend on what has been laid out: a message far from the window has no inner text yet.
+    """
+    from playwright.sync_api import expect
+    expect.set_options(timeout=PATIENCE_MS)
+    return expect(thing)
 
 
 def wait_ready(page) -> None:
     page.wait_for_selector("#message")
     until(page, lambda: ready(stats(page)))
     page.wait_for_selector(".banner:empty", state="attached")
+    page.wait_for_selector("#near input[type=number]:enabled", state="attached")  # Gradio's controls have answered too
 
 
 def ready(now: dict) -> bool:
@@ -168,25 +189,40 @@ def send(page, text: str) -> None:
     page.press("#message", "Enter")
 
 
+def state(page) -> dict:
+    """What the page is told when anything changes: model, answer, queue, conversations, work."""
+    return page.evaluate("fetch('/api/state').then(reply => reply.json())")
+
+
 def settled(page) -> None:
-    """Wait until no answer is being written and the page shows the last one as finished."""
-    until(page, lambda: _nothing_to_do(page))
-    page.wait_for_function("!document.querySelector('.message.running') && "
-                           "document.querySelector('.message.assistant')")
-    # Messages have content-visibility: auto, so one that no frame has shown yet has no inner text.
-    page.evaluate("new Promise(shown => requestAnimationFrame(() => requestAnimationFrame(shown)))")
+    """Wait until nothing is being answered and the page shows the conversation's newest message as finished."""
+    until(page, lambda: page.evaluate(SETTLED))
 
 
-def _nothing_to_do(page) -> bool:
-    state = page.evaluate("fetch('/api/state').then(reply => reply.json())")
-    return not state["live"] and not state["waiting"]
+SETTLED = """async () => {
+  const { live, waiting } = await (await fetch('/api/state')).json();
+  const drawn = [...document.querySelectorAll('.message')], id = location.hash.slice(2);
+  if (live || waiting.length || !drawn.length || !id) return false;
+  const { messages } = await (await fetch(`/api/conversations/${id}?limit=1`)).json();
+  return drawn.at(-1).dataset.id === String(messages[0].id) && !drawn.some(m => m.classList.contains('running'));
+}"""
 
 
 def ask(page, text: str):
-    """Send, wait for the whole answer; the last answer's element."""
-    before = page.locator(".message.user").count()
-    send(page, text)
-    page.wait_for_function(f"document.querySelectorAll('.message.user').length > {before} || "
-                           "document.querySelectorAll('.message').length === 2")
+    """Send, wait for the whole answer; its element."""
+    with page.expect_response(lambda reply: reply.url.endswith("/send")) as sent:
+        send(page, text)
     settled(page)
-    return page.locator(".message.assistant").last
+    return page.locator(f".message[data-id='{sent.value.json()['message']}']")
+
+
+def bring(page, title: str, messages: list[dict]) -> None:
+    """Import a conversation, each message under the one before it, and open it."""
+    numbered = [{"id": i, "parent_id": i - 1 or None} | message for i, message in enumerate(messages, 1)]
+    document = {"format": "floechat-conversations", "version": 1,
+                "conversations": [{"title": title, "leaf": len(messages), "messages": numbered}]}
+    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
+        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
+    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
+    newest = page.evaluate(f"fetch('/api/conversations/{made[0]['id']}?limit=1').then(reply => reply.json())")
+    page.wait_for_selector(f".message[data-id='{newest['messages'][0]['id']}']")

@@ -7,7 +7,7 @@ import sqlite3
 
 import browser
 import pytest
-from browser import ask, send, settled, stats, until
+from browser import ask, expect, send, settled, stats, until
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -16,6 +16,7 @@ SAGA = "Tell me a story about a princess and a wolf."  # 572 tokens
 
 
 def texts(page) -> list[str]:
+    """What is shown; read it when nothing changes any more."""
     return [text.strip() for text in page.locator(".message .answer").all_text_contents()]
 
 
@@ -43,23 +44,34 @@ def test_an_edited_question_gets_its_own_answer_and_both_versions_stay(page):
     act(page, "user", "Edit")
     page.fill(".editing textarea", "Good morning! How are you?")
     page.press(".editing textarea", "Control+Enter")
-    page.wait_for_function("document.querySelector('.message.user .answer')?.innerText.includes('Good morning')")
+    expect(page.locator(".message.user .version")).to_have_text("2/2")
     settled(page)
     assert texts(page)[0] == "Good morning! How are you?"
-    assert page.locator(".message.user .version").inner_text() == "2/2"
     act(page, "user", "Previous version")
-    page.wait_for_function("document.querySelector('.message.user .version')?.innerText === '1/2'")
-    assert texts(page) == before
+    expect(page.locator(".message.user .version")).to_have_text("1/2")
+    expect(page.locator(".message .answer")).to_have_text(before)
+
+
+def test_an_edit_that_was_begun_outlives_the_end_of_an_answer(page):
+    ask(page, "Hello!")
+    send(page, SAGA)
+    page.wait_for_selector(".message.running")
+    act(page, "user", "Edit", n=0)
+    page.fill(".editing textarea", "Half a ")
+    page.evaluate("fetch('/api/stop', {method: 'POST'})")
+    settled(page)
+    page.keyboard.type("thought")
+    expect(page.locator(".editing textarea")).to_have_value("Half a thought")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".message.user .answer").first).to_have_text("Hello!")
 
 
 def test_a_regenerated_answer_is_a_second_version(page):
     ask(page, "Hello!")
     act(page, "assistant", "Regenerate")
-    page.wait_for_selector(".message.assistant .version, .message.running")
-    settled(page)
-    assert page.locator(".message.assistant .version").inner_text() == "2/2"
+    expect(page.locator(".message.assistant .version")).to_have_text("2/2")
     act(page, "assistant", "Previous version")
-    page.wait_for_function("document.querySelector('.message.assistant .version')?.innerText === '1/2'")
+    expect(page.locator(".message.assistant .version")).to_have_text("1/2")
 
 
 def test_an_answer_can_be_rewritten_and_the_model_sees_what_it_says_now(page):
@@ -67,20 +79,20 @@ def test_an_answer_can_be_rewritten_and_the_model_sees_what_it_says_now(page):
     act(page, "assistant", "Edit")
     page.fill(".editing textarea", "My **name** is Floe.")
     page.get_by_role("button", name="Save").click()
-    page.wait_for_function("document.querySelector('.message.assistant strong')?.innerText === 'name'")
-    assert "Edited" in page.locator(".message.assistant").inner_text()
+    expect(page.locator(".message.assistant strong")).to_have_text("name")
+    expect(page.locator(".message.assistant")).to_contain_text("Edited")
     ask(page, "Thank you!")
     assert len(texts(page)) == 4 and texts(page)[1] == "My name is Floe."
 
 
 def test_an_answer_that_ended_early_goes_on(page):
     send(page, SAGA)
-    page.wait_for_function("document.querySelector('.message.running .answer')?.textContent.length > 20")
+    expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{20}", re.DOTALL))
     page.click("#stop")
     settled(page)
     begun = texts(page)[1]
     act(page, "assistant", "Continue")
-    until(page, lambda: len(texts(page)[1]) > len(begun) + 10)
+    expect(page.locator(".message.running .answer")).to_have_text(re.compile(f".{{{len(begun) + 10}}}", re.DOTALL))
     page.click("#stop")
     settled(page)
     assert len(texts(page)) == 2 and texts(page)[1].startswith(begun) and len(texts(page)[1]) > len(begun)
@@ -91,17 +103,18 @@ def test_a_branch_goes_on_by_itself(page):
     ask(page, "How are you?")
     old = page.url
     act(page, "assistant", "Branch into a new conversation", n=0)
-    page.wait_for_function(f"location.href !== {json.dumps(old)}")
-    page.wait_for_function("document.querySelectorAll('.message').length === 2")
+    expect(page).not_to_have_url(old)
+    expect(page.locator(".message")).to_have_count(2)
     ask(page, "Goodbye!")
+    expect(page.locator(".message.user .answer")).to_have_text(["Hello!", "Goodbye!"])
     page.goto(old)
-    page.wait_for_function("document.querySelectorAll('.message').length === 4")
+    expect(page.locator(".message.user .answer")).to_have_text(["Hello!", "How are you?"])
 
 
 def test_copy_puts_the_message_on_the_clipboard(page):
     ask(page, "Hello!")
     act(page, "user", "Copy")
-    page.wait_for_selector(".notice")
+    expect(page.locator(".notice")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == "Hello!"
 
 
@@ -112,12 +125,12 @@ def test_messages_wait_visibly_and_are_answered_in_order(page):
         send(page, text)
         page.wait_for_selector(f".queue li:has-text('{text}')")
     page.locator(".queue li", has_text="never mind").get_by_role("button", name="Remove").click()
-    page.wait_for_function("document.querySelectorAll('.queue li').length === 2")
+    expect(page.locator(".queue li")).to_have_text([re.compile("first of all"), re.compile("second of all")])
     page.click("#stop")
-    page.wait_for_function("document.querySelectorAll('.message.user').length === 3")
+    expect(page.locator(".message.user .answer")).to_have_text([SAGA, "first of all", "second of all"])
+    expect(page.locator(".queue li")).to_have_count(0)
     settled(page)
-    assert [text for text in texts(page) if text in (SAGA, "first of all", "second of all", "never mind")] == \
-        [SAGA, "first of all", "second of all"]
+    expect(page.locator(".message.assistant")).to_have_count(3)
 
 
 def test_rename_pin_delete_and_undo(page):
@@ -130,9 +143,9 @@ def test_rename_pin_delete_and_undo(page):
     page.wait_for_selector(".conversations .title:has-text('Harbour talk')")
     new_chat(page, "Hi!")
     menu(page, "Harbour talk", "Pin")
-    page.wait_for_function("document.querySelector('.conversations li .title').innerText === 'Harbour talk'")
+    expect(page.locator(".conversations .title").first).to_have_text("Harbour talk")
     menu(page, "Harbour talk", "Delete")
-    page.wait_for_function("![...document.querySelectorAll('.title')].some(t => t.innerText === 'Harbour talk')")
+    expect(page.locator(".conversations .title", has_text="Harbour talk")).to_have_count(0)
     page.locator(".notice").get_by_role("button", name="Undo").click()
     page.wait_for_selector(".conversations .title:has-text('Harbour talk')")
     page.wait_for_selector(".message.user:has-text('little boat')")
@@ -142,10 +155,10 @@ def test_search_finds_words_of_messages(page):
     new_chat(page, "Where is the lighthouse keeper?")
     new_chat(page, "Hi!")
     page.keyboard.press("Control+k")
-    assert page.evaluate("document.activeElement.id") == "search"
+    expect(page.locator("#search")).to_be_focused()
     page.keyboard.type("lighth keeper")
-    page.wait_for_selector(".conversations mark")
-    assert "lighthouse" in page.locator(".conversations .snippet").first.inner_text()
+    expect(page.locator(".conversations .snippet").first).to_contain_text("lighthouse")
+    expect(page.locator(".conversations mark").first).to_have_text("lighthouse")
     page.locator(".conversations .open").first.click()
     page.wait_for_selector(".message.user:has-text('lighthouse')")
     page.fill("#search", "zyzzyva")
@@ -165,8 +178,8 @@ def test_what_was_exported_can_be_imported(page, tmp_path, kind, entry):
     assert file.suffix == f".{kind}" and question in file.read_text()
     exported, old = texts(page), page.url
     page.set_input_files("#import-file", file)
-    page.wait_for_function(f"location.href !== {json.dumps(old)} && document.querySelectorAll('.message').length === 2")
-    assert texts(page) == exported
+    expect(page).not_to_have_url(old)
+    expect(page.locator(".message .answer")).to_have_text(exported)
     ask(page, "Hi again!")  # and it goes on
 
 
@@ -174,11 +187,11 @@ def test_a_text_file_is_attached_with_its_token_count(page, tmp_path):
     file = tmp_path / "notes.txt"
     file.write_text("The boat is red. " * 10)
     page.set_input_files("#attach-file", file)
-    page.wait_for_selector(".composer .file:has-text('notes.txt')")
-    tokens = int(re.search(r"(\d+) tokens", page.locator(".composer .file").inner_text()).group(1))
+    expect(page.locator(".composer .file")).to_have_text(re.compile(r"notes\.txt\d+ tokens"))
+    tokens = int(page.locator(".composer .file small").text_content().split()[0])
     assert tokens > 40
     ask(page, "What colour is the boat?")
-    assert "notes.txt" in page.locator(".message.user").inner_text()
+    expect(page.locator(".message.user")).to_contain_text("notes.txt")
     assert stats(page)["context_used"] > tokens
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
@@ -186,40 +199,76 @@ def test_a_text_file_is_attached_with_its_token_count(page, tmp_path):
     page.wait_for_selector(".notice:has-text('is not a text file')")
 
 
+def chat_tab(page) -> int:
+    """Open the settings, wait until they are those of the open conversation; its number, 0 for none yet."""
+    page.get_by_role("tab", name="This chat").click()
+    number = int(page.url.partition("#c")[2] or 0)
+    expect(page.locator("#opened textarea, #opened input")).to_have_value(str(number))
+    return number
+
+
 def test_settings_belong_to_the_conversation_and_are_kept(app, page):
     ask(page, "Hello!")
-    page.get_by_role("tab", name="This chat").click()
+    number = chat_tab(page)
     page.get_by_label("System prompt").fill("You are a pirate.")
     page.get_by_label("System prompt").blur()
     page.get_by_label("Longest answer").fill("3")
     page.get_by_label("Longest answer").press("Enter")
-    number = int(page.url.rsplit("#c", 1)[1])
     until(page, lambda: settings(app, number).get("max_tokens") == 3)
-    assert settings(app, number)["system"] == "You are a pirate."
+    until(page, lambda: settings(app, number).get("system") == "You are a pirate.")
     answer = ask(page, SAGA)
-    assert "3 tokens" in answer.locator(".stats").inner_text() and "length limit" in answer.inner_text()
+    expect(answer.locator(".stats")).to_contain_text("3 tokens")
+    expect(answer).to_contain_text("length limit")
     page.reload()
-    page.get_by_role("tab", name="This chat").click()
-    until(page, lambda: page.get_by_label("System prompt").input_value() == "You are a pirate.")
+    chat_tab(page)
+    expect(page.get_by_label("System prompt")).to_have_value("You are a pirate.")
     page.click("#reset")
     until(page, lambda: "max_tokens" not in settings(app, number))
+    assert settings(app, number)["system"] == "You are a pirate."
     new_chat(page)
-    assert settings(app, int(page.url.rsplit("#c", 1)[1])).get("system") is None
+    assert settings(app, chat_tab(page)).get("system") is None
     page.get_by_label("Temperature").fill("77")
     page.get_by_label("Temperature").blur()
     page.wait_for_selector("text=temperature must lie between")
 
 
+def test_controls_show_the_conversation_that_was_opened_last_and_keep_what_is_being_typed(app, page):
+    new_chat(page)
+    first = chat_tab(page)
+    page.get_by_label("System prompt").fill("You are the first.")
+    page.get_by_label("System prompt").blur()
+    until(page, lambda: settings(app, first).get("system") == "You are the first.")
+    new_chat(page)
+    second = chat_tab(page)
+    page.evaluate("""async ([one, other]) => {  // faster than the program answers
+      for (const id of [one, other, one, other, one]) {
+        location.hash = `c${id}`;
+        await new Promise(requestAnimationFrame);
+      }
+    }""", [first, second])
+    chat_tab(page)
+    expect(page.get_by_label("System prompt")).to_have_value("You are the first.")
+    send(page, SAGA)
+    page.get_by_label("System prompt").fill("You are being typed")
+    page.evaluate("fetch('/api/stop', {method: 'POST'})")  # an answer that ends touches no setting
+    settled(page)
+    expect(page.get_by_label("System prompt")).to_have_value("You are being typed")
+    page.get_by_label("System prompt").blur()
+    until(page, lambda: settings(app, first).get("system") == "You are being typed")
+
+
 def test_settings_made_before_the_first_message_count_for_it(app, page):
     page.click("#new-chat")
-    page.get_by_role("tab", name="This chat").click()
+    chat_tab(page)
     page.get_by_label("Longest answer").fill("4")
     page.get_by_label("Longest answer").press("Enter")
-    until(page, lambda: page.get_by_label("Sampling preset").input_value() == "Custom")
-    assert "4 tokens" in ask(page, SAGA).locator(".stats").inner_text()
-    assert settings(app, int(page.url.rsplit("#c", 1)[1]))["max_tokens"] == 4
+    expect(page.get_by_label("Sampling preset")).to_have_value("Custom")
+    expect(ask(page, SAGA).locator(".stats")).to_contain_text("4 tokens")
+    assert settings(app, chat_tab(page))["max_tokens"] == 4
+    expect(page.get_by_label("Longest answer")).to_have_value("4")
     new_chat(page)
-    assert "max_tokens" not in settings(app, int(page.url.rsplit("#c", 1)[1]))
+    assert "max_tokens" not in settings(app, chat_tab(page))
+    expect(page.get_by_label("Longest answer")).to_have_value("")
 
 
 def settings(app, conversation_id: int) -> dict:
@@ -229,8 +278,7 @@ def settings(app, conversation_id: int) -> dict:
 
 def test_the_context_meter_counts_and_a_full_context_is_never_silent(app, page):
     ask(page, "Hello!")
-    meter = page.locator("#context-meter").inner_text()
-    assert 0 < int(re.search(r"Context: (\d+) of 1,024 tokens", meter).group(1)) < 100
+    expect(page.locator("#context-meter")).to_have_text(re.compile(r"^Context: [1-9]\d? of 1,024 tokens$"))
     filler = "Tell me about the sea, the boat and the bird. " * 50
     page.evaluate("""async text => {
       for (let i = 0; i < 2; i += 1) {
@@ -242,32 +290,30 @@ def test_the_context_meter_counts_and_a_full_context_is_never_silent(app, page):
         while ((await (await fetch('/api/state')).json()).live) await new Promise(r => setTimeout(r, 50));
       }
     }""", filler)
-    answer = ask(page, "Hello again!")
-    assert re.search(r"\d+ earlier messages did not fit", answer.inner_text())
-    page.get_by_role("tab", name="This chat").click()
+    expect(ask(page, "Hello again!")).to_contain_text(re.compile(r"\d+ earlier messages did not fit"))
+    number = chat_tab(page)
     page.get_by_label("When the context is full").click()
     page.get_by_role("option", name="Stop and say so").click()
-    number = int(page.url.rsplit("#c", 1)[1])
     until(page, lambda: settings(app, number).get("policy") == "stop")
-    answer = ask(page, "And now?")
-    assert "the context holds" in answer.inner_text()
+    expect(ask(page, "And now?")).to_contain_text("the context holds")
 
 
 def test_the_keyboard_alone_is_enough(page):
     page.keyboard.press("Control+Shift+O")
-    page.wait_for_function("document.activeElement.id === 'message'")
+    expect(page.locator("#message")).to_be_focused()
     page.keyboard.type("Hello!")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("Second line")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector(".message.user")
+    expect(page.locator(".message.user .answer")).to_have_text("Hello! Second line")
+    expect(page.locator(".message.user .answer br")).to_have_count(1)
     settled(page)
-    assert texts(page)[0] == "Hello!\nSecond line"
 
 
 def test_dark_and_light_are_remembered(page):
     dark = page.evaluate("document.body.classList.contains('dark')")
-    page.click("#theme")
-    page.reload()
-    page.wait_for_selector("#message")
-    page.wait_for_function(f"document.body.classList.contains('dark') === {json.dumps(not dark)}")
+    for wished in (not dark, dark):
+        page.click("#theme")
+        page.reload()
+        page.wait_for_selector("#message")
+        page.wait_for_function(f"document.body.classList.contains('dark') === {json.dumps(wished)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import browser
 import pytest
 from bench_page import busy_share, long_conversation
-from browser import ask, settled, wait_ready
+from browser import ask, bring, expect, settled, wait_ready
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -24,27 +24,30 @@ def violations(page) -> list[str]:
 
 
 def test_nobody_is_shut_out(page):
+    page.emulate_media(reduced_motion="reduce")  # no colour is measured half way to another
     assert violations(page) == []
     ask(page, "Hello!")
     page.locator(".message.user").hover()
     for dark in (False, True):
         page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
-        for tab in ("This chat", "Engine", "Models"):
+        for tab, there in (("This chat", "#reset"), ("Engine", "#heat path"), ("Models", "#offers li .verdict")):
             page.get_by_role("tab", name=tab).click()
+            page.wait_for_selector(there)
             if tab == "Models":
-                page.wait_for_selector("#offers li .verdict")
                 page.locator("#disk summary").first.click()
-                page.wait_for_function("document.querySelector('#disk pre.plan').textContent")
-            page.wait_for_timeout(300)
+                expect(page.locator("#disk pre.plan").first).not_to_be_empty()
             assert violations(page) == [], (dark, tab)
         page.click("#find-model")
+        page.wait_for_selector(".aim")
         assert violations(page) == [], (dark, "first run")
         page.click(".aim[data-aim=best]")
         page.wait_for_selector(".fits li")
         assert violations(page) == [], (dark, "three fits")
         page.click("#welcome-skip")
-    page.locator(".conversations summary").first.click()
     page.locator(".message.user").get_by_role("button", name="Edit").click()
+    page.wait_for_selector(".editing textarea")
+    page.locator(".conversations summary").first.click()
+    page.wait_for_selector(".menu-items")
     assert violations(page) == []
 
 
@@ -59,88 +62,81 @@ def test_every_control_has_a_name(page):
 
 def test_a_phone_is_wide_enough(page):
     page.set_viewport_size({"width": 360, "height": 740})
-    page.wait_for_timeout(300)
-    ask(page, "Hello!")
-    assert page.evaluate("document.documentElement.scrollWidth <= 360")
-    for selector in ("#message", "#send", ".message.assistant .answer"):
-        box = page.locator(selector).last.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
-    assert not page.locator("#new-chat").is_visible()
+    answer = ask(page, "Hello!")
+    for element in (page.locator("#message"), page.locator("#send"), answer.locator(".answer")):
+        inside(page, element)
+    expect(page.locator("#new-chat")).to_be_hidden()
     page.get_by_role("button", name="Show or hide conversations").click()
     page.click("#new-chat")
     page.wait_for_selector(".hero")
     page.get_by_role("button", name="Show or hide engine and settings").click()
     page.locator("#speed-now").wait_for()
-    for tab in ("This chat", "Models"):
+    for tab, there in (("This chat", "#reset"), ("Models", "#offers li .verdict")):
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth <= 360"), tab
+        inside(page, page.locator(there).first)
     page.click("#find-model")
     page.wait_for_selector(".aim")
     for aim in page.locator(".aim").all():
-        box = aim.bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+        inside(page, aim)
+
+
+def inside(page, element) -> None:
+    """The element is shown whole between the two edges of the phone, and nothing reaches beyond them."""
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360, box
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 @pytest.mark.slow
 def test_four_hundred_messages_leave_the_page_light(page):
     """20 updates a second of a growing answer under a long conversation: the main thread's own processor time."""
     long_conversation(page, 400)
-    assert page.locator(".message").count() == 40
+    expect(page.locator(".message")).to_have_count(40)
     assert busy_share(page, 100) < 0.5
-    assert page.locator(".message:last-child .answer .block").count() == 20
+    expect(page.locator(".message:last-child .answer .block")).to_have_count(20)
 
 
 def test_earlier_messages_come_when_asked_for(page):
     long_conversation(page, 100)
     page.get_by_role("button", name="Load earlier messages").click()
-    page.wait_for_function("document.querySelectorAll('.message').length === 80")
+    expect(page.locator(".message")).to_have_count(80)
     page.get_by_role("button", name="Load earlier messages").click()
-    page.wait_for_function("document.querySelectorAll('.message').length === 100")
-    assert page.locator(".earlier").count() == 0
+    expect(page.locator(".message")).to_have_count(100)
+    expect(page.locator(".earlier")).to_have_count(0)
 
 
 def test_markdown_code_and_math_are_shown(page):
     long_conversation(page, 40)
     answer = page.locator(".message.assistant").last
-    assert answer.locator("strong").count() == 3 and answer.locator("math msup").count() == 3
-    answer.get_by_role("button", name="Copy").first.click()
-    page.wait_for_selector(".message.assistant:last-child .copy-code:has-text('Copied')")
+    expect(answer.locator("strong")).to_have_count(3)
+    expect(answer.locator("math msup")).to_have_count(3)
+    answer.locator(".copy-code").first.click()
+    expect(answer.locator(".copy-code").first).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
 
 
 def test_thinking_is_folded_and_timed(page):
-    document = {"format": "floechat-conversations", "version": 1, "conversations": [
-        {"title": "Thought", "leaf": 2, "messages": [
-            {"id": 1, "parent_id": None, "role": "user", "text": "How many oars?"},
-            {"id": 2, "parent_id": 1, "role": "assistant", "text": "Two.", "thinking": "A boat has two sides.",
-             "stats": {"thinking_s": 2.31}}]}]}
-    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
-        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
-    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
+    bring(page, "Thought", [{"role": "user", "text": "How many oars?"},
+                            {"role": "assistant", "text": "Two.", "thinking": "A boat has two sides.",
+                             "stats": {"thinking_s": 2.31}}])
     thought = page.locator(".thought")
-    thought.locator("summary").wait_for()
-    assert thought.locator("summary").inner_text() == "Thought for 2.3 s"
-    assert not page.get_by_text("A boat has two sides.").is_visible()
+    expect(thought.locator("summary")).to_have_text("Thought for 2.3 s")
+    expect(page.get_by_text("A boat has two sides.")).to_be_hidden()
     thought.locator("summary").click()
-    assert page.get_by_text("A boat has two sides.").is_visible()
+    expect(page.get_by_text("A boat has two sides.")).to_be_visible()
 
 
 def test_a_foreign_message_cannot_run_anything(page):
     page.evaluate("window.harmed = false")
     evil = "<img src=x onerror='window.harmed=true'> <script>window.harmed=true</script> $\\text{<img src=x "\
         "onerror=window.harmed=true>}$ ![x](http://evil.example/x.png) [y](javascript:window.harmed=true)"
-    document = {"format": "floechat-conversations", "version": 1, "conversations": [
-        {"title": "<img src=x onerror=window.harmed=true>", "leaf": 2, "messages": [
-            {"id": 1, "parent_id": None, "role": "user", "text": evil},
-            {"id": 2, "parent_id": 1, "role": "assistant", "text": evil, "thinking": evil}]}]}
-    made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
-        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
-    page.evaluate(f"location.hash = 'c{made[0]['id']}'")
-    page.wait_for_selector(".message.assistant")
+    bring(page, "<img src=x onerror=window.harmed=true>",
+          [{"role": "user", "text": evil}, {"role": "assistant", "text": evil, "thinking": evil}])
+    page.locator(".thought summary").click()
     page.fill("#search", "img")
     page.wait_for_selector(".conversations .snippet")
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(500)  # an image that fails to load would call its handler in this time
     assert page.evaluate("window.harmed") is False
 
 
@@ -158,6 +154,6 @@ def test_a_reload_while_the_model_opens_is_fine(chromium, tmp_path):
         page.reload()
         wait_ready(page)
         settled(page)
-        assert page.locator(".message.assistant .answer").inner_text().strip()
+        expect(page.locator(".message.assistant .answer")).not_to_be_empty()
         context.close()
         watch.check()

@@ -8,6 +8,7 @@ import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
 let log, scroller, queue, title, meter, trigger, drawn = { id: null, limit: 40 };
+let born = null; // the conversation that was just made, with the settings that are shown
 
 export async function mount(root, gradioTrigger) {
   await ready;
@@ -28,7 +29,7 @@ export async function mount(root, gradioTrigger) {
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
-  on("opened", () => { drawn.limit = 40; load(); });
+  on("opened", () => { drawn.limit = 40; tellControls(opened.id === born ? 0 : null); load(); });
   on("state", changed);
   on("text", grow);
   document.addEventListener("keydown", shortcut);
@@ -37,7 +38,15 @@ export async function mount(root, gradioTrigger) {
   window.addEventListener("hashchange", () => emit("opened", opened.id));
   restoreTheme();
   start();
+  tellControls();
   load();
+}
+
+// Gradio's controls show the settings of the open conversation (0: of the one that begins with the next message).
+// same: the conversation whose settings they may go on showing, so that nothing that is being typed is touched.
+function tellControls(same = null) {
+  trigger("select", { id: opened.id ?? 0, same });
+  born = null;
 }
 
 // Loading and drawing
@@ -45,7 +54,6 @@ export async function mount(root, gradioTrigger) {
 export async function load() {
   const id = opened.id;
   const turn = ++loads.begun;
-  trigger("select", { id: id ?? 0 });
   if (!id) return drawEmpty();
   let conversation;
   try {
@@ -59,18 +67,21 @@ export async function load() {
   const stay = drawn.id === id && !nearEnd() ? scroller.scrollTop : null;
   drawn.id = id;
   title.textContent = conversation.conversation.title || TEXT.untitled;
-  const hidden = conversation.n_messages - conversation.messages.length;
-  const earlier = hidden > 0 && h("button", { type: "button", class: "quiet earlier", onclick: () => {
-    drawn.limit += 40;
-    load();
-  } }, TEXT.earlier);
-  log.replaceChildren(...[earlier, ...conversation.messages.map((m, i) =>
-    message(m, i === conversation.messages.length - 1, act))].filter(Boolean));
+  drawMessages(conversation);
   const { used, total } = conversation.context;
   drawMeter(used, total);
   if (stay === null) follow(true);
   else scroller.scrollTop = stay;
   if (outlived()) setTimeout(() => outlived() && load(), 200);
+}
+
+// A message stays as it is drawn until it changes: an edit that has been begun outlives the answer that ends meanwhile.
+function drawMessages({ messages, n_messages: n }) {
+  const rows = messages.map((m, i) => ({ m, last: i === messages.length - 1 }));
+  const key = ({ m, last }) => (m.status === "running" ? Symbol("growing") : JSON.stringify([m, last]));
+  const earlier = n > messages.length ? [["earlier", null]] : [];
+  keep(log, [...earlier, ...rows.map((row) => [key(row), row])], (row) => (row ? message(row.m, row.last, act)
+    : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(); } }, TEXT.earlier)));
 }
 
 // Whether a message is drawn as growing that the program is not writing (any more, or not yet).
@@ -105,7 +116,10 @@ function changed({ now, before }) {
   else if (outlived() || (begun && !log.querySelector(`[data-id="${now.live.message}"]`))) load();
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
-  if (before.model.state !== "ready" && now.model.state === "ready") load();
+  if (before.model.state !== "ready" && now.model.state === "ready") {
+    tellControls(opened.id ?? 0);
+    load();
+  }
 }
 
 function waitingItem(item) {
@@ -160,7 +174,8 @@ function follow(now) {
 
 async function send(text, attachments) {
   if (!opened.id) {
-    opened.id = (await api("POST", "/api/conversations")).id;
+    born = (await api("POST", "/api/conversations")).id;
+    opened.id = born;
   }
   await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
   emit("sent");

@@ -33,7 +33,7 @@ export function composer(send, meter) {
     try {
       await send(text, attached.map(({ name, text: content }) => ({ name, text: content })));
     } catch {
-      area.value = text; // nothing that was written gets lost
+      area.value = [text, area.value].filter(Boolean).join("\n"); // nothing that was written gets lost
       attachments = attached;
       drawFiles();
       fit();

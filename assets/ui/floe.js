@@ -62,17 +62,16 @@ export function h(tag, attributes = {}, ...children) {
 }
 
 // Children of `place` for [key, item] pairs, in order: made once for a key, brought up to date every time. What is
-// replaced under the pointer loses the click.
+// replaced under the pointer loses the click, and what is typed into it is gone; so what stays is not even moved.
 export function keep(place, pairs, make, update = () => {}) {
-  const old = new Map([...place.children].map((node) => [node.dataset.key, node]));
-  const nodes = pairs.map(([key, item]) => {
+  const wanted = new Set(pairs.map(([key]) => key)), old = new Map();
+  for (const node of [...place.children]) wanted.has(node.key) ? old.set(node.key, node) : node.remove();
+  pairs.forEach(([key, item], i) => {
     const node = old.get(key) || make(item);
-    node.dataset.key = key;
+    node.key = key;
     update(node, item);
-    return node;
+    if (place.children[i] !== node) place.insertBefore(node, place.children[i] || null);
   });
-  if (nodes.length !== place.children.length || nodes.some((node, i) => place.children[i] !== node))
-    place.replaceChildren(...nodes);
 }
 
 export const icon = (name) => {

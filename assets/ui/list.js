@@ -1,5 +1,5 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
-import { TEXT, api, button, emit, h, icon, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+import { TEXT, api, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
 
 export async function mount(root) {
   await ready;
@@ -21,7 +21,6 @@ export async function mount(root) {
 
   async function look() {
     if (!search.value.trim()) return draw();
-    delete list.dataset.mark;
     const found = await api("GET", `/api/search?q=${encodeURIComponent(search.value)}`);
     list.replaceChildren(...found.map(foundItem));
     if (!found.length) list.replaceChildren(h("li", { class: "empty" }, TEXT.search_none));
@@ -29,11 +28,9 @@ export async function mount(root) {
 
   function draw() {
     if (search.value.trim() || list.querySelector("input, details[open]")) return;
-    const mark = JSON.stringify([state.conversations, opened.id, state.live?.conversation]);
-    if (mark === list.dataset.mark) return; // a row that is replaced under the pointer loses the click
-    list.dataset.mark = mark;
-    const items = state.conversations.map(item);
-    list.replaceChildren(...(items.length ? items : [h("li", { class: "empty" }, TEXT.no_conversations)]));
+    const rows = state.conversations.map(({ id, title, pinned }) =>
+      ({ id, title, pinned, current: id === opened.id, busy: id === state.live?.conversation }));
+    keep(list, rows.length ? rows.map((row) => [JSON.stringify(row), row]) : [["", null]], item);
   }
 
   on("state", draw);
@@ -44,9 +41,8 @@ export async function mount(root) {
   draw();
 }
 
-export async function newChat() {
-  const empty = null; // a conversation exists once its first message was sent
-  opened.id = empty;
+function newChat() {
+  opened.id = null; // a conversation exists once its first message was sent
   emit("focus");
 }
 
@@ -59,8 +55,8 @@ function foundItem(found) {
 }
 
 function item(conversation) {
-  const current = conversation.id === opened.id;
-  const busy = state.live?.conversation === conversation.id;
+  if (!conversation) return h("li", { class: "empty" }, TEXT.no_conversations);
+  const { current, busy } = conversation;
   const open = h("button", { type: "button", class: "open", "aria-current": current ? "page" : null,
     onclick: () => { opened.id = conversation.id; } },
     conversation.pinned && h("span", { class: "pinned", title: TEXT.pinned }, icon("pin")),
@@ -87,6 +83,7 @@ function menu(conversation, row) {
   details.addEventListener("focusout", (event) => {
     if (!details.contains(event.relatedTarget)) details.open = false;
   });
+  details.addEventListener("toggle", () => details.open || again()); // what changed meanwhile
   return details;
 }
 
@@ -95,7 +92,7 @@ function rename(conversation, row) {
   const finish = async (keep) => {
     input.replaceWith(row.shown);
     if (keep && input.value.trim()) await api("PATCH", `/api/conversations/${conversation.id}`, { title: input.value });
-    else emit("state", { now: state, before: state });
+    else again();
   };
   row.shown = row.querySelector(".open");
   row.shown.replaceWith(input);
@@ -106,6 +103,8 @@ function rename(conversation, row) {
   input.focus();
   input.select();
 }
+
+const again = () => emit("state", { now: state, before: state });
 
 async function remove(conversation) {
   await api("DELETE", `/api/conversations/${conversation.id}`);
