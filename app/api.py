@@ -5,7 +5,7 @@ import json
 import re
 import sqlite3
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -191,8 +191,8 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
         return shelf.plan(name, level or None, context)
 
     @router.get("/models/files")
-    def files(path: str = ""):
-        return shelf.suggest(path)
+    def files(path: str = "", kind: Literal["gguf", "text"] = "gguf"):
+        return shelf.suggest(path, kind)
 
     @router.post("/models/open")
     def open_model(wish: Wish):
@@ -213,10 +213,14 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
         shelf.bring_in(str(wish["file"]), str(wish.get("like") or ""))
         return {}
 
+    @router.post("/models/measure")
+    def measure(wish: Wish):
+        shelf.measure(str(wish["name"]), str(wish.get("text") or ""))
+        return {}
+
     @router.post("/models/cancel")
     def cancel(wish: Wish):
         return {"freed": shelf.cancel(str(wish["name"]))}
-
 
     @router.post("/models/download")
     def fetch(wish: Wish):

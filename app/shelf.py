@@ -20,6 +20,7 @@ from engine import (
     LEVELS,
     Known,
     UserError,
+    calibrate_installed,
     compress_installed,
     compressed_name,
     delete,
@@ -34,6 +35,7 @@ from engine import (
 
 DEMO = "demo"
 OPENERS = {"darwin": "open"}  # how a folder is shown to a person; elsewhere xdg-open
+ENDINGS = {"gguf": (".gguf",), "text": (".txt", ".jsonl", ".xz")}  # of files that a person can name by their path
 SUGGESTIONS = 40
 
 
@@ -113,11 +115,17 @@ class Shelf:
     def bring_in(self, file: str, like: str = "") -> None:
         """Import a GGUF file of this computer. like: where the original's configuration and tokenizer are, "" beside
         the file. UserError when there is no such file."""
-        path = Path(file.strip()).expanduser()
-        if not path.is_absolute() or path.suffix != ".gguf" or not path.is_file():
-            raise UserError(TEXT["no_gguf"].format(path=file.strip()))
+        path = _existing(file, "gguf")
         self.works.start(path.stem, "import", lambda report, stop: import_file(
             path, like.strip(), self._data, report=report, stop=stop))
+
+    def measure(self, name: str, text: str = "") -> None:
+        """Measure what each level of a compressed model may leave out. text: path of the file to measure on, "" for
+        ours. UserError when there is no such file, or no memory for the model beside the one that is open."""
+        path = _existing(text, "text") if text.strip() else None
+        fitted(self._known_on_disk(name), self._around.look()[0], "exact")
+        self.works.start(name, "measure", lambda report, stop: calibrate_installed(
+            name, self._data, path, self._around.device, report=report, stop=stop))
 
     def pause(self, name: str) -> None:
         self.works.pause(name)
@@ -155,17 +163,17 @@ class Shelf:
             raise UserError(TEXT["no_file_manager"].format(folder=folder)) from error
         return str(folder)
 
-    def suggest(self, typed: str) -> list[str]:
-        """Folders and GGUF files that begin with what was typed of a path; the home folder's for nothing."""
+    def suggest(self, typed: str, kind: str = "gguf") -> list[str]:
+        """Folders and files of a kind that begin with what was typed of a path; the home folder's for nothing."""
         start = Path(typed).expanduser() if typed.strip() else Path.home()
         folder, stem = (start, "") if typed.endswith(("/", "\\")) or not typed.strip() else (start.parent, start.name)
         try:
             found = [path for path in sorted(folder.iterdir()) if path.name.startswith(stem)
                      and (stem.startswith(".") or not path.name.startswith("."))
-                     and (path.suffix == ".gguf" or path.is_dir())]
+                     and (path.suffix in ENDINGS[kind] or path.is_dir())]
         except OSError:
             return []
-        return [str(path) + ("" if path.suffix == ".gguf" else os.sep) for path in found[:SUGGESTIONS]]
+        return [str(path) + (os.sep if path.is_dir() else "") for path in found[:SUGGESTIONS]]
 
     def close(self) -> None:
         self.works.close()
@@ -187,3 +195,11 @@ class Shelf:
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
         return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(self._levels(look_up(str(folder)))),
                 "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder)}
+
+
+def _existing(typed: str, kind: str) -> Path:
+    """The file of this computer that a person named. UserError when there is none of that kind."""
+    path = Path(typed.strip()).expanduser()
+    if not path.is_absolute() or path.suffix not in ENDINGS[kind] or not path.is_file():
+        raise UserError(TEXT[f"no_{kind}"].format(path=typed.strip()))
+    return path

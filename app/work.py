@@ -1,4 +1,5 @@
-"""Long work on models: downloads, compressions, imports. Each in a thread of its own that survives closed tabs.
+"""Long work on models: downloads, compressions, imports, measuring levels. Each in a thread of its own that survives
+closed tabs.
 
 Pausing keeps what is there and starting again goes on; cancelling is pausing and then deleting, which is the shelf's.
 """
@@ -12,14 +13,14 @@ from dataclasses import dataclass, field
 from app.strings import TEXT
 from engine import MachineError, Progress, Stopped, UserError
 
-KINDS = ("download", "compress", "import")
+KINDS = ("download", "compress", "import", "measure")
 Report = Callable[[Progress], None]
 Run = Callable[[Report, threading.Event], object]
 
 
 @dataclass
 class Work:
-    """state: running, paused or failed. Finished work is a model on the disk and no longer here.
+    """state: running, paused or failed. Finished work is no longer here: its result is a model on the disk.
 
     run: does it; called again it goes on.
     """
@@ -44,13 +45,13 @@ class Work:
 
 
 class Works:
-    """All work under way, by the name of the model that is being made. `on_change` may be called from any thread."""
+    """All work under way, by the name of its model. `on_change` may be called from any thread."""
 
     def __init__(self, on_change: Callable[[], None]):
         self.on_change = on_change
         self._works: dict[str, Work] = {}
         self._lock = threading.Lock()
-        self.finished: list[str] = []  # names of models that were made since the program was started, in order
+        self.finished: list[dict] = []  # {"name", "kind"} of all since the program was started, in order
 
     def shown(self) -> list[dict]:
         with self._lock:
@@ -100,7 +101,7 @@ class Works:
             work.run(tell, work.stop)
             with self._lock:
                 self._works.pop(work.name, None)
-                self.finished.append(work.name)
+                self.finished.append({"name": work.name, "kind": work.kind})
         except Stopped:
             work.state = "paused"
         except (UserError, MachineError) as error:

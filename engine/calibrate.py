@@ -57,6 +57,15 @@ class Calibration:
         self.tried: dict[Budgets, float] = {}  # -> the loss that the tables predict
         self.decoded = Decoded(self.runtime)
 
+    @property
+    def most_tokens(self) -> int:
+        """What the model reads in all of `run`, at most: a search may end before its last trial."""
+        fit, held = _n_tokens(self.fit), _n_tokens(self.held)
+        tables = sum(_n_tokens([_some(text, n) for text in self.fit]) for n in (TABLE_TOKENS, 2 * TABLE_TOKENS))
+        traces = _n_tokens([_some(text, TRACE_TOKENS // len(self.held)) for text in self.held])
+        return (fit * (2 + self.runtime.far.layers + STEPS * len(PROMISES)) + tables + held * (3 + len(PROMISES))
+                + traces * (1 + len(PROMISES)))
+
     @torch.inference_mode()
     def run(self) -> tuple[dict, dict[str, Tensor]]:
         """-> the manifest's "calibration", and the usage counts."""
@@ -298,6 +307,10 @@ def _some(documents: Documents, n_tokens: int) -> Documents:
     return documents[:max(1, int((ends <= n_tokens).sum()))]
 
 
+def _n_tokens(texts: Sequence[Documents]) -> int:
+    return sum(ids.numel() for documents in texts for ids in documents)
+
+
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -308,9 +321,11 @@ def _quantile(values: Tensor, share: float) -> float:
 
 
 def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_folder: Path | None = None,
-              device: str | None = None, report: Report = print) -> dict:
+              device: str | None = None, report: Report = print,
+              check: Callable[[int, int], None] = lambda done, most: None) -> dict:
     """Calibrate a compressed folder and store the result in its floe.json; returns it.
 
+    check: is called before every document with the tokens read so far and the most there may be, and may raise.
     UserError: not a compressed folder, text too short or unreadable, a reference with another vocabulary. The old
     calibration stays until the end.
     """
@@ -318,7 +333,9 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
     loaded = load(folder, Options(level="exact", device=device, predict=False))
     reference = None if reference_folder is None else _reference(reference_folder, loaded, device)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
-    found, usage = Calibration(loaded, documents, reference, report).run()
+    calibration = Calibration(loaded, documents, reference, report)
+    _watch(loaded.model, calibration.most_tokens, check)
+    found, usage = calibration.run()
     found |= {"texts": [path.name for path in texts],
               "reference": "exact" if reference_folder is None else reference_folder.name}
     _store(folder, manifest, found, usage)
@@ -332,6 +349,16 @@ def _reference(folder: Path, loaded: Loaded, device: str | None):
         raise UserError(f"{folder} has {theirs:,} tokens in its vocabulary and this model {ours:,}; give the "
                         "checkpoint that it was made from.")
     return found
+
+
+def _watch(model, most: int, check: Callable[[int, int], None]) -> None:
+    done = 0
+
+    def before(module, ids: tuple[Tensor]) -> None:
+        nonlocal done
+        check(done, most)
+        done += ids[0].numel()
+    model.register_forward_pre_hook(before)
 
 
 def _store(folder: Path, manifest: Manifest, found: dict, usage: dict[str, Tensor]) -> None:

@@ -1,11 +1,13 @@
-"""Models made from what is on this disk already, in the background: a checkpoint compressed, a GGUF file imported.
+"""Work on models of this disk, in the background: a checkpoint compressed, a GGUF file imported, levels calibrated.
 
-Made in `NAME.partial` and renamed when whole, like a download; stopped or killed they go on behind the last finished
-layer. In their `Progress` the bytes count layers. Load torch only when they start to work.
+What is made is made in `NAME.partial` and renamed when whole, like a download; stopped or killed it goes on behind the
+last finished layer. A calibration replaces a file at its end; stopped it has changed nothing, and begins anew. In their
+`Progress` the bytes count layers, or tokens. Load torch only when they start to work.
 """
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -53,6 +55,37 @@ def import_file(file: Path, like: str = "", data: str | Path | None = None, choi
                     lambda sentence: report(Progress(0, 1, 0.0, None, sentence)), check)
     part = part_of(file.name)
     return _made(part[0] if part else file.stem, data, choice or Choice(), report, stop or Event(), work)
+
+
+def calibrate_installed(name: str, data: str | Path | None = None, text: Path | None = None, device: str | None = None,
+                        report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+    """Measure what each level of the compressed model `name` may leave out, on `text` (None: ours); -> its folder.
+
+    Stopped, before the next document, when `stop` is set. UserError: no such model, a text that is too short.
+    `seconds_left` is the longest it may take: how many trials a promise needs is not known before.
+    """
+    folder = next((model.folder for model in models(data) if model.name == name and model.kind == "compressed"), None)
+    if folder is None:
+        raise UserError(f"There is no compressed model {name!r} in the data folder to calibrate.")
+    stop, begun, saying = stop or Event(), 0.0, ""
+    with only_one(folder):
+        report(Progress(0, 1, 0.0, None, "Loading the model"))
+        from engine.calibrate import calibrate
+        from engine.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
+
+        def say(line: str) -> None:
+            nonlocal saying
+            saying = line
+
+        def check(done: int, most: int) -> None:
+            nonlocal begun
+            if stop.is_set():
+                raise Stopped
+            begun = begun or time.monotonic()
+            left = (time.monotonic() - begun) / done * (most - done) if done else None
+            report(Progress(done, most, 0.0, left, saying))
+        calibrate(folder, [text or CALIBRATION_TEXT], CALIBRATION_TOKENS, None, device, say, check)
+    return folder
 
 
 def _made(name: str, data: str | Path | None, choice: Choice, report: Report, stop: Event, work: Callable) -> Path:

@@ -54,7 +54,7 @@ def replay(trace: Trace, n_slots: int) -> float:
     needed = missed = 0
     for t in range(trace.tokens):
         for layer, (items, need) in enumerate(zip(trace.items, trace.need, strict=True)):
-            if not len(items[t]):  # FloE's rule may keep nothing
+            if not len(items[t]):  # FloE's rule may keep nothing, and a level may leave out a whole layer
                 continue
             wanted = items[t] + layer * trace.objects_per_layer
             _, have = take(pool, wanted, need[t], t + 1)

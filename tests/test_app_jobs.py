@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 
 import pytest
 import waiting
@@ -23,7 +22,7 @@ from app.chats import Chats
 from app.jobs import Jobs
 from engine import Counters, Event, MachineError, UserError
 
-until = partial(waiting.until, seconds=5)
+until = waiting.until
 
 
 class Steps:

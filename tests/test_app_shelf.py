@@ -10,7 +10,7 @@ from waiting import until
 
 from app.shelf import Shelf
 from app.surroundings import Surroundings
-from engine import Options, UserError, demo_model
+from engine import Options, UserError, calibrate_installed, demo_model
 
 NAME = "tester/Tiny-Floe"
 
@@ -49,7 +49,8 @@ def works(shelf):
 def test_a_model_is_fetched_opened_and_deleted(loopback, shelf):
     shelf.fetch(NAME)
     until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
-    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed" and shelf.works.finished == ["Tiny-Floe"]
+    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
+    assert shelf.works.finished == [{"name": "Tiny-Floe", "kind": "download"}]
     assert on_disk(shelf)["demo"]["open"]
     shelf.open("Tiny-Floe")
     assert on_disk(shelf)["Tiny-Floe"]["open"] and not on_disk(shelf)["demo"]["open"]
@@ -159,6 +160,7 @@ def test_typing_a_path_brings_folders_and_gguf_files(shelf, tmp_path):
         (tmp_path / name).touch()
     found = [path.removeprefix(str(tmp_path) + os.sep) for path in shelf.suggest(f"{tmp_path}/mod")]
     assert found == ["model.gguf", "models of mine" + os.sep]
+    assert shelf.suggest(f"{tmp_path}/model.", "text") == [str(tmp_path / "model.txt")]
     assert shelf.suggest(f"{tmp_path}/nothing/here") == []
 
 
@@ -185,6 +187,70 @@ def test_a_checkpoint_is_compressed_beside_itself_with_a_pause_between(shelf, tm
     shelf.compress("Small")
     until(lambda: works(shelf)["Small-floe"]["state"] == "failed")
     assert "there already" in works(shelf)["Small-floe"]["text"]
+
+
+@pytest.fixture
+def unmeasured(tmp_path, demo_checkpoint):
+    """A freshly compressed model called Small in the data folder, and a short text to measure it on."""
+    import small_model
+    checkpoint, compressed = small_model.make(tmp_path / "made", demo_checkpoint)
+    (tmp_path / "models").mkdir(exist_ok=True)
+    compressed.rename(tmp_path / "models" / "Small")
+    tale = "The boat went out to sea and came back with {n} fish. " * 8
+    (tmp_path / "tales.txt").write_text("<|endoftext|>\n".join(tale.format(n=n) + "\n" for n in range(9)))
+    return tmp_path / "models" / "Small", tmp_path / "tales.txt"
+
+
+def test_levels_are_measured_and_offered_then(shelf, unmeasured):
+    folder, text = unmeasured
+    assert on_disk(shelf)["Small"]["levels"] == ["exact"] == shelf.plan("Small")["levels"]
+    shelf.measure("Small", str(text))
+    with pytest.raises(UserError, match="already"):
+        shelf.measure("Small")
+    until(lambda: not works(shelf) or works(shelf)["Small"]["state"] == "failed")
+    assert works(shelf) == {} and shelf.works.finished == [{"name": "Small", "kind": "measure"}]
+    levels = ["exact", "quality", "balanced", "fast", "floe"]
+    assert on_disk(shelf)["Small"]["levels"] == levels and shelf.plan("Small")["levels"] == levels
+    assert shelf.plan("Small", "fast")["level"] == "fast"
+
+
+def test_measuring_that_is_stopped_has_changed_nothing_and_begins_anew(shelf, unmeasured):
+    folder, _ = unmeasured
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shelf.measure("Small")  # on our own text: long enough to be stopped
+    for _ in range(2):
+        until(lambda: works(shelf)["Small"]["done"] > 0 and works(shelf)["Small"]["left"])
+        assert works(shelf)["Small"]["done"] < works(shelf)["Small"]["total"]
+        shelf.pause("Small")
+        assert works(shelf)["Small"]["state"] == "paused"
+        assert shelf.works.go_on("Small")
+    assert shelf.cancel("Small") == 0 and works(shelf) == {}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_tokens_that_measuring_reads_are_no_more_than_was_said(unmeasured, tmp_path):
+    seen = []
+    calibrate_installed("Small", tmp_path, unmeasured[1], "cpu", seen.append)
+    done = [progress.done_bytes for progress in seen]
+    most = {progress.total_bytes for progress in seen[1:]}
+    assert len(most) == 1 and done == sorted(done) and most.pop() / 4 < done[-1] <= seen[-1].total_bytes
+    assert any("balanced" in progress.text for progress in seen)
+
+
+@pytest.mark.parametrize("text", ["tales.txt", "/nowhere/tales.txt", "/etc/hostname"])
+def test_what_levels_are_measured_on_must_be_a_text_file(shelf, unmeasured, text):
+    with pytest.raises(UserError, match="no text file"):
+        shelf.measure("Small", text)
+    with pytest.raises(UserError, match="no model"):
+        shelf.measure("Large")
+    assert works(shelf) == {}
+
+
+def test_a_text_that_is_too_short_is_said(shelf, unmeasured):
+    unmeasured[1].write_text("One.\n")
+    shelf.measure("Small", str(unmeasured[1]))
+    until(lambda: works(shelf)["Small"]["state"] == "failed")
+    assert "at least 3" in works(shelf)["Small"]["text"]
 
 
 def test_a_gguf_file_is_imported_and_a_cancelled_import_leaves_nothing(shelf, tmp_path):

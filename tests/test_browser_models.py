@@ -210,8 +210,8 @@ def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
     shutil.copy(demo_model() / "chat_template.jinja", tmp_path / "original")
     models_tab(page)
     page.fill("#gguf-path", str(tmp_path / "Tiny"))
-    expect(page.locator("#gguf-files option")).to_have_attribute("value", str(tmp_path / "Tiny-Boat.gguf"))
-    page.fill("#gguf-path", page.locator("#gguf-files option").get_attribute("value"))
+    expect(page.locator("#gguf-path-files option")).to_have_attribute("value", str(tmp_path / "Tiny-Boat.gguf"))
+    page.fill("#gguf-path", page.locator("#gguf-path-files option").get_attribute("value"))
     page.fill("#gguf-like", str(tmp_path / "original"))
     page.click("#gguf-import")
     made = row(page, "Tiny-Boat")
@@ -219,6 +219,47 @@ def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
     until(page, lambda: stats(page).get("model") == "Tiny-Boat")
     row(page, "demo").get_by_role("button", name="Open", exact=True).click()
     until(page, lambda: stats(page).get("model") == "demo")
+
+
+def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, page, tmp_path):
+    import small_model
+    checkpoint, _ = small_model.make(tmp_path, demo_model())
+    shutil.move(checkpoint, app.data / "models" / "Little")
+    text = tmp_path / "tales.txt"
+    text.write_text("<|endoftext|>\n".join(f"The boat came back with {n} fish.\n" * 8 for n in range(9)))
+    page.on("dialog", lambda dialog: dialog.accept())
+    models_tab(page)
+    row(page, "Little").get_by_role("button", name="Compress").click()
+    made = page.locator(".notice", has_text="Little-floe is ready at level exact")
+    made.get_by_role("button", name="Measure levels").click()  # at once, on our own text
+    work = page.locator("#model-works li[data-name='Little-floe']")
+    expect(work.locator("p")).to_contain_text("at most")
+    work.get_by_role("button", name="Pause").click()
+    expect(work).to_contain_text("Going on begins anew")
+    work.get_by_role("button", name="Cancel").click()
+    work.wait_for(state="detached")
+    little = row(page, "Little-floe")
+    little.locator("summary", has_text="Measure levels").click()
+    little.get_by_label("Text file").fill(str(tmp_path / "tales"))
+    expect(little.locator("datalist option")).to_have_attribute("value", str(text))
+    little.get_by_label("Text file").fill(str(text))
+    little.get_by_role("button", name="Measure levels").click()
+    page.wait_for_selector("#works .work:has-text('Little-floe')")  # above the conversation, too
+    measured = page.locator(".notice", has_text="The levels of Little-floe are measured")
+    expect(little.locator("summary", has_text="Measure levels")).to_have_count(0)
+    measured.get_by_role("button", name="Open").click()
+    until(page, lambda: stats(page).get("model") == "Little-floe")
+    browser.wait_ready(page)
+    page.get_by_role("tab", name="Engine").click()
+    page.click("#level input")
+    expect(page.locator("#level [role=option]")).to_contain_text(["exact", "quality", "balanced", "fast", "floe"])
+    page.locator("#level [role=option]", has_text="fast").click()
+    until(page, lambda: stats(page)["level"] == "fast")
+    expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
+    page.click("#model-chip")  # what is open, and the way to the models
+    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "demo")
+    expect(page.locator("#model-chip")).to_contain_text("Demonstration")
 
 
 def test_the_card_counts_beside_the_engine(page):

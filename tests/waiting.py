@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """AssertionError when it does not happen in time."""
+def until(condition: Callable[[], object], seconds: float = 300) -> None:
+    """AssertionError when it does not happen in time: a time for a machine that others keep busy."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"

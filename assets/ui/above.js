@@ -1,7 +1,7 @@
 // What stands above the conversation: the steps of a model that is being opened, whether the graphics card is used,
 // trouble with the disk, and work on models that goes on while a person chats.
-import { TEXT, button, duration, h, keep, notice, on, say } from "/ui/floe.js";
-import { openModel, showModels } from "/ui/models.js";
+import { TEXT, api, button, h, keep, notice, on, say } from "/ui/floe.js";
+import { measureLevels, openModel, showModels, timeLeft, unmeasured } from "/ui/models.js";
 
 const HIDDEN = "floe-graphics-hidden";
 
@@ -39,15 +39,21 @@ export function above() {
     keep(works, running, () => h("button", { type: "button", class: "work", onclick: showModels }), (node, work) => {
       const share = work.total ? work.done / work.total : 0;
       node.style.setProperty("--share", share);
-      node.textContent = say("working_on", { name: work.name, percent: Math.floor(100 * share),
-        left: work.left ? say("download_left", { time: duration(work.left) }) : "" });
+      node.textContent = say("working_on", { name: work.name, percent: Math.floor(100 * share), left: timeLeft(work) });
     });
   }
 
   function tellFinished(finished) {
-    for (const name of told === null ? [] : finished.slice(told))
-      notice(say("made", { name }), TEXT.open, () => openModel(name));
+    for (const work of told === null ? [] : finished.slice(told)) tellOne(work);
     told = finished.length;
+  }
+
+  async function tellOne({ name, kind }) {
+    const open = [TEXT.open, () => openModel(name)];
+    if (kind === "measure") return notice(say("measured", { name }), open);
+    const { disk } = await api("GET", "/api/models");
+    if (!disk.some((model) => model.name === name && unmeasured(model))) return notice(say("made", { name }), open);
+    return notice(say("made_unmeasured", { name }), open, [TEXT.measure, () => measureLevels(name)]);
   }
 
   on("state", ({ now }) => {

@@ -3,11 +3,12 @@
 import { TEXT, api, button, emit, h, icon, keep, notice, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
+import { showModels } from "/ui/models.js";
 import { message, showThinking, statsLine } from "/ui/message.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
-let log, scroller, queue, title, meter, trigger, drawn = { id: null, limit: 40 };
+let log, scroller, queue, title, meter, chip, trigger, drawn = { id: null, limit: 40 };
 let born = null; // the conversation that was just made, with the settings that are shown
 
 export async function mount(root, gradioTrigger) {
@@ -17,12 +18,13 @@ export async function mount(root, gradioTrigger) {
   queue = h("ul", { class: "queue", "aria-label": TEXT.waiting });
   title = h("h1", {}, TEXT.app);
   meter = h("span", { class: "meter", id: "context-meter" });
+  chip = h("button", { type: "button", class: "model-chip", id: "model-chip", onclick: showModels });
   const down = button("down", TEXT.jump_down, () => follow(true), { class: "jump", hidden: true });
   scroller = h("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": TEXT.conversation,
     onscroll: () => { down.hidden = nearEnd(); } }, log, queue);
   root.replaceChildren(h("div", { class: "chat" },
     h("header", { class: "bar" },
-      button("menu", TEXT.menu, () => toggle("left")), title,
+      button("menu", TEXT.menu, () => toggle("left")), title, chip,
       button("theme", TEXT.theme, switchTheme, { id: "theme" }),
       button("gauge", TEXT.panel_toggle, () => toggle("right"))),
     ...above(), welcome(() => scroller.parentElement), scroller, down,
@@ -108,6 +110,7 @@ function drawMeter(used, total) {
 }
 
 function changed({ now, before }) {
+  drawChip(now);
   keep(queue, now.waiting.filter((w) => w.conversation_id === opened.id).map((w) => [String(w.id), w]), waitingItem);
   document.body.classList.toggle("answering", Boolean(now.live));
   const ended = before.live && before.live.message !== now.live?.message;
@@ -120,6 +123,12 @@ function changed({ now, before }) {
     tellControls(opened.id ?? 0);
     load();
   }
+}
+
+function drawChip({ model, level }) {
+  const name = model.is_demo ? TEXT.demo_title : model.name;
+  chip.replaceChildren(h("span", {}, name), h("span", { class: "level" }, model.state === "ready" ? level : ""));
+  chip.title = say("model_chip", { name, level });
 }
 
 function waitingItem(item) {

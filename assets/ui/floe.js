@@ -111,19 +111,20 @@ const ICONS = {
 export const button = (name, label, onclick, extra = {}) =>
   h("button", { type: "button", class: "icon-button", title: label, "aria-label": label, onclick, ...extra }, icon(name));
 
-// Notices, one at a time, with an optional action.
-let timer;
-export function notice(text, action, handler) {
+// Notices, each said once. actions: [label, handler] each; a notice that asks for something stays until it is answered.
+export function notice(text, ...actions) {
   let place = document.getElementById("floe-notice");
   if (!place) {
     place = h("div", { id: "floe-notice", role: "status", "aria-live": "polite" });
     document.body.append(place);
   }
-  clearTimeout(timer);
-  const hide = () => place.replaceChildren();
-  place.replaceChildren(h("div", { class: "notice" }, h("span", {}, text),
-    action && h("button", { type: "button", onclick: () => { hide(); handler(); } }, action)));
-  timer = setTimeout(hide, action ? 10000 : 6000);
+  for (const old of [...place.children]) if (old.text === text) old.remove();
+  const node = h("div", { class: "notice" }, h("span", {}, text), ...actions.map(([label, handler]) =>
+    h("button", { type: "button", onclick: () => { node.remove(); handler(); } }, label)),
+  actions.length > 0 && button("close", TEXT.dismiss, () => node.remove()));
+  node.text = text;
+  place.append(node);
+  if (!actions.length) setTimeout(() => node.remove(), 6000);
 }
 
 // The open conversation of this tab: in the address, so that a reload finds it.

@@ -109,10 +109,10 @@ const again = () => emit("state", { now: state, before: state });
 async function remove(conversation) {
   await api("DELETE", `/api/conversations/${conversation.id}`);
   if (opened.id === conversation.id) opened.id = null;
-  notice(TEXT.deleted, TEXT.undo, async () => {
+  notice(TEXT.deleted, [TEXT.undo, async () => {
     await api("POST", `/api/conversations/${conversation.id}/restore`);
     opened.id = conversation.id;
-  });
+  }]);
 }
 
 async function importFile(file) {

@@ -8,6 +8,16 @@ export async function openModel(name, level, context) {
   await api("POST", "/api/models/open", { name, level, context });
 }
 
+export async function measureLevels(name, text = "") {
+  await api("POST", "/api/models/measure", { name, text });
+}
+
+export const unmeasured = (model) => model.kind === "compressed" && model.levels.length === 1;
+
+// How many trials a level needs is not known before, so measuring says the most that it may take.
+export const timeLeft = ({ kind, left }) =>
+  (left ? say(kind === "measure" ? "time_left_most" : "time_left", { time: duration(left) }) : "");
+
 export function showModels() {
   document.body.classList.remove("hide-right");
   if (matchMedia("(max-width: 1100px)").matches) document.body.classList.add("show-right");
@@ -38,7 +48,7 @@ export async function mount(root) {
   async function load() {
     shelf = await api("GET", "/api/models");
     notes.textContent = shelf.notes.join(" ");
-    use.textContent = say("disk_use", { used: bytes(shelf.used_bytes), free: bytes(shelf.free_bytes) });
+    use.textContent = say("disk_use", { used: bytes(shelf.used_bytes), free: bytes(shelf.free_bytes), folder: shelf.folder });
     keep(disk, shelf.disk.map((model) => [JSON.stringify(model), model]), onDisk);
     drawOffers();
   }
@@ -52,13 +62,13 @@ export async function mount(root) {
   const quiet = (text, onclick) => h("button", { type: "button", class: "quiet", onclick }, text);
 
   function onDisk(model) {
-    const state = model.open ? TEXT.is_open : model.kind === "unfinished"
-      ? say("unfinished", { percent: Math.round(100 * model.share) }) : "";
     const whole = model.kind !== "unfinished";
     return h("li", { "data-name": model.name }, h("div", { class: "model-head" },
-      h("strong", {}, model.kind === "demo" ? TEXT.demo_title : model.name), h("span", { class: "amount" }, bytes(model.bytes))),
-      whole && choose(model, open),
-      h("div", { class: "model-buttons" }, h("span", { class: "amount" }, state),
+      h("strong", {}, model.kind === "demo" ? TEXT.demo_title : model.name),
+      model.open && h("span", { class: "verdict fits" }, TEXT.is_open), h("span", { class: "amount" }, bytes(model.bytes))),
+      whole && choose(model, open), unmeasured(model) && measuring(model),
+      !whole && h("p", { class: "amount" }, say("unfinished", { percent: Math.round(100 * model.share) })),
+      h("div", { class: "model-buttons" },
         quiet(TEXT.open_folder, () => api("POST", "/api/models/folder", { name: model.name })),
         !whole && model.source && !works.querySelector(`[data-name="${CSS.escape(model.name)}"]`) &&
           quiet(TEXT.resume, () => fetchModel(model.source)),
@@ -97,7 +107,8 @@ export async function mount(root) {
 
   function line(item) {
     if (item.state === "failed") return item.text;
-    const left = item.left ? say("download_left", { time: duration(item.left) }) : "";
+    if (item.state === "paused" && item.kind === "measure") return TEXT.measure_stopped;
+    const left = timeLeft(item);
     if (item.kind !== "download") return say("work_line", { text: item.text, left });
     return [say("download_line", { done: bytes(item.done), total: bytes(item.total), speed: bytes(item.speed), left }),
       item.text].filter(Boolean).join(" · ");
@@ -120,10 +131,11 @@ export async function mount(root) {
     load();
   }
 
-  async function cancel({ name }) {
-    if (!confirm(say("really_cancel", { name }))) return;
+  async function cancel({ name, kind }) {
+    const measure = kind === "measure";
+    if (!confirm(say(measure ? "really_stop_measuring" : "really_cancel", { name }))) return;
     await api("POST", "/api/models/cancel", { name });
-    notice(say("cancelled", { name }));
+    notice(say(measure ? "measuring_cancelled" : "cancelled", { name }));
     load();
   }
 
@@ -137,18 +149,30 @@ export async function mount(root) {
   start();
 }
 
-// A GGUF file of this computer by its path; what was typed of it brings suggestions.
+// A model that offers level exact only, and what is to be done about it.
+function measuring({ name }) {
+  const [text, known] = pathField("text", `text-of-${name}`, TEXT.measure_text);
+  return h("details", { class: "choose" }, h("summary", {}, TEXT.measure), h("p", {}, TEXT.measure_about),
+    h("div", { class: "hub-id" }, text, known, h("button", { type: "button", class: "primary", onclick: () =>
+      measureLevels(name, text.value) }, TEXT.measure)));
+}
+
 function importing() {
-  const known = h("datalist", { id: "gguf-files" });
-  const path = h("input", { id: "gguf-path", list: "gguf-files", "aria-label": TEXT.gguf_path, placeholder: TEXT.gguf_path,
-    oninput: suggest, onfocus: suggest });
-  const like = h("input", { id: "gguf-like", "aria-label": TEXT.gguf_like, placeholder: TEXT.gguf_like });
-  async function suggest() {
-    const typed = path.value;
-    const found = await api("GET", `/api/models/files?path=${encodeURIComponent(typed)}`);
-    if (typed === path.value) known.replaceChildren(...found.map((value) => h("option", { value })));
-  }
+  const [path, known] = pathField("gguf", "gguf-path", TEXT.gguf_path);
+  const like = h("input", { id: "gguf-like", "aria-label": TEXT.gguf_like, placeholder: TEXT.gguf_like_short });
   return [h("h2", {}, TEXT.gguf), path, known, h("div", { class: "hub-id" }, like,
     h("button", { type: "button", class: "primary", id: "gguf-import", onclick: () =>
       api("POST", "/api/models/import", { file: path.value, like: like.value }) }, TEXT.gguf_import))];
+}
+
+// A file of this computer by its path; what was typed of it brings suggestions.
+function pathField(kind, id, label) {
+  const known = h("datalist", { id: `${id}-files` });
+  const path = h("input", { id, list: known.id, "aria-label": label, placeholder: label, oninput: suggest, onfocus: suggest });
+  async function suggest() {
+    const typed = path.value;
+    const found = await api("GET", `/api/models/files?${new URLSearchParams({ kind, path: typed })}`);
+    if (typed === path.value) known.replaceChildren(...found.map((value) => h("option", { value })));
+  }
+  return [path, known];
 }

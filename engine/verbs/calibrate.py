@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 from engine.spec import UserError
+from engine.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="compressed folder")
     parser.add_argument("--text", type=Path, action="append", help="text to calibrate on, may be given several times: "
                         "every level keeps its promise on each (.txt or .jsonl chats, also .xz)")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of all texts together (default 16384)")
+    parser.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS,
+                        help="tokens of all texts together (default %(default)s)")
     parser.add_argument("--reference", type=Path, help="uncompressed checkpoint that KL is measured against")
 
 
