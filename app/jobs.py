@@ -193,7 +193,8 @@ class Jobs:
         info, sampling = self._models.info(), wishes.sampling()
         reserve = min(sampling.max_tokens or 256, info["context"] // 4)
         prompt = fit(messages, info["context"], reserve, wishes.policy, engine.count_tokens)
-        live.stats |= {"level": self._models.level, "dropped": prompt.dropped, "prompt_tokens": prompt.tokens}
+        live.stats |= {"model": info["name"], "level": self._models.level, "dropped": prompt.dropped,
+                       "prompt_tokens": prompt.tokens}
         meter = _Meter(live)
         if live.stop.is_set():
             return "stopped"

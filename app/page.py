@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import gradio as gr
 
+from app.presets import Presets
 from app.strings import TEXT
-from app.wishes import EFFORTS, PRESETS, SAMPLING_NAMES, checked
+from app.wishes import EFFORTS, SAMPLING_NAMES, checked
 from engine import LEVELS, UserError
 
 HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -124,7 +125,7 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
         "effort": gr.Dropdown([(TEXT["think_model"], "model"), *[(name, name) for name in EFFORTS]],
                               label=TEXT["effort"]),
         "keep_thinking": gr.Checkbox(label=TEXT["keep_thinking"]),
-        "preset": gr.Dropdown([(TEXT[f"preset_{name}"], name) for name in (*PRESETS, "custom")], label=TEXT["preset"]),
+        "preset": gr.Dropdown(Presets(parts.chats).choices(), label=TEXT["preset"]),
         "temperature": gr.Number(label=TEXT["temperature"], step=0.05),
         "top_k": gr.Number(label=TEXT["top_k"], precision=0),
         "top_p": gr.Number(label=TEXT["top_p"], step=0.01),
@@ -134,13 +135,19 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
         "max_tokens": gr.Number(label=TEXT["max_tokens"], precision=0),
     }
     reset = gr.Button(TEXT["reset"], size="sm", elem_id="reset")
+    name = gr.Textbox(label=TEXT["preset_name"], placeholder=TEXT["preset_hint"], max_lines=1, elem_id="preset-name")
+    with gr.Row():
+        keep = gr.Button(TEXT["preset_keep"], size="sm", elem_id="preset-keep")
+        forget = gr.Button(TEXT["preset_forget"], size="sm", elem_id="preset-forget")
     _bind(parts, chat, opened, controls, reset)
+    _bind_presets(parts, opened, controls, name, keep, forget)
 
 
 def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Button) -> None:
-    """Every control stores its own value and answers for itself (and the preset): what a person types into another
-    one meanwhile is neither overwritten nor stored half."""
+    """Every control stores its own value and answers for itself and the preset: what a person types into another one
+    meanwhile is neither overwritten nor stored half."""
     names = list(controls)
+    presets = Presets(parts.chats)
 
     def show(shown: str, event: gr.EventData):
         if event.same is not None and shown == str(event.same):
@@ -152,10 +159,12 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
         return _keep(parts, conversation_id, kept, names, names)
 
     def storing(name: str):
-        touched = [name, *(SAMPLING_NAMES if name == "preset" else ["preset"] if name in SAMPLING_NAMES else [])]
+        touched = names if name == "preset" else [name, "preset"]
 
         def store(conversation_id: str, value):
-            return _keep(parts, conversation_id, _changed(_stored(parts, conversation_id), name, value), names, touched)
+            stored = _stored(parts, conversation_id)
+            changed = presets.chosen(value, stored) if name == "preset" else _changed(stored, name, value)
+            return _keep(parts, conversation_id, changed, names, touched)
         return store
 
     chat.select(show, opened, [opened, *controls.values()], **FREE)
@@ -163,6 +172,30 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
         event(storing(name), [opened, control], list(controls.values()), **MAY_WARN)
     reset.click(to_defaults, opened, list(controls.values()), **FREE)
+
+
+def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, keep: gr.Button, forget: gr.Button):
+    """Keeping what is set under a name, and deleting such a preset; the conversation's settings stay."""
+    presets, shown = Presets(parts.chats), [name, controls["preset"]]
+
+    def after(work, conversation_id: str):
+        stored = _stored(parts, conversation_id)
+        try:
+            work(stored)
+        except UserError as error:
+            gr.Warning(str(error))
+            return gr.skip(), gr.skip()
+        return "", gr.update(choices=presets.choices(), value=presets.name_of(stored))
+
+    def on_keep(conversation_id: str, wished: str):
+        return after(lambda stored: presets.keep(wished, stored), conversation_id)
+
+    def on_forget(conversation_id: str):
+        return after(lambda stored: presets.forget(presets.name_of(stored)), conversation_id)
+
+    keep.click(on_keep, [opened, name], shown, **MAY_WARN)
+    name.submit(on_keep, [opened, name], shown, **MAY_WARN)
+    forget.click(on_forget, opened, shown, **MAY_WARN)
 
 
 def _stored(parts, conversation_id) -> dict:
@@ -178,13 +211,8 @@ def _stored(parts, conversation_id) -> dict:
 def _changed(stored: dict, name: str, value) -> dict:
     """Settings with one control's value; what is empty or the model's own is left out."""
     settings = {n: v for n, v in stored.items() if n != name}
-    if name == "preset" and value in PRESETS:
-        return {n: v for n, v in settings.items() if n not in SAMPLING_NAMES} | PRESETS[value] | {"preset": value}
     if value not in (None, "", "model"):
         settings[name] = value == "on" if name == "thinking" else value
-    if name in SAMPLING_NAMES:
-        chosen = {n: settings[n] for n in SAMPLING_NAMES if n in settings}
-        settings["preset"] = next((preset for preset, values in PRESETS.items() if values == chosen), "custom")
     return settings
 
 
@@ -206,17 +234,22 @@ def _keep(parts, conversation_id: str, settings: dict, names: list[str], touched
 
 def _values(parts, names: list[str], settings: dict) -> list:
     """What the controls show: the stored wish, else the model's recommendation as a faint hint, else nothing."""
-    defaults = {"policy": "oldest", "thinking": "model", "effort": "model", "preset": "model", "system": "",
-                "keep_thinking": False}
-    shown = dict(settings)
+    defaults = {"policy": "oldest", "thinking": "model", "effort": "model", "system": "", "keep_thinking": False}
+    shown = settings | {"preset": Presets(parts.chats).name_of(settings)}
     if "thinking" in shown:
         shown["thinking"] = "on" if shown["thinking"] else "off"
-    return [hint | {"value": shown.get(name, defaults.get(name))} for name, hint in zip(names, _hints(parts, names),
-                                                                                      strict=True)]
+    hints = zip(names, _hints(parts, names), strict=True)
+    return [hint | {"value": shown.get(name, defaults.get(name))} for name, hint in hints]
 
 
 def _hints(parts, names: list[str]) -> list[dict]:
-    """What the open model recommends, for the controls of sampling; nothing that changes a value."""
-    recommended = parts.models.info().get("sampling") or {}
-    hints = {name: "" if recommended.get(name) is None else str(recommended[name]) for name in SAMPLING_NAMES}
-    return [gr.update(placeholder=hints[name]) if name in hints else gr.update() for name in names]
+    """What depends on the open model and changes no value: the sampling that it recommends, which wishes its chat
+    template knows; and the presets there are."""
+    info = parts.models.info()
+    recommended, asks = info.get("sampling") or {}, set(info.get("wishes") or ())
+    known = {name: value for name, value in recommended.items() if value is not None}
+    hints = {name: {"placeholder": str(known.get(name, ""))} for name in SAMPLING_NAMES}
+    hints |= {"thinking": {"visible": not info or bool(asks & {"enable_thinking", "thinking"})},
+              "effort": {"visible": not info or "reasoning_effort" in asks},
+              "preset": {"choices": Presets(parts.chats).choices()}}
+    return [gr.update(**hints.get(name, {})) for name in names]

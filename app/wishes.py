@@ -1,4 +1,4 @@
-"""What a person wants of one conversation: system prompt, sampling, thinking, context policy; and the presets.
+"""What a person wants of one conversation: system prompt, sampling, thinking, context policy.
 
 Stored as the conversation's settings. A missing value means the model's own recommendation.
 """
@@ -11,12 +11,6 @@ from engine import Sampling, UserError
 
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
 EFFORTS = ("low", "medium", "high")
-PRESETS = {
-    "model": {},
-    "precise": {"temperature": 0.2, "top_p": 0.9},
-    "creative": {"temperature": 1.1, "min_p": 0.05},
-    "greedy": {"temperature": 0.0},
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Wishes:
 
 def checked(settings: dict) -> dict:
     """Settings from the page, looked at before they are stored. UserError names what is out of range."""
-    known = (*SAMPLING_NAMES, "system", "policy", "thinking", "effort", "keep_thinking", "stop", "preset")
+    known = (*SAMPLING_NAMES, "system", "policy", "thinking", "effort", "keep_thinking", "stop")
     clean = {name: value for name, value in settings.items() if name in known and value is not None}
     for name in ("top_k", "seed", "max_tokens"):
         if isinstance(clean.get(name), float) and clean[name].is_integer():

@@ -9,22 +9,31 @@ from pathlib import Path
 from engine.format import Manifest, is_compressed
 from engine.paths import demo_model
 from engine.sampling import merged
-from engine.spec import Sampling
+from engine.spec import MachineError, Sampling, UserError
+from engine.template import ChatTemplate
 
 
-def about(loaded, folder: Path | None, context: int) -> dict:
-    """loaded: engine.hf.Loaded. {"name", "is_demo", "levels": {level: measured numbers}, "sampling", "context",
-    "layers", "experts", "top_k", "neurons", "hidden"}."""
+def about(loaded, template: ChatTemplate, folder: Path | None, context: int) -> dict:
+    """loaded: engine.hf.Loaded. {"name", "is_demo", "levels": {level: measured numbers}, "sampling", "wishes": the
+    variables that the chat template looks at, "context", "layers", "experts", "top_k", "neurons", "hidden"}."""
     spec = loaded.spec
     return {
         "name": folder.resolve().name if folder else spec.name,
         "is_demo": folder is not None and folder.resolve() == demo_model().resolve(),
         "levels": _levels(loaded.runtime.levels, folder),
         "sampling": merged(Sampling(), getattr(loaded.model, "generation_config", None)),
+        "wishes": _wishes(template),
         "context": context,
         "layers": spec.layers, "experts": spec.experts, "top_k": spec.top_k, "neurons": spec.neurons,
         "hidden": spec.hidden,
     }
+
+
+def _wishes(template: ChatTemplate) -> list[str]:
+    try:
+        return sorted(template.asks())
+    except (UserError, MachineError):  # the first answer says what is wrong with it
+        return []
 
 
 def _levels(offered: tuple[str, ...], folder: Path | None) -> dict[str, dict]:

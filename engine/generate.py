@@ -150,7 +150,7 @@ class Engine:
 
     @property
     def info(self) -> dict:
-        """Name, levels with their measured loss, recommended sampling, context, layers, experts, is_demo."""
+        """Name, levels with their measured loss, recommended sampling, context, layers, experts, is_demo, wishes."""
         return self._info
 
     def snapshot(self) -> dict:
@@ -180,7 +180,7 @@ class Engine:
         context = self._context_for(options)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
         self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or CHUNK[device])
-        self._info = about(loaded, self._folder, context)
+        self._info = about(loaded, self._turns.tokens.template, self._folder, context)
         self._turns.show("idle")
 
     def _check_open(self) -> None:

@@ -42,6 +42,7 @@ class ChatTemplate:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
+        self._asks: frozenset[str] = frozenset()
         self._replies: queue.SimpleQueue = queue.SimpleQueue()
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, wishes: Mapping | None = None) -> str:
@@ -53,14 +54,23 @@ class ChatTemplate:
                      "messages": [_with_reasoning(message) for message in messages],
                      "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
+            self._run()
             reply = self._ask({"variables": variables, "limit": MAX_PROMPT_CHARACTERS})
         return reply["text"]
+
+    def asks(self) -> frozenset[str]:
+        """The variables that this template looks at: which wishes it can fulfil."""
+        with self._lock:
+            self._run()
+        return self._asks
 
     def close(self) -> None:
         with self._lock:
             self._kill()
+
+    def _run(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self._start()
 
     def _start(self) -> None:
         self._kill()
@@ -72,7 +82,7 @@ class ChatTemplate:
         self._replies = queue.SimpleQueue()
         threading.Thread(target=_read_lines, args=(self._process.stdout, self._replies), daemon=True,
                          name="chat template").start()
-        self._ask({"template": self.source})
+        self._asks = frozenset(self._ask({"template": self.source})["asks"])
 
     def _ask(self, request: dict) -> dict:
         try:

@@ -12,6 +12,7 @@ from functools import partial
 
 import jinja2
 import jinja2.utils
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -81,8 +82,10 @@ def render(template: jinja2.Template, variables: dict, limit: int) -> dict:
 
 
 def compile_into(compiled: list, source: str) -> dict:
-    compiled[:] = [environment().from_string(source)]
-    return {}
+    """-> {"asks": the variables that the template looks up}."""
+    env = environment()
+    compiled[:] = [env.from_string(source)]
+    return {"asks": sorted(meta.find_undeclared_variables(env.parse(source)))}
 
 
 def guarded(work) -> dict:

@@ -82,7 +82,7 @@ class Opened:
         return not stop.is_set()
 
     def info(self):
-        return {"context": 100}
+        return {"name": "Boat", "context": 100}
 
 
 @pytest.fixture
@@ -119,7 +119,9 @@ def test_an_answer_is_saved_while_it_grows_and_finished_with_its_numbers(desk):
     assert (message.status, message.thinking) == ("done", "hm ")
     assert message.stats["tokens"] == 3 and message.stats["hit_rate"] == 0.5
     assert message.stats["far_bytes_per_token"] == 5 and message.stats["first_token_ms"] > 0
+    assert (message.stats["model"], message.stats["level"]) == ("Boat", "exact")
     assert chats.conversation(conversation.id).title == "Tell me of the sea, and of everything else that…"
+    assert len(models.engine.asked) == 1  # a title is no second question, so it evicts nothing
 
 
 def test_stop_keeps_what_was_said_and_lets_the_next_one_in(desk):

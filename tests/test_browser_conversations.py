@@ -257,12 +257,45 @@ def test_controls_show_the_conversation_that_was_opened_last_and_keep_what_is_be
     until(page, lambda: settings(app, first).get("system") == "You are being typed")
 
 
+def test_settings_are_kept_under_a_name_and_chosen_for_another_conversation(app, page):
+    new_chat(page)
+    first = chat_tab(page)
+    for label, value in (("System prompt", "You are a pirate."), ("Temperature", "0.4")):
+        page.get_by_label(label).fill(value)
+        page.get_by_label(label).blur()
+    until(page, lambda: settings(app, first) == {"system": "You are a pirate.", "temperature": 0.4})
+    page.get_by_label("Keep these settings as").fill("Pirate")
+    page.get_by_role("button", name="Keep", exact=True).click()
+    expect(page.get_by_label("Preset", exact=True)).to_have_value("Pirate")
+    page.reload()
+    new_chat(page)
+    second = chat_tab(page)
+    choose_preset(page, "Pirate")
+    expect(page.get_by_label("System prompt")).to_have_value("You are a pirate.")
+    assert settings(app, second) == settings(app, first)
+    choose_preset(page, "Precise")  # a way of sampling leaves the rest
+    until(page, lambda: settings(app, second) == {"system": "You are a pirate.", "temperature": 0.2, "top_p": 0.9})
+    page.get_by_label("Keep these settings as").fill("Precise")
+    page.get_by_label("Keep these settings as").press("Enter")
+    page.wait_for_selector("text=Give the preset a name of its own")
+    choose_preset(page, "Pirate")
+    page.get_by_role("button", name="Delete preset").click()
+    expect(page.get_by_label("Preset", exact=True)).to_have_value("Custom")
+    assert settings(app, second) == settings(app, first)  # the conversations keep what they have
+
+
+def choose_preset(page, name: str) -> None:
+    page.get_by_label("Preset", exact=True).click()
+    page.get_by_role("option", name=name, exact=True).click()
+    expect(page.get_by_label("Preset", exact=True)).to_have_value(name)
+
+
 def test_settings_made_before_the_first_message_count_for_it(app, page):
     page.click("#new-chat")
     chat_tab(page)
     page.get_by_label("Longest answer").fill("4")
     page.get_by_label("Longest answer").press("Enter")
-    expect(page.get_by_label("Sampling preset")).to_have_value("Custom")
+    expect(page.get_by_label("Preset", exact=True)).to_have_value("Custom")
     expect(ask(page, SAGA).locator(".stats")).to_contain_text("4 tokens")
     assert settings(app, chat_tab(page))["max_tokens"] == 4
     expect(page.get_by_label("Longest answer")).to_have_value("4")

@@ -151,6 +151,16 @@ def test_a_busy_computer_is_no_fault_of_the_template():
     template.close()
 
 
+@pytest.mark.parametrize("source, asked", [
+    ("{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}", {"enable_thinking"}),
+    ("{{ reasoning_effort | default('medium') }}{% set thinking = 1 %}{{ thinking }}", {"reasoning_effort"}),
+    ("{% for message in messages %}{{ message.thinking }}{% endfor %}", {"messages"})])
+def test_what_a_template_asks_for(source, asked):
+    template = ChatTemplate(source, {})
+    assert template.asks() == asked and template.render(HI) is not None
+    template.close()
+
+
 def test_what_a_template_refuses_is_said(make_tokens):
     tokens = make_tokens("{{ raise_exception('Roles must alternate') }}")
     with pytest.raises(UserError, match="refuses this conversation: Roles must alternate"):

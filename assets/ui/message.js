@@ -55,6 +55,7 @@ export function statsLine(stats) {
     stats.tokens && say("stat_tokens", { n: stats.tokens }),
     stats.hit_rate !== undefined && stats.tokens && say("stat_hit", { n: (100 * stats.hit_rate).toFixed(0) }),
     stats.far_bytes_per_token !== undefined && say("stat_far", { mb: far.toFixed(far < 0.1 ? 3 : 2) }),
+    stats.model,
     stats.level,
   ].filter(Boolean).map((text) => h("span", {}, text));
 }

@@ -22,7 +22,6 @@ def run(args: argparse.Namespace) -> dict:
     if args.tokens < 1:
         raise UserError("--tokens must be at least 1.")
     from engine.calibrate import calibrate
-    from engine.texts import CALIBRATION_TEXT
 
     texts = args.text or [CALIBRATION_TEXT]
     found = calibrate(args.folder, texts, args.tokens, args.reference, args.device,
