@@ -103,11 +103,11 @@ def _near_update(parts):
     snapshot = parts.models.snapshot()
     if "near_bytes" not in snapshot:
         return gr.update(interactive=False)
-    most = max(snapshot["near_most_bytes"], snapshot["near_bytes"]) / _MIB
-    least = snapshot["near_least_bytes"] / _MIB
-    now = round(snapshot["near_bytes"] / _MIB, 2)
-    return gr.update(minimum=math.ceil(4 * least) / 4, maximum=math.ceil(4 * most) / 4, value=now,
-                     step=0.25, interactive=True)
+    least = math.ceil(4 * snapshot["near_least_bytes"] / _MIB) / 4
+    most = math.ceil(4 * max(snapshot["near_most_bytes"], snapshot["near_bytes"]) / _MIB) / 4
+    most = max(most, least + 0.25)  # a slider has two ends, however small the model
+    now = min(max(round(snapshot["near_bytes"] / _MIB, 2), least), most)
+    return gr.update(minimum=least, maximum=most, value=now, step=0.25, interactive=True)
 
 
 def _chat_controls(parts, chat: gr.HTML) -> None:

@@ -97,7 +97,8 @@ class Shelf:
         """The levels that a folder offers; none for a model that is not here."""
         if known.folder is None:
             return ()
-        return ("exact", *known.calibration.get("levels", {})) if known.compressed else ("full",)
+        measured = (level for level in known.calibration.get("levels", {}) if level != "exact")
+        return ("exact", *measured) if known.compressed else ("full",)
 
     # --- work ---------------------------------------------------------------------------------------------------
     def fetch(self, name: str) -> None:

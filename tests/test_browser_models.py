@@ -87,13 +87,13 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     page.wait_for_selector(f".notice:has-text('{name} is ready')")
     page.reload()
     browser.wait_ready(page)
-    page.wait_for_selector(".hero")
+    page.wait_for_selector(".message.user")
     expect(page.locator("#welcome")).to_be_hidden()  # remembered
     models_tab(page)
     page.click("#find-model")
     page.wait_for_selector(".aim[data-aim=long]")
     page.click("#welcome-skip")
-    page.wait_for_selector(".hero")
+    page.wait_for_selector(".message.user")
 
 
 def test_a_model_is_downloaded_opened_and_deleted(page):

@@ -19,7 +19,7 @@ export async function mount(root, gradioTrigger) {
   title = h("h1", {}, TEXT.app);
   meter = h("span", { class: "meter", id: "context-meter" });
   chip = h("button", { type: "button", class: "model-chip", id: "model-chip", onclick: showModels });
-  const down = button("down", TEXT.jump_down, () => follow(true), { class: "jump", hidden: true });
+  const down = button("down", TEXT.jump_down, () => follow(true), { class: "icon-button jump", hidden: true });
   scroller = h("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": TEXT.conversation,
     onscroll: () => { down.hidden = nearEnd(); } }, log, queue);
   root.replaceChildren(h("div", { class: "chat" },
