@@ -122,6 +122,7 @@ class Jobs:
 
     def _question(self, conversation_id: int, parent_id: int | None, text: str, attachments: list | None) -> int:
         question = self.chats.add(conversation_id, parent_id, "user", text, attachments=attachments)
+        self._title(conversation_id)
         return self._answer(conversation_id, question.id)
 
     def _answer(self, conversation_id: int, parent_id: int) -> int:
@@ -183,7 +184,6 @@ class Jobs:
             live.stats["error"] = TEXT["answer_failed"].format(error=f"{type(error).__name__}: {error}")
         finally:
             saver.finish(status)
-            self._title(live.conversation_id)
 
     def _stream(self, answer: Message, live: Live) -> str:
         engine, live.phase = self._models.engine, "prefill"
@@ -199,8 +199,10 @@ class Jobs:
         if live.stop.is_set():
             return "stopped"
         for event in engine.chat(prompt.messages, sampling, wishes.template()):
+            phase = live.phase
             meter.take(event)
-            self.on_change()
+            if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
+                self.on_change()
             if event.kind == "end":
                 if event.reason == "error":
                     live.stats["error"] = event.text
@@ -216,13 +218,9 @@ class Jobs:
 
     def _title(self, conversation_id: int) -> None:
         """The first words of the first question: costs nothing and never disturbs the model's cache."""
-        try:
-            conversation = self.chats.conversation(conversation_id)
-            if not conversation.title:
-                first = next((m.text for m in self.chats.path(conversation_id) if m.role == "user"), "")
-                self.chats.rename(conversation_id, _shortened(first), by_user=False)
-        except (UserError, sqlite3.OperationalError):
-            return  # deleted meanwhile, or no room: a title can wait
+        if not self.chats.conversation(conversation_id).title:
+            first = next((m.text for m in self.chats.path(conversation_id) if m.role == "user"), "")
+            self.chats.rename(conversation_id, _shortened(first), by_user=False)
 
     def _disk_full(self, error: sqlite3.OperationalError) -> None:
         self.disk_trouble = TEXT["disk_trouble"].format(error=error)

@@ -109,7 +109,8 @@ def test_an_answer_is_saved_while_it_grows_and_finished_with_its_numbers(desk):
     chats, jobs, models = desk
     conversation = chats.create()
     answer = jobs.send(conversation.id, "Tell me of the sea, and of everything else that is large and blue")["message"]
-    time.sleep(0.01)
+    assert chats.conversation(conversation.id).title == "Tell me of the sea, and of everything else that…"
+    time.sleep(0.01)  # until the first word
     say(models, "hm ", "blue ", "deep", end=False)
     until(lambda: chats.message(answer).text == "blue deep")
     assert chats.message(answer).status == "running" and jobs.live.thinking == "hm "
@@ -120,8 +121,23 @@ def test_an_answer_is_saved_while_it_grows_and_finished_with_its_numbers(desk):
     assert message.stats["tokens"] == 3 and message.stats["hit_rate"] == 0.5
     assert message.stats["far_bytes_per_token"] == 5 and message.stats["first_token_ms"] > 0
     assert (message.stats["model"], message.stats["level"]) == ("Boat", "exact")
-    assert chats.conversation(conversation.id).title == "Tell me of the sea, and of everything else that…"
-    assert len(models.engine.asked) == 1  # a title is no second question, so it evicts nothing
+    assert len(models.engine.asked) == 1  # the title was no second question, so it has evicted nothing
+
+
+@pytest.mark.parametrize("settings, given, wishes", [
+    ({}, {"role": "assistant", "content": "two"}, {}),
+    ({"keep_thinking": True, "thinking": False, "effort": "low"},
+     {"role": "assistant", "content": "two", "reasoning_content": "hm "},
+     {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"})])
+def test_earlier_thinking_is_left_out_unless_it_is_wanted(desk, settings, given, wishes):
+    chats, jobs, models = desk
+    conversation = chats.create(settings=settings)
+    for question in ("one?", "more?"):
+        jobs.send(conversation.id, question)
+        say(models, "hm ", "two")
+        until(lambda: jobs.live is None)
+    assert models.engine.asked[1] == [{"role": "user", "content": "one?"}, given, {"role": "user", "content": "more?"}]
+    assert models.engine.wishes == wishes
 
 
 def test_stop_keeps_what_was_said_and_lets_the_next_one_in(desk):

@@ -12,7 +12,7 @@ from fake_driver import RTX_3060
 from app.models import Models
 from app.opening import Opening
 from app.surroundings import Surroundings
-from engine import Options, demo_model, fitted, look_up
+from engine import Engine, Options, UserError, demo_model, fitted, look_up
 
 library, driver = fake_driver.library, fake_driver.driver
 OLD_CARD = "NVIDIA GeForce GTX 1080 Ti|6.1|11264|11000|3|16|3|16|5505|352"
@@ -79,6 +79,24 @@ def test_the_time_left_comes_from_the_last_time(tmp_path):
 def test_a_damaged_memory_of_openings_promises_nothing(tmp_path, text):
     (tmp_path / "openings.json").write_text(text)
     assert Opening("boat", 1000, tmp_path / "openings.json").shown()["left"] is None
+
+
+def test_switching_frees_the_old_model_before_the_next_one_is_read(around, monkeypatch):
+    models = Models(demo_model(), Options(device="cpu"), around("cpu"))
+    models.open()
+    assert models.wait(threading.Event())
+    old, opening, freed = models.engine, Engine.open, []
+
+    def watched(*args, **options):
+        with pytest.raises(UserError, match="closed"):
+            old.count_tokens([{"role": "user", "content": "Hello!"}])
+        freed.append(models.engine is None)
+        return opening(*args, **options)
+    monkeypatch.setattr(Engine, "open", watched)
+    models.open(demo_model(), "fast", 256)
+    assert models.wait(threading.Event()) and freed == [True] and models.engine is not old
+    assert models.level == "fast" and models.info()["context"] == 256
+    models.close()
 
 
 def test_the_first_model_opens_at_the_level_of_its_plan(around):

@@ -5,7 +5,7 @@ import re
 
 import browser
 import pytest
-from browser import ask, expect, send, settled, stats, until
+from browser import STOP_AT, ask, expect, send, settled, stats, until
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -62,14 +62,7 @@ def test_stop_while_answering_keeps_what_was_said(page):
 
 
 def test_stop_while_the_conversation_is_read(page):
-    """The script reacts to the first sign of reading, faster than any hand."""
-    page.evaluate("""() => new MutationObserver(() => {
-      const phase = document.querySelector('.message.running .phase');
-      if (phase && phase.textContent.startsWith('Reading') && !window.pressed) {
-        window.pressed = true;
-        document.querySelector('#stop').click();
-      }
-    }).observe(document.querySelector('.messages'), {childList: true, subtree: true, characterData: true})""")
+    page.evaluate(STOP_AT, "Reading")
     tokens = stats(page)["n_tokens_total"]
     send(page, LONG)
     page.wait_for_function("window.pressed")

@@ -343,6 +343,16 @@ def test_the_keyboard_alone_is_enough(page):
     settled(page)
 
 
+def test_what_was_typed_and_not_sent_is_there_after_a_reload(page):
+    page.locator("#message").fill("Half a question")
+    page.reload()
+    expect(page.locator("#message")).to_have_value("Half a question")
+    ask(page, "A whole one")
+    page.reload()
+    page.wait_for_selector(".message.user")
+    expect(page.locator("#message")).to_have_value("")
+
+
 def test_dark_and_light_are_remembered(page):
     dark = page.evaluate("document.body.classList.contains('dark')")
     for wished in (not dark, dark):

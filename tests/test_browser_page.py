@@ -7,7 +7,7 @@ from pathlib import Path
 import browser
 import pytest
 from bench_page import busy_share, long_conversation
-from browser import ask, bring, expect, settled, wait_ready
+from browser import STOP_AT, ask, bring, expect, settled, wait_ready
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -140,7 +140,7 @@ def test_a_foreign_message_cannot_run_anything(page):
     assert page.evaluate("window.harmed") is False
 
 
-def test_a_reload_while_the_model_opens_is_fine(chromium, tmp_path):
+def test_stop_and_a_reload_while_the_model_opens_are_fine(chromium, tmp_path):
     with browser.running(tmp_path) as other:
         context = chromium.new_context()
         watch = browser.Watch()
@@ -149,11 +149,16 @@ def test_a_reload_while_the_model_opens_is_fine(chromium, tmp_path):
         page.set_default_timeout(300_000)
         page.goto(other.link)
         page.wait_for_selector("#message")
+        page.evaluate(STOP_AT, "Waiting for the model")
+        browser.send(page, "Never mind")
+        page.wait_for_function("window.pressed")
+        expect(page.locator(".message.assistant")).to_contain_text("Stopped.")
         browser.send(page, "Hello!")  # before the model is there: it is answered as soon as it is
         page.wait_for_selector(".message.running")
         page.reload()
         wait_ready(page)
         settled(page)
-        expect(page.locator(".message.assistant .answer")).not_to_be_empty()
+        expect(page.locator(".message.assistant .answer").first).to_be_empty()
+        expect(page.locator(".message.assistant .answer").last).not_to_be_empty()
         context.close()
         watch.check()

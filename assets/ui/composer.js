@@ -2,14 +2,21 @@
 import { TEXT, api, button, emit, h, notice, on, say } from "/ui/floe.js";
 
 const MOST_BYTES = 1_000_000;
+const DRAFT = "floe-draft";
 
 export function composer(send, meter) {
   let attachments = [];
   const area = h("textarea", { id: "message", rows: "1", placeholder: TEXT.placeholder, "aria-label": TEXT.message,
-    oninput: fit, onkeydown: key });
+    oninput: written, onkeydown: key });
+  area.value = sessionStorage.getItem(DRAFT) || ""; // a reload loses nothing
   const files = h("div", { class: "files" });
   const picker = h("input", { type: "file", multiple: true, hidden: true, id: "attach-file", "aria-label": TEXT.attach,
     onchange: () => { attach(picker.files); picker.value = ""; } });
+
+  function written() {
+    sessionStorage.setItem(DRAFT, area.value);
+    fit();
+  }
 
   function fit() {
     area.style.height = "auto";
@@ -29,14 +36,14 @@ export function composer(send, meter) {
     area.value = "";
     attachments = [];
     drawFiles();
-    fit();
+    written();
     try {
       await send(text, attached.map(({ name, text: content }) => ({ name, text: content })));
     } catch {
       area.value = [text, area.value].filter(Boolean).join("\n"); // nothing that was written gets lost
       attachments = attached;
       drawFiles();
-      fit();
+      written();
     }
   }
 
@@ -61,7 +68,7 @@ export function composer(send, meter) {
   }
 
   on("focus", () => area.focus());
-  on("draft", (text) => { area.value = [area.value, text].filter(Boolean).join("\n"); fit(); area.focus(); });
+  on("draft", (text) => { area.value = [area.value, text].filter(Boolean).join("\n"); written(); area.focus(); });
   return h("div", { class: "composer" }, files,
     h("div", { class: "box", ondragover: (event) => event.preventDefault(),
       ondrop: (event) => { event.preventDefault(); attach(event.dataTransfer.files); } },
