@@ -53,7 +53,7 @@ class Shelf:
         on_disk = [self._demo(), *(self._on_disk(model) for model in models(self._data))]
         return {"disk": on_disk, "offers": self._offers(machine), "notes": list(found.notes),
                 "works": self.works.shown(), "used_bytes": sum(model["bytes"] for model in on_disk[1:]),
-                "free_bytes": shutil.disk_usage(self._data).free, "folder": str(self._data / "models")}
+                "free_bytes": shutil.disk_usage(self._data).free, "folder": _as_written(self._data / "models")}
 
     # --- opening ------------------------------------------------------------------------------------------------
     def open(self, name: str, level: str | None = None, context: int | None = None) -> None:
@@ -196,6 +196,12 @@ class Shelf:
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
         return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(self._levels(look_up(str(folder)))),
                 "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder)}
+
+
+def _as_written(path: Path) -> str:
+    """A path as a person writes it, without the name of their home folder."""
+    home = Path.home()
+    return str(Path("~") / path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
 def _existing(typed: str, kind: str) -> Path:

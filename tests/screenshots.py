@@ -4,6 +4,7 @@ Colours are reduced to a palette, so that a picture stays far below 300 kB. Look
 """
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,17 +20,25 @@ MOST_BYTES = 300_000
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as data, browser.running(Path(data)) as app, sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser.CHROMIUM, chromium_sandbox=False)
-        page = chromium.new_page(viewport={"width": 1400, "height": 860})
-        page.set_default_timeout(browser.PATIENCE_MS)
-        page.goto(app.link)
-        browser.wait_ready(page)
-        take(page, app)
-        chromium.close()
+    with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
+        data = Path(home) / ".local" / "share" / "floechat"
+        data.mkdir(parents=True)
+        os.environ["HOME"] = home  # no picture names a folder of this computer
+        with browser.running(data) as app:
+            drive(app, playwright)
 
 
-def take(page, app) -> None:
+def drive(app, playwright) -> None:
+    chromium = playwright.chromium.launch(executable_path=browser.CHROMIUM, chromium_sandbox=False)
+    page = chromium.new_page(viewport={"width": 1400, "height": 860})
+    page.set_default_timeout(browser.PATIENCE_MS)
+    page.goto(app.link)
+    browser.wait_ready(page)
+    take(page)
+    chromium.close()
+
+
+def take(page) -> None:
     page.wait_for_timeout(1500)
     picture(page, "first-run")
     page.click(".aim[data-aim=fast]")

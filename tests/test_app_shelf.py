@@ -154,6 +154,13 @@ def test_the_folder_is_shown_by_the_computers_file_manager(shelf, tmp_path, monk
         shelf.show_folder("demo")
 
 
+def test_where_models_are_kept_is_said_without_the_name_of_the_home_folder(shelf, tmp_path, monkeypatch):
+    assert shelf.shown()["folder"] == str(tmp_path / "models")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert shelf.shown()["folder"] == os.path.join("~", "models")
+
+
 def test_typing_a_path_brings_folders_and_gguf_files(shelf, tmp_path):
     (tmp_path / "models of mine").mkdir()
     for name in ("model.gguf", "model.txt", ".hidden.gguf"):

@@ -106,7 +106,7 @@ def test_the_page_is_found_after_the_launcher_was_killed(app, holder):
 def test_ending_the_launcher_ends_the_program(app, holder):
     assert instance.running(app)
     holder.send_signal(signal.SIGINT)
-    holder.wait(60)
+    holder.wait(300)
     assert instance.running(app) is None
     assert instance.Lock(app / "run.lock").taken
 

@@ -237,7 +237,7 @@ def wine(tmp_path_factory):
 
     def run(folder: Path, *arguments: str) -> tuple[int, str]:
         done = subprocess.run(["wine", "cmd", "/c", BAT.name, *arguments], cwd=folder, env=variables,
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=180)
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
         return done.returncode, done.stdout.decode("cp437", errors="replace")
     yield run
     subprocess.run(["wineserver", "-k"], env=variables, capture_output=True)

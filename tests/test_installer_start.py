@@ -15,15 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import waiting
-from browser import CHROMIUM, ask, until, wait_ready
+from browser import CHROMIUM, ask, expect, until, wait_ready
 
 ROOT = Path(__file__).resolve().parents[1]
-until_there = partial(waiting.until, seconds=240)
+until_there = waiting.until
 PARTS = ("app", "assets", "engine", "installer", "kernels", "pyproject.toml")
 PORT = 7961
 
@@ -161,9 +160,9 @@ def test_a_double_click_ends_in_an_answer(person, tmp_path):
             chromium = _connect(playwright, debugging)
             until_there(lambda: any("127.0.0.1" in page.url for page in chromium.contexts[0].pages))
             page = next(page for page in chromium.contexts[0].pages if "127.0.0.1" in page.url)
-            page.set_default_timeout(120_000)
+            page.set_default_timeout(300_000)
             wait_ready(page)
-            assert ask(page, "Tell me a story about a small boat.").locator(".answer").inner_text().strip()
+            expect(ask(page, "Tell me a story about a small boat.").locator(".answer")).not_to_be_empty()
             until(page, lambda: "t=" not in page.url)
     finally:
         _end_session(person, clicked)
