@@ -91,7 +91,8 @@ def _level_update(parts):
     info = parts.models.info()
     levels = info.get("levels") or {}
     choices = [(_level_name(name, levels), name) for name in LEVELS if name in levels]
-    return gr.update(choices=choices or list(LEVELS), value=parts.models.level, interactive=bool(choices))
+    about = TEXT["level_unmeasured"] if list(levels) == ["exact"] else TEXT["level_info"]
+    return gr.update(choices=choices or list(LEVELS), value=parts.models.level, interactive=bool(choices), info=about)
 
 
 def _level_name(name: str, levels) -> str:

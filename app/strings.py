@@ -147,8 +147,8 @@ TEXT = {
     "measured": "The levels of {name} are measured. Open it to use them.",
     "measure": "Measure levels",
     "measure_about": "So far it runs at level exact only. Measuring reads a text with the model, again and again, and "
-                     "finds how much quality, balanced and fast may leave out. It takes minutes for a small model and "
-                     "hours for a large one; the time left is shown once it is known.",
+                     "finds how much quality, balanced and fast may leave out. A large model may need many hours; the "
+                     "longest it can still take is shown once it has begun.",
     "measure_text": "Text file (empty: ours)",
     "measure_stopped": "Stopped. Going on begins anew; the model is as it was.",
     "no_text": "There is no text file {path!r} on this computer; give the whole path of a file that ends in .txt or "
@@ -188,6 +188,7 @@ TEXT = {
     "already_working": "{name} is being worked on already; wait for that or cancel it.",
     "level": "Level",
     "level_info": "How much of each expert is used. Lower levels are faster and lose a little.",
+    "level_unmeasured": "The faster levels of this model have not been measured yet; the Models page does it.",
     "level_choice": "{name} (perplexity {perplexity:.2f})",
     "near": "Near memory (MiB)",
     "near_info": "Memory for sketches and records that are kept close.",

@@ -54,16 +54,20 @@ def test_an_edited_question_gets_its_own_answer_and_both_versions_stay(page):
 
 def test_an_edit_that_was_begun_outlives_the_end_of_an_answer(page):
     ask(page, "Hello!")
+    before = texts(page)
+    act(page, "assistant", "Edit")
+    page.fill(".editing textarea", "Half a ")
     send(page, SAGA)
     page.wait_for_selector(".message.running")
-    act(page, "user", "Edit", n=0)
-    page.fill(".editing textarea", "Half a ")
+    page.locator(".editing textarea").focus()
     page.evaluate("fetch('/api/stop', {method: 'POST'})")
     settled(page)
+    page.keyboard.press("End")
     page.keyboard.type("thought")
     expect(page.locator(".editing textarea")).to_have_value("Half a thought")
+    expect(page.locator(".message.assistant").first.get_by_role("button", name="Continue")).to_have_count(0)
     page.get_by_role("button", name="Cancel").click()
-    expect(page.locator(".message.user .answer").first).to_have_text("Hello!")
+    expect(page.locator(".message.assistant .answer").first).to_have_text(before[1])
 
 
 def test_a_regenerated_answer_is_a_second_version(page):

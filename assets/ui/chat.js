@@ -4,7 +4,7 @@ import { TEXT, api, button, emit, h, icon, keep, notice, on, opened, ready, say,
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { showModels } from "/ui/models.js";
-import { message, showThinking, statsLine } from "/ui/message.js";
+import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
@@ -80,10 +80,11 @@ export async function load() {
 // A message stays as it is drawn until it changes: an edit that has been begun outlives the answer that ends meanwhile.
 function drawMessages({ messages, n_messages: n }) {
   const rows = messages.map((m, i) => ({ m, last: i === messages.length - 1 }));
-  const key = ({ m, last }) => (m.status === "running" ? Symbol("growing") : JSON.stringify([m, last]));
+  const key = ({ m }) => (m.status === "running" ? Symbol("growing") : JSON.stringify(m));
   const earlier = n > messages.length ? [["earlier", null]] : [];
-  keep(log, [...earlier, ...rows.map((row) => [key(row), row])], (row) => (row ? message(row.m, row.last, act)
-    : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(); } }, TEXT.earlier)));
+  keep(log, [...earlier, ...rows.map((row) => [key(row), row])], (row) => (row ? message(row.m)
+    : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(); } }, TEXT.earlier)),
+  (node, row) => row && offerActions(node, row.m, row.last, act));
 }
 
 // Whether a message is drawn as growing that the program is not writing (any more, or not yet).

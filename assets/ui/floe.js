@@ -10,6 +10,9 @@ export function on(name, handler) {
 }
 export const emit = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
 
+class Said extends Error {} // the person has been told already
+window.addEventListener("unhandledrejection", (event) => event.reason instanceof Said && event.preventDefault());
+
 export async function api(method, path, body) {
   let reply;
   try {
@@ -21,12 +24,12 @@ export async function api(method, path, body) {
     });
   } catch {
     notice(TEXT.offline || "The program does not answer.");
-    throw new Error("offline");
+    throw new Said("offline");
   }
   const document = await reply.json().catch(() => ({}));
   if (!reply.ok) {
     notice(document.error || TEXT.status_error);
-    throw new Error(document.error || `status ${reply.status}`);
+    throw new Said(document.error || `status ${reply.status}`);
   }
   return document;
 }

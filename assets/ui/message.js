@@ -1,7 +1,7 @@
 // One message: who, thinking, text, what it cost, and what can be done with it.
 import { TEXT, api, button, h, say } from "/ui/floe.js";
 
-export function message(m, last, act) {
+export function message(m) {
   const running = m.status === "running";
   const node = h("article", { class: `message ${m.role}${running ? " running" : ""}`, "data-id": m.id,
     "aria-label": m.role === "user" ? TEXT.you : TEXT.assistant });
@@ -14,8 +14,15 @@ export function message(m, last, act) {
     node.append(...notes(m));
     node.append(h("div", { class: "stats" }, ...statsLine(m.stats)));
   }
-  if (!running) node.append(actions(m, last, act, node));
   return node;
+}
+
+// What can be done with it depends on whether it is the last one.
+export function offerActions(node, m, last, act) {
+  if (node.last === last || m.status === "running") return;
+  node.last = last;
+  node.querySelector(":scope > .actions")?.remove();
+  node.append(actions(m, last, act, node));
 }
 
 function thought(m, running) {
