@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from app.chats import Chats, Conversation, Message
 from app.context import to_prompt
+from app.drafts import Drafts
 from app.exchange import export_json, export_markdown, import_text
 from app.jobs import Jobs
 from app.markdown import render
@@ -39,7 +40,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
             "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble}
 
 
-def routes(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
+def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
     """All routes below /api. `changed` tells every open page to look again."""
     router = APIRouter(prefix="/api")
 
@@ -51,7 +52,7 @@ def routes(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf, changed) -> A
     def present_state():
         return state(chats, jobs, models, shelf)
 
-    _conversation_routes(router, chats, jobs, models, changed)
+    _conversation_routes(router, chats, drafts, jobs, models, changed)
     _message_routes(router, chats, jobs, changed)
     _file_routes(router, chats, models, changed)
     _model_routes(router, shelf)
@@ -65,11 +66,10 @@ def routes(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf, changed) -> A
     return router
 
 
-def _conversation_routes(router: APIRouter, chats: Chats, jobs: Jobs, models: Models, changed) -> None:
+def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, changed) -> None:
     @router.post("/conversations")
-    def create():
-        conversation = chats.create(settings=chats.preference("draft", {}))
-        chats.set_preference("draft", {})
+    def create(wish: Wish):
+        conversation = drafts.begin(str(wish["draft"]))
         changed()
         return _listed(conversation)
 

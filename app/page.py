@@ -147,25 +147,26 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
 def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Button) -> None:
     """Every control stores its own value and answers for itself and the preset: what a person types into another one
     meanwhile is neither overwritten nor stored half."""
-    names = list(controls)
-    presets = Presets(parts.chats)
+    names, drafts, presets = list(controls), parts.drafts, Presets(parts.chats)
 
-    def show(shown: str, event: gr.EventData):
-        if event.same is not None and shown == str(event.same):
-            return [str(event.id), *_hints(parts, names)]
-        return [str(event.id), *_values(parts, names, _stored(parts, event.id))]
+    def show(shown: str | None, event: gr.EventData):
+        """Nothing that is being typed is touched where the controls show these settings already."""
+        meant = drafts.conversation(event.name)
+        if shown == event.name or (shown and meant is not None and drafts.conversation(shown) == meant):
+            return [event.name, *_hints(parts, names)]
+        return [event.name, *_values(parts, names, drafts.settings(event.name))]
 
-    def to_defaults(conversation_id: str):
-        kept = {n: v for n, v in _stored(parts, conversation_id).items() if n == "system"}
-        return _keep(parts, conversation_id, kept, names, names)
+    def to_defaults(shown: str):
+        kept = {n: v for n, v in drafts.settings(shown).items() if n == "system"}
+        return _keep(parts, shown, kept, names, names)
 
     def storing(name: str):
         touched = names if name == "preset" else [name, "preset"]
 
-        def store(conversation_id: str, value):
-            stored = _stored(parts, conversation_id)
+        def store(shown: str, value):
+            stored = drafts.settings(shown)
             changed = presets.chosen(value, stored) if name == "preset" else _changed(stored, name, value)
-            return _keep(parts, conversation_id, changed, names, touched)
+            return _keep(parts, shown, changed, names, touched)
         return store
 
     chat.select(show, opened, [opened, *controls.values()], **FREE)
@@ -179,8 +180,8 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
     """Keeping what is set under a name, and deleting such a preset; the conversation's settings stay."""
     presets, shown = Presets(parts.chats), [name, controls["preset"]]
 
-    def after(work, conversation_id: str):
-        stored = _stored(parts, conversation_id)
+    def after(work, conversation: str):
+        stored = parts.drafts.settings(conversation)
         try:
             work(stored)
         except UserError as error:
@@ -188,25 +189,15 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
             return gr.skip(), gr.skip()
         return "", gr.update(choices=presets.choices(), value=presets.name_of(stored))
 
-    def on_keep(conversation_id: str, wished: str):
-        return after(lambda stored: presets.keep(wished, stored), conversation_id)
+    def on_keep(conversation: str, wished: str):
+        return after(lambda stored: presets.keep(wished, stored), conversation)
 
-    def on_forget(conversation_id: str):
-        return after(lambda stored: presets.forget(presets.name_of(stored)), conversation_id)
+    def on_forget(conversation: str):
+        return after(lambda stored: presets.forget(presets.name_of(stored)), conversation)
 
     keep.click(on_keep, [opened, name], shown, **MAY_WARN)
     name.submit(on_keep, [opened, name], shown, **MAY_WARN)
     forget.click(on_forget, opened, shown, **MAY_WARN)
-
-
-def _stored(parts, conversation_id) -> dict:
-    """The settings of a conversation, or of the one that begins with the next message."""
-    try:
-        if not int(conversation_id or 0):
-            return parts.chats.preference("draft", {})
-        return parts.chats.conversation(int(conversation_id)).settings
-    except UserError:
-        return {}
 
 
 def _changed(stored: dict, name: str, value) -> dict:
@@ -217,18 +208,15 @@ def _changed(stored: dict, name: str, value) -> dict:
     return settings
 
 
-def _keep(parts, conversation_id: str, settings: dict, names: list[str], touched: list[str]) -> list:
+def _keep(parts, conversation: str, settings: dict, names: list[str], touched: list[str]) -> list:
     """Store, and the new values of the touched controls; what cannot be is said and put back."""
     try:
         settings = checked(settings)
-        if int(conversation_id or 0):
-            parts.chats.set_settings(int(conversation_id), settings)
-            parts.stream.changed()
-        else:
-            parts.chats.set_preference("draft", settings)
+        parts.drafts.keep(conversation, settings)
+        parts.stream.changed()
     except UserError as error:
         gr.Warning(str(error))
-        settings = _stored(parts, conversation_id)
+        settings = parts.drafts.settings(conversation)
     values = dict(zip(names, _values(parts, names, settings), strict=True))
     return [values[name] if name in touched else gr.skip() for name in names]
 

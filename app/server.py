@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from app import api
 from app.chats import Chats
+from app.drafts import Drafts
 from app.guard import Guard
 from app.jobs import Jobs
 from app.models import Models
@@ -37,6 +38,7 @@ class Parts:
     """Everything that lives as long as the program."""
 
     chats: Chats
+    drafts: Drafts
     models: Models
     jobs: Jobs
     shelf: Shelf
@@ -47,12 +49,13 @@ class Parts:
     @staticmethod
     def make(data: Path, model: Path, options: Options, plan_level: bool = False) -> Parts:
         chats, around = Chats(data / "chats.db"), Surroundings(data, options.device)
+        drafts = Drafts(chats)
         models = Models(model, options, around, plan_level)
         jobs = Jobs(chats, models)
         shelf, panel = Shelf(models, around), Panel(models)
         stream = Stream(panel, lambda: jobs.live, lambda: api.state(chats, jobs, models, shelf))
         models.on_change = jobs.on_change = shelf.works.on_change = stream.changed
-        return Parts(chats, models, jobs, shelf, panel, stream, around)
+        return Parts(chats, drafts, models, jobs, shelf, panel, stream, around)
 
     def close(self) -> None:
         self.shelf.close()
@@ -71,7 +74,8 @@ def build(parts: Parts, port: int, token: str) -> Guard:
     app = FastAPI(lifespan=_lifespan(parts), docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(UserError, api.user_error)
     app.add_exception_handler(sqlite3.OperationalError, api.disk_error)
-    app.include_router(api.routes(parts.chats, parts.jobs, parts.models, parts.shelf, parts.stream.changed))
+    app.include_router(api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf,
+                                  parts.stream.changed))
     app.mount("/ui", StaticFiles(directory=UI))
 
     @app.get("/events")

@@ -7,9 +7,9 @@ import { showModels } from "/ui/models.js";
 import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
 import { welcome } from "/ui/welcome.js";
 
+const DRAFT = "floe-draft-settings";
 const loads = { begun: 0, drawn: 0 };
 let log, scroller, queue, title, meter, chip, trigger, drawn = { id: null, limit: 40 };
-let born = null; // the conversation that was just made, with the settings that are shown
 
 export async function mount(root, gradioTrigger) {
   await ready;
@@ -31,7 +31,7 @@ export async function mount(root, gradioTrigger) {
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
-  on("opened", () => { drawn.limit = 40; tellControls(opened.id === born ? 0 : null); load(); });
+  on("opened", () => { drawn.limit = 40; tellControls(); load(); });
   on("state", changed);
   on("text", grow);
   document.addEventListener("keydown", shortcut);
@@ -44,11 +44,13 @@ export async function mount(root, gradioTrigger) {
   load();
 }
 
-// Gradio's controls show the settings of the open conversation (0: of the one that begins with the next message).
-// same: the conversation whose settings they may go on showing, so that nothing that is being typed is touched.
-function tellControls(same = null) {
-  trigger("select", { id: opened.id ?? 0, same });
-  born = null;
+// Gradio's controls show the settings of the open conversation, or of the one that this tab will begin next.
+const tellControls = () => trigger("select", { name: opened.id ? String(opened.id) : draft() });
+
+// The name under which the program keeps the settings of a conversation that has not begun.
+function draft() {
+  if (!sessionStorage.getItem(DRAFT)) sessionStorage.setItem(DRAFT, crypto.randomUUID());
+  return sessionStorage.getItem(DRAFT);
 }
 
 // Loading and drawing
@@ -121,7 +123,7 @@ function changed({ now, before }) {
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
   if (before.model.state !== "ready" && now.model.state === "ready") {
-    tellControls(opened.id ?? 0);
+    tellControls();
     load();
   }
 }
@@ -184,8 +186,9 @@ function follow(now) {
 
 async function send(text, attachments) {
   if (!opened.id) {
-    born = (await api("POST", "/api/conversations")).id;
-    opened.id = born;
+    const begun = await api("POST", "/api/conversations", { draft: draft() });
+    sessionStorage.removeItem(DRAFT);
+    opened.id = begun.id;
   }
   await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
   emit("sent");

@@ -2,7 +2,7 @@
 import { TEXT, api, button, emit, h, notice, on, say } from "/ui/floe.js";
 
 const MOST_BYTES = 1_000_000;
-const DRAFT = "floe-draft";
+const DRAFT = "floe-draft-text";
 
 export function composer(send, meter) {
   let attachments = [];
