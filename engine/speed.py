@@ -19,7 +19,7 @@ Times = tuple[tuple[str, float], ...]
 # as one operation (DESIGN.md section 8), and Floe Chat's own kernels beside it.
 LAYER_NODES = {"qwen3_5_moe": 96, "qwen3_next": 96, "qwen3_moe": 68, "gpt_oss": 60, "mixtral": 54}
 OTHER_LAYER_NODES = 75
-MOE_NODES = 7
+WHOLE_NODES, SPARSE_NODES = 11, 16  # counted by tests/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
 MISS_LATENCY_SECONDS = 4e-6    # a layer with few misses waits for the link's latency, not for its bandwidth
 PAGEABLE_SHARE = 0.3           # a copy from memory that is not page-locked: 6-7 of 20-25 GB/s
@@ -129,12 +129,12 @@ def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sp
     memory that could not be page-locked. The context counts as half full."""
     width = machine.vram_bytes_per_second
     if level in ("exact", "full"):
-        experts = spec.layers * spec.top_k * expert_bytes
+        experts, own = spec.layers * spec.top_k * expert_bytes, WHOLE_NODES
     else:
-        budget = sparsity.budgets[level]
+        budget, own = sparsity.budgets[level], SPARSE_NODES
         experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
     attention = spec.kv_bytes_per_token * context / 2 + 2 * spec.state_bytes
-    nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * MOE_NODES
+    nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
     link = near.far_bytes * link_seconds_per_byte(machine, pageable)
     link += spec.layers * MISS_LATENCY_SECONDS if near.far_bytes else 0.0
     return (("trunk", trunk_bytes / width), ("experts", experts / width), ("attention", attention / width),

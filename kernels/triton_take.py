@@ -19,7 +19,7 @@ from kernels.triton_planes import device_value
 
 Tensor = torch.Tensor
 
-LARGEST_TILE = 1024     # entries looked up at a time, one a thread: more would cost layout changes
+LARGEST_TILE = 512      # entries looked up at a time, one a thread; with 1024 the registers of a block do not suffice
 
 
 # What a list holds: objects with their bytes, expert ids, or chosen neurons with their fidelity.
@@ -57,8 +57,8 @@ def _take(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahea
     now = tl.load(clock)
     n_bounced = 0
     n_listed = 0
-    needed = tl.zeros((), tl.int64)
-    had = tl.zeros((), tl.int64)
+    needed = 0  # bytes of one layer's step: they fit 32 bits
+    had = 0
     for row in range(ROWS):
         for start in range(0, n_columns, TILE):
             column = start + tl.arange(0, TILE)
@@ -105,8 +105,8 @@ def _take(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahea
             if OF != OBJECTS:
                 tl.store(source + entry, local, mask=column < n_columns)
                 tl.store(need + entry, wanted, mask=column < n_columns)
-                needed += tl.sum(tl.where(to >= 0, wanted, 0).to(tl.int64), 0)
-                had += tl.sum(tl.where(to >= 0, there, 0).to(tl.int64), 0)
+                needed += tl.sum(tl.where(to >= 0, wanted, 0), 0)
+                had += tl.sum(there, 0)
             n_bounced += n_missing - n_new
             left -= n_new
         tl.debug_barrier()

@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "resolve_experts", "resolve_neurons", "score",
            "score_up", "select", "select_above")
+LAUNCHES = {"apply": 4, "dense": 4, "age": 3}  # kernels that a function launches on a card, where it is more than one
+VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
+         "empty", "detach", "alias", "lift_fresh")  # nothing for a device to do
 HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "masked_select", "unique")
 
 _library = torch.library.Library("floe_recorded", "DEF")
@@ -67,3 +70,12 @@ def record(step: Callable[[], None], module) -> tuple[torch.fx.GraphModule, list
 def asks_the_host(names: list[str]) -> list[str]:
     """The recorded operators that would stop a device to look at a value."""
     return [name for name in names if any(word in name for word in HOST)]
+
+
+def device_nodes(graph: torch.fx.GraphModule) -> int:
+    """Nodes that the recorded step would have as a CUDA graph."""
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    ours = [_calls[node.args[0]][0].__name__ for node in nodes if "floe_recorded" in str(node.target)]
+    others = [node for node in nodes if "floe_recorded" not in str(node.target)
+              and not any(view in str(node.target) for view in VIEWS)]
+    return len(others) + sum(LAUNCHES.get(name, 1) for name in ours)

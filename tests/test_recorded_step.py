@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from engine import device_runtime, hf
+from engine import device_runtime, hf, speed
 from engine.decoding import Step
 from engine.device_runtime import take_over
 from engine.device_sampler import DeviceSampler
@@ -14,7 +14,7 @@ from engine.experts import LevelPlan
 from engine.spec import Options, Sampling
 from engine.step_cache import StepCache, forward
 from tests.folders import compressed
-from tests.recorded import asks_the_host, record
+from tests.recorded import asks_the_host, device_nodes, record
 
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
 N_TOKENS, CONTEXT = 200, 224
@@ -76,6 +76,29 @@ def test_replay_equals_eager(name, tmp_path):
         assert len(set(tokens)) > 10 and eager[-1][1] == 1 and not any(packet[1] for packet in eager[:-1])
         counts = torch.tensor([packet[3:] for packet in eager])
         assert bool((counts.diff(dim=0) >= 0).all()) and 0 < counts[-1, 2] < counts[-1, 0]
+
+
+@pytest.mark.parametrize("level, expected", [("exact", speed.WHOLE_NODES), ("fast", speed.SPARSE_NODES)])
+@torch.no_grad()
+def test_a_layers_experts_are_the_nodes_that_the_plan_counts(level, expected, tmp_path):
+    """One layer more of the step, without look-ahead and without age, which comes once a token."""
+    folder = compressed("qwen3_moe", tmp_path, num_hidden_layers=3, hidden_size=256)[2]
+    loaded = hf.load(folder, Options("exact", device="cpu"))
+    loaded.runtime.plans["fast"] = LevelPlan(((15, 20),) * 3)
+    runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    runtime.set_level(level)
+    runtime.phase, runtime.headroom, counted = "decode", False, []
+    x, ids, weights = torch.randn(1, 256).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2).bfloat16()
+    for n in (1, 2):
+        step = partial(_layers, runtime, runtime.layers[:n], x, ids, weights)
+        step()
+        counted.append(device_nodes(record(step, device_runtime)[0]))
+    assert counted[1] - counted[0] == expected
+
+
+def _layers(runtime, layers, *given) -> None:
+    for layer in layers:
+        runtime.forward(layer, *given)
 
 
 @torch.no_grad()
