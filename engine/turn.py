@@ -43,6 +43,9 @@ class Live:
     prompt_seconds: float = 0.0
     residency: tuple[float, ...] = ()
     activity: tuple[list[float], ...] = ()
+    near_bytes: int = 0
+    near_most_bytes: int = 0
+    near_least_bytes: int = 0
     near_used_bytes: int = 0
     mark_bytes: int = 0
     context_used: int = 0
@@ -89,7 +92,10 @@ class Turns:
         if phase == "idle" or now - self._residency_at > RESIDENCY_SECONDS:
             self.live.residency, self._residency_at = tuple(self.runtime.residency()), now
             self.live.activity = tuple(self.runtime.activity())
-            self.live.near_used_bytes, self.live.mark_bytes = self.runtime.near_used_bytes(), self.prefix.mark_bytes
+            self.live.near_bytes, self.live.near_used_bytes = self.runtime.near_bytes, self.runtime.near_used_bytes()
+            self.live.near_most_bytes = self.runtime.everything_bytes()
+            self.live.near_least_bytes = self.runtime.smallest_bytes()
+            self.live.mark_bytes = self.prefix.mark_bytes
 
     def _read(self, messages: list[dict], prompt: Prompt, stopped: Callable[[], bool],
               wishes: Mapping | None) -> Iterator[Event]:

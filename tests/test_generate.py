@@ -302,6 +302,23 @@ def test_the_snapshot_follows_the_answer(engine, forwards):
         assert len(row) == engine.info["experts"] and sum(row) == pytest.approx(engine.info["top_k"], abs=0.02)
 
 
+def test_a_snapshot_while_near_memory_is_made_anew_shows_what_was(engine, trained, monkeypatch):
+    runtime, make, seen = trained.runtime, trained.runtime._new_cache, []
+    before = engine.snapshot()
+
+    def making():
+        kept, runtime.sparse, runtime.whole = (runtime.sparse, runtime.whole), None, None
+        seen.append(engine.snapshot())
+        runtime.sparse, runtime.whole = kept
+        return make()
+    monkeypatch.setattr(runtime, "_new_cache", making)
+    engine.configure(replace(engine.options, near_bytes=before["near_bytes"] // 2))
+    for key in ("near_bytes", "near_most_bytes", "near_least_bytes", "near_used_bytes"):
+        assert seen[0][key] == before[key] > 0 or key == "near_used_bytes"
+    assert engine.snapshot()["near_bytes"] < before["near_bytes"]
+    engine.configure(replace(engine.options, near_bytes=None))
+
+
 def test_closing_stops_what_runs_and_refuses_what_comes(trained):
     engine = Engine(trained, Options(chunk=16))
     forwards = Forwards(trained.model)
