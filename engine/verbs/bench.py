@@ -29,11 +29,11 @@ def run(args: argparse.Namespace) -> dict:
     if args.source and not args.compare:
         raise UserError("--source is the checkpoint of the comparison; add --compare.")
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    from engine import bench, hf, projection
+    from engine import bench, card_errors, hf, projection
     vram = None if args.vram is None else parse_bytes(args.vram)
     card = None if args.project is None else projection.card(args.project)
     for_card = args.vram or args.project or args.table
-    device = args.device or ("cuda" if for_card else hf.default_device())
+    device = args.device or ("cuda" if for_card else card_errors.device_for(None)[0])
     if for_card and device == "cpu":
         raise UserError("--vram, --project and --table are about a graphics card; leave --device cpu out.")
     hf.check_folder(args.folder)
