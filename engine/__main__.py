@@ -52,12 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser(argv[0]).parse_args(argv[1:])
     try:
         document = import_module(f"engine.verbs.{argv[0]}").run(args)
-    except UserError as error:
+    except (UserError, MachineError) as error:
         print(error, file=sys.stderr)
-        return 2
-    except MachineError as error:
-        print(error, file=sys.stderr)
-        return 3
+        return 2 if isinstance(error, UserError) else 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130

@@ -120,9 +120,6 @@ class Runtime:
             raise
         self._start(cache)
 
-    def resize(self, near_bytes: int | None) -> None:
-        self.set_level(self.level, near_bytes)
-
     def reset(self) -> None:
         """Forget what is near; counters go on."""
         self._start(self._new_cache())

@@ -42,7 +42,7 @@ def test_the_document(folders) -> None:
 
 def test_near_memory_for_nothing_misses_every_time(folders) -> None:
     loaded = hf.load(folders[1], Options(level="exact", device="cpu", predict=False))
-    loaded.runtime.resize(loaded.runtime.smallest_bytes())
+    loaded.runtime.set_level(loaded.runtime.level, loaded.runtime.smallest_bytes())
     document = bench.Bench(loaded, sizes=bench.Sizes(24, 8)).document()
     assert document["hit_rate"] == 0 and document["far_bytes_per_token"] == document["needed_bytes_per_token"]
     assert document["near_bytes"] == loaded.runtime.near_bytes

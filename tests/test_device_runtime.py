@@ -308,4 +308,4 @@ def test_the_step_runs_on_the_kernels_of_a_card_at_every_level(repository):
 def test_near_memory_for_less_than_a_step_is_a_sentence(folder):
     runtime = opened(folder, "exact", 1.0, False, True).runtime
     with pytest.raises(UserError, match=f"give at least {K * runtime.far.layout.blob_bytes:,}"):
-        runtime.resize(K * runtime.far.layout.blob_bytes - 1)
+        runtime.set_level(runtime.level, K * runtime.far.layout.blob_bytes - 1)

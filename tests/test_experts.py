@@ -111,7 +111,7 @@ def test_far_bytes_of_exact_are_misses_times_the_blob(loaded, monkeypatch):
     monkeypatch.setattr(runtime.far, "decode", lambda *args: (reads.append(args[:2]), decode(*args))[1])
     for predict in (False, True):
         runtime.predict = predict
-        runtime.resize(EVERYTHING // 2)
+        runtime.set_level(runtime.level, EVERYTHING // 2)
         start, prefill = runtime.counters(), runtime.prefill_far_bytes
         reads.clear()
         answer(loaded)

@@ -152,7 +152,7 @@ def test_graphs_give_the_same_answer_and_one_is_made_for_each_kind(step):
     assert capture.n_replays == 2 + 4 * (LIMIT + 1)  # each graph proved itself once
     before = runtime.near_wish
     for near_bytes in (runtime.everything_bytes(), before):  # back to a size it had, but not to the same memory
-        runtime.resize(near_bytes)
+        runtime.set_level(runtime.level, near_bytes)
     read(step)
     assert answered(Decoder(step, graphs.launch)) == expected["fast"] and capture.n_graphs == 3
 
