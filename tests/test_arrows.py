@@ -9,6 +9,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,34 @@ def test_packages_import_along_the_arrows(package):
     for path in files(package):
         for name in imported(ast.parse(path.read_text(encoding="utf-8")), str(path)):
             assert allowed(name, BETWEEN[package]), f"{path.relative_to(ROOT)} may not import {name}"
+
+
+def asked_of(tree: ast.AST) -> set[tuple[str, str]]:
+    """(module, name): what a file asks of our modules, by import or as an attribute, inside functions as well."""
+    found, modules = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names if "." in alias.name}
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                if (ROOT / below.replace(".", "/")).with_suffix(".py").exists():
+                    modules[alias.asname or alias.name] = below
+                else:
+                    found.add((node.module, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
+            found.add((modules[ast.unparse(node.value)], node.attr))
+    return {(module, name) for module, name in found if module.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_file_asks_of_another_is_there(package):
+    """Also where it is asked inside a function that no test may run, on a graphics card for example."""
+    for path in files(package):
+        for module, name in asked_of(ast.parse(path.read_text(encoding="utf-8"))):
+            assert hasattr(import_module(module), name), f"{path.relative_to(ROOT)}: {module} has no {name}"
+    assert asked_of(ast.parse("def f():\n    from engine import hf\n    hf.nothing")) == {("engine.hf", "nothing")}
 
 
 @pytest.mark.parametrize("module", ENGINE)

@@ -101,9 +101,10 @@ BAD = {
 
 
 def arguments(verb: str, written: str, place: Place, *more: str) -> list[str]:
+    """On a computer without a card the device is left to the verb."""
     found = [word.format(**vars(place)) for word in written.split()]
-    return [verb, "--json", *(() if "--data" in found else ("--data", str(place.data))),
-            *(() if "--device" in [*found, *more] else ("--device", "cpu")), *more, *found]
+    device = () if "--device" in [*found, *more] or not torch.cuda.is_available() else ("--device", "cpu")
+    return [verb, "--json", *(() if "--data" in found else ("--data", str(place.data))), *device, *more, *found]
 
 
 def one_sentence(err: str) -> str:
