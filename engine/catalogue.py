@@ -133,8 +133,10 @@ def _from_folder(folder: Path, name: str = "") -> Known:
     if not (folder / "floe.json").is_file():
         return Known(spec, folder, entry=find(folder.name))
     manifest = _read_json(folder / "floe.json")
-    return Known(spec, folder, compressed=True, trunk_bits=manifest.get("trunk_bits"),
-                 group_size=manifest.get("group_size"), calibration=manifest.get("calibration") or {},
+    bits, group, calibration = (manifest.get(key) for key in ("trunk_bits", "group_size", "calibration"))
+    if not (isinstance(bits, int | None) and isinstance(group, int | None) and isinstance(calibration, dict | None)):
+        raise UserError(f"{folder / 'floe.json'} is damaged; download or compress the model again.")
+    return Known(spec, folder, compressed=True, trunk_bits=bits, group_size=group, calibration=calibration or {},
                  entry=find(folder.name))
 
 

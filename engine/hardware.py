@@ -239,18 +239,22 @@ def described(name: str, ram: int | None = None, vram: int | None = None, link: 
     if row is None:
         near = [known for known in table() if name.lower() in known] or difflib.get_close_matches(name.lower(), table())
         raise UserError(f"There is no machine {name!r} in the table; choose one of {', '.join(near or table())}.")
-    ram = DEFAULT_RAM if ram is None else ram
-    common = {"ram_total_bytes": ram, "ram_free_bytes": max(0, ram - SYSTEM_RAM),
-              "disk_free_bytes": 10**12 if disk_free is None else disk_free,
-              "pinned_limit_bytes": max(0, ram - 2 * GIB)}
-    if _capability(row.get("compute_capability", "")) < MIN_CAPABILITY:
-        return _without_card(row, common)
-    total = int(row["vram_gib"] * GIB)
-    lanes = LANE_BYTES_PER_SECOND[row["pcie_generation"]] * row["pcie_width"]
-    return Machine(name=row["name"], device="cuda", **common, vram_total_bytes=vram or total,
-                   vram_free_bytes=max(0, (vram or total) - SYSTEM_VRAM),
+    common = {**_of_ram(DEFAULT_RAM), "disk_free_bytes": 10**12 if disk_free is None else disk_free}
+    old = _capability(row.get("compute_capability", "")) < MIN_CAPABILITY
+    return overridden(_without_card(row, common) if old else _with_card(row, common), ram, vram, link)
+
+
+def _of_ram(total: int) -> dict[str, int]:
+    return {"ram_total_bytes": total, "ram_free_bytes": max(0, total - SYSTEM_RAM),
+            "pinned_limit_bytes": max(0, total - 2 * GIB)}
+
+
+def _with_card(row: dict, common: dict) -> Machine:
+    total, lane = int(row["vram_gib"] * GIB), LANE_BYTES_PER_SECOND[row["pcie_generation"]]
+    return Machine(name=row["name"], device="cuda", **common, vram_total_bytes=total,
+                   vram_free_bytes=max(0, total - SYSTEM_VRAM),
                    vram_bytes_per_second=REACHED_BANDWIDTH * row["memory_gb_per_second"] * 1e9,
-                   link_bytes_per_second=link or lanes, compute_capability=row["compute_capability"],
+                   link_bytes_per_second=lane * row["pcie_width"], compute_capability=row["compute_capability"],
                    flops_per_second=row["tflops"] * 1e12)
 
 
@@ -267,11 +271,13 @@ def _without_card(row: dict, common: dict) -> Machine:
 
 
 def overridden(base: Machine, ram: int | None = None, vram: int | None = None, link: float | None = None) -> Machine:
-    """The same machine with other sizes: what `--ram`, `--vram` and `--link` ask for."""
-    changes: dict = {}
-    if ram is not None:
-        changes |= {"ram_total_bytes": ram, "ram_free_bytes": max(0, ram - SYSTEM_RAM),
-                    "pinned_limit_bytes": max(0, ram - 2 * GIB)}
+    """The same machine with other sizes: what `--ram`, `--vram` and `--link` ask for. UserError where that cannot
+    be."""
+    if base.device == "cpu" and (vram, link) != (None, None):
+        raise UserError(f"{base.name} is planned without a card; leave out the size of its memory and its link.")
+    if link is not None and link <= 0:
+        raise UserError("The link between memory and card must be more than nothing; write it like 12.4GB/s.")
+    changes: dict = {} if ram is None else _of_ram(ram)
     if vram is not None:
         changes |= {"vram_total_bytes": vram, "vram_free_bytes": max(0, vram - SYSTEM_VRAM)}
     if link is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from engine.spec import ModelSpec, UserError
 
 KV_BYTES = 2       # 16-bit keys and values
+MOST_LAYERS = 1000  # anybody can write a configuration, and every layer is walked over
 STATE_BYTES = 4    # recurrent states stay float32
 
 # What the key names do not say. gate: a second query projection gates attention's output. qk_norm: weights of the
@@ -37,22 +38,35 @@ _ALIASES = {
 }
 
 
+# Everything else that is read is a whole number, yes, no, or nothing.
+_STRUCTURED = {"layer_types", "layers_block_type", "mlp_layer_types", "is_moe_layer", "mlp_only_layers",
+               "per_layer_config", "mamba_dt_rank", "model_type"}
+
+
+_WIDTHS = {"intermediate_size", "ffn_hidden_size"}     # of dense layers: where they differ, the first stands for all
+
+
 def _first(config: Mapping, names: tuple[str, ...], default=None):
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, list) and value and len(set(value)) == 1:
-            value = value[0]              # some configurations repeat one number for every layer
-        if value is not None:
-            return value
-    return default
+    return next((config[name] for name in names if config.get(name) is not None), default)
+
+
+def _numbers(config: Mapping) -> dict:
+    """What the sums below may trust: whoever writes a configuration may put anything behind any name."""
+    kept = {key: value for key, value in config.items() if value is None or isinstance(value, int)
+            or key in _STRUCTURED}
+    for key, value in config.items():     # some configurations repeat one number for every layer
+        same = isinstance(value, list) and value and (key in _WIDTHS or all(each == value[0] for each in value))
+        if same and isinstance(value[0], int) and key not in _STRUCTURED:
+            kept[key] = value[0]
+    return kept
 
 
 def _text_config(config: Mapping) -> dict:
     """The language model's part of a configuration, with what the outer one adds."""
     for key in ("text_config", "language_config", "llm_config"):
         if isinstance(config.get(key), Mapping):
-            return {**{k: v for k, v in config.items() if not isinstance(v, Mapping)}, **config[key]}
-    return dict(config)
+            return _numbers({**{k: v for k, v in config.items() if not isinstance(v, Mapping)}, **config[key]})
+    return _numbers(config)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,8 @@ class _Sizes:
 
 
 def spec_from_config(config: Mapping, name: str = "") -> ModelSpec:
-    """Shape numbers of a Mixture-of-Experts language model. UserError for a dense model or a missing number."""
+    """Shape numbers of a Mixture-of-Experts language model. UserError for a dense model, a number that is missing and
+    one that is none."""
     text = _text_config(config)
     name = name or config.get("_name_or_path") or config.get("model_type") or "model"
     kind = str(text.get("model_type") or config.get("model_type") or "").removesuffix("_text")
@@ -79,13 +94,16 @@ def spec_from_config(config: Mapping, name: str = "") -> ModelSpec:
                         "Floe Chat is for Mixture-of-Experts models.")
     try:
         return _spec(text, str(name), kind, int(experts))
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"The configuration of {name} lacks a number that planning needs ({error}).") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
+        raise UserError(f"The configuration of {name} lacks a number that planning needs, or is damaged ({error}); "
+                        "download it again.") from error
 
 
 def _spec(text: dict, name: str, kind: str, experts: int) -> ModelSpec:
     hidden, vocabulary = text["hidden_size"], text["vocab_size"]
     n = int(_first(text, _ALIASES["decoder_layers"]))
+    if n > MOST_LAYERS:
+        raise ValueError(f"{n:,} layers")
     mixers, sparse = _mixers(text, kind, n), _sparse_layers(text, kind, n)
     neurons = int(_first(text, _ALIASES["neurons"]))
     total = sum((_mixer(_for_layer(text, i), kind, mixer, hidden) for i, mixer in enumerate(mixers)), _Sizes())
@@ -108,7 +126,7 @@ def _spec(text: dict, name: str, kind: str, experts: int) -> ModelSpec:
 def _for_layer(text: dict, layer: int) -> dict:
     """The configuration as one layer sees it, where layers differ in their heads."""
     own = {int(index): changes for index, changes in (text.get("per_layer_config") or {}).items()}   # keys like "05"
-    return {**text, **own.get(layer, {})}
+    return {**text, **_numbers(own.get(layer, {}))}
 
 
 def _tied(text: dict, kind: str) -> bool:
@@ -252,8 +270,7 @@ def _mamba2(text: dict, hidden: int) -> _Sizes:
 
 
 def _dense_width(text: dict) -> int:
-    width = text.get("intermediate_size") or text.get("ffn_hidden_size") or 0
-    return int(width[0] if isinstance(width, list) else width)
+    return text.get("intermediate_size") or text.get("ffn_hidden_size") or 0
 
 
 def _router_and_shared(text: dict, kind: str, hidden: int, experts: int, neurons: int) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 
 import pytest
@@ -173,6 +174,31 @@ def test_dense_and_damaged_configurations_are_refused():
         spec_from_config({"model_type": "llama", "hidden_size": 64, "vocab_size": 10, "num_hidden_layers": 2})
     with pytest.raises(UserError, match="lacks a number"):
         spec_from_config({"model_type": "mixtral", "num_local_experts": 8, "vocab_size": 10})
+
+
+def test_a_configuration_with_anything_in_it_ends_in_numbers_or_a_sentence():
+    """Anybody may have written it: kinds mixed up, lists, huge and negative numbers, parts missing."""
+    rng, refused = random.Random(0), 0
+    for _ in range(600):
+        entry = rng.choice(list(catalogue.entries().values()))
+        config = json.loads(json.dumps(dict(entry.config)))
+        text = config.get("text_config", config)
+        for key in rng.sample(sorted(text), rng.choice((1, 1, 2, 4))):
+            text[key] = rng.choice((None, "x", "64", -1, 0, 1, 7, 1.5, 10**9, [], [1], {}, True, float("nan"), [[], 2]))
+        try:
+            assert spec_from_config(config, "any").trunk_params > 0
+        except UserError as error:
+            assert "\n" not in str(error) and "any" in str(error)
+            refused += 1
+    assert 100 < refused < 600
+
+
+@pytest.mark.parametrize("manifest", [{"trunk_bits": "eight"}, {"group_size": [64]}, {"calibration": [1]}, [], "x"])
+def test_a_damaged_manifest_is_refused(tmp_path, manifest):
+    (tmp_path / "config.json").write_text(json.dumps(dict(catalogue.entries()["mixtral-8x7b"].config)))
+    (tmp_path / "floe.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="floe.json is (damaged|not)"):
+        catalogue.look_up(str(tmp_path))
 
 
 def test_entries_are_complete():

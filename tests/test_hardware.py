@@ -151,6 +151,18 @@ def test_described_machines():
             hardware.described(typed)
 
 
+def test_overrides_that_cannot_be_are_refused():
+    card, without = hardware.described("rtx-4070-12gb"), hardware.described("cpu-ddr4")
+    assert hardware.described("rtx-4070-12gb", vram=0).vram_free_bytes == 0
+    with pytest.raises(UserError, match="more than nothing"):
+        hardware.overridden(card, link=0)
+    for sizes in ({"vram": 8 * 2**30}, {"link": 5e9}):
+        with pytest.raises(UserError, match="DDR4-3200 is planned without a card"):
+            hardware.overridden(without, **sizes)
+        with pytest.raises(UserError, match="GTX 1080 Ti .not used.* is planned without a card"):
+            hardware.described("gtx-1080-ti-11gb", **sizes)
+
+
 def test_overrides_change_only_what_they_name():
     base = hardware.described("rtx-4070-12gb")
     assert hardware.overridden(base) == base
