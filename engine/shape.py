@@ -36,13 +36,9 @@ _ALIASES = {
     "heads": ("num_attention_heads",),
     "shared": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
 }
-
-
 # Everything else that is read is a whole number, yes, no, or nothing.
 _STRUCTURED = {"layer_types", "layers_block_type", "mlp_layer_types", "is_moe_layer", "mlp_only_layers",
-               "per_layer_config", "mamba_dt_rank", "model_type"}
-
-
+               "per_layer_config", "model_type"}
 _WIDTHS = {"intermediate_size", "ffn_hidden_size"}     # of dense layers: where they differ, the first stands for all
 
 
@@ -254,8 +250,7 @@ def _lightning(text: dict, hidden: int) -> _Sizes:
 
 def _mamba(text: dict, hidden: int) -> _Sizes:
     inner, state = hidden * text.get("mamba_expand", 2), text.get("mamba_d_state", 16)
-    rank, kernel = text.get("mamba_dt_rank", "auto"), text.get("mamba_d_conv", 4)
-    rank = -(-hidden // 16) if rank == "auto" else rank
+    rank, kernel = text.get("mamba_dt_rank") or -(-hidden // 16), text.get("mamba_d_conv", 4)    # else it is "auto"
     params = 2 * hidden * inner + inner * kernel + inner * (rank + 2 * state) + rank * inner + inner * hidden
     params += inner * (state + 2) + (inner if text.get("mamba_conv_bias", True) else 0) + rank + 2 * state
     return _Sizes(params, 0, inner * (state * STATE_BYTES + kernel * KV_BYTES))
