@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from installer import bootstrap, environment, gpu
 from installer.screen import Screen, Trouble
@@ -135,3 +136,11 @@ def test_torch_is_pinned_by_card(backend):
     assert not any(line.startswith("--index-url") for line in lines), "it would override pip's own settings"
     pinned = [line for line in lines if line.startswith("torch=")]
     assert pinned and all(line.replace("===", "==").startswith(version) for line in pinned)
+    wanted = [Requirement(line) for line in lines if line and not line.startswith(("#", "--"))]
+    for platform in ("linux", "win32"):
+        taken = {one.name: str(one.specifier) for one in wanted
+                 if one.marker is None or one.marker.evaluate({"sys_platform": platform})}
+        on_windows, on_card = platform == "win32", backend != "cpu"
+        assert set(taken) == {"torch"} | ({"triton-windows"} if on_windows and on_card else set())
+        # On Linux the package index's own build is the one for CUDA 13.0; on Windows it is that without CUDA.
+        assert taken["torch"].endswith(f"+{backend}") == ((platform, backend) != ("linux", "cu130"))
