@@ -149,12 +149,9 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
     meanwhile is neither overwritten nor stored half."""
     names, drafts, presets = list(controls), parts.drafts, Presets(parts.chats)
 
-    def show(shown: str | None, event: gr.EventData):
-        """Nothing that is being typed is touched where the controls show these settings already."""
-        meant = drafts.conversation(event.name)
-        if shown == event.name or (shown and meant is not None and drafts.conversation(shown) == meant):
-            return [event.name, *_hints(parts, names)]
-        return [event.name, *_values(parts, names, drafts.settings(event.name))]
+    def show(event: gr.EventData):
+        values = _hints(parts, names) if event.same else _values(parts, names, drafts.settings(event.name))
+        return [event.name, *values]
 
     def to_defaults(shown: str):
         kept = {n: v for n, v in drafts.settings(shown).items() if n == "system"}
@@ -169,7 +166,8 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
             return _keep(parts, shown, changed, names, touched)
         return store
 
-    chat.select(show, opened, [opened, *controls.values()], **FREE)
+    # multiple: an event that is put off, as in always_last, would come with the data of the one before it
+    chat.select(show, None, [opened, *controls.values()], **FREE | {"trigger_mode": "multiple"})
     for name, control in controls.items():
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
         event(storing(name), [opened, control], list(controls.values()), **MAY_WARN)

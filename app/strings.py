@@ -149,7 +149,7 @@ TEXT = {
     "measure_about": "So far it runs at level exact only. Measuring reads a text with the model, again and again, and "
                      "finds how much quality, balanced and fast may leave out. A large model may need many hours; the "
                      "longest it can still take is shown once it has begun.",
-    "measure_text": "Text file (empty: ours)",
+    "measure_text": "Text file to measure on (empty: ours)",
     "measure_stopped": "Stopped. Going on begins anew; the model is as it was.",
     "no_text": "There is no text file {path!r} on this computer; give the whole path of a file that ends in .txt or "
                ".jsonl, or leave the field empty.",

@@ -207,7 +207,7 @@ def chat_tab(page) -> int:
     """Open the settings, wait until they are those of the open conversation; its number, 0 for none yet."""
     page.get_by_role("tab", name="This chat").click()
     number = int(page.url.partition("#c")[2] or 0)
-    expect(page.locator("#opened textarea, #opened input")).to_have_value(str(number) if number else re.compile("-"))
+    expect(page.locator("#opened textarea")).to_have_value(str(number) if number else re.compile("-"))
     return number
 
 

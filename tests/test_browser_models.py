@@ -247,9 +247,9 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     expect(work).to_contain_text("Going on begins anew")
     work.get_by_role("button", name="Cancel").click()
     work.wait_for(state="detached")
-    little.get_by_label("Text file").fill(str(tmp_path / "tales"))
+    little.get_by_label("Text file to measure on").fill(str(tmp_path / "tales"))
     expect(little.locator("datalist option")).to_have_attribute("value", str(text))
-    little.get_by_label("Text file").fill(str(text))
+    little.get_by_label("Text file to measure on").fill(str(text))
     little.get_by_role("button", name="Measure levels").click()
     page.wait_for_selector("#works .work:has-text('Little-floe')")  # above the conversation, too
     measured = page.locator(".notice", has_text="The levels of Little-floe are measured")

@@ -10,6 +10,7 @@ import { welcome } from "/ui/welcome.js";
 const DRAFT = "floe-draft-settings";
 const loads = { begun: 0, drawn: 0 };
 let log, scroller, queue, title, meter, chip, trigger, drawn = { id: null, limit: 40 };
+let asked = null, looking = 0, born = null; // settings that the controls were told to show; a conversation just made
 
 export async function mount(root, gradioTrigger) {
   await ready;
@@ -31,7 +32,7 @@ export async function mount(root, gradioTrigger) {
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
-  on("opened", () => { drawn.limit = 40; tellControls(); load(); });
+  on("opened", () => { drawn.limit = 40; tellControls(opened.id !== null && opened.id === born); born = null; load(); });
   on("state", changed);
   on("text", grow);
   document.addEventListener("keydown", shortcut);
@@ -44,8 +45,22 @@ export async function mount(root, gradioTrigger) {
   load();
 }
 
-// Gradio's controls show the settings of the open conversation, or of the one that this tab will begin next.
-const tellControls = () => trigger("select", { name: opened.id ? String(opened.id) : draft() });
+// Gradio's controls show the settings of the open conversation, or of the one that this tab will begin next. same: they
+// show them already, so nothing that is being typed is touched. Its answers may come in any order: it is looked after.
+function tellControls(begun = false) {
+  const name = settingsName();
+  const same = begun || asked === name;
+  asked = name;
+  trigger("select", { name, same });
+  clearTimeout(looking);
+  looking = setTimeout(() => {
+    if (document.querySelector("#opened textarea")?.value === settingsName()) return;
+    asked = null;
+    tellControls();
+  }, 1500);
+}
+
+const settingsName = () => (opened.id ? String(opened.id) : draft());
 
 // The name under which the program keeps the settings of a conversation that has not begun.
 function draft() {
@@ -186,9 +201,9 @@ function follow(now) {
 
 async function send(text, attachments) {
   if (!opened.id) {
-    const begun = await api("POST", "/api/conversations", { draft: draft() });
+    born = (await api("POST", "/api/conversations", { draft: draft() })).id;
     sessionStorage.removeItem(DRAFT);
-    opened.id = begun.id;
+    opened.id = born;
   }
   await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
   emit("sent");

@@ -152,8 +152,8 @@ export async function mount(root) {
 // A model that offers level exact only, and what is to be done about it.
 function measuring({ name }) {
   const [text, known] = pathField("text", `text-of-${name}`, TEXT.measure_text);
-  return h("details", { class: "choose" }, h("summary", {}, TEXT.measure), h("p", {}, TEXT.measure_about),
-    h("div", { class: "hub-id" }, text, known, h("button", { type: "button", class: "primary", onclick: () =>
+  return h("details", { class: "choose" }, h("summary", {}, TEXT.measure), h("p", {}, TEXT.measure_about), text, known,
+    h("div", { class: "model-buttons" }, h("button", { type: "button", class: "primary", onclick: () =>
       measureLevels(name, text.value) }, TEXT.measure)));
 }
 
