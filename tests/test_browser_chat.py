@@ -1,10 +1,13 @@
 """A person talks to the embedded model in a real browser: streaming, Stop, reload, tabs, levels, the live panel."""
 from __future__ import annotations
 
+import os
 import re
+import signal
 
 import browser
 import pytest
+import waiting
 from browser import STOP_AT, ask, expect, send, settled, stats, until
 
 pytestmark = pytest.mark.browser
@@ -94,6 +97,25 @@ def test_a_reload_in_the_middle_loses_nothing(page):
     page.reload()
     expect(page.locator(".message.assistant .answer")).to_have_text(after)
     expect(page.locator(".conversations li.current .title")).to_have_text(re.compile("^Write a long story"))
+
+
+def test_a_closed_laptop_finds_the_answer_when_it_is_opened(app, context, chromium, page):
+    """Every process that shows a page is stopped until the program has said everything."""
+    begun(page, TALE)
+    before = page.locator(".message.running .answer").text_content()
+    number = page.locator(".message.running").get_attribute("data-id")
+    processes = chromium.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
+    shows = [process["id"] for process in processes if process["type"] == "renderer"]
+    try:
+        for pid in shows:
+            os.kill(pid, signal.SIGSTOP)
+        waiting.until(lambda: not context.request.get(f"{app.address}/api/state").json()["live"])
+    finally:
+        for pid in shows:
+            os.kill(pid, signal.SIGCONT)
+    whole = context.request.get(f"{app.address}/api/messages/{number}").json()["text"]
+    assert shows and len(before) < len(whole)
+    expect(page.locator(f".message[data-id='{number}']:not(.running) .answer")).to_have_text(" ".join(whole.split()))
 
 
 def test_two_tabs_share_one_stream_and_show_the_same(app, context, page):

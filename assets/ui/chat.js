@@ -1,6 +1,6 @@
 // The middle of the page: messages, the answer while it grows, the queue, and the place to write.
 // A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
-import { TEXT, api, button, emit, h, icon, keep, notice, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
+import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { showModels } from "/ui/models.js";
@@ -77,8 +77,8 @@ export async function load() {
   let conversation;
   try {
     conversation = await api("GET", `/api/conversations/${id}?limit=${drawn.limit}`);
-  } catch {
-    if (opened.id === id) opened.id = null;
+  } catch (error) {
+    if (opened.id === id && !(error instanceof Unheard)) opened.id = null; // it is gone
     return;
   }
   if (opened.id !== id || turn < loads.drawn) return; // a newer answer has overtaken this one

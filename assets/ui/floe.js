@@ -11,6 +11,7 @@ export function on(name, handler) {
 export const emit = (name, detail) => bus.dispatchEvent(new CustomEvent(name, { detail }));
 
 class Said extends Error {} // the person has been told already
+export class Unheard extends Said {} // nobody answers at the moment
 window.addEventListener("unhandledrejection", (event) => event.reason instanceof Said && event.preventDefault());
 
 export async function api(method, path, body) {
@@ -24,7 +25,7 @@ export async function api(method, path, body) {
     });
   } catch {
     notice(TEXT.offline || "The program does not answer.");
-    throw new Said("offline");
+    throw new Unheard();
   }
   const document = await reply.json().catch(() => ({}));
   if (!reply.ok) {
