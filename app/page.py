@@ -116,7 +116,7 @@ def _chat_controls(parts, chat: gr.HTML) -> None:
 
     The numbers have no bounds of Gradio's: its error is no sentence, `checked` has one.
     """
-    opened = gr.Textbox(visible="hidden", elem_id="opened")
+    opened = gr.Textbox("", visible="hidden", elem_id="opened")
     controls = {
         "system": gr.Textbox(label=TEXT["system_prompt"], placeholder=TEXT["system_hint"], lines=3, max_lines=10),
         "policy": gr.Dropdown([(TEXT["policy_stop"], "stop"), (TEXT["policy_oldest"], "oldest"),
