@@ -53,7 +53,7 @@ class Sizes:
     def of(cls, context: int | None) -> Sizes:
         decode = min(DECODE, (context or PREFILL + DECODE) // 4)
         sizes = cls(min(PREFILL, (context or PREFILL + DECODE) - decode), decode)
-        if sizes.prefill < 1 or sizes.decode < 1:
+        if sizes.prefill < 1 or sizes.decode < 2:
             raise UserError(f"A context of {context} tokens is too short to measure in.")
         return sizes
 
@@ -69,11 +69,12 @@ class Run:
 
 
 class Bench:
-    """One open model under measurement. chunk: tokens of one prefill forward."""
+    """One open model under measurement. chunk: tokens of one prefill forward. copy_bytes_per_second: of the link,
+    where it was measured while the card was empty."""
 
     def __init__(self, loaded: Loaded, chunk: int | None = None, report: Report = lambda text: None,
-                 sizes: Sizes | None = None) -> None:
-        self.loaded, self.report = loaded, report
+                 sizes: Sizes | None = None, copy_bytes_per_second: float | None = None) -> None:
+        self.loaded, self.report, self._copy = loaded, report, copy_bytes_per_second
         self.device = loaded.model.device
         self.chunk = chunk or CHUNK[self.device.type]
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
@@ -95,7 +96,7 @@ class Bench:
         random = self.random
         self.report("the model's own text, cold and warm")
         cold, warm = self._own_text()
-        copy = rates.measure(self.device.type)["copy_bytes_per_second"]
+        copy = self._copy or rates.measure(self.device.type)["copy_bytes_per_second"]
         needed = random.counters.needed_bytes / sizes.decode
         return {
             "prefill_tokens_per_second": sizes.prefill / random.prefill,
@@ -140,12 +141,9 @@ class Bench:
 
     def _profiled(self) -> tuple[Profile, Decoded]:
         """Of a few tokens with what is near by now."""
-        n = min(PROFILED, self.sizes.decode)
+        n = min(PROFILED, self.sizes.decode - 1)
         self._read(self.ids[:1])
-        before, start = self.loaded.runtime.counters(), time.perf_counter()
-        profile = card_token.profiled(lambda: list(self._decode(self.ids[-n:])), n)
-        used = self.loaded.runtime.counters() - before
-        return profile, Decoded(n, time.perf_counter() - start, used, self.context)
+        return card_token.profiled(self._decode(self.ids[-n - 1:]), n, self.loaded.runtime, self.context)
 
     def _warm_up(self) -> None:
         """Everything that is made or compiled at first use, the graph among it."""

@@ -80,6 +80,7 @@ def speeds() -> Speeds:
     """What a copy within the card reaches (its bytes are read and written), and one to it from page-locked memory."""
     within, over = _copies()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     return Speeds(2e3 * VRAM_BYTES / within, 1e3 * LINK_BYTES / over)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine import card_token, catalogue, hf, repeating, synthetic, synthetic_model
-from engine.card_token import Decoded, Profile, Row
+from engine.card_token import Decoded, Row
 from engine.decoding import Decoder, Step
 from engine.device_sampler import DeviceSampler
 from engine.graphs import Capture, Graphs
@@ -54,16 +54,16 @@ class Case:
 
 def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,
           say: Callable[[str, float], None] = lambda text, share: None, device: str = "cuda",
-          capture: Capture | None = None) -> Iterator[Row]:
+          capture: Capture | None = None, held_bytes: int = 0) -> Iterator[Row]:
     """Rows: replay against eager, a token's milliseconds and bytes, kernels, what is left beside the bytes, another
-    card, and whole experts in the same near bytes."""
+    card, and whole experts in the same near bytes. held_bytes: of the card that are not the model's."""
     calibration = synthetic.calibration_of(shape)
     options = Options(case.level, case.near_bytes, device=device)
     loaded = synthetic_model.open_on_card(shape, calibration, options, driver, say, device)
     try:
         with torch.inference_mode():
             step = _step(loaded, case, calibration["synthetic"]["repeat"], device)
-            yield from _rows(step, Graphs(step, capture), loaded, case, speeds)
+            yield from _rows(step, Graphs(step, capture), loaded, case, speeds, held_bytes)
     finally:
         loaded.runtime.close()
 
@@ -75,16 +75,19 @@ def _step(loaded: hf.Loaded, case: Case, repeat: float, device: str) -> Step:
     return Step(loaded.model, loaded.runtime, cache, sampler)
 
 
-def _rows(step: Step, graphs: Graphs, loaded: hf.Loaded, case: Case, speeds: Speeds) -> Iterator[Row]:
+def _rows(step: Step, graphs: Graphs, loaded: hf.Loaded, case: Case, speeds: Speeds,
+          held_bytes: int) -> Iterator[Row]:
     known = {"model": f"synthetic {case.name}", "level": case.level, "layers": loaded.spec.layers,
              "near_bytes": step.runtime.near_bytes}
     eager, _ = _answer(step, None, case)
     replayed, decoded = _answer(step, graphs.launch, case)
     yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": graphs.sentence}
-    peak = torch.cuda.max_memory_allocated() if torch.device(step.runtime.device).type == "cuda" else 0
-    yield decoded.row("step", known) | {"vram_peak": peak}
-    yield from card_token.explained(decoded, *_profiled(step, graphs.launch, case), step.model, step.runtime,
-                                    loaded.spec, known, speeds, case.card)
+    on_card = torch.device(step.runtime.device).type == "cuda"
+    yield decoded.row("step", known) | {
+        "vram_peak": torch.cuda.max_memory_allocated() - held_bytes if on_card else 0}
+    n = min(PROFILED, case.n_tokens - 1)
+    watched = card_token.profiled(_tokens(step, graphs.launch, n + 1), n, step.runtime, case.context)
+    yield from card_token.explained(decoded, *watched, step.model, step.runtime, loaded.spec, known, speeds, case.card)
     yield from card_token.whole_experts(
         step.runtime, lambda: _answer(step, graphs.launch, case)[1].row("whole experts", known | {"level": "exact"}))
 
@@ -99,13 +102,6 @@ def _answer(step: Step, launch, case: Case) -> tuple[list[int], Decoded]:
             before, start = step.runtime.counters(), time.perf_counter()
     seconds = time.perf_counter() - start
     return found, Decoded(case.n_tokens - half, seconds, step.runtime.counters() - before, case.context)
-
-
-def _profiled(step: Step, launch, case: Case) -> tuple[Profile, Decoded]:
-    """Of a few tokens with what is near by now."""
-    before, start, n = step.runtime.counters(), time.perf_counter(), min(PROFILED, case.n_tokens)
-    profile = card_token.profiled(lambda: list(_tokens(step, launch, n)), n)
-    return profile, Decoded(n, time.perf_counter() - start, step.runtime.counters() - before, case.context)
 
 
 def _tokens(step: Step, launch, n_tokens: int) -> Iterator[int]:

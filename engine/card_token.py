@@ -5,6 +5,7 @@ profile is apart from what is made of it.
 """
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ Row = dict[str, object]
 # Kernels of kernels/triton_*.py as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
                   "_products", "_down", "_add_splits", "_decide", "_free"})
-WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})  # not of an event: so a finished token is read
+# Not of an event: so a finished token is read. The profiler's own at its end counts as well.
+WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
 MOST_KERNELS = 25
 
 
@@ -43,13 +45,6 @@ class Profile:
 
     def others(self) -> float:
         return sum(self.microseconds.values()) - self.own()
-
-
-def profiled(run: Callable[[], object], n_tokens: int) -> Profile:
-    """`run` decodes n_tokens."""
-    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
-        run()
-    return summed(profile.events(), n_tokens)
 
 
 def summed(events: Iterable, n_tokens: int) -> Profile:
@@ -83,6 +78,17 @@ class Decoded:
                 "tokens_per_second": self.n_tokens / self.seconds, "hit_rate": self.used.hit_rate,
                 "needed_bytes_per_token": self.used.needed_bytes / self.n_tokens,
                 "far_bytes_per_token": self.link_bytes}
+
+
+def profiled(tokens: Iterator, n_tokens: int, runtime: DeviceRuntime, context: int) -> tuple[Profile, Decoded]:
+    """The n_tokens behind the first one: until it is there, an answer is being prepared, and the host waits."""
+    next(tokens)
+    before, start = runtime.counters(), time.perf_counter()
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
+        for _ in tokens:
+            pass
+    seconds = time.perf_counter() - start
+    return summed(profile.events(), n_tokens), Decoded(n_tokens, seconds, runtime.counters() - before, context)
 
 
 def explained(decoded: Decoded, profile: Profile, watched: Decoded, model: torch.nn.Module, runtime: DeviceRuntime,

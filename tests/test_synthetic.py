@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import catalogue, hf, repeating, synthetic
+from engine import catalogue, hf, repeating, synthetic, synthetic_model
 from engine.__main__ import main
 from engine.bench import Bench, Sizes
+from engine.device_runtime import DeviceRuntime
 from engine.spec import Options, UserError
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from tests.architectures import COMMON, SMALL
+from tests.test_far_locked import Ledger
 
 NAMED = ["qwen3.6-35b-a3b", "qwen3-30b-a3b", "gpt-oss-20b", "gemma-4-26b-a4b", "mixtral-8x7b"]
 TINY = {"qwen3.6-35b-a3b": "qwen3_5_moe_text", "qwen3-30b-a3b": "qwen3_moe", "gpt-oss-20b": "gpt_oss",
@@ -75,6 +77,23 @@ def test_the_verb_writes_and_measures_and_says_synthetic(tmp_path, monkeypatch, 
     assert main(["synth", "llama", "--in-memory"]) == 2 and "choose one of" in capsys.readouterr().err
     assert main(["synth", "gpt-oss-20b"]) == 2 and "--in-memory" in capsys.readouterr().err
     assert main(["synth", "gpt-oss-20b", "--in-memory", "--repeat", "2"]) == 2
+    capsys.readouterr()
+    if not torch.cuda.is_available():
+        assert main(["synth", "qwen3-30b-a3b", "--in-memory", "--layers", "1", "--device", "cuda"]) == 3
+        assert capsys.readouterr().err.strip().endswith("choose the CPU.")
+
+
+def test_a_device_computes_experts_made_up_in_locked_memory():
+    """With a ledger in the driver's place; the memory goes back when the model is closed."""
+    shape, ledger = synthetic.shape_of(tiny("qwen3-30b-a3b")), Ledger()
+    calibration = synthetic.calibration_of(shape)
+    loaded = synthetic_model.open_on_card(shape, calibration, Options("fast", 100_000), ledger, device="cpu")
+    assert sum(ledger.registered.values()) == synthetic.bytes_of(shape)
+    assert isinstance(loaded.runtime, DeviceRuntime) and loaded.runtime.near_bytes <= 100_000
+    found = Bench(loaded, sizes=Sizes(6, 6)).document()
+    assert found["synthetic"] is True and found["level"] == "fast" and found["far_bytes_per_token"] > 0
+    loaded.runtime.close()
+    assert not ledger.registered
 
 
 @pytest.mark.parametrize("layout", [Layout(256, 40, 64), Layout(2880, 16, 64), Layout(2048, 8, 128)])

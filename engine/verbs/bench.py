@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict:
     loaded = hf.load(args.folder, options, lambda text, share: _say(text))
     if args.level and loaded.runtime.level != args.level:
         raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
-    measured = bench.Bench(loaded, report=_say)
+    measured = bench.Bench(loaded, report=_say, copy_bytes_per_second=speeds and speeds.link)
     document = measured.document()
     _print(document)
     if speeds and measured.stepping:
@@ -85,6 +85,8 @@ def _print(document: dict) -> None:
          f"would allow {document['bound_tokens_per_second']:,.0f}\n"
          f"own text: {own['cold']['decode_tokens_per_second']:.1f} tokens/s cold ({own['cold']['hit_rate']:.1%} hits), "
          f"{own['warm']['decode_tokens_per_second']:.1f} warm ({own['warm']['hit_rate']:.1%} hits)")
+    if document["note"]:
+        _say(document["note"])
 
 
 def _say(text: str) -> None:

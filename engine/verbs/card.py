@@ -38,14 +38,13 @@ def run(args: argparse.Namespace) -> dict:
     speeds = card_bench.speeds()
     held = card_bench.occupied(vram)
     rows = [card_bench.bandwidth_row(speeds)]
-    for row in _measured(args, total, case, shape, speeds):
+    for row in _measured(args, total, case, shape, speeds, 0 if held is None else held.numel()):
         rows.append(row)
         _say(card_bench.told(row))
-    del held
     return {"rows": rows, "table": str(card_bench.save(rows, args.folder))}
 
 
-def _measured(args: argparse.Namespace, total: int, case, shape, speeds) -> Iterator[dict]:
+def _measured(args: argparse.Namespace, total: int, case, shape, speeds, held_bytes: int) -> Iterator[dict]:
     from engine import card_bench, card_kernels, card_step
     from engine.host_memory import CudaDriver
     if args.what == "fill":
@@ -54,7 +53,7 @@ def _measured(args: argparse.Namespace, total: int, case, shape, speeds) -> Iter
         return card_bench.nodes()
     if args.what == "kernels":
         return card_kernels.measured(shape)
-    return card_step.steps(case, shape, CudaDriver(), speeds, _say)
+    return card_step.steps(case, shape, CudaDriver(), speeds, _say, held_bytes=held_bytes)
 
 
 def _say(text: str, share: float | None = 1.0) -> None:

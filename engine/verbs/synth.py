@@ -51,7 +51,10 @@ def _measured(args: argparse.Namespace, shape, calibration: dict) -> dict:
     except RuntimeError as error:
         raise MachineError(f"The model cannot be made up in memory ({str(error).splitlines()[0]}); take fewer "
                            "--layers.") from error
-    found = bench.Bench(loaded, report=lambda text: _say(text, 1.0)).document()
+    try:
+        found = bench.Bench(loaded, report=lambda text: _say(text, 1.0)).document()
+    finally:
+        loaded.runtime.close()
     _say(f"synthetic {shape.name}, level {found['level']}: {found['decode_tokens_per_second']:.1f} tokens/s, "
          f"{found['hit_rate']:.1%} hits", 1.0)
     return found
