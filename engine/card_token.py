@@ -19,7 +19,7 @@ from engine.spec import SPARSE_LEVELS, Counters, Machine, ModelSpec, UserError
 Row = dict[str, object]
 # Kernels of kernels/triton_*.py as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
-                  "_products", "_down", "_add_splits", "_decide", "_free"})
+                  "_products", "_down", "_add_splits", "_decide", "_free", "_dequantize"})
 # Not of an event: so a finished token is read. The profiler's own at its end counts as well.
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
 MOST_KERNELS = 25

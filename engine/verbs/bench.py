@@ -33,10 +33,12 @@ def run(args: argparse.Namespace) -> dict:
     vram = None if args.vram is None else parse_bytes(args.vram)
     card = None if args.project is None else projection.card(args.project)
     for_card = args.vram or args.project or args.table
-    device = args.device or ("cuda" if for_card else card_errors.device_for(None)[0])
-    if for_card and device == "cpu":
+    if for_card and args.device == "cpu":
         raise UserError("--vram, --project and --table are about a graphics card; leave --device cpu out.")
     hf.check_folder(args.folder)
+    device, why = card_errors.device_for("cuda" if for_card else args.device)
+    if why:
+        _say(why)
     speeds, held = _card(vram) if device == "cuda" else (None, None)
     options = Options(level=args.level or Options.level, near_bytes=near, device=device)
     loaded = hf.load(args.folder, options, lambda text, share: _say(text))
@@ -58,9 +60,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _card(vram: int | None) -> tuple:
-    """The card's speeds while it is empty, and what keeps the rest of it occupied. MachineError without a card."""
-    from engine import card_bench, card_errors
-    card_errors.check()
+    """The card's speeds while it is empty, and what keeps the rest of it occupied."""
+    from engine import card_bench
     return card_bench.speeds(), card_bench.occupied(vram)
 
 
