@@ -122,11 +122,12 @@ def expert_bytes(runtime: DeviceRuntime, used: Counters, n_tokens: int) -> float
 
 
 def trunk_bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights that every token reads: all but an embedding that is not also the head."""
+    """Bytes of weights on the device that every token reads: all but an embedding that is not also the head."""
     weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is not None and (head is None or head.weight.data_ptr() != embedding.weight.data_ptr()):
-        weights.pop(embedding.weight.data_ptr(), None)
+    embedding = getattr(model.get_input_embeddings(), "weight", None)   # none: it lies in host memory
+    head = model.get_output_embeddings()
+    if embedding is not None and (head is None or head.weight.data_ptr() != embedding.data_ptr()):
+        weights.pop(embedding.data_ptr(), None)
     return sum(weights.values())
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from engine import card_errors, hf
 from engine.device_runtime import take_over
+from engine.host_embedding import leave_on_host
 from engine.host_memory import CudaDriver, Driver, HostMemory
 from engine.paths import demo_model
 from engine.room import Room, machine_for
@@ -24,7 +25,7 @@ def open_in_memory(shape: Shape, calibration: Mapping, options: Options,
     if card_errors.device_for(options.device)[0] == "cuda":
         return open_on_card(shape, calibration, options, CudaDriver(), report)
     far = FarSynthetic(shape, torch.empty(bytes_of(shape), dtype=torch.uint8), _repeat(calibration), report=report)
-    loaded = _around(shape, calibration, far, "cpu", report)
+    loaded = _loaded(_model(shape, "cpu", report), shape, calibration, far, "cpu")
     loaded.runtime.predict = options.predict
     loaded.runtime.set_level(options.level, loaded.room.near_bytes(options.level, options))
     return loaded
@@ -32,38 +33,47 @@ def open_in_memory(shape: Shape, calibration: Mapping, options: Options,
 
 def open_on_card(shape: Shape, calibration: Mapping, options: Options, driver: Driver,
                  report: Report = lambda text, share: None, device: str = "cuda") -> hf.Loaded:
-    """Experts in page-locked memory, computed by the device; `runtime.close` gives the memory back.
+    """Experts in page-locked memory, computed by the device, and the embedding beside them, as of any other model;
+    `runtime.close` gives the memory back.
 
     MachineError when the system locks too little.
     """
-    memory = HostMemory(bytes_of(shape), driver)
+    memories = [HostMemory(bytes_of(shape), driver)]
     try:
-        if memory.sentence:
-            raise MachineError(memory.sentence)
-        far = FarSynthetic(shape, memory.bytes, _repeat(calibration), report=report, release=memory.close)
-        loaded = _around(shape, calibration, far, device, report)
+        if memories[0].sentence:
+            raise MachineError(memories[0].sentence)
+        far = FarSynthetic(shape, memories[0].bytes, _repeat(calibration), report=report, release=memories[0].close)
+        model = _model(shape, device, report)
+        embedding = leave_on_host(model, driver)
+        memories += [embedding] if embedding else []
+        loaded = _loaded(model, shape, calibration, far, device)
         loaded.runtime.predict = options.predict
         near_bytes = loaded.room.near_bytes(options.level, options)
         runtime = take_over(loaded.model, far, device, level=options.level, near_bytes=near_bytes)
-        return replace(loaded, runtime=runtime)
     except BaseException:
-        memory.close()
+        for memory in memories:
+            memory.close()
         raise
+    runtime.memories, runtime.link_bytes_per_second = memories[1:], loaded.room.machine.link_bytes_per_second
+    return replace(loaded, runtime=runtime)
 
 
 def _repeat(calibration: Mapping) -> float:
     return calibration["synthetic"]["repeat_neurons"]
 
 
-def _around(shape: Shape, calibration: Mapping, far: FarSynthetic, device: str, report: Report) -> hf.Loaded:
-    """A random trunk around experts that are there, which the host computes until a device takes over."""
-    machine = machine_for(device, demo_model())
+def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
+    """A random trunk, in main memory, around experts that are not there yet."""
     report("Making up the trunk", 0.0)
     trunk = {name: parts[name] for name, parts in trunk_of(shape, 16, seed=0)}
-    model = type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk,
-                                                 dtype=hf.trunk_dtype(device),
-                                                 quantization_config=hf.FloeConfig(from_checkpoint=True))
-    room = Room(shape.spec, machine, 16, shape.layout.group, calibration)
+    return type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk,
+                                                dtype=hf.trunk_dtype(device),
+                                                quantization_config=hf.FloeConfig(from_checkpoint=True))
+
+
+def _loaded(model: torch.nn.Module, shape: Shape, calibration: Mapping, far: FarSynthetic, device: str) -> hf.Loaded:
+    """The trunk onto the device; the host computes the experts until a device takes over."""
+    room = Room(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
     runtime = hf.bind(model, far, "exact", room)
     model.to(device)
     return hf.Loaded(model.eval(), AutoTokenizer.from_pretrained(demo_model()), runtime, shape.spec, room)

@@ -17,8 +17,9 @@ KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "resolve_expe
            "score_up", "select", "select_above")
 LAUNCHES = {"apply": 4, "dense": 4, "age": 3}  # kernels that a function launches on a card, where it is more than one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
-         "empty", "detach", "alias", "lift_fresh")  # nothing for a device to do
-HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "masked_select", "unique")
+         "empty", "detach", "alias")  # nothing for a device to do
+# The last: a tensor made of Python numbers, which a device copies from pageable memory and waits for.
+HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "masked_select", "unique", "lift_fresh")
 
 _library = torch.library.Library("floe_recorded", "DEF")
 _library.define("kernel(int which, Tensor(a!)[] tensors) -> Tensor[]")

@@ -11,10 +11,12 @@ from engine import card_kernels, card_token, hf, synthetic
 from engine.card_bench import above, told
 from engine.device_runtime import take_over
 from engine.experts import LevelPlan
+from engine.host_embedding import leave_on_host
 from engine.spec import MachineError, Options, UserError
 from kernels.layout import Layout
 from kernels.select import DOWN_ONLY
 from tests.folders import compressed
+from tests.test_far_locked import Ledger
 from tests.test_synthetic import tiny
 
 CUDA, CPU = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
@@ -91,9 +93,12 @@ def test_bytes_of_the_trunk_are_its_weights_without_the_embedding(opened):
     model.set_output_embeddings(model.get_input_embeddings())  # tied: it is read whole, as the head
     assert card_token.trunk_bytes(model) == every - head.numel() * head.element_size()
     model.set_output_embeddings(untied)
+    memory = leave_on_host(model, Ledger())
+    assert card_token.trunk_bytes(model) == every - embedding.numel() * embedding.element_size()
     spec = opened.spec
     assert card_token.vram_bytes(model, spec, 100, 7.0) - card_token.vram_bytes(model, spec, 0, 0.0) == (
         100 * spec.kv_bytes_per_token + 7)
+    memory.close()
 
 
 def test_the_baseline_runs_in_the_same_near_memory_and_leaves_the_level(opened):

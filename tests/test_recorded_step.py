@@ -109,5 +109,6 @@ def test_what_asks_the_host_is_found(tmp_path):
     def step() -> None:
         table.add_(table.nonzero().sum())
     assert asks_the_host(record(step, device_runtime)[1])
+    assert asks_the_host(record(lambda: table.add_(table.new_tensor([1.0, 2.0])), device_runtime)[1])
     with pytest.raises(RuntimeError, match="value out of a tracing tensor|data-dependent"):
         record(lambda: table.add_((table + 1).max().item()), device_runtime)

@@ -11,6 +11,7 @@ from engine import catalogue, hf, repeating, synthetic, synthetic_model
 from engine.__main__ import main
 from engine.bench import Bench, Sizes
 from engine.device_runtime import DeviceRuntime
+from engine.host_embedding import HostEmbedding
 from engine.spec import Options, UserError
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
@@ -88,7 +89,9 @@ def test_a_device_computes_experts_made_up_in_locked_memory():
     shape, ledger = synthetic.shape_of(tiny("qwen3-30b-a3b")), Ledger()
     calibration = synthetic.calibration_of(shape)
     loaded = synthetic_model.open_on_card(shape, calibration, Options("fast", 100_000), ledger, device="cpu")
-    assert sum(ledger.registered.values()) == synthetic.bytes_of(shape)
+    embedding = loaded.model.get_input_embeddings()
+    assert isinstance(embedding, HostEmbedding)
+    assert sum(ledger.registered.values()) == synthetic.bytes_of(shape) + embedding.memory.n_bytes
     assert isinstance(loaded.runtime, DeviceRuntime) and loaded.runtime.near_bytes <= 100_000
     found = Bench(loaded, sizes=Sizes(6, 6)).document()
     assert found["synthetic"] is True and found["level"] == "fast" and found["far_bytes_per_token"] > 0
