@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from engine.spec import MachineError, Sampling
+from engine.spec import MachineError, Sampling, UserError
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -24,7 +24,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 def merged(sampling: Sampling, recommended: GenerationConfig | None) -> dict:
     """Every setting with a value: the user's, else the model's, else the neutral one (temperature 0 where the model
     recommends no sampling at all)."""
-    model = {name: getattr(recommended, name, None) for name in SETTINGS}
+    model = {name: _possible(name, getattr(recommended, name, None)) for name in SETTINGS}
     chosen = {name: getattr(sampling, name) for name in SETTINGS}
     if chosen["temperature"] is None and any(chosen[name] is not None for name in ("top_k", "top_p", "min_p")):
         chosen["temperature"] = 1.0 if model["temperature"] is None else model["temperature"]
@@ -35,6 +35,15 @@ def merged(sampling: Sampling, recommended: GenerationConfig | None) -> dict:
         model["temperature"] = 1.0
     neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     return {name: next(v for v in (chosen[name], model[name], neutral[name]) if v is not None) for name in SETTINGS}
+
+
+def _possible(name: str, value: object) -> object:
+    """What a model's folder recommends, where it can be: the file was downloaded, and some write -1 for none."""
+    try:
+        Sampling(**{name: value})
+    except UserError:
+        return None
+    return value
 
 
 class Sampler:
@@ -89,5 +98,5 @@ def processors(settings: dict) -> LogitsProcessorList:
 def end_tokens(recommended: GenerationConfig | None, tokenizer) -> frozenset[int]:
     """The ids that end an answer."""
     listed = getattr(recommended, "eos_token_id", None)
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
+    listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if isinstance(i, int))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from engine import hf
 from engine.generate import Engine
-from engine.sampling import Sampler, merged
+from engine.sampling import Sampler, end_tokens, merged
 from engine.spec import Event, MachineError, Options, Sampling, UserError
 
 GREEDY = Sampling(temperature=0, max_tokens=24)
@@ -344,6 +345,15 @@ def test_settings_come_from_the_user_then_the_model_then_neutral():
     assert merged(Sampling(), GenerationConfig(do_sample=True))["temperature"] == 1
     assert merged(Sampling(), GenerationConfig(do_sample=False, temperature=0.6))["temperature"] == 0
     assert merged(Sampling(min_p=0.1), GenerationConfig())["temperature"] == 1
+
+
+def test_a_recommendation_that_cannot_be_is_none(trained):
+    odd = SimpleNamespace(do_sample=True, temperature="hot", top_k=-1, top_p=7, min_p=None, repetition_penalty=0.0)
+    assert merged(Sampling(), odd) == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+                                       "repetition_penalty": 1.0}
+    own = trained.tokenizer.eos_token_id
+    for listed, expected in ((None, {own}), (7, {7, own}), ([7, 8], {7, 8, own}), ("x", {own}), (["x", 8], {8, own})):
+        assert end_tokens(SimpleNamespace(eos_token_id=listed), trained.tokenizer) == expected
 
 
 def test_draws_follow_transformers_own_processors():
