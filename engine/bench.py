@@ -133,8 +133,11 @@ class Bench:
         yield from card_token.explained(decoded, *self._profiled(), loaded.model, runtime, loaded.spec, known, speeds,
                                         card)
         self.report("whole experts in the same near memory")
-        yield from card_token.whole_experts(
-            runtime, lambda: self._decoded(self._random()).row("whole experts", known | {"level": "exact"}))
+        yield from card_token.whole_experts(runtime, lambda: self._whole_experts(known))
+
+    def _whole_experts(self, known: Row) -> Row:
+        self._warm_up()
+        return self._decoded(self._random()).row("whole experts", known | {"level": "exact"})
 
     def _decoded(self, run: Run) -> Decoded:
         return Decoded(self.sizes.decode, run.decode, run.counters, self.context)
@@ -146,7 +149,12 @@ class Bench:
         return card_token.profiled(self._decode(self.ids[-n - 1:]), n, self.loaded.runtime, self.context)
 
     def _warm_up(self) -> None:
-        """Everything that is made or compiled at first use, the graph among it."""
+        """Everything that is made or compiled at first use; a device's graphs, with look-ahead and without."""
+        for headroom in (False, True) if self.stepping else ():
+            self.loaded.runtime.headroom = headroom
+            self._read(self.ids[:1])
+            for _ in self._decode(self.ids[-2:]):
+                pass
         self._read(self.ids[:self.chunk])
         for _ in self._decode(self.ids[-2:]):
             pass

@@ -70,7 +70,7 @@ def test_a_device_is_measured_as_it_is_used(folders, monkeypatch) -> None:
     tokens = measured.stepping.tokens
     monkeypatch.setattr(measured.stepping, "tokens", lambda *given: asked.append(given[-1]) or tokens(*given))
     document = measured.document()
-    assert asked == [2, 8, 8, 8, 8, 8] and json.loads(json.dumps(document)) == document
+    assert asked == [2, 2, 2, 8, 8, 8, 8, 8] and json.loads(json.dumps(document)) == document
     layout = loaded.runtime.far.layout
     needed = small_model.LAYERS * (7 * layout.record + 4 * layout.prefix + small_model.TOP_K * layout.sketch_bytes)
     assert document["needed_bytes_per_token"] == needed and 0 < document["hit_rate"] < 1
