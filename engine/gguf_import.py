@@ -74,7 +74,9 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
 
 
 def parts_of(file: Path) -> list[Path]:
-    """All parts of a file that was split (`-00001-of-00003.gguf`), in order. UserError when one is missing."""
+    """All parts of a file that was split (`-00001-of-00003.gguf`), in order. UserError when any is missing."""
+    if not file.is_file():
+        raise UserError(f"There is no file {file}; give the path of a .gguf file.")
     part = part_of(file.name)
     if part is None:
         return [file]

@@ -100,3 +100,9 @@ def end_tokens(recommended: GenerationConfig | None, tokenizer) -> frozenset[int
     listed = getattr(recommended, "eos_token_id", None)
     listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if isinstance(i, int))
+
+
+def most_tokens(recommended: GenerationConfig | None) -> int | None:
+    """How long an answer the model's folder recommends at most; None where it says nothing that can be."""
+    most = getattr(recommended, "max_new_tokens", None)
+    return most if isinstance(most, int) and most > 0 else None

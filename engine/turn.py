@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from engine.prefix import common_length
-from engine.sampling import Sampler, end_tokens
+from engine.sampling import Sampler, end_tokens, most_tokens
 from engine.sections import ANSWER, Sections
 from engine.spec import Counters, Event, Sampling, UserError
 from engine.stepping import begin
@@ -138,8 +138,8 @@ class Turns:
         """Decode until an end token, a stop text, a limit or `stopped`."""
         after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues else ()
         sections = Sections(self.tokens, prompt.text, sampling.stop, after)
-        limit = sampling.max_tokens or getattr(self._recommended, "max_new_tokens", None) or self.context
-        limit = min(limit, self.context - len(self.prefix.ids))
+        usual = most_tokens(self._recommended) or self.context
+        limit = min(sampling.max_tokens or usual, self.context - len(self.prefix.ids))
         self.runtime.phase = "decode"
         before = self.runtime.counters()
         self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from engine import hf
 from engine.generate import Engine
-from engine.sampling import Sampler, end_tokens, merged
+from engine.sampling import Sampler, end_tokens, merged, most_tokens
 from engine.spec import Event, MachineError, Options, Sampling, UserError
 
 GREEDY = Sampling(temperature=0, max_tokens=24)
@@ -354,6 +354,8 @@ def test_a_recommendation_that_cannot_be_is_none(trained):
     own = trained.tokenizer.eos_token_id
     for listed, expected in ((None, {own}), (7, {7, own}), ([7, 8], {7, 8, own}), ("x", {own}), (["x", 8], {8, own})):
         assert end_tokens(SimpleNamespace(eos_token_id=listed), trained.tokenizer) == expected
+    lengths = [most_tokens(SimpleNamespace(max_new_tokens=length)) for length in (None, 7, 0, -1, "long")]
+    assert lengths == [None, 7, None, None, None]
 
 
 def test_draws_follow_transformers_own_processors():

@@ -324,6 +324,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         import_gguf(path, tmp_path / "made", folder, device="cpu")
 
 
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="There is no file .*none.gguf; give the path"):
+        import_gguf(tmp_path / "none.gguf", tmp_path / "made")
+
+
 def test_a_split_file(tmp_path):
     model = build("qwen3_moe", **CHANGES["qwen3_moe"])
     folder = like(tmp_path / "like", model)
