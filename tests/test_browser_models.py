@@ -224,6 +224,8 @@ def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
 def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, page, tmp_path):
     import small_model
     checkpoint, _ = small_model.make(tmp_path, demo_model())
+    with (checkpoint / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write("{% if enable_thinking and reasoning_effort %}{% endif %}")  # the demonstration has neither
     shutil.move(checkpoint, app.data / "models" / "Little")
     text = tmp_path / "tales.txt"
     text.write_text("<|endoftext|>\n".join(f"The boat came back with {n} fish.\n" * 8 for n in range(9)))
@@ -263,10 +265,16 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     page.locator("#level [role=option]", has_text="fast").click()
     until(page, lambda: stats(page)["level"] == "fast")
     expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
+    page.get_by_role("tab", name="This chat").click()
+    for wish in ("Thinking", "Effort"):
+        expect(page.get_by_label(wish, exact=True)).to_be_visible()
     page.click("#model-chip")  # what is open, and the way to the models
     row(page, "demo").get_by_role("button", name="Open", exact=True).click()
     until(page, lambda: stats(page).get("model") == "demo")
     expect(page.locator("#model-chip")).to_contain_text("Demonstration")
+    page.get_by_role("tab", name="This chat").click()
+    for wish in ("Thinking", "Effort"):
+        expect(page.get_by_label(wish, exact=True)).to_have_count(0)
 
 
 def test_the_card_counts_beside_the_engine(page):
