@@ -159,7 +159,7 @@ def test_slots_hold_what_the_references_hold_step_by_step(monkeypatch, n_slots):
     far = torch.randint(0, 256, (3, N_OBJECTS // 3, whole), dtype=torch.uint8, generator=generator)
     pool, near, clock = new_pool(N_OBJECTS, n_slots), torch.zeros(2, n_slots + bounce, whole, dtype=torch.uint8), 0
     twin, n_evicted, n_hits = copy(pool), 0, 0
-    for turn in torch.randint(0, 6, (60,), generator=generator).tolist():
+    for turn in torch.randint(0, 6, (30,), generator=generator).tolist():
         if turn == 5:
             reserve = int(torch.randint(0, 30, (1,), generator=generator))
             freed = age.reference(pool, clock, reserve)
