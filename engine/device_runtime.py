@@ -11,6 +11,7 @@ Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a la
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -132,6 +133,7 @@ class DeviceRuntime(Runtime):
             for table, fresh in zip(pool, new_pool(len(pool.slot_of), len(pool.object_of), self.device), strict=True):
                 table.copy_(fresh)
         self.clock_now.zero_()
+        self.histogram.zero_()  # a step that was broken off may have left its counts
         if self.sparse is not None:
             self.sparse.preload(self.far.sketches)
 
@@ -305,15 +307,16 @@ class DeviceRuntime(Runtime):
         counts = torch.bincount(picks, minlength=self.far.experts).tolist()
         first, slots = list(accumulate(counts, initial=0)), self._near_slots(layer.index)
         out = torch.empty(len(picks), x.shape[1], dtype=x.dtype, device=x.device)  # a row for each pick of a token
-        tiles = self.staging.stream([expert for expert, n in enumerate(counts) if n],
-                                    lambda group, tile: self._copy(layer.index, group, tile, slots))
-        for group, tile in tiles:
+        wanted = [expert for expert, n in enumerate(counts) if n]
+        ends = torch.tensor([first[expert + 1] for expert in wanted], dtype=torch.int32, pin_memory=x.is_cuda)
+        ends, done = ends.to(x.device, non_blocking=True), 0
+        for group, tile in self.staging.stream(wanted, partial(self._copy, layer.index, slots)):
             start, end = first[group[0]], first[group[-1] + 1]
-            rows = order[start:end]
-            ends = torch.tensor([first[expert + 1] - start for expert in group], dtype=torch.int32, device=x.device)
+            rows, of_group = order[start:end], ends[done:done + len(group)] - start
+            done += len(group)
             chosen = picks[rows].long()
             biases = [layer.biases[name][chosen] if layer.biases else None for name in ("gate_bias", "up_bias")]
-            y = product(x[rows // top_k], ends, *self.staging.decoded(tile), self.gates[layer.index], biases)
+            y = product(x[rows // top_k], of_group, *self.staging.decoded(tile), self.gates[layer.index], biases)
             out[rows] = layer.finish(y, chosen).to(out.dtype)
         return _weighted(out.view(*ids.shape, -1), weights)
 
@@ -322,7 +325,7 @@ class DeviceRuntime(Runtime):
         pool = self._objects(layer, False)[0]
         return pool.slot_of.view(self.far.layers, -1)[layer].tolist()
 
-    def _copy(self, layer: int, group: list[int], tile: Tensor, slots: list[int]) -> None:
+    def _copy(self, layer: int, slots: list[int], group: list[int], tile: Tensor) -> None:
         """Experts into the rows of a tile, what is far in as few copies as it takes."""
         far, at = self.far.blobs(layer)[:, 0], 0
         near = self._objects(layer, False)[1]

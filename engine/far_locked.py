@@ -26,7 +26,8 @@ class FarLocked(FarBlobs):
                  progress: Callable[[float], None] = lambda share: None) -> None:
         """UserError for a damaged file. progress(share of the experts read, 0..1)."""
         super().__init__(folder, manifest)
-        self.memory = HostMemory(self.layers * self.experts * self.layout.blob_bytes, driver)
+        layer_bytes = self.experts * self.layout.blob_bytes
+        self.memory = HostMemory(self.layers * layer_bytes, driver, layer_bytes)
         self._blobs = self.memory.bytes.view(self.layers, self.experts, 1, self.layout.blob_bytes)
         self._biases = [{name: bias.clone() for name, bias in file.biases.items()} for file in self._files]
         try:

@@ -1,8 +1,9 @@
 """Host memory that the kernels of a card can read: page-locked, of exactly the size that was asked for.
 
 `Tensor.pin_memory` rounds up to a power of two, which for 18 GB of experts is 14 GB too many. Here memory is mapped in
-huge pages (random reads of 2 KB meet far fewer entries of the card's page tables) and locked piece by piece; where the
-system locks no memory of ours, the driver is asked for memory of its own. What is not locked stays usable by the host.
+huge pages (random reads of 2 KB meet far fewer entries of the card's page tables) and locked in one registration,
+because a copy may not span two; where the system locks no memory of ours, the driver is asked for memory of its own.
+What is not locked stays usable by the host.
 The two calls of the CUDA driver are behind `Driver`; all else runs anywhere.
 """
 from __future__ import annotations
@@ -18,7 +19,6 @@ from engine.units import size
 
 Tensor = torch.Tensor
 HUGE_PAGE = 1 << 21
-PIECE = 1 << 30     # bytes locked at a time: a refusal leaves what came before
 SHARED = 3          # CUDA's flags "portable" and "device map": every context, and the kernels, may use it
 
 
@@ -60,9 +60,10 @@ class CudaDriver:
 class HostMemory:
     """`bytes`: uint8 [n_bytes]. locked_bytes: how much of it, from the start, a card can read. Close it when done."""
 
-    def __init__(self, n_bytes: int, driver: Driver) -> None:
-        self._driver, self._registered, self._owned = driver, [], 0
-        self.n_bytes, self.refusal = n_bytes, 0
+    def __init__(self, n_bytes: int, driver: Driver, unit_bytes: int | None = None) -> None:
+        """unit_bytes: where not everything can be locked, a multiple of it is; None: all or nothing."""
+        self._driver, self._registered, self._owned = driver, 0, 0
+        self.n_bytes, self.refusal, self._unit = n_bytes, 0, unit_bytes or n_bytes
         self._map(n_bytes)
         self.locked_bytes = self._lock()
         if not self.locked_bytes and n_bytes:
@@ -70,7 +71,9 @@ class HostMemory:
 
     def _map(self, n_bytes: int) -> None:
         """Anonymous memory that begins at a huge page; nothing of it is touched yet."""
-        self._mapped = mmap.mmap(-1, max(n_bytes, 1) + HUGE_PAGE)
+        # Python maps shared memory unless told otherwise, and Linux gives that no huge pages.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+        self._mapped = mmap.mmap(-1, max(n_bytes, 1) + HUGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._mapped.madvise(mmap.MADV_HUGEPAGE)
@@ -81,15 +84,29 @@ class HostMemory:
         self.bytes = whole[start:start + n_bytes]
 
     def _lock(self) -> int:
-        """Register piece by piece until the system refuses -> bytes that are locked."""
-        for at in range(0, self.n_bytes, PIECE):
-            address = self.bytes.data_ptr() + at
-            n_bytes = min(PIECE, self.n_bytes - at)
-            self.refusal = self._driver.register(address, n_bytes)
-            if self.refusal:
-                return at
-            self._registered.append(address)
-        return self.n_bytes
+        """Register everything, else as many whole units as the system lets -> bytes that are locked."""
+        if self._register(self.n_bytes):
+            return self.n_bytes
+        unit, fits, fails = self._unit, 0, -(-self.n_bytes // self._unit)
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if self._register(middle * unit):
+                self._unregister()
+                fits = middle
+            else:
+                fails = middle
+        return fits * unit if fits and self._register(fits * unit) else 0
+
+    def _register(self, n_bytes: int) -> bool:
+        code = self._driver.register(self.bytes.data_ptr(), n_bytes) if n_bytes else 0
+        self._registered = 0 if code or not n_bytes else self.bytes.data_ptr()
+        self.refusal = code or self.refusal
+        return not code
+
+    def _unregister(self) -> None:
+        if self._registered:
+            self._driver.unregister(self._registered)
+        self._registered = 0
 
     def _let_the_driver_allocate(self) -> None:
         """Memory of the driver's own, in place of ours, all or nothing."""
@@ -110,9 +127,8 @@ class HostMemory:
 
     def close(self) -> None:
         """Unlock, and let go of the memory; no kernel may still read it."""
-        for address in self._registered:
-            self._driver.unregister(address)
+        self._unregister()
         if self._owned:
             self._driver.free(self._owned)
-        self._registered, self._owned, self.locked_bytes = [], 0, 0
+        self._owned, self.locked_bytes = 0, 0
         self.bytes = self._mapped = None

@@ -59,10 +59,10 @@ def take(pool: Pool, objects: Tensor, need: Tensor, clock: int | Tensor, ahead: 
     misses int32 [1 + T*N], if given, receives how many entries must be filled, then their positions, ascending.
     """
     place, have = torch.full_like(objects, -1), torch.zeros_like(need)
-    bounced = 0
-    for i, row in enumerate(objects.view(-1, objects.shape[-1])):
+    bounced, rows = 0, objects.numel() // max(1, objects.shape[-1])  # a layer may keep no neuron at all
+    for i, row in enumerate(objects.view(rows, -1) if rows else []):
         wanted = row >= 0
-        row_need = need.view(-1, objects.shape[-1])[i][wanted]
+        row_need = need.view(rows, -1)[i][wanted]
         found = _take_row(pool, row[wanted], row_need, int(clock), ahead, len(pool.object_of) + bounced)
         place.view(-1, len(row))[i, wanted], have.view(-1, len(row))[i, wanted] = found
         bounced += int((found[0] >= len(pool.object_of)).sum())

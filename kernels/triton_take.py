@@ -158,6 +158,7 @@ def _resolve(pool: Pool, lists: tuple[Tensor, ...], clock: Tensor, counts: Tenso
              first: int, n_bytes: int, **constants) -> Resolved:
     assert counts.dtype == torch.int64 and counts.is_contiguous() and done.dtype == torch.bool, (counts, done)
     shape, device = lists[0].shape, lists[0].device
+    assert lists[0].numel() * max(n_bytes, constants["WHOLE"]) < 2**31, "a layer's bytes are summed in 32 bits"
     source, place, have, need = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(4))
     misses = torch.empty(source.numel() + 1, dtype=torch.int32, device=device)
     _launch(pool, lists, device_value(clock, device), place, have, misses,
@@ -170,4 +171,4 @@ def _launch(pool: Pool, lists: tuple[Tensor, ...], clock: Tensor, place: Tensor,
     n_columns = place.shape[-1]
     tile = min(triton.next_power_of_2(max(n_columns, 32)), LARGEST_TILE)
     _take[(1,)](*lists, *pool, clock, place, have, misses, *rest, first, n_bytes, n_columns, len(pool.object_of),
-                ROWS=place.numel() // n_columns, TILE=tile, num_warps=tile // 32, **constants)
+                ROWS=place.numel() // max(1, n_columns), TILE=tile, num_warps=tile // 32, **constants)

@@ -54,6 +54,17 @@ def test_take_gives_the_references_places_and_tables(rows, n_slots):
             assert_same(pool, twin)
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (3, 0)])
+def test_take_of_nothing(shape):
+    pool = new_pool(9, 4)
+    twin, nothing = copy(pool), torch.zeros(shape, dtype=torch.int32)
+    lists = torch.full((2, 1), -7, dtype=torch.int32)
+    expected = take.reference(pool, nothing, nothing, 3, False, lists[0])
+    found = triton_take.take(twin, nothing, nothing, 3, False, lists[1])
+    assert all(tensor.shape == shape for tensor in (*expected, *found)) and lists.tolist() == [[0], [0]]
+    assert_same(pool, twin)
+
+
 def test_take_of_a_list_longer_than_a_tile(monkeypatch):
     monkeypatch.setattr(triton_take, "LARGEST_TILE", 32)
     generator = torch.Generator().manual_seed(5)

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import host_memory
 from engine.far_locked import FarLocked
 from engine.format import Manifest, experts_name
 from engine.host_memory import HUGE_PAGE, HostMemory
@@ -82,22 +82,23 @@ def test_a_damaged_or_short_file_is_a_sentence_and_unlocks(folder, tmp_path):
     assert not ledger.registered
 
 
-def test_memory_starts_at_a_huge_page_and_has_its_exact_size(monkeypatch):
-    monkeypatch.setattr(host_memory, "PIECE", 1 << 20)
+def test_memory_starts_at_a_huge_page_and_has_its_exact_size():
     ledger = Ledger()
     memory = HostMemory(5 * (1 << 20) // 2 + 17, ledger)
     assert memory.bytes.shape == (memory.n_bytes,) and memory.bytes.data_ptr() % HUGE_PAGE == 0
-    assert sorted(ledger.registered.values()) == [(1 << 19) + 17, 1 << 20, 1 << 20]
+    assert list(ledger.registered.values()) == [memory.n_bytes]  # a copy may not span two
     memory.bytes.fill_(7)
     assert int(memory.bytes.long().sum()) == 7 * memory.n_bytes
     memory.close()
 
 
-def test_a_refusal_leaves_what_is_locked_and_says_so(monkeypatch):
-    monkeypatch.setattr(host_memory, "PIECE", 1 << 20)
-    memory = HostMemory(4 << 20, Ledger(limit=(1 << 20) + 5, own=0))
-    assert memory.locked_bytes == 1 << 20 and memory.bytes.shape == (4 << 20,)
-    assert memory.sentence.startswith("The system page-locks only 1") and "CUDA error 2" in memory.sentence
+@pytest.mark.parametrize("n_units", [1, 2, 3])
+def test_a_refusal_leaves_what_is_locked_and_says_so(n_units):
+    ledger = Ledger(limit=(n_units << 20) + 5, own=0)
+    memory = HostMemory(4 << 20, ledger, 1 << 20)
+    assert memory.locked_bytes == sum(ledger.registered.values()) == n_units << 20
+    assert memory.bytes.shape == (4 << 20,) and len(ledger.registered) == 1
+    assert memory.sentence.startswith(f"The system page-locks only {n_units}") and "CUDA error 2" in memory.sentence
     assert memory.sentence.endswith(".") and memory.sentence.count(".") < 4
 
 
@@ -111,3 +112,13 @@ def test_what_the_system_does_not_lock_the_driver_may_have():
     assert not ledger.allocated
     refused = HostMemory(3 << 20, Ledger(limit=0))
     assert refused.locked_bytes == 0 and refused.sentence and refused.bytes.shape == (3 << 20,)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells how memory is mapped")
+def test_memory_is_private():
+    """Shared memory, which is what Python maps by itself, gets small pages whatever it asks for."""
+    memory = HostMemory(4 * HUGE_PAGE, Ledger())
+    spans = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) ", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    kinds = [kind for start, end, kind in spans if int(start, 16) <= memory.bytes.data_ptr() < int(end, 16)]
+    assert kinds == ["rw-p"]
+    memory.close()

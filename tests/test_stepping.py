@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine import device_runtime, headroom, hf, host_memory
+from engine import device_runtime, headroom, hf
 from engine.device_runtime import DeviceRuntime
 from engine.generate import Engine
 from engine.hardware import described
@@ -153,7 +153,6 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
     """The same answer, the same bytes; layers that are locked whole stay the device's own."""
     folder_bytes = engines[1]._turns.runtime.far.layers * engines[1]._turns.runtime.far.experts \
         * engines[1]._turns.runtime.far.expert_bytes
-    monkeypatch.setattr(host_memory, "PIECE", folder_bytes // 20)
     said, found = [], []
     loaded = on_device(demo_checkpoint, Ledger(limit=int(locked * folder_bytes)), said)
     far = loaded.runtime.far
