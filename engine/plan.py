@@ -104,6 +104,7 @@ class Plan:
     far_bytes_per_token: float
     wished_speed: float
     missing_bytes: int = 0
+    pageable_bytes: int = 0
     near_free_bytes: int = 0
     ram_free_bytes: int = 0
     levels: tuple[tuple[str, str, float], ...] = ()
@@ -263,8 +264,8 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, 
     lacking = [("vram", -free)] if free < 0 else []
     lacking += [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
     return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=fixed + near.total_bytes,
-                     ram_bytes=ram, pinned_bytes=pinned, kv_bytes=kv, near_free_bytes=machine.vram_free_bytes,
-                     ram_free_bytes=machine.ram_free_bytes)
+                     ram_bytes=ram, pinned_bytes=pinned, pageable_bytes=far - pinned, kv_bytes=kv,
+                     near_free_bytes=machine.vram_free_bytes, ram_free_bytes=machine.ram_free_bytes)
 
 
 def _near(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str, room: int,

@@ -61,6 +61,9 @@ def memory(plan: Plan) -> str:
     if plan.device == "cuda":
         line += (f" Main memory: {size(plan.ram_bytes)} needed, {size(plan.ram_free_bytes)} free, "
                  f"{size(plan.pinned_bytes)} page-locked.")
+        if plan.pageable_bytes:
+            line += (f" The system locks no more: {size(plan.pageable_bytes)} of experts stay pageable, and the "
+                     "processor fetches from them.")
     return line + f" Disk: {size(plan.disk_bytes)} needed."
 
 

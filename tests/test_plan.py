@@ -284,6 +284,8 @@ def test_page_locking_less_slows_the_link():
     whole, half = plan(spec, CARD_12), plan(spec, replace(CARD_12, pinned_limit_bytes=8 * 10**9))
     assert half.pinned_bytes == 8 * 10**9 < whole.pinned_bytes
     assert dict(half.token)["link"] > 1.5 * dict(whole.token)["link"]
+    assert half.pageable_bytes == whole.pinned_bytes - 8 * 10**9 and not whole.pageable_bytes
+    assert "stay pageable" in str(half) and "pageable" not in str(whole)
 
 
 def test_the_text_says_why_and_what_would_help():
