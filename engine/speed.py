@@ -33,9 +33,9 @@ DISK_BYTES_PER_SECOND = 0.5e9  # a SATA SSD: experts that do not fit in memory a
 # whole experts (a layer, and each pick more), the sparse path of one layer, one fetched expert. They belong to the
 # code, not to a model or a machine: fitted once, from the parts of a decode step timed one by one.
 CPU_LAYER_OPERATIONS = 270
-CPU_WHOLE_OPERATIONS, CPU_PICK_OPERATIONS = 6, 10
+CPU_WHOLE_OPERATIONS, CPU_PICK_OPERATIONS = 6, 55  # a pick also waits for matrices that are in no cache
 CPU_SPARSE_OPERATIONS = 1000
-CPU_FETCH_OPERATIONS = 250
+CPU_FETCH_OPERATIONS = 200
 CPU_FAR_OPERATIONS = 170       # a layer of the sparse path where not everything is near: places given, records moved
 ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
 FETCH_SHARE = 0.65             # of the bare decoding speed: the weights are also copied into their slot
