@@ -200,10 +200,11 @@ def settled(page) -> None:
 
 
 SETTLED = """async () => {
-  const { live, waiting } = await (await fetch('/api/state')).json();
+  const told = async url => (await fetch(url, { signal: AbortSignal.timeout(10_000) })).json();
+  const { live, waiting } = await told('/api/state').catch(() => ({ live: true }));  // no answer: asked again
   const drawn = [...document.querySelectorAll('.message')], id = location.hash.slice(2);
   if (live || waiting.length || !drawn.length || !id) return false;
-  const { messages } = await (await fetch(`/api/conversations/${id}?limit=1`)).json();
+  const { messages } = await told(`/api/conversations/${id}?limit=1`).catch(() => ({ messages: [{ id: 0 }] }));
   return drawn.at(-1).dataset.id === String(messages[0].id) && !drawn.some(m => m.classList.contains('running'));
 }"""
 
