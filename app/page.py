@@ -22,8 +22,6 @@ FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the sy
 _MIB = 1 << 20
 # always_last: Gradio's own choice drops what a person does while the same event's last answer is still under way
 FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
-# What is stored belongs to the conversation that the person sees: an answer about another one may still be under way.
-OF_NOW = "(shown, ...rest) => [window.floe.settingsName(), ...rest]"
 MAY_WARN = FREE | {"queue": True}  # Gradio shows a warning only where the event went through its queue
 
 
@@ -172,8 +170,8 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
     chat.select(show, None, [opened, *controls.values()], **FREE | {"trigger_mode": "multiple"})
     for name, control in controls.items():
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-        event(storing(name), [opened, control], list(controls.values()), js=OF_NOW, **MAY_WARN)
-    reset.click(to_defaults, opened, list(controls.values()), js=OF_NOW, **FREE)
+        event(storing(name), [opened, control], list(controls.values()), **MAY_WARN)
+    reset.click(to_defaults, opened, list(controls.values()), **FREE)
 
 
 def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, keep: gr.Button, forget: gr.Button):

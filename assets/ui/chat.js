@@ -61,7 +61,6 @@ function tellControls(begun = false) {
 }
 
 const settingsName = () => (opened.id ? String(opened.id) : draft());
-window.floe = { settingsName }; // for the events of Gradio's controls
 
 // The name under which the program keeps the settings of a conversation that has not begun.
 function draft() {
