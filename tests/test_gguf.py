@@ -292,7 +292,7 @@ def test_damaged_foreign_and_mismatched_files(tmp_path):
             GgufSource([tmp_path / "cut.gguf"], model.config)
     with pytest.raises(UserError, match="embedding_length is 64, the configuration says 128"):
         GgufSource([path], build("qwen3_moe", hidden_size=128).config)
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match="There is no file .*nothing.gguf; give the path"):
         import_gguf(tmp_path / "nothing.gguf", tmp_path / "made", folder)
 
 
@@ -322,11 +322,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     (path,) = write(tmp_path / "nan.gguf", "qwen3_moe", model)
     with pytest.raises(UserError, match="not finite"):
         import_gguf(path, tmp_path / "made", folder, device="cpu")
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="There is no file .*none.gguf; give the path"):
-        import_gguf(tmp_path / "none.gguf", tmp_path / "made")
 
 
 def test_a_split_file(tmp_path):
