@@ -31,7 +31,7 @@ def fill(far: Tensor, source: Tensor, near: Tensor, place: Tensor, have: Tensor,
 
 def fill_through_host(far: Tensor, source: Tensor, near: Tensor, place: Tensor, have: Tensor, need: Tensor) -> None:
     """As `fill`, for far memory that the device cannot read: waits for the device, then copies on the host's side."""
-    fill.reference(far, *(table.cpu() if table is not near else table for table in (source, near, place, have, need)))
+    fill.reference(far, source.cpu(), near, place.cpu(), have.cpu(), need.cpu())
 
 
 def _spans(have: Tensor, need: Tensor) -> list[tuple[int, int]]:
