@@ -41,11 +41,12 @@ def build_page(parts) -> gr.Blocks:
                 _element("list")
             with gr.Column(elem_id="center", scale=1):
                 chat = _element("chat")
+                opened = gr.Textbox("", visible="hidden", elem_id="opened")  # always in the document, as no tab is
             with gr.Column(elem_id="right", scale=0), gr.Tabs():
                 with gr.Tab(TEXT["tab_engine"], id="engine"):
                     _engine_controls(parts)
-                with gr.Tab(TEXT["tab_chat"], id="settings"):
-                    _chat_controls(parts, chat)
+                with gr.Tab(TEXT["tab_chat"], id="settings"), gr.Column(elem_id="settings"):
+                    _chat_controls(parts, chat, opened)
                 with gr.Tab(TEXT["tab_models"], id="models"):
                     _element("models")
     return page
@@ -111,12 +112,12 @@ def _near_update(parts):
     return gr.update(minimum=least, maximum=most, value=now, step=0.25, interactive=True)
 
 
-def _chat_controls(parts, chat: gr.HTML) -> None:
+def _chat_controls(parts, chat: gr.HTML, opened: gr.Textbox) -> None:
     """System prompt, thinking, context policy and sampling of the open conversation.
 
-    The numbers have no bounds of Gradio's: its error is no sentence, `checked` has one.
+    opened: its name and how often the script (settings.js) has asked, as it knows an answer by. The numbers have no
+    bounds of Gradio's: its error is no sentence, `checked` has one.
     """
-    opened = gr.Textbox("", visible="hidden", elem_id="opened")
     controls = {
         "system": gr.Textbox(label=TEXT["system_prompt"], placeholder=TEXT["system_hint"], lines=3, max_lines=10),
         "policy": gr.Dropdown([(TEXT["policy_stop"], "stop"), (TEXT["policy_oldest"], "oldest"),
@@ -151,19 +152,21 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
 
     def show(event: gr.EventData):
         values = _hints(parts, names) if event.same else _values(parts, names, drafts.settings(event.name))
-        return [event.name, *values]
+        return [f"{event.name} {event.turn}", *values]
 
     def to_defaults(shown: str):
-        kept = {n: v for n, v in drafts.settings(shown).items() if n == "system"}
-        return _keep(parts, shown, kept, names, names)
+        conversation = _name_in(shown)
+        kept = {n: v for n, v in drafts.settings(conversation).items() if n == "system"}
+        return _keep(parts, conversation, kept, names, names)
 
     def storing(name: str):
         touched = names if name == "preset" else [name, "preset"]
 
         def store(shown: str, value):
-            stored = drafts.settings(shown)
+            conversation = _name_in(shown)
+            stored = drafts.settings(conversation)
             changed = presets.chosen(value, stored) if name == "preset" else _changed(stored, name, value)
-            return _keep(parts, shown, changed, names, touched)
+            return _keep(parts, conversation, changed, names, touched)
         return store
 
     # multiple: an event that is put off, as in always_last, would come with the data of the one before it
@@ -178,8 +181,8 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
     """Keeping what is set under a name, and deleting such a preset; the conversation's settings stay."""
     presets, shown = Presets(parts.chats), [name, controls["preset"]]
 
-    def after(work, conversation: str):
-        stored = parts.drafts.settings(conversation)
+    def after(work, opened: str):
+        stored = parts.drafts.settings(_name_in(opened))
         try:
             work(stored)
         except UserError as error:
@@ -187,15 +190,20 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
             return gr.skip(), gr.skip()
         return "", gr.update(choices=presets.choices(), value=presets.name_of(stored))
 
-    def on_keep(conversation: str, wished: str):
-        return after(lambda stored: presets.keep(wished, stored), conversation)
+    def on_keep(opened: str, wished: str):
+        return after(lambda stored: presets.keep(wished, stored), opened)
 
-    def on_forget(conversation: str):
-        return after(lambda stored: presets.forget(presets.name_of(stored)), conversation)
+    def on_forget(opened: str):
+        return after(lambda stored: presets.forget(presets.name_of(stored)), opened)
 
     keep.click(on_keep, [opened, name], shown, **MAY_WARN)
     name.submit(on_keep, [opened, name], shown, **MAY_WARN)
     forget.click(on_forget, opened, shown, **MAY_WARN)
+
+
+def _name_in(opened: str) -> str:
+    """Whose settings the controls show; "" before they were told."""
+    return opened.partition(" ")[0]
 
 
 def _changed(stored: dict, name: str, value) -> dict:

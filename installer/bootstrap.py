@@ -25,6 +25,8 @@ from installer.compiler import add_compiler  # noqa: E402
 from installer.screen import Screen, Trouble  # noqa: E402
 
 PINS = ROOT / "installer" / "pins"
+# What a start imports. Python compiles a module at its first import, so that the first start would take twice as long.
+FIRST_IMPORTS = "import app.server, app.page, engine.generate, uvicorn.protocols.http.auto"
 
 
 def main(argv: list[str]) -> int:
@@ -99,6 +101,7 @@ def _environment(args: argparse.Namespace, app: Path, screen: Screen) -> environ
     except Trouble as trouble:
         return _go_back(app, trouble, screen)
     _self_check(made, app, screen)
+    _run_inside(made, app, "-c", FIRST_IMPORTS)
     return made
 
 
@@ -129,12 +132,17 @@ def _go_back(app: Path, trouble: Trouble, screen: Screen) -> environment.Environ
 
 def _self_check(where: environment.Environment, app: Path, screen: Screen) -> None:
     """One kernel on the device that will be used. What it finds is said; it never keeps the page from starting."""
-    done = subprocess.run([where.python, "-m", "kernels"], cwd=ROOT, env=where.variables(app / "cache"), text=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
+    done = _run_inside(where, app, "-m", "kernels")
     screen.log(done.stdout)
     lines = done.stdout.strip().splitlines() or ["no answer"]
     screen.say(lines[-1] if done.returncode == 0 else
                f"The self-check failed ({lines[-1]}). If answers fail too, start with --cpu.")
+
+
+def _run_inside(where: environment.Environment, app: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the environment's Python on the program's own modules; what it prints is kept."""
+    return subprocess.run([where.python, *arguments], cwd=ROOT, env=where.variables(app / "cache"), text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def install(environment: Environment, arguments: list[str], app: Path, screen: S
 
 def clean_variables(cache: Path) -> dict[str, str]:
     """This process's variables without those that let another Python leak in, and with every cache below `cache`."""
-    dropped = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP",
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP", "PYTHONPYCACHEPREFIX",
+               "PYTHONDONTWRITEBYTECODE",  # every start would compile every module: 3 s more
                "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"PYTHONNOUSERSITE": "1", "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_NO_INPUT": "1",

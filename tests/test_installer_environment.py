@@ -271,7 +271,7 @@ def test_what_pip_says_becomes_a_sentence(output, sentence):
 
 
 def test_other_pythons_do_not_leak_in(monkeypatch, tmp_path):
-    for name in ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "VIRTUAL_ENV"):
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PIP_TARGET", "VIRTUAL_ENV"):
         monkeypatch.setenv(name, "/elsewhere")
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
     variables = environment.clean_variables(tmp_path)

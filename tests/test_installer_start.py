@@ -119,6 +119,9 @@ def _install(person: Person) -> None:
     first.end(signal.SIGKILL)
     assert person.stamps == []
     second = person.start("--no-browser", "--cpu")
+    second.wait_said("Starting ...")
+    compiled = list(person.app.glob("cpu-*/lib/python*/site-packages/gradio/__pycache__/blocks.*.pyc"))
+    assert compiled, "the first start would compile what it imports"
     second.wait_said("Floe Chat is at")
     second.end()
 

@@ -5,16 +5,14 @@ import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { showModels } from "/ui/models.js";
 import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
+import { begin, bind, draft, showSettings } from "/ui/settings.js";
 import { welcome } from "/ui/welcome.js";
 
-const DRAFT = "floe-draft-settings";
 const loads = { begun: 0, drawn: 0 };
-let log, scroller, queue, title, meter, chip, trigger, drawn = { id: null, limit: 40 };
-let asked = null, looking = 0, born = null; // settings that the controls were told to show; a conversation just made
+let log, scroller, queue, title, meter, chip, drawn = { id: null, limit: 40 };
 
-export async function mount(root, gradioTrigger) {
+export async function mount(root, trigger) {
   await ready;
-  trigger = gradioTrigger;
   log = h("div", { class: "messages", role: "log", "aria-live": "off", "aria-label": TEXT.conversation });
   queue = h("ul", { class: "queue", "aria-label": TEXT.waiting });
   title = h("h1", {}, TEXT.app);
@@ -32,7 +30,7 @@ export async function mount(root, gradioTrigger) {
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
-  on("opened", () => { drawn.limit = 40; tellControls(opened.id !== null && opened.id === born); born = null; load(); });
+  on("opened", () => { drawn.limit = 40; showSettings(); load(); });
   on("state", changed);
   on("text", grow);
   document.addEventListener("keydown", shortcut);
@@ -41,31 +39,8 @@ export async function mount(root, gradioTrigger) {
   window.addEventListener("hashchange", () => emit("opened", opened.id));
   restoreTheme();
   start();
-  tellControls();
+  bind(trigger);
   load();
-}
-
-// Gradio's controls show the settings of the open conversation, or of the one that this tab will begin next. same: they
-// show them already, so nothing that is being typed is touched. Its answers may come in any order: it is looked after.
-function tellControls(begun = false) {
-  const name = settingsName();
-  const same = begun || asked === name;
-  asked = name;
-  trigger("select", { name, same });
-  clearTimeout(looking);
-  looking = setTimeout(() => {
-    if (document.querySelector("#opened textarea")?.value === settingsName()) return;
-    asked = null;
-    tellControls();
-  }, 1500);
-}
-
-const settingsName = () => (opened.id ? String(opened.id) : draft());
-
-// The name under which the program keeps the settings of a conversation that has not begun.
-function draft() {
-  if (!sessionStorage.getItem(DRAFT)) sessionStorage.setItem(DRAFT, crypto.randomUUID());
-  return sessionStorage.getItem(DRAFT);
 }
 
 // Loading and drawing
@@ -138,7 +113,7 @@ function changed({ now, before }) {
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
   if (before.model.state !== "ready" && now.model.state === "ready") {
-    tellControls();
+    showSettings();
     load();
   }
 }
@@ -201,9 +176,9 @@ function follow(now) {
 
 async function send(text, attachments) {
   if (!opened.id) {
-    born = (await api("POST", "/api/conversations", { draft: draft() })).id;
-    sessionStorage.removeItem(DRAFT);
-    opened.id = born;
+    const { id } = await api("POST", "/api/conversations", { draft: draft() });
+    begin(id);
+    opened.id = id;
   }
   await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
   emit("sent");
