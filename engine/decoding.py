@@ -118,17 +118,20 @@ class Decoder:
         """The answer behind `position` tokens that the cache holds, and `token`, which it does not hold yet."""
         self.step.start(token, ends, limit)
         self.fed, turn = [token], 0
-        self._one(position, turn)
-        while True:
-            self._one(position + turn + 1, turn + 1)
-            drawn = self._packets.read(turn)
-            self.step.runtime.counted = list(drawn.counts)
-            if not drawn.ended:
-                self.fed.append(drawn.token)  # the step ahead has read it
-            yield drawn
-            if drawn.ended:
-                return
-            turn += 1
+        try:
+            self._one(position, turn)
+            while True:
+                self._one(position + turn + 1, turn + 1)
+                drawn = self._packets.read(turn)
+                self.step.runtime.counted = list(drawn.counts)
+                if not drawn.ended:
+                    self.fed.append(drawn.token)  # the step ahead has read it
+                yield drawn
+                if drawn.ended:
+                    return
+                turn += 1
+        finally:
+            self.step.done.zero_()  # behind the step ahead; what is read or computed next is not of this answer
 
     def _one(self, position: int, turn: int) -> None:
         self._launch(position)

@@ -114,7 +114,6 @@ class Stepping:
             steps.close()
             self.prefix.ids = self.prefix.ids[:position] + decoder.fed
 
-
     def _watched(self, steps: Iterator[Drawn]) -> Iterator[Drawn]:
         """The same, and every few tokens a look at how busy the link was: without headroom nothing is fetched ahead."""
         runtime, crossed, since = self._runtime, None, 0.0

@@ -42,17 +42,20 @@ def engines(demo_checkpoint):
 
 
 def test_conversations_read_the_same(engines):
-    talk = chat("What is your name?")
-    for text in ("And what do you like?", "Tell me more."):
-        answers = [finish(engine.chat(talk, GREEDY)) for engine in engines]
+    texts, greedy, ended, kept = ["What is your name?"], replace(GREEDY, max_tokens=40), False, 0
+    for question in ("And what do you like?", "Tell me more.", "Hi! How are you today?", "Goodbye!"):
+        answers = [finish(engine.chat(chat(*texts), greedy)) for engine in engines]
+        mine, theirs = (end for _, end in answers)
         assert told(answers[0][0]) == told(answers[1][0])
-        for (_, mine), (_, theirs) in zip(answers[:1], answers[1:], strict=True):
-            assert (mine.n_tokens, mine.reason) == (theirs.n_tokens, theirs.reason)
-            assert mine.counters.needed_bytes == theirs.counters.needed_bytes > 0
-        assert engines[0]._turns.prefix.ids == engines[1]._turns.prefix.ids
-        talk += chat(told(answers[0][0]), text)
-    reading = [event for event in finish(engines[1].chat(talk, GREEDY))[0] if event.kind == "prefill"]
-    assert reading[0].n_tokens > 0  # what it had read, and written itself, was not read again
+        assert (mine.n_tokens, mine.reason) == (theirs.n_tokens, theirs.reason)
+        assert mine.counters.needed_bytes == theirs.counters.needed_bytes > 0
+        prefix = engines[1]._turns.prefix
+        assert engines[0]._turns.prefix.ids == prefix.ids and int(prefix.cache.clock.pos) == len(prefix.ids)
+        begun = next(event for event in answers[1][0] if event.kind == "prefill")
+        assert begun.n_tokens == kept  # what it had read, and written itself, was not read again
+        ended, kept = ended or mine.reason == "stop", len(prefix.ids)
+        texts += [told(answers[0][0]), question]
+    assert ended, "an answer that ends by itself is what may leave the device's flag set"
 
 
 def test_a_chunk_makes_the_logits_of_its_last_token_alone(engines):
