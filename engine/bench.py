@@ -25,13 +25,13 @@ from engine import card_token, rates, repeating
 from engine.card_token import Decoded, Profile, Row
 from engine.device_runtime import DeviceRuntime
 from engine.hf import FloeExperts, Loaded
+from engine.plan import DEFAULT_CHUNK
 from engine.prefix import Prefix
 from engine.projection import Speeds
 from engine.sampling import Sampler
 from engine.spec import Counters, Machine, Options, Sampling, UserError
 from engine.stepping import Stepping, begin
 from engine.tokens import Tokens
-from engine.turn import CHUNK
 
 PREFILL, DECODE = 512, 128  # tokens
 ROUNDS = 5
@@ -76,7 +76,7 @@ class Bench:
                  sizes: Sizes | None = None, copy_bytes_per_second: float | None = None) -> None:
         self.loaded, self.report, self._copy = loaded, report, copy_bytes_per_second
         self.device = loaded.model.device
-        self.chunk = chunk or CHUNK[self.device.type]
+        self.chunk = chunk or DEFAULT_CHUNK[self.device.type]
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
         self.synthetic = loaded.room.calibration.get("synthetic")  # made-up weights: the picks are made up as well
         if self.synthetic:

@@ -23,8 +23,9 @@ import torch
 from engine import hf, plan_text
 from engine.about import about
 from engine.failures import sentence
+from engine.plan import DEFAULT_CHUNK, SIDE_CONTEXT
 from engine.spec import Event, Options, Sampling, UserError
-from engine.turn import CHUNK, Turns
+from engine.turn import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -102,12 +103,21 @@ class Engine:
         Where the last message is the model's own, the model goes on with it. wishes: variables of the chat template
         (enable_thinking, reasoning_effort and the like).
         """
+        return self._ask(messages, sampling, wishes, beside=False)
+
+    def aside(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
+        """The same for a short job beside the conversation, a title: at most engine.plan.SIDE_CONTEXT tokens, in a
+        cache of its own, so that the conversation's next question finds everything it had read."""
+        return self._ask(messages, sampling, wishes, beside=True)
+
+    def _ask(self, messages: list[dict], sampling: Sampling | None, wishes: Mapping | None, beside: bool) -> Answer:
         answer = Answer()
         channel = answer._channel
+        job = (self._answer, list(messages), sampling or Sampling(), dict(wishes or {}), channel, beside)
         with self._lock:
             self._check_open()
             self._unfinished.append(channel)
-            self._jobs.put((self._answer, list(messages), sampling or Sampling(), dict(wishes or {}), channel))
+            self._jobs.put(job)
         return answer
 
     def stop(self) -> None:
@@ -179,7 +189,7 @@ class Engine:
         self._longest, self._room = loaded.spec.context, loaded.room
         context = self._context_for(options)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
-        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or CHUNK[device])
+        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or DEFAULT_CHUNK[device])
         self._info = about(loaded, self._turns.tokens.template, self._folder, context)
         self._turns.show("idle")
 
@@ -200,11 +210,12 @@ class Engine:
                 job[0](*job[1:])
                 del job  # a finished job must not keep its messages, nor an old model, alive
 
-    def _answer(self, messages: list[dict], sampling: Sampling, wishes: dict, channel: _Channel) -> None:
+    def _answer(self, messages: list[dict], sampling: Sampling, wishes: dict, channel: _Channel, beside: bool) -> None:
         last = Event("end", reason="stopped")
         try:
             if not channel.stopped.is_set():
-                for event in self._turns.answer(messages, sampling, channel.stopped.is_set, wishes):
+                turns = self._turns.beside(SIDE_CONTEXT) if beside else self._turns
+                for event in turns.answer(messages, sampling, channel.stopped.is_set, wishes):
                     if event.kind == "end":
                         last = event
                     else:
@@ -236,7 +247,7 @@ class Engine:
         old = self.options
         if (options.device, options.predict) != (old.device, old.predict):
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
-        turns, chunk = self._turns, options.chunk or CHUNK[self._turns.model.device.type]
+        turns, chunk = self._turns, options.chunk or DEFAULT_CHUNK[self._turns.model.device.type]
         context, before = self._context_for(options), (turns.context, turns.chunk)
         trades = self._room.machine.device == "cuda" and context != turns.context  # with near memory, for the card's
         if trades and context < turns.context:

@@ -20,6 +20,7 @@ __all__ = ["Near", "Plan", "Wishes", "plan", "spec_from_config"]
 
 CHOICE = ("exact", "quality", "balanced", "fast")      # best to worst; `floe` and `full` only when asked for
 DEFAULT_CONTEXT = 8192
+SIDE_CONTEXT = 512  # tokens of a job beside the conversation, which has a cache of its own: a title
 DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
 DEFAULT_TRUNK_BITS = {"cuda": 4, "cpu": 8}
 MIB = 2**20
@@ -215,6 +216,11 @@ def _prefill_bytes(model: ModelSpec, chunk: int, per_tile: int) -> int:
     return 2 * (rows + per_tile * model.expert_params)
 
 
+def _side_bytes(model: ModelSpec, context: int) -> int:
+    """The whole 16-bit cache of a job beside the conversation."""
+    return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
+
+
 def _bounce_bytes(model: ModelSpec, layout: Layout, known: sparsity.Sparsity, level: str) -> int:
     """Where one layer's misses go when no slot is free."""
     if level in ("exact", "full"):
@@ -245,6 +251,7 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, 
     trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (_read(model), model.embedding_params))
     kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
     memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
+              ("side jobs' context memory", _side_bytes(model, context)),
               ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
               ("staging", 2 * per_tile * layout.blob_bytes),
               ("prefill workspace", _prefill_bytes(model, chunk, per_tile)),
@@ -292,7 +299,8 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, 
     near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
     far = model.n_experts_total * far_each
     memory = (("trunk", WEIGHT_BYTES["cpu"] * model.trunk_params), ("context memory (KV)", kv),
-              ("recurrent and window state", 2 * model.state_bytes), ("process", PROCESS_BYTES["cpu"]),
+              ("recurrent and window state", 2 * model.state_bytes),
+              ("side jobs' context memory", 2 * _side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
               ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
     fixed = sum(size for _, size in memory)
     free = machine.ram_free_bytes - fixed

@@ -6,19 +6,19 @@ exactly one decode step (bytes per token need no correction), and asking again r
 """
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from engine.prefix import common_length
+from engine.prefix import Prefix, common_length
 from engine.sampling import Sampler, end_tokens, most_tokens
 from engine.sections import ANSWER, Sections
 from engine.spec import Counters, Event, Sampling, UserError
 from engine.stepping import begin
 from engine.tokens import Prompt, Tokens
 
-CHUNK = {"cpu": 128, "cuda": 2048}    # tokens of one prefill forward
 MARKED_MESSAGES = 4                   # ends of the last messages where uncuttable state is remembered
 CONTEXT_TOKENS = 4                    # of an answer that goes on: some tokens decode differently at the start of a text
 RESIDENCY_SECONDS = 0.2
@@ -53,7 +53,7 @@ class Live:
 
 
 class Turns:
-    """Answers of one loaded model, one after another. context, chunk: tokens."""
+    """Answers of one loaded model, one after another. context: tokens; chunk: of one forward of prefill."""
 
     def __init__(self, model, tokenizer, runtime, context: int, chunk: int):
         self.model, self.runtime = model, runtime
@@ -64,6 +64,13 @@ class Turns:
         self._recommended = getattr(model, "generation_config", None)
         self._ends = end_tokens(self._recommended, tokenizer)
         self._residency_at = 0.0
+
+    def beside(self, context: int) -> Turns:
+        """For one short job, a title: the same model with a small cache of its own, which goes when the job is over."""
+        side = copy.copy(self)
+        side.prefix, side.stepping, side.live = Prefix(self.model), None, Live()
+        side.context = min(context, self.context)
+        return side
 
     def set_context(self, context: int, chunk: int) -> None:
         """Between answers; what was read is read again where the device's cache has to be made anew."""

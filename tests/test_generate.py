@@ -144,6 +144,20 @@ def test_only_what_is_new_is_read(engine, forwards):
     assert sum(forwards.sizes) - end.n_tokens < engine.count_tokens(edited) - 5
 
 
+def test_a_job_beside_the_conversation_leaves_what_was_read(engine, forwards):
+    events, _ = finish(engine.chat(TALK, GREEDY))
+    kept, other = list(engine._turns.prefix.ids), chat("Tell me about the sea.")
+    beside, _ = finish(engine.aside(other, GREEDY))
+    assert engine._turns.prefix.ids == kept and engine.snapshot()["context_used"] == len(kept)
+    longer = [*TALK, {"role": "assistant", "content": told(events)}, *chat("And now?")]
+    forwards.sizes.clear()
+    after, end = finish(engine.chat(longer, GREEDY))
+    assert sum(forwards.sizes) - end.n_tokens < engine.count_tokens(longer) - len(kept)
+    assert told(beside) == told(finish(engine.chat(other, GREEDY))[0])
+    assert told(after) == told(finish(engine.chat(longer, GREEDY))[0])
+    assert "too many for the context of 512" in finish(engine.aside(LONG + LONG + LONG + LONG, GREEDY))[1].text
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next", "qwen3_5_moe_text", "qwen3_moe"])
 def test_a_conversation_reads_little_and_answers_as_if_it_read_all(demo_checkpoint, tmp_path, name):
     build(name, vocab_size=4096, max_position_embeddings=512).save_pretrained(tmp_path)

@@ -58,6 +58,19 @@ def test_conversations_read_the_same(engines):
     assert ended, "an answer that ends by itself is what may leave the device's flag set"
 
 
+def test_a_job_beside_the_conversation_leaves_what_was_read(engines):
+    host, device = engines
+    talk, other = chat("What is your name?"), chat("Tell me about the sea.")
+    texts = [told(finish(device.chat(talk, replace(GREEDY, max_tokens=40)))[0])]
+    kept = list(device._turns.prefix.ids)
+    beside = [told(finish(engine.aside(other, GREEDY))[0]) for engine in engines]
+    assert beside[0] == beside[1] and device._turns.prefix.ids == kept
+    talk = chat("What is your name?", *texts, "And what do you like?")
+    answers = [finish(engine.chat(talk, GREEDY)) for engine in engines]
+    assert told(answers[0][0]) == told(answers[1][0])
+    assert next(event for event in answers[1][0] if event.kind == "prefill").n_tokens == len(kept)
+
+
 def test_a_chunk_makes_the_logits_of_its_last_token_alone(engines):
     """Logits of 2,048 tokens over 250,000 words would take 2 GB."""
     rows = []
