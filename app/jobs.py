@@ -17,6 +17,7 @@ from app.chats import Chats, Message
 from app.context import fit, to_prompt
 from app.models import Models
 from app.strings import TEXT
+from app.titles import Titles
 from app.wishes import Wishes
 from engine import Counters, Event, MachineError, UserError
 
@@ -47,6 +48,7 @@ class Jobs:
         self.live: Live | None = None
         self.disk_trouble = ""
         self._models = models
+        self._titles = Titles(chats, models)
         self.on_change = on_change
         self._wake = threading.Condition()
         self._asked: list[Message] = []  # answers to write: fresh ones, or one to continue
@@ -107,11 +109,15 @@ class Jobs:
 
     def stop(self) -> None:
         live = self.live
+        self._titles.stop()
         if live:
             live.stop.set()
             engine = self._models.engine
             if engine and live.phase != "loading":
                 engine.stop()
+
+    def _idle(self) -> bool:
+        return not self._closed and not self._asked and not self.chats.waiting()
 
     def _busy(self) -> bool:
         return self.live is not None or bool(self._asked)
@@ -122,7 +128,7 @@ class Jobs:
 
     def _question(self, conversation_id: int, parent_id: int | None, text: str, attachments: list | None) -> int:
         question = self.chats.add(conversation_id, parent_id, "user", text, attachments=attachments)
-        self._title(conversation_id)
+        self._titles.begin(conversation_id)
         return self._answer(conversation_id, question.id)
 
     def _answer(self, conversation_id: int, parent_id: int) -> int:
@@ -132,6 +138,7 @@ class Jobs:
 
     def _ask(self, answer: Message) -> None:
         self._asked.append(answer)
+        self._titles.stop()
         if self.live is None:
             self.live = _live(answer)
         self._wake.notify_all()
@@ -147,6 +154,8 @@ class Jobs:
             finally:
                 with self._wake:
                     self.live = None
+                self.on_change()
+            if self._titles.improve(answer.conversation_id, self._idle):
                 self.on_change()
 
     def _next(self) -> Message | None:
@@ -215,12 +224,6 @@ class Jobs:
         """Everything above the answer, and the answer itself when it is to be continued."""
         path = self.chats.path(answer.conversation_id, answer.id)
         return path if answer.text else path[:-1]
-
-    def _title(self, conversation_id: int) -> None:
-        """The first words of the first question: costs nothing and never disturbs the model's cache."""
-        if not self.chats.conversation(conversation_id).title:
-            first = next((m.text for m in self.chats.path(conversation_id) if m.role == "user"), "")
-            self.chats.rename(conversation_id, _shortened(first), by_user=False)
 
     def _disk_full(self, error: sqlite3.OperationalError) -> None:
         self.disk_trouble = TEXT["disk_trouble"].format(error=error)
@@ -311,10 +314,3 @@ class _Saver:
 
 def _live(answer: Message) -> Live:
     return Live(answer.id, answer.conversation_id, text=answer.text, thinking=answer.thinking)
-
-
-def _shortened(text: str, limit: int = 48) -> str:
-    words = " ".join(text.split())
-    if len(words) <= limit:
-        return words
-    return words[:limit].rsplit(" ", 1)[0].rstrip(".,;:") + "…"

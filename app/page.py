@@ -13,6 +13,7 @@ import gradio as gr
 
 from app.presets import Presets
 from app.strings import TEXT
+from app.titles import MODEL_TITLES
 from app.wishes import EFFORTS, SAMPLING_NAMES, checked
 from engine import LEVELS, UserError
 
@@ -64,10 +65,11 @@ def _engine_controls(parts) -> None:
                         info=TEXT["level_info"], interactive=False, elem_id="level")
     near = gr.Slider(0, 1, value=1, step=0.25, label=TEXT["near"], info=TEXT["near_info"], interactive=False,
                      elem_id="near")
+    titles = gr.Checkbox(label=TEXT["model_titles"], info=TEXT["model_titles_info"], elem_id="model-titles")
     panel = _element("panel")
 
     def present():
-        return _level_update(parts), _near_update(parts)
+        return _level_update(parts), _near_update(parts), parts.chats.preference(MODEL_TITLES, True)
 
     def set_level(wished: str):
         return _configure(parts, level=wished)
@@ -75,9 +77,13 @@ def _engine_controls(parts) -> None:
     def set_near(mebibytes: float):
         return _configure(parts, near_bytes=int(mebibytes * _MIB))
 
-    panel.change(present, None, [level, near], **FREE)  # the script triggers it when a model has been opened
+    def set_titles(wished: bool):
+        parts.chats.set_preference(MODEL_TITLES, wished)
+
+    panel.change(present, None, [level, near, titles], **FREE)  # the script triggers it when a model has been opened
     level.input(set_level, level, [level, near], **MAY_WARN)
     near.release(set_near, near, [level, near], **MAY_WARN)
+    titles.input(set_titles, titles, None, **FREE)
 
 
 def _configure(parts, **changes):

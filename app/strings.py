@@ -192,6 +192,10 @@ TEXT = {
     "level_choice": "{name} (perplexity {perplexity:.2f})",
     "near": "Near memory (MiB)",
     "near_info": "Memory for sketches and records that are kept close.",
+    "model_titles": "Let the model write titles",
+    "model_titles_info": "After the first answer, while nobody waits for another. The demonstration never does.",
+    "title_request": "Give this conversation a title of three to six words, in its own language. Write nothing but the "
+                     "title.\n\nQuestion: {question}\n\nAnswer: {answer}",
     "speed": "Speed",
     "tokens_per_second": "tokens/s",
     "link": "Far to near",

@@ -189,7 +189,8 @@ class Engine:
         self._longest, self._room = loaded.spec.context, loaded.room
         context = self._context_for(options)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
-        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, options.chunk or DEFAULT_CHUNK[device])
+        chunk = options.chunk or DEFAULT_CHUNK[device]
+        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, chunk)
         self._info = about(loaded, self._turns.tokens.template, self._folder, context)
         self._turns.show("idle")
 

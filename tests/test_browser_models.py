@@ -106,12 +106,38 @@ def test_a_model_is_downloaded_opened_and_deleted(page):
     until(page, lambda: stats(page).get("model") == "Second-Floe")
     browser.wait_ready(page)
     expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()
+    titles_by_the_model(page)
+    models_tab(page)
     row(page, "demo").get_by_role("button", name="Open", exact=True).click()
     until(page, lambda: stats(page).get("model") == "demo")
     expect(page.locator("#disk-use")).to_have_text(re.compile(r"^[1-9][\d.]* MB used by models"))
     page.on("dialog", lambda dialog: dialog.accept())
     second.get_by_role("button", name="Delete").click()
     second.wait_for(state="detached")
+
+
+def titles_by_the_model(page) -> None:
+    """It writes one after the first answer, if it may."""
+    question = "What is the capital of France?"  # to which the small model finds what can be taken for a title
+    page.get_by_role("tab", name="Engine").click()
+    box, title = page.get_by_label("Let the model write titles"), page.locator(".conversations .current .title")
+    for wished in (False, True):
+        box.set_checked(wished)
+        page.evaluate("""async () => {
+          const document = {format: 'floechat-conversations', version: 1, conversations: [
+            {title: '', leaf: null, settings: {temperature: 0}, messages: []}]};
+          const made = await (await fetch('/api/import', {method: 'POST', body: JSON.stringify(document),
+            headers: {'content-type': 'text/plain'}})).json();
+          location.hash = `c${made[0].id}`;
+        }""")
+        ask(page, question)
+        if wished:
+            expect(title).to_have_text(re.compile("^(?!What is).+"))
+            expect(page.locator("h1")).to_have_text(title.text_content())
+    expect(page.locator(".conversations .title", has_text=question)).to_have_count(1)
+    page.reload()
+    browser.wait_ready(page)
+    expect(box).to_be_checked()
 
 
 def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
