@@ -191,7 +191,7 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
         return shelf.plan(name, level or None, context)
 
     @router.get("/models/files")
-    def files(path: str = "", kind: Literal["gguf", "text"] = "gguf"):
+    def files(path: str = "", kind: Literal["gguf", "text", "folder"] = "gguf"):
         return shelf.suggest(path, kind)
 
     @router.post("/models/open")
@@ -202,6 +202,10 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
     @router.post("/models/folder")
     def show_folder(wish: Wish):
         return {"folder": shelf.show_folder(str(wish["name"]))}
+
+    @router.post("/models/keep")
+    def keep_in(wish: Wish):
+        return {"folder": shelf.keep_in(str(wish["folder"]))}
 
     @router.post("/models/compress")
     def compress(wish: Wish):

@@ -21,6 +21,7 @@ from engine import (
     Known,
     UserError,
     calibrate_installed,
+    choose_models_dir,
     compress_installed,
     compressed_name,
     delete,
@@ -30,12 +31,13 @@ from engine import (
     import_file,
     look_up,
     models,
+    models_dirs,
     outlooks,
 )
 
 DEMO = "demo"
 OPENERS = {"darwin": "open"}  # how a folder is shown to a person; elsewhere xdg-open
-ENDINGS = {"gguf": (".gguf",), "text": (".txt", ".jsonl", ".xz")}  # of files that a person can name by their path
+ENDINGS = {"gguf": (".gguf",), "text": (".txt", ".jsonl", ".xz"), "folder": ()}  # of what a person can name by its path
 SUGGESTIONS = 40
 
 
@@ -51,9 +53,11 @@ class Shelf:
         """Everything the models page draws."""
         machine, found = self._around.look()
         on_disk = [self._demo(), *(self._on_disk(model) for model in models(self._data))]
+        folder = models_dirs(self._data)[0]
         return {"disk": on_disk, "offers": self._offers(machine), "notes": list(found.notes),
                 "works": self.works.shown(), "used_bytes": sum(model["bytes"] for model in on_disk[1:]),
-                "free_bytes": shutil.disk_usage(self._data).free, "folder": _as_written(self._data / "models")}
+                "free_bytes": shutil.disk_usage(folder).free if folder.is_dir() else None,
+                "folder": _as_written(folder)}
 
     # --- opening ------------------------------------------------------------------------------------------------
     def open(self, name: str, level: str | None = None, context: int | None = None) -> None:
@@ -99,6 +103,13 @@ class Shelf:
             return ()
         measured = (level for level in known.calibration.get("levels", {}) if level != "exact")
         return ("exact", *measured) if known.compressed else ("full",)
+
+    def keep_in(self, folder: str) -> str:
+        """Keep new models in this folder of the computer, "" for our own; -> it. UserError when that cannot be."""
+        chosen = choose_models_dir(folder, self._data)
+        self._around.look_anew()  # another disk has other room
+        self.works.on_change()
+        return _as_written(chosen)
 
     # --- work ---------------------------------------------------------------------------------------------------
     def fetch(self, name: str) -> None:
@@ -152,7 +163,7 @@ class Shelf:
 
     def show_folder(self, name: str) -> str:
         """Open the model's folder in this computer's file manager; -> its path. UserError with the path without one."""
-        folder = self._folder(name) or self._data / "models"
+        folder = self._folder(name) or models_dirs(self._data)[0]
         try:
             if sys.platform == "win32":
                 os.startfile(folder)

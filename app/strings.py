@@ -157,8 +157,14 @@ TEXT = {
     "cancelled": "{name} is cancelled; what there was of it is deleted.",
     "really_stop_measuring": "Stop measuring {name}? What has been found so far is lost; the model stays as it is.",
     "measuring_cancelled": "{name} is not measured any more; the model is as it was.",
-    "disk_use": "{used} used by models, {free} free. They are kept in {folder}; start the program with --data to keep "
-                "them on another disk.",
+    "disk_use": "{used} used by models, {free} free. New ones are kept in {folder}.",
+    "disk_gone": "{used} used by models. New ones are to be kept in {folder}, which is not there: connect its disk, or "
+                 "choose another folder.",
+    "keep_models": "Keep models in another folder",
+    "keep_models_about": "New models go there. Those that are here already stay where they are and work as before.",
+    "keep_models_path": "Folder of this computer (empty: our own)",
+    "keep_models_now": "Keep them there",
+    "models_kept": "New models are kept in {folder}.",
     "model_chip": "{name}, level {level}: show the models",
     "gguf": "Import a GGUF file",
     "gguf_path": "Path of the .gguf file",

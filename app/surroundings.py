@@ -37,6 +37,11 @@ class Surroundings:
                 self._meter = CardMeter(self._seen[2])
             return self._seen[1:]
 
+    def look_anew(self) -> None:
+        """What was found before counts no more."""
+        with self._lock:
+            self._seen = None
+
     def measure(self) -> None:
         """Measure this machine's speeds unless that was done before. Needs torch; half a second the first time."""
         machine, found = self.look()

@@ -20,6 +20,7 @@ from engine.spec import (
 )
 
 _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": "engine.paths",
+         "models_dirs": "engine.paths", "choose_models_dir": "engine.paths",
          "download": "engine.fetch", "Choice": "engine.fetch", "Hub": "engine.hub", "Stopped": "engine.hub",
          "Progress": "engine.progress", "Installed": "engine.installed", "models": "engine.installed",
          "delete": "engine.installed", "here": "engine.fitting", "outlooks": "engine.fitting",

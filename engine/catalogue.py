@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from engine.hub import Hub
-from engine.paths import data_dir, demo_model
+from engine.paths import data_dir, demo_model, models_dirs
 from engine.shape import spec_from_config
 from engine.spec import MachineError, ModelSpec, Sampling, UserError
 
@@ -115,7 +115,7 @@ def look_up(text: str, data: str | Path | None = None) -> Known:
     """What a user means by `text`, without loading it. UserError when it is nothing."""
     if text == "demo":
         return _from_folder(demo_model())
-    for folder in (Path(text).expanduser(), data_dir(data) / "models" / text):
+    for folder in (Path(text).expanduser(), *(place / text for place in models_dirs(data))):
         if (folder / "config.json").is_file():
             return _from_folder(folder)
     entry = find(text)

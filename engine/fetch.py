@@ -17,7 +17,7 @@ from threading import Event
 
 from engine import catalogue
 from engine.hub import Hub, Listing, RemoteFile
-from engine.installed import MANIFEST, SOURCE, Source, models_dir, only_one, partial
+from engine.installed import MANIFEST, SOURCE, Source, only_one, partial, place_of
 from engine.progress import Meter, Progress
 from engine.spec import UserError
 from engine.units import size
@@ -79,7 +79,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
         raise UserError(f"There is no source {source!r}; choose one of {', '.join(SOURCES)}.")
     model, choice, stop = wanted(text), choice or Choice(), stop or Event()
     model = replace(model, gguf_file=file or model.gguf_file, like=like)
-    dest = Path(folder).expanduser().absolute() if folder else models_dir(data) / model.name
+    dest = Path(folder).expanduser().absolute() if folder else place_of(model.name, data)
     with only_one(dest):
         work = partial(dest)
         if dest.exists():

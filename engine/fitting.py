@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import catalogue, hardware, rates
-from engine.paths import data_dir
+from engine.paths import data_dir, models_dirs
 from engine.plan import Plan, Wishes, plan
 from engine.spec import Machine, UserError
 
@@ -34,7 +34,7 @@ class Outlook:
 
 def here(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, hardware.Hardware]:
     """This machine for the planner, and what was found on it with the sentences about it (`notes`)."""
-    found = hardware.survey(data_dir(data) / "models")
+    found = hardware.survey(models_dirs(data)[0])
     return rates.with_cached(hardware.machine(found, device), data_dir(data) / "cache"), found
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.hub import RemoteFile
-from engine.paths import data_dir
+from engine.paths import models_dir, models_dirs
 from engine.spec import MachineError, UserError
 
 PARTIAL = ".partial"
@@ -70,14 +70,15 @@ class Installed:
 
 
 def models(data: str | Path | None = None) -> list[Installed]:
-    """What the data folder holds, by name."""
-    folders = sorted(path for path in models_dir(data).iterdir() if path.is_dir())
-    return [found for found in map(_installed, folders) if found]
+    """What the folders for models hold, by name; of two with one name that in the first."""
+    there = [path for folder in reversed(models_dirs(data)) if folder.is_dir() for path in folder.iterdir()]
+    folders = {path.name: path for path in there if path.is_dir()}
+    return [found for _, path in sorted(folders.items()) if (found := _installed(path))]
 
 
 def delete(name: str, data: str | Path | None = None) -> int:
     """Remove a model and what an unfinished download of it has left; -> bytes freed. UserError if there is none."""
-    dest = models_dir(data) / _plain(name)
+    dest = place_of(_plain(name), data)
     folders = [folder for folder in (dest, partial(dest)) if folder.is_dir()]
     if not folders:
         known = ", ".join(model.name for model in models(data)) or "none yet"
@@ -89,8 +90,11 @@ def delete(name: str, data: str | Path | None = None) -> int:
     return freed
 
 
-def models_dir(data: str | Path | None = None) -> Path:
-    return data_dir(data) / "models"
+def place_of(name: str, data: str | Path | None = None) -> Path:
+    """Where the model `name` is, whole or begun, or else is to be made."""
+    places = [folder / name for folder in models_dirs(data)]
+    begun = [place for place in places if place.exists() or partial(place).exists()]
+    return begun[0] if begun else models_dir(data) / name
 
 
 def partial(dest: Path) -> Path:

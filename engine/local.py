@@ -14,7 +14,7 @@ from threading import Event
 
 from engine.fetch import Choice, part_of
 from engine.hub import Stopped
-from engine.installed import models, models_dir, only_one, partial, partial_share
+from engine.installed import models, only_one, partial, partial_share, place_of
 from engine.progress import Progress
 from engine.spec import UserError
 
@@ -90,7 +90,7 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
 
 def _made(name: str, data: str | Path | None, choice: Choice, report: Report, stop: Event, work: Callable) -> Path:
     """Run `work` into the partial folder of `name` and give the result its name."""
-    dest = models_dir(data) / name
+    dest = place_of(name, data)
     with only_one(dest):
         if dest.exists():
             raise UserError(f"{name} is there already; delete it first to make it again.")

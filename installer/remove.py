@@ -20,11 +20,14 @@ def uninstall(app: Path, lock: Lock, screen: Screen) -> int:
     if not lock.taken:
         raise Trouble("Floe Chat is running. Close it first, then uninstall.", 2)
     data = places.data_folder(None)
+    elsewhere = _models_elsewhere(data)  # before its list is deleted
     if data.exists() and _wants_deletion(data):
         shutil.rmtree(data, onerror=_writable)
         print(f"Deleted {data}.")
     elif data.exists():
         print(f"Your chats and models are kept in {data}.")
+    for folder in elsewhere:
+        print(f"There are models in {folder} as well; delete them yourself if you do not want them.")
     for file in [*places.shortcuts(), places.memory()]:
         file.unlink(missing_ok=True)
     if places.memory().parent.exists() and not any(places.memory().parent.iterdir()):
@@ -35,6 +38,13 @@ def uninstall(app: Path, lock: Lock, screen: Screen) -> int:
     shutil.rmtree(app, onerror=_writable)
     print(f"Floe Chat is uninstalled. The folder {app.parent} can be deleted now.")
     return 0
+
+
+def _models_elsewhere(data: Path) -> list[str]:
+    """Folders that were chosen for models (engine/paths.py) and are there; they may hold other things, too."""
+    chosen = data / "models-folders"
+    lines = chosen.read_text(encoding="utf-8", errors="replace").splitlines() if chosen.is_file() else []
+    return [line for line in lines if Path(line) != data / "models" and Path(line).is_dir()]
 
 
 def _wants_deletion(data: Path) -> bool:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +160,34 @@ def test_where_models_are_kept_is_said_without_the_name_of_the_home_folder(shelf
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert shelf.shown()["folder"] == os.path.join("~", "models")
+
+
+def test_new_models_go_to_the_chosen_folder_and_old_ones_go_on(loopback, shelf, tmp_path):
+    shelf.fetch(NAME)
+    until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
+    disk = tmp_path / "other disk"
+    assert shelf.keep_in(str(disk)) == shelf.shown()["folder"] == str(disk)
+    shelf.fetch(NAME)  # is there already, in the old folder
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["folder"] == str(tmp_path / "models" / "Tiny-Floe") and not list(disk.iterdir())
+    assert shelf.remove("Tiny-Floe") > 10_000_000
+    loopback.pause = 0.02
+    shelf.fetch(NAME)
+    until(lambda: works(shelf) and works(shelf)["Tiny-Floe"]["done"] > 500_000)
+    shelf.pause("Tiny-Floe")
+    shelf.keep_in("")  # what has been begun there is finished there
+    loopback.pause = 0.0
+    assert shelf.works.go_on("Tiny-Floe")
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["folder"] == str(disk / "Tiny-Floe")
+    assert shelf.plan("Tiny-Floe")["levels"]
+    assert shelf.suggest(str(disk), "folder") == [str(disk) + os.sep]
+    shelf.keep_in(str(disk))
+    shutil.move(disk, tmp_path / "away")
+    assert list(on_disk(shelf)) == ["demo"] and shelf.shown()["free_bytes"] is None
+    shelf.fetch(NAME)
+    until(lambda: works(shelf)["Tiny-Floe"]["state"] == "failed")
+    assert "connect its disk" in works(shelf)["Tiny-Floe"]["text"]
 
 
 def test_typing_a_path_brings_folders_and_gguf_files(shelf, tmp_path):

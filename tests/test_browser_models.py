@@ -215,6 +215,27 @@ def test_the_folder_of_a_model_opens_in_the_file_manager(app, page):
     assert (app.tools / "opened").read_text() == str(demo_model())
 
 
+def test_new_models_are_kept_in_another_folder(page, tmp_path):
+    models_tab(page)
+    page.locator("summary", has_text="Keep models in another folder").click()
+    path, button = page.get_by_label("Folder of this computer"), page.get_by_role("button", name="Keep them there")
+    path.fill(str(tmp_path))
+    button.click()
+    page.wait_for_selector(f".notice:has-text('New models are kept in {tmp_path}')")
+    expect(page.locator("#disk-use")).to_contain_text(str(tmp_path))
+    page.fill("#hub-id", "tester/Second-Floe")
+    page.locator(".hub-id button").first.click()
+    row(page, "Second-Floe").get_by_role("button", name="Delete").wait_for()
+    assert (tmp_path / "Second-Floe" / "floe.json").is_file()
+    page.on("dialog", lambda dialog: dialog.accept())
+    row(page, "Second-Floe").get_by_role("button", name="Delete").click()
+    row(page, "Second-Floe").wait_for(state="detached")
+    page.locator("summary", has_text="Keep models in another folder").click()
+    path.fill("")
+    button.click()
+    expect(page.locator("#disk-use")).not_to_contain_text(str(tmp_path))
+
+
 def test_the_aim_narrows_the_catalogue_to_three(page):
     models_tab(page)
     page.get_by_label("What is it for?").select_option("coding")

@@ -21,6 +21,8 @@ import pytest
 import waiting
 from browser import CHROMIUM, ask, expect, until, wait_ready
 
+from engine import choose_models_dir
+
 ROOT = Path(__file__).resolve().parents[1]
 until_there = waiting.until
 PARTS = ("app", "assets", "engine", "installer", "kernels", "pyproject.toml")
@@ -258,8 +260,9 @@ def test_half_of_the_environment_gone(person):
 def test_uninstalling_leaves_only_what_was_kept(person):
     subprocess.run(["sh", person.folder / "installer" / "install_shortcut.sh"], check=True, env=person.variables,
                    stdout=subprocess.DEVNULL)
+    choose_models_dir(str(person.home / "large disk"), person.data)
     code, said = person.run("--uninstall")
-    assert code == 0 and str(person.data) in said
+    assert code == 0 and str(person.data) in said and str(person.home / "large disk") in said
     assert not person.app.exists() and not list(person.folder.rglob("__pycache__"))
     left = [path.relative_to(person.home) for path in person.home.rglob("*") if "floe" in path.name.lower()]
     kept = {Path(".local/share/floechat"), person.folder.relative_to(person.home)}

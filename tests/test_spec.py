@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from engine.paths import data_dir
+from engine.paths import choose_models_dir, data_dir, models_dir, models_dirs
 from engine.spec import END_REASONS, EVENT_KINDS, LEVELS, Counters, Event, ModelSpec, Options, Sampling, UserError
 
 
@@ -91,3 +91,26 @@ def test_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another with --data"):
         data_dir(tmp_path / "file")
+
+
+def test_models_on_another_disk(tmp_path):
+    """Chosen for new models; those that are there stay and are found; a disk that is not connected is said."""
+    data, disk = tmp_path / "data", tmp_path / "disk"
+    assert models_dirs(data) == [models_dir(data)] == [data / "models"]
+    assert choose_models_dir(str(disk), data) == disk == models_dir(data)
+    assert models_dirs(data) == [disk, data / "models"]
+    disk.rmdir()
+    with pytest.raises(UserError, match="is not there; connect its disk"):
+        models_dir(data)
+    assert choose_models_dir(str(data / "models"), data) == models_dir(data) == data / "models"
+    assert models_dirs(data) == [data / "models", disk]
+    choose_models_dir(str(disk), data)
+    assert models_dirs(data) == [disk, data / "models"]
+    (data / "models-folders").write_bytes(b"\xff\xfe")
+    assert models_dirs(data) == [data / "models"]
+    (tmp_path / "file").write_text("")
+    for wrong, said in (("disk", "no whole path"), (str(tmp_path / "file"), "cannot be kept in"),
+                        (str(tmp_path / "none" / "below"), "cannot be kept in")):
+        with pytest.raises(UserError, match=said):
+            choose_models_dir(wrong, data)
+    assert choose_models_dir(" ", data) == data / "models"

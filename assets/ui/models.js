@@ -37,7 +37,7 @@ export async function mount(root) {
     ...AIMS.map((name) => h("option", { value: name }, TEXT[`aim_${name}`])));
   const other = h("input", { placeholder: TEXT.fetch_placeholder, "aria-label": TEXT.fetch_other, id: "hub-id" });
   root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_models },
-    h("h2", {}, TEXT.on_disk), disk, use, works,
+    h("h2", {}, TEXT.on_disk), disk, use, keeping(load), works,
     h("div", { class: "panel-head" }, h("h2", {}, TEXT.offers),
       h("button", { type: "button", class: "quiet", id: "find-model", onclick: () => emit("welcome") }, TEXT.find_model)),
     choice, notes, offers,
@@ -48,7 +48,8 @@ export async function mount(root) {
   async function load() {
     shelf = await api("GET", "/api/models");
     notes.textContent = shelf.notes.join(" ");
-    use.textContent = say("disk_use", { used: bytes(shelf.used_bytes), free: bytes(shelf.free_bytes), folder: shelf.folder });
+    use.textContent = say(shelf.free_bytes === null ? "disk_gone" : "disk_use",
+      { used: bytes(shelf.used_bytes), free: bytes(shelf.free_bytes), folder: shelf.folder });
     keep(disk, shelf.disk.map((model) => [JSON.stringify(model), model]), onDisk);
     drawOffers();
   }
@@ -157,6 +158,19 @@ function measuring({ name }) {
       measureLevels(name, text.value) }, TEXT.measure)));
 }
 
+// Where new models are kept; they may be larger than the disk with the home folder.
+function keeping(then) {
+  const [path, known] = pathField("folder", "models-folder", TEXT.keep_models_path);
+  const details = h("details", { class: "choose" }, h("summary", {}, TEXT.keep_models), h("p", {}, TEXT.keep_models_about),
+    path, known, h("div", { class: "model-buttons" }, h("button", { type: "button", class: "primary", onclick: async () => {
+      const { folder } = await api("POST", "/api/models/keep", { folder: path.value });
+      details.open = false;
+      notice(say("models_kept", { folder }));
+      then();
+    } }, TEXT.keep_models_now)));
+  return details;
+}
+
 function importing() {
   const [path, known] = pathField("gguf", "gguf-path", TEXT.gguf_path);
   const like = h("input", { id: "gguf-like", "aria-label": TEXT.gguf_like, placeholder: TEXT.gguf_like_short });
@@ -165,7 +179,7 @@ function importing() {
       api("POST", "/api/models/import", { file: path.value, like: like.value }) }, TEXT.gguf_import))];
 }
 
-// A file of this computer by its path; what was typed of it brings suggestions.
+// A file or folder of this computer by its path; what was typed of it brings suggestions.
 function pathField(kind, id, label) {
   const known = h("datalist", { id: `${id}-files` });
   const path = h("input", { id, list: known.id, "aria-label": label, placeholder: label, oninput: suggest, onfocus: suggest });

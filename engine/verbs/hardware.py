@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from engine import hardware, rates
-from engine.paths import data_dir
+from engine.paths import data_dir, models_dirs
 from engine.units import size
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     data = data_dir(args.data)
-    found = hardware.survey(data / "models")
+    found = hardware.survey(models_dirs(data)[0])
     machine = rates.with_rates(hardware.machine(found, args.device), data / "cache", args.refresh)
     for line in _tell(found, machine):
         print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""models: what the data folder holds, whole or unfinished."""
+"""models: what there is, whole or unfinished; with --keep-in, where new ones go from now on."""
 from __future__ import annotations
 
 import argparse
@@ -6,14 +6,18 @@ import sys
 
 from engine import catalogue
 from engine.installed import Installed, models
+from engine.paths import choose_models_dir
 from engine.units import size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None of its own."""
+    parser.add_argument("--keep-in", metavar="FOLDER", help="keep new models there ('': in the data folder); those "
+                                                            "that are here already stay where they are")
 
 
 def run(args: argparse.Namespace) -> dict:
+    if args.keep_in is not None:
+        print(f"New models are kept in {choose_models_dir(args.keep_in, args.data)}.", file=sys.stderr)
     found = models(args.data)
     for model in found:
         print(_line(model), file=sys.stderr)

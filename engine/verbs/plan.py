@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from engine import catalogue, hardware, rates
-from engine.paths import data_dir
+from engine.paths import data_dir, models_dirs
 from engine.plan import Wishes, plan
 from engine.spec import LEVELS, Machine
 from engine.units import parse_bytes
@@ -37,7 +37,7 @@ def _machine(args: argparse.Namespace) -> Machine:
     if args.machine:
         return hardware.described(args.machine, **sizes)
     data = data_dir(args.data)
-    found = hardware.survey(data / "models")
+    found = hardware.survey(models_dirs(data)[0])
     for note in found.notes:
         print(note, file=sys.stderr)
     here = rates.with_rates(hardware.machine(found, args.device), data / "cache")
