@@ -6,6 +6,7 @@ and nothing is stored for the next one instead. Drafts are kept among the prefer
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from app.chats import Chats, Conversation
 from engine import UserError
@@ -42,13 +43,17 @@ class Drafts:
         except UserError:
             return {}
 
-    def keep(self, name: str, settings: dict) -> None:
+    def change(self, name: str, change: Callable[[dict], dict]) -> dict:
+        """Store what `change` makes of the settings; -> it. One after another: two controls that are left within a
+        moment answer in two threads, and neither may store the other's value away."""
         with self._lock:
-            number = self.conversation(name)
+            settings, number = change(self.settings(name)), self.conversation(name)
             if number is not None:
-                return self._chats.set_settings(number, settings)
-            drafts = {key: value for key, value in self._all().items() if key != name} | {name: settings}
-            self._chats.set_preference("drafts", dict(list(drafts.items())[-MOST:]))
+                self._chats.set_settings(number, settings)
+            else:
+                drafts = {key: value for key, value in self._all().items() if key != name} | {name: settings}
+                self._chats.set_preference("drafts", dict(list(drafts.items())[-MOST:]))
+        return settings
 
     def _all(self) -> dict[str, dict]:
         return self._chats.preference("drafts", {})

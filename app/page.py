@@ -7,6 +7,7 @@ light; what a person sets is Gradio's. The scripts tell this side which conversa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import gradio as gr
@@ -161,18 +162,17 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
         return [f"{event.name} {event.turn}", *values]
 
     def to_defaults(shown: str):
-        conversation = _name_in(shown)
-        kept = {n: v for n, v in drafts.settings(conversation).items() if n == "system"}
-        return _keep(parts, conversation, kept, names, names)
+        def only_system(stored: dict) -> dict:
+            return {n: v for n, v in stored.items() if n == "system"}
+        return _keep(parts, _name_in(shown), only_system, names, names)
 
     def storing(name: str):
         touched = names if name == "preset" else [name, "preset"]
 
         def store(shown: str, value):
-            conversation = _name_in(shown)
-            stored = drafts.settings(conversation)
-            changed = presets.chosen(value, stored) if name == "preset" else _changed(stored, name, value)
-            return _keep(parts, conversation, changed, names, touched)
+            def change(stored: dict) -> dict:
+                return presets.chosen(value, stored) if name == "preset" else _changed(stored, name, value)
+            return _keep(parts, _name_in(shown), change, names, touched)
         return store
 
     # multiple: an event that is put off, as in always_last, would come with the data of the one before it
@@ -220,11 +220,10 @@ def _changed(stored: dict, name: str, value) -> dict:
     return settings
 
 
-def _keep(parts, conversation: str, settings: dict, names: list[str], touched: list[str]) -> list:
+def _keep(parts, conversation: str, change: Callable[[dict], dict], names: list[str], touched: list[str]) -> list:
     """Store, and the new values of the touched controls; what cannot be is said and put back."""
     try:
-        settings = checked(settings)
-        parts.drafts.keep(conversation, settings)
+        settings = parts.drafts.change(conversation, lambda stored: checked(change(stored)))
         parts.stream.changed()
     except UserError as error:
         gr.Warning(str(error))
