@@ -25,6 +25,7 @@ _MIB = 1 << 20
 # always_last: Gradio's own choice drops what a person does while the same event's last answer is still under way
 FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
 MAY_WARN = FREE | {"queue": True}  # Gradio shows a warning only where the event went through its queue
+IN_TURN = MAY_WARN | {"concurrency_id": "settings", "concurrency_limit": 1}  # what is kept is what was set just before
 
 
 def theme() -> gr.themes.Base:
@@ -179,8 +180,8 @@ def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Bu
     chat.select(show, None, [opened, *controls.values()], **FREE | {"trigger_mode": "multiple"})
     for name, control in controls.items():
         event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-        event(storing(name), [opened, control], list(controls.values()), **MAY_WARN)
-    reset.click(to_defaults, opened, list(controls.values()), **FREE)
+        event(storing(name), [opened, control], list(controls.values()), **IN_TURN)
+    reset.click(to_defaults, opened, list(controls.values()), **IN_TURN)
 
 
 def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, keep: gr.Button, forget: gr.Button):
@@ -199,12 +200,12 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
     def on_keep(opened: str, wished: str):
         return after(lambda stored: presets.keep(wished, stored), opened)
 
-    def on_forget(opened: str):
-        return after(lambda stored: presets.forget(presets.name_of(stored)), opened)
+    def on_forget(opened: str, seen: str):
+        return after(lambda stored: presets.forget(seen), opened)
 
-    keep.click(on_keep, [opened, name], shown, **MAY_WARN)
-    name.submit(on_keep, [opened, name], shown, **MAY_WARN)
-    forget.click(on_forget, opened, shown, **MAY_WARN)
+    keep.click(on_keep, [opened, name], shown, **IN_TURN)
+    name.submit(on_keep, [opened, name], shown, **IN_TURN)
+    forget.click(on_forget, [opened, controls["preset"]], shown, **IN_TURN)
 
 
 def _name_in(opened: str) -> str:
