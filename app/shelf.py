@@ -27,6 +27,7 @@ from engine import (
     delete,
     demo_model,
     download,
+    drop_calibration,
     fitted,
     import_file,
     look_up,
@@ -147,6 +148,8 @@ class Shelf:
         self.works.pause(name)
         unfinished = {model.name for model in models(self._data) if model.kind == "unfinished"}
         freed = delete(name, self._data) if name in unfinished else 0
+        if any(work["name"] == name and work["kind"] == "measure" for work in self.works.shown()):
+            drop_calibration(name, self._data)
         self.works.forget(name)
         self.works.on_change()
         return freed

@@ -150,7 +150,7 @@ TEXT = {
                      "finds how much quality, balanced and fast may leave out. A large model may need many hours; the "
                      "longest it can still take is shown once it has begun.",
     "measure_text": "Text file to measure on (empty: ours)",
-    "measure_stopped": "Stopped. Going on begins anew; the model is as it was.",
+    "measure_stopped": "Stopped. The model is as it was; what has been measured is kept for going on.",
     "no_text": "There is no text file {path!r} on this computer; give the whole path of a file that ends in .txt or "
                ".jsonl, or leave the field empty.",
     "really_cancel": "Cancel {name}? What is there of it so far is deleted.",

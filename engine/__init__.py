@@ -28,7 +28,7 @@ _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": 
          "measured": "engine.fitting", "fitted": "engine.fitting", "Known": "engine.catalogue",
          "look_up": "engine.catalogue", "what_binds": "engine.binding", "CardMeter": "engine.card",
          "compress_installed": "engine.local", "compressed_name": "engine.local", "import_file": "engine.local",
-         "calibrate_installed": "engine.local"}
+         "calibrate_installed": "engine.local", "drop_calibration": "engine.local"}
 
 __all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
            "UserError", *_LAZY]

@@ -8,6 +8,7 @@ replaced atomically.
 """
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from engine.budgets import Budgets, LayerTable, cheapest, edges, record_bytes
 from engine.experts import LevelPlan, Runtime
 from engine.format import FileEntry, Manifest, SafetensorsWriter, file_entry
 from engine.hf import Loaded, load
+from engine.noted import Noted, forget
 from engine.rises import Documents, Rises, log_probabilities
 from engine.simulate import Decoded, Seen, Simulation
 from engine.spec import PROMISES, Options, UserError
@@ -29,6 +31,7 @@ from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
 Report = Callable[[str], None]
+Check = Callable[[int, int, int], None]
 LONGEST = 512        # tokens of a document; longer ones are divided
 PROBE = 0.1          # share of a layer's neurons kept when its sensitivity is measured
 TABLE_TOKENS = 1024  # tokens of each text behind the tables of errors
@@ -46,9 +49,11 @@ def documents_of(path: Path, tokenizer, n_tokens: int) -> Documents:
 
 
 class Calibration:
-    """The steps, in order, over one open model. texts: the documents of every text."""
+    """The steps, in order, over one open model. texts: the documents of every text; noted, skipped: see Rises."""
 
-    def __init__(self, loaded: Loaded, texts: Sequence[Documents], reference=None, report: Report = print) -> None:
+    def __init__(self, loaded: Loaded, texts: Sequence[Documents], reference=None, report: Report = print,
+                 noted: Noted | None = None, skipped: Callable[[int], None] = lambda n_tokens: None) -> None:
+        self._noted, self._skipped = noted, skipped
         self.model, self.runtime, self.reference, self.report = loaded.model, loaded.runtime, reference, report
         self.layout = self.runtime.far.layout
         self.fit = [documents[:-(len(documents) // 3)] for documents in texts]
@@ -70,7 +75,7 @@ class Calibration:
     def run(self) -> tuple[dict, dict[str, Tensor]]:
         """-> the manifest's "calibration", and the usage counts."""
         self.report("exact: the loss to compare with")
-        self.rises = Rises(self.model, self._simulating, self.fit)
+        self.rises = Rises(self.model, self._simulating, self.fit, self._noted, self._skipped)
         tables = self._tables()
         for level, promise in PROMISES.items():
             self.plans[level] = LevelPlan(self._budgets(level, promise, tables))
@@ -322,10 +327,11 @@ def _quantile(values: Tensor, share: float) -> float:
 
 def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_folder: Path | None = None,
               device: str | None = None, report: Report = print,
-              check: Callable[[int, int], None] = lambda done, most: None) -> dict:
+              check: Check = lambda read, skipped, most: None) -> dict:
     """Calibrate a compressed folder and store the result in its floe.json; returns it.
 
-    check: is called before every document with the tokens read so far and the most there may be, and may raise.
+    check: is called before every document with the tokens read so far, those that an earlier run had measured, and the
+    most that all of it may be; may raise. Stopped or killed, the next call goes on with what was measured.
     UserError: not a compressed folder, text too short or unreadable, a reference with another vocabulary. The old
     calibration stays until the end.
     """
@@ -333,13 +339,22 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
     loaded = load(folder, Options(level="exact", device=device, predict=False))
     reference = None if reference_folder is None else _reference(reference_folder, loaded, device)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
-    calibration = Calibration(loaded, documents, reference, report)
-    _watch(loaded.model, calibration.most_tokens, check)
+    noted, progress = Noted(folder, _subject(manifest, loaded, documents)), _Read(check)
+    calibration = Calibration(loaded, documents, reference, report, noted, progress.skip)
+    progress.watch(loaded.model, calibration.most_tokens)
     found, usage = calibration.run()
     found |= {"texts": [path.name for path in texts],
               "reference": "exact" if reference_folder is None else reference_folder.name}
     _store(folder, manifest, found, usage)
+    forget(folder)
     return found
+
+
+def _subject(manifest: Manifest, loaded: Loaded, texts: Sequence[Documents]) -> str:
+    """What measurements hold for: these files, these tokens, this kind of device."""
+    files = [(entry.path, entry.sha256) for entry in manifest.files if entry.path != USAGE]
+    tokens = [[ids.tolist() for ids in documents] for documents in texts]
+    return hashlib.sha256(repr((files, tokens, loaded.model.device.type)).encode()).hexdigest()
 
 
 def _reference(folder: Path, loaded: Loaded, device: str | None):
@@ -351,14 +366,20 @@ def _reference(folder: Path, loaded: Loaded, device: str | None):
     return found
 
 
-def _watch(model, most: int, check: Callable[[int, int], None]) -> None:
-    done = 0
+class _Read:
+    """How far it is, in tokens."""
 
-    def before(module, ids: tuple[Tensor]) -> None:
-        nonlocal done
-        check(done, most)
-        done += ids[0].numel()
-    model.register_forward_pre_hook(before)
+    def __init__(self, check: Check) -> None:
+        self._check, self._read, self._skipped = check, 0, 0
+
+    def skip(self, n_tokens: int) -> None:
+        self._skipped += n_tokens
+
+    def watch(self, model, most: int) -> None:
+        def before(module, ids: tuple[Tensor]) -> None:
+            self._check(self._read, self._skipped, most)
+            self._read += ids[0].numel()
+        model.register_forward_pre_hook(before)
 
 
 def _store(folder: Path, manifest: Manifest, found: dict, usage: dict[str, Tensor]) -> None:

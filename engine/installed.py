@@ -108,11 +108,11 @@ def partial_share(work: Path) -> Path:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below; files that vanish meanwhile do not count."""
+    """Bytes of all files below, but our own notes, whose names begin with a dot, and what vanishes meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         try:
-            total += path.stat().st_size if path.is_file() else 0
+            total += path.stat().st_size if path.is_file() and path.name[0] != "." else 0
         except OSError:
             continue
     return total

@@ -1,8 +1,8 @@
 """Work on models of this disk, in the background: a checkpoint compressed, a GGUF file imported, levels calibrated.
 
 What is made is made in `NAME.partial` and renamed when whole, like a download; stopped or killed it goes on behind the
-last finished layer. A calibration replaces a file at its end; stopped it has changed nothing, and begins anew. In their
-`Progress` the bytes count layers, or tokens. Load torch only when they start to work.
+last finished layer. A calibration replaces a file at its end; stopped or killed it goes on behind the last document
+that it has measured. In their `Progress` the bytes count layers, or tokens. Load torch only when they start.
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from threading import Event
 from engine.fetch import Choice, part_of
 from engine.hub import Stopped
 from engine.installed import models, only_one, partial, partial_share, place_of
+from engine.noted import forget
 from engine.progress import Progress
 from engine.spec import UserError
 
@@ -64,9 +65,7 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
     Stopped, before the next document, when `stop` is set. UserError: no such model, a text that is too short.
     `seconds_left` is the longest it may take: how many trials a promise needs is not known before.
     """
-    folder = next((model.folder for model in models(data) if model.name == name and model.kind == "compressed"), None)
-    if folder is None:
-        raise UserError(f"There is no compressed model {name!r} in the data folder to calibrate.")
+    folder = _compressed(name, data)
     stop, begun, saying = stop or Event(), 0.0, ""
     with only_one(folder):
         report(Progress(0, 1, 0.0, None, "Loading the model"))
@@ -77,14 +76,28 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
             nonlocal saying
             saying = line
 
-        def check(done: int, most: int) -> None:
+        def check(read: int, skipped: int, most: int) -> None:
             nonlocal begun
             if stop.is_set():
                 raise Stopped
             begun = begun or time.monotonic()
-            left = (time.monotonic() - begun) / done * (most - done) if done else None
-            report(Progress(done, most, 0.0, left, saying))
+            left = (time.monotonic() - begun) / read * (most - skipped - read) if read else None
+            report(Progress(read + skipped, most, 0.0, left, saying))
         calibrate(folder, [text or CALIBRATION_TEXT], CALIBRATION_TOKENS, None, device, say, check)
+    return folder
+
+
+def drop_calibration(name: str, data: str | Path | None = None) -> None:
+    """Throw away what a calibration of the model `name` that was stopped has measured. UserError: no such model."""
+    folder = _compressed(name, data)
+    with only_one(folder):
+        forget(folder)
+
+
+def _compressed(name: str, data: str | Path | None) -> Path:
+    folder = next((model.folder for model in models(data) if model.name == name and model.kind == "compressed"), None)
+    if folder is None:
+        raise UserError(f"There is no compressed model {name!r} in the data folder to calibrate.")
     return folder
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.experts import LevelPlan
+from engine.noted import Noted
 
 Tensor = torch.Tensor
 Documents = list[Tensor]  # int64 [1, n] each: a loss is measured from the start of a document, as in a conversation
@@ -43,10 +44,15 @@ class Rise:
 
 
 class Rises:
-    """Measures plans on texts against `exact`, which is run once; remembers them for the ratio."""
+    """Measures plans on texts against `exact`, which is run once; remembers them for the ratio.
 
-    def __init__(self, model, simulating: Simulating, texts: Sequence[Documents]) -> None:
+    noted: what an earlier run has measured; skipped: is told the tokens that were not read for it.
+    """
+
+    def __init__(self, model, simulating: Simulating, texts: Sequence[Documents], noted: Noted | None = None,
+                 skipped: Callable[[int], None] = lambda n_tokens: None) -> None:
         self.model, self.simulating, self.texts = model, simulating, texts
+        self._noted, self._skipped = noted, skipped
         with simulating(None):
             self._exact = [[_Kept.of(log_probabilities(model, ids)[0], ids[0, 1:]) for ids in documents]
                            for documents in texts]
@@ -56,16 +62,27 @@ class Rises:
         """One for each text; a plan is run once."""
         if plan not in self._measured:
             with self.simulating(plan):
-                self._measured[plan] = [self._of_text(*pair) for pair in zip(self.texts, self._exact, strict=True)]
+                self._measured[plan] = [self._of_text(plan, text) for text in range(len(self.texts))]
         return self._measured[plan]
 
-    def _of_text(self, documents: Documents, exact: list[_Kept]) -> Rise:
-        found = []
-        for ids, kept in zip(documents, exact, strict=True):
-            logp = log_probabilities(self.model, ids)[0]
-            found.append((kept.loss_over(logp, ids[0, 1:]), kept.divergence_to(logp)))
+    def _of_text(self, plan: LevelPlan, text: int) -> Rise:
+        documents = self.texts[text]
+        found = [self._of_document(plan, text, number) for number in range(len(documents))]
         losses, divergences = torch.tensor(found, dtype=torch.float64).T
         return Rise(losses, divergences, sum(ids.shape[1] - 1 for ids in documents))
+
+    def _of_document(self, plan: LevelPlan, text: int, number: int) -> tuple[float, float]:
+        """Loss and divergence, summed over the tokens."""
+        ids, exact = self.texts[text][number], self._exact[text][number]
+        known = self._noted.get(plan, text, number) if self._noted else None
+        if known is not None:
+            self._skipped(ids.numel())
+            return known
+        logp = log_probabilities(self.model, ids)[0]
+        found = exact.loss_over(logp, ids[0, 1:]), exact.divergence_to(logp)
+        if self._noted:
+            self._noted.put(plan, text, number, found)
+        return found
 
     def ratios(self, plans: Sequence[LevelPlan] | None = None, errors: float = 0.0) -> list[float]:
         """Loss per divergence of each text, over these plans (None: all that were measured), never below a tenth;

@@ -293,7 +293,7 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     work = page.locator("#model-works li[data-name='Little-floe']")
     expect(work.locator("p")).to_contain_text("at most")
     work.get_by_role("button", name="Pause").click()
-    expect(work).to_contain_text("Going on begins anew")
+    expect(work).to_contain_text("is kept for going on")
     work.get_by_role("button", name="Cancel").click()
     work.wait_for(state="detached")
     little.get_by_label("Text file to measure on").fill(str(tmp_path / "tales"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from engine.__main__ import main
 from engine.budgets import LayerTable, cheapest, edges, record_bytes
 from engine.compress import compress
 from engine.format import Manifest, MappedFile, file_entry
+from engine.hub import Stopped
 from engine.measure import evaluate
+from engine.noted import NOTED, Noted, forget
 from engine.simulate import Decoded, Simulation
 from engine.skeleton import experts_modules
 from engine.spec import PROMISES, Options, UserError
@@ -122,7 +125,6 @@ def texts(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def calibrated(folder, texts, tmp_path_factory) -> tuple[Path, dict, list[str]]:
     """A calibrated copy, the document of the command and what it said."""
-    import shutil
     made, said = shutil.copytree(folder, tmp_path_factory.mktemp("calibrated") / "made"), []
     found = calibration.calibrate(made, texts, N_TOKENS, report=said.append, device="cpu")
     return made, found, said
@@ -186,6 +188,31 @@ def test_floe_asks_for_the_bytes_of_balanced(calibrated, texts):
     assert asked == pytest.approx(found["levels"]["balanced"]["record_bytes_per_token"], rel=0.15)
 
 
+def test_stopped_again_and_again_it_goes_on_and_ends_as_if_it_had_not_been(folder, calibrated, texts, tmp_path):
+    """Measured documents are not read again, not even behind a line that was not finished."""
+    made, stops = shutil.copytree(folder, tmp_path / "made"), 0
+    read, most = [], []
+
+    def check(n_read: int, skipped: int, whole: int) -> None:
+        read[-1], most[:] = n_read, [whole]
+        if len(read) < 6 and n_read > whole // 8:  # the beginning is read each time
+            raise Stopped
+        assert n_read + skipped <= whole
+    while True:
+        read.append(0)
+        try:
+            found = calibration.calibrate(made, texts, N_TOKENS, report=lambda line: None, device="cpu", check=check)
+            break
+        except Stopped:
+            stops += 1
+            with (made / NOTED).open("a", encoding="utf-8") as file:
+                file.write('["half a li')
+    assert stops == 5 and sum(read) < 1.7 * most[0]
+    assert found == calibrated[1]
+    assert {path.name for path in made.iterdir()} == {path.name for path in calibrated[0].iterdir()}
+    assert (made / calibration.USAGE).read_bytes() == (calibrated[0] / calibration.USAGE).read_bytes()
+
+
 def test_the_command_and_a_reference(folder, calibrated, texts, tmp_path, capfd, monkeypatch):
     """KL is against the reference; a second calibration replaces the first, and one that fails leaves it."""
     made = calibrated[0]
@@ -210,3 +237,16 @@ def test_the_command_and_a_reference(folder, calibrated, texts, tmp_path, capfd,
     monkeypatch.setattr(calibration, "miss_curve", lambda trace: (_ for _ in ()).throw(UserError("Broken off.")))
     assert main(arguments) == 2
     assert (made / "floe.json").read_bytes() == before
+
+
+def test_what_was_measured_on_something_else_is_thrown_away(tmp_path):
+    noted = Noted(tmp_path, "this")
+    noted.put((1, 2), 0, 3, (0.1, 1e-300))
+    noted.put((1, 2), 1, 3, (-0.2, 3.0))
+    again = Noted(tmp_path, "this")
+    assert (again.get((1, 2), 0, 3), again.get((1, 2), 1, 3)) == ((0.1, 1e-300), (-0.2, 3.0))
+    assert again.get((1, 3), 0, 3) is None
+    assert Noted(tmp_path, "other").get((1, 2), 0, 3) is None and Noted(tmp_path, "this").get((1, 2), 0, 3) is None
+    forget(tmp_path)
+    forget(tmp_path)
+    assert list(tmp_path.iterdir()) == []
