@@ -1,6 +1,7 @@
 """Whole answers by the device's path, run on the CPU: the host's text, the host's bytes, nothing read twice."""
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,35 @@ def test_a_job_beside_the_conversation_leaves_what_was_read(engines):
     answers = [finish(engine.chat(talk, GREEDY)) for engine in engines]
     assert told(answers[0][0]) == told(answers[1][0])
     assert next(event for event in answers[1][0] if event.kind == "prefill").n_tokens == len(kept)
+
+
+QUESTIONS = ("Hi!", "What is your name?", "Tell me about the sea.", "Why?", "Tell me a story about a dragon. " * 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_talk_reads_the_same(engines, seed):
+    """Questions, the same again, edits, other talks, stops and jobs beside: by either path the same words follow."""
+    draw = random.Random(seed)
+    texts, device = [draw.choice(QUESTIONS)], engines[1]
+    for _ in range(10):
+        act, some = draw.choice(("ask", "ask", "again", "edit", "new", "beside", "stop")), draw.choice((1, 3, 8, 40))
+        greedy = replace(GREEDY, max_tokens=some)
+        if act == "stop":
+            for event in device.chat(chat(*texts), replace(GREEDY, max_tokens=40)):
+                if event.n_tokens == some and event.kind == "answer":
+                    device.stop()
+            continue
+        if act == "new":
+            texts = [draw.choice(QUESTIONS)]
+        if act == "edit":
+            texts = [*texts[:2 * draw.randrange((len(texts) + 1) // 2)], draw.choice(QUESTIONS)]
+        asks = [engine.aside if act == "beside" else engine.chat for engine in engines]
+        answers = [finish(ask(chat(*texts), greedy)) for ask in asks]
+        said = told(answers[0][0])
+        assert said == told(answers[1][0]) and answers[0][1].reason == answers[1][1].reason != "error"
+        assert int(device._turns.prefix.cache.clock.pos) == len(device._turns.prefix.ids)
+        if act != "beside":
+            texts = [*texts, said, draw.choice(QUESTIONS)] if said and len(texts) < 7 else [draw.choice(QUESTIONS)]
 
 
 def test_a_chunk_makes_the_logits_of_its_last_token_alone(engines):
