@@ -372,10 +372,12 @@ def test_the_context_meter_counts_and_a_full_context_is_never_silent(app, page):
     }""", filler)
     expect(ask(page, "Hello again!")).to_contain_text(re.compile(r"\d+ earlier messages did not fit"))
     number = chat_tab(page)
-    page.get_by_label("When the context is full").click()
-    page.get_by_role("option", name="Stop and say so").click()
-    until(page, lambda: settings(app, number).get("policy") == "stop")
-    expect(ask(page, "And now?")).to_contain_text("the context holds")
+    for name, policy, said in (("Stop and say so", "stop", "the context holds"),
+                               ("Keep system prompt and newest question", "newest", "earlier messages did not fit")):
+        page.get_by_label("When the context is full").click()
+        page.get_by_role("option", name=name).click()
+        until(page, lambda policy=policy: settings(app, number).get("policy") == policy)
+        expect(ask(page, "And now?")).to_contain_text(said)
 
 
 def test_the_keyboard_alone_is_enough(page):
