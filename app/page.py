@@ -67,8 +67,8 @@ def _engine_controls(parts) -> None:
                         info=TEXT["level_info"], interactive=False, elem_id="level")
     near = gr.Slider(0, 1, value=1, step=0.25, label=TEXT["near"], info=TEXT["near_info"], interactive=False,
                      elem_id="near")
-    titles = gr.Checkbox(label=TEXT["model_titles"], info=TEXT["model_titles_info"], elem_id="model-titles")
     panel = _element("panel")
+    titles = gr.Checkbox(label=TEXT["model_titles"], info=TEXT["model_titles_info"], elem_id="model-titles")
 
     def present():
         return _level_update(parts), _near_update(parts), parts.chats.preference(MODEL_TITLES, True)

@@ -121,8 +121,11 @@ def titles_by_the_model(page) -> None:
     question = "What is the capital of France?"  # to which the small model finds what can be taken for a title
     page.get_by_role("tab", name="Engine").click()
     box, title = page.get_by_label("Let the model write titles"), page.locator(".conversations .current .title")
+    colours = set()
     for wished in (False, True):
         box.set_checked(wished)
+        page.keyboard.press("Tab")  # a focused one has other colours
+        colours.add(box.evaluate("box => getComputedStyle(box).backgroundColor"))
         page.evaluate("""async () => {
           const document = {format: 'floechat-conversations', version: 1, conversations: [
             {title: '', leaf: null, settings: {temperature: 0}, messages: []}]};
@@ -134,6 +137,7 @@ def titles_by_the_model(page) -> None:
         if wished:
             expect(title).to_have_text(re.compile("^(?!What is).+"))
             expect(page.locator("h1")).to_have_text(title.text_content())
+    assert len(colours) == 2, "a person sees whether it is set"
     expect(page.locator(".conversations .title", has_text=question)).to_have_count(1)
     page.reload()
     browser.wait_ready(page)
