@@ -73,9 +73,10 @@ class Titles:
     def _ask(self, conversation_id: int, question: str, answer: str, idle: Callable[[], bool]) -> str:
         for length in EXCERPTS:
             with self._lock:
-                if not idle():
+                engine = self._models.engine
+                if engine is None or not idle():  # another model is being opened, or somebody waits
                     return ""
-                self._answer = self._models.engine.aside(request(question, answer, length), SAMPLING, WISHES)
+                self._answer = engine.aside(request(question, answer, length), SAMPLING, WISHES)
             events = list(self._answer)
             if not events or events[-1].reason == "stopped":
                 return ""

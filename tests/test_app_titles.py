@@ -176,5 +176,6 @@ def test_a_model_that_has_gone_changes_nothing(begun):
     def closed(*given):
         raise UserError("This model has been closed; open it again.")
     engine.aside = closed
-    assert Titles(chats, Holds(engine)).improve(conversation, lambda: True) is False
+    for gone in (engine, None):
+        assert Titles(chats, Holds(gone)).improve(conversation, lambda: True) is False
     assert chats.conversation(conversation).title.startswith("Tell me")
