@@ -131,7 +131,9 @@ class Decoder:
                     return
                 turn += 1
         finally:
-            self.step.done.zero_()  # behind the step ahead; what is read or computed next is not of this answer
+            # Behind the step ahead. What is read, computed and counted next is not of this answer.
+            self.step.done.zero_()
+            self.step.runtime.counted = None
 
     def _one(self, position: int, turn: int) -> None:
         self._launch(position)

@@ -10,6 +10,8 @@ Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a la
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -134,8 +136,21 @@ class DeviceRuntime(Runtime):
                 table.copy_(fresh)
         self.clock_now.zero_()
         self.histogram.zero_()  # a step that was broken off may have left its counts
-        if self.sparse is not None:
-            self.sparse.preload(self.far.sketches)
+        if self.sparse is not None and self.sparse.resident:
+            self._bring_sketches()
+
+    def _bring_sketches(self) -> None:
+        """All of them: they fit."""
+        ids = torch.arange(self.far.experts, dtype=torch.int32, device=self.device)
+        for layer in range(self.far.layers):
+            pool, near, far = self._objects(layer, False)
+            need = torch.full_like(ids, near.shape[1])
+            place, have = take(pool, ids + layer * self.far.experts, need, 0)
+            self._copier(layer)(far, ids, near, place, have, need)
+
+    def _copier(self, layer: int) -> Callable:
+        """What brings objects of a layer near: the device, where it can read them."""
+        return fill if layer < self.far.readable_layers else fill_through_host
 
     def _pools(self) -> list[Pool]:
         return [pool for pool, _ in (self.sparse or self.whole).pools()]
@@ -149,7 +164,7 @@ class DeviceRuntime(Runtime):
 
     # --- numbers ------------------------------------------------------------------------------------------------
     def counters(self) -> Counters:
-        """As of the last token that came back; waits for the device only where no graph brings them."""
+        """As of the last token that came back, where `counted` has it; else waits for the device."""
         return self._before + Counters(*(self.counts.tolist() if self.counted is None else self.counted))
 
     def activity(self) -> list[list[float]]:
@@ -157,9 +172,10 @@ class DeviceRuntime(Runtime):
         return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
 
     def close(self) -> None:
-        """Give page-locked memory back, once no kernel reads it."""
+        """Give page-locked memory back, once no kernel reads it; after a lost card none does."""
         if torch.device(self.device).type == "cuda":
-            torch.cuda.synchronize()
+            with suppress(RuntimeError):
+                torch.cuda.synchronize()
         super().close()
         self.far.close()
 
@@ -288,8 +304,7 @@ class DeviceRuntime(Runtime):
         pool, near, far = self._objects(layer, records)
         need = torch.full_like(ids, near.shape[1])
         place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock_now, True)
-        bring = fill if layer < self.far.readable_layers else fill_through_host
-        bring(far, ids, near, place, have, need)
+        self._copier(layer)(far, ids, near, place, have, need)
         self.counts[3] += (need - have)[place >= 0].sum()
         self.counted = None
 

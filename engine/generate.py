@@ -95,7 +95,12 @@ class Engine:
              progress: hf.Report | None = None) -> Engine:
         """Load a model folder; progress(what is done, share). UserError when the folder cannot be used."""
         options = options or Options()
-        return cls(hf.load(folder, options, progress), options, folder)
+        loaded = hf.load(folder, options, progress)
+        try:
+            return cls(loaded, options, folder)
+        except BaseException:
+            loaded.runtime.close()  # page-locked memory stays locked until it is given back
+            raise
 
     def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
         """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one.
@@ -144,9 +149,9 @@ class Engine:
                 channel.stopped.set()
             self._jobs.put(None)
         self._thread.join()
-        self._turns.tokens.close()
-        self._turns.runtime.close()
-        self._turns = None  # lets go of the model
+        turns, self._turns = self._turns, None  # lets go of the model
+        turns.tokens.close()
+        turns.runtime.close()
 
     def __enter__(self) -> Engine:
         return self

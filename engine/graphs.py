@@ -23,8 +23,9 @@ Run = Callable[[], None]
 class Capture(Protocol):
     """How a run becomes a graph."""
 
-    def beside(self, run: Run) -> None:
-        """Run it as the recording will, without recording."""
+    def beside(self, run: Run, strictly: bool) -> None:
+        """Run it as the recording will, without recording. strictly: RuntimeError where it waits for the device, which
+        would break a recording, and a broken one leaves torch's allocator waiting for its end."""
 
     def record(self, run: Run) -> Run:
         """-> the graph's replay. The run itself need not have any effect."""
@@ -37,17 +38,26 @@ class CudaCapture:
         # Above the priority of what runs beside it (engine/beside.py).
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(priority=-1)
 
-    def beside(self, run: Run) -> None:
+    def beside(self, run: Run, strictly: bool) -> None:
+        mode = torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
+        try:
+            if strictly:
+                torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self._stream):
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Run) -> Run:
-        graph = torch.cuda.CUDAGraph()
-        # Only what this thread calls can break the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            run()
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Only what this thread calls can break the capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                run()
+        finally:
+            torch.cuda.set_stream(main)  # torch stays on its own when a broken capture cannot be ended
         return graph.replay
 
 
@@ -93,8 +103,8 @@ class Graphs:
     def _prove(self, before: tuple) -> tuple[Run, bool]:
         """-> the graph, and whether its replay computes what the step itself does."""
         step = self.step
-        for _ in range(WARM_UPS):
-            self._capture.beside(step.compute)
+        for left in reversed(range(WARM_UPS)):
+            self._capture.beside(step.compute, strictly=left == 0)
             expected = step.logits.clone()
             step.restore(before)
         graph = self._capture.record(step.compute)

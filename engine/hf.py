@@ -180,6 +180,7 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     folder, report = Path(folder), progress or (lambda text, share: None)
     device, why_not_the_card = card_errors.device_for(options.device)
     check_folder(folder)
+    return_freed()  # of a model that was open before
     machine = machine_for(device, folder)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)

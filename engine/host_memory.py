@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -42,10 +43,18 @@ class CudaDriver:
         torch.zeros(1, device="cuda")  # makes the context, and makes it this thread's
         self._cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
+    @staticmethod
+    def _enter() -> None:
+        """A thread that has called nothing of CUDA yet has no context, and is refused. Waits for the card; of one that
+        was lost the driver has taken everything back."""
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
+
     def register(self, address: int, n_bytes: int) -> int:
         return self._cuda.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes), SHARED)
 
     def unregister(self, address: int) -> int:
+        self._enter()
         return self._cuda.cuMemHostUnregister(ctypes.c_void_p(address))
 
     def allocate(self, n_bytes: int) -> tuple[int, int]:
@@ -54,6 +63,7 @@ class CudaDriver:
         return code, found.value or 0
 
     def free(self, address: int) -> int:
+        self._enter()
         return self._cuda.cuMemFreeHost(ctypes.c_void_p(address))
 
 

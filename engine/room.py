@@ -6,7 +6,9 @@ No torch.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +53,12 @@ def own_bytes() -> int:
 
 
 def return_freed() -> None:
-    """Give the system what loading has freed: glibc keeps it (550 MB beside a trunk of 550 MB were seen)."""
+    """Give system and card what has been freed: glibc keeps it (550 MB beside a trunk of 550 MB were seen), and so does
+    torch's allocator with a card's, which the driver then calls used."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # a card that was lost
+            torch.cuda.empty_cache()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

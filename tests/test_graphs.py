@@ -27,7 +27,7 @@ class Recording:
     def __init__(self) -> None:
         self.n_warm, self.n_graphs, self.n_replays = 0, 0, 0
 
-    def beside(self, run) -> None:
+    def beside(self, run, strictly: bool) -> None:
         self.n_warm += 1
         run()
 

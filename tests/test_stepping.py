@@ -206,6 +206,14 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
     fetched: list[int] = []
     through_host = device_runtime.fill_through_host
     monkeypatch.setattr(device_runtime, "fill_through_host", lambda *given: fetched.append(1) or through_host(*given))
+
+    def fill(far_memory, *rest) -> None:
+        at = far_memory.data_ptr() - far.memory.bytes.data_ptr()  # outside it is the other engine's
+        assert not far.memory.locked_bytes <= at < far.memory.n_bytes, "no kernel can read it"
+        by_device(far_memory, *rest)
+    by_device = device_runtime.fill
+    monkeypatch.setattr(device_runtime, "fill", fill)
+    monkeypatch.setattr("engine.cache.fill", fill)
     with Engine(loaded, OPTIONS) as engine:
         assert "page-locks only" in engine.snapshot()["note"] and engine.snapshot()["note"] in said
         for each in (engine, engines[1]):
@@ -237,6 +245,32 @@ def test_a_full_card_is_said_with_the_plans_sum(demo_checkpoint, monkeypatch):
     monkeypatch.setattr(loaded.model, "to", full)
     with pytest.raises(MachineError, match=r"ran out of memory.*Planned was: Video memory: .* trunk .* experts "):
         hf._onto_card(loaded.model, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None, Ledger())
+
+
+def test_opening_that_fails_late_gives_locked_memory_back(demo_checkpoint, monkeypatch):
+    ledger = Ledger()
+    loaded = on_device(demo_checkpoint, ledger)
+    monkeypatch.setattr(hf, "load", lambda *given: loaded)
+    assert ledger.registered
+    with pytest.raises(UserError, match="at most"):
+        Engine.open(demo_checkpoint, replace(OPTIONS, context=10**6))
+    assert not ledger.registered
+
+
+def test_an_answer_counts_its_own_bytes_alone(demo_checkpoint):
+    """Not those of a job beside it, nor of the step that was under way when the one before was stopped."""
+    needed = []
+    with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
+        for before in ("nothing", "aside", "stop"):
+            if before == "aside":
+                _, end = finish(engine.aside(TALK, GREEDY))
+                assert end.counters.needed_bytes == needed[0]
+            if before == "stop":
+                for event in engine.chat(LONG, GREEDY):
+                    if event.n_tokens == 3 and event.kind == "answer":
+                        engine.stop()
+            needed.append(finish(engine.chat(TALK, GREEDY))[1].counters.needed_bytes)
+    assert needed[0] == needed[1] == needed[2] > 0
 
 
 def test_closing_gives_locked_memory_back(demo_checkpoint):
