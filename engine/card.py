@@ -6,14 +6,13 @@ lines. What a card does not count is None, and `sentence` says why: a zero is on
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
 from dataclasses import dataclass
 
 from engine import nvml
-from engine.hardware import SENTENCES, Gpu, Hardware
+from engine.hardware import SENTENCES, Hardware
 
 SILENT_SECONDS = 3.0  # without a line: the driver hangs
 _NO_COUNTER = "{name} has no counter of its link that can be read; the figures are the engine's own."
@@ -41,7 +40,7 @@ class CardMeter:
     """Reads one card until `close`. Every method may be called from any thread; `now` waits for nothing."""
 
     def __init__(self, found: Hardware):
-        gpu = _watched(found.gpus)
+        gpu = found.gpu or next(iter(found.gpus), None)
         self._name = gpu.name if gpu else ""
         self._last, self._at, self._child = None, time.monotonic(), None
         self._none = " ".join(found.notes[:1]) or SENTENCES["no_driver"]
@@ -72,11 +71,3 @@ class CardMeter:
     def _read(self, child: subprocess.Popen) -> None:
         for line in child.stdout:
             self._last, self._at = json.loads(line), time.monotonic()
-
-
-def _watched(gpus: tuple[Gpu, ...]) -> Gpu | None:
-    """The card that torch takes first: the one that CUDA_VISIBLE_DEVICES names by number, else the largest usable."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
-    if first.isdigit():
-        return next((gpu for gpu in gpus if gpu.index == int(first)), None)
-    return max(gpus, key=lambda g: (g.usable, g.vram_total_bytes), default=None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from engine import catalogue, hardware, rates
 from engine.paths import data_dir, models_dirs
 from engine.plan import Plan, Wishes, plan
+from engine.room import own_bytes, own_vram_bytes
 from engine.spec import Machine, UserError
 
 
@@ -34,7 +35,9 @@ class Outlook:
 
 def here(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, hardware.Hardware]:
     """This machine for the planner, and what was found on it with the sentences about it (`notes`)."""
-    found = hardware.survey(models_dirs(data)[0])
+    # What is open in this process is closed before anything else is opened.
+    found = hardware.survey(models_dirs(data)[0], own_bytes=own_bytes(), own_vram_bytes=own_vram_bytes())
+    hardware.choose_card(found)
     return rates.with_cached(hardware.machine(found, device), data_dir(data) / "cache"), found
 
 

@@ -61,6 +61,7 @@ class Gpu:
     driver: str
     memory_bytes_per_second: float = 0.0
     index: int = 0
+    uuid: str = ""
 
     @property
     def usable(self) -> bool:
@@ -93,7 +94,7 @@ class Hardware:
 
     def document(self, copy_bytes_per_second: float) -> dict:
         """The JSON of `hardware --json`."""
-        own = ("memory_bytes_per_second", "index")
+        own = ("memory_bytes_per_second", "index", "uuid")
         gpus = [{k: v for k, v in asdict(g).items() if k not in own} for g in self.gpus]
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_bytes")}
         return {"gpus": gpus, **sizes, "copy_bytes_per_second": copy_bytes_per_second}
@@ -103,14 +104,40 @@ def _capability(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")) if re.fullmatch(r"\d+\.\d+", text) else (0, 0)
 
 
-def survey(models_folder: str | os.PathLike | None = None, timeout: float = nvml.TIMEOUT_SECONDS) -> Hardware:
-    """Look at this machine. models_folder: where the free disk space is measured (default: the home folder)."""
+def survey(models_folder: str | os.PathLike | None = None, timeout: float = nvml.TIMEOUT_SECONDS,
+           own_bytes: int = 0, own_vram_bytes: int = 0) -> Hardware:
+    """Look at this machine. models_folder: where the free disk space is measured (default: the home folder). own_*:
+    what this process holds, which counts as free."""
     answer = nvml.ask(timeout)
     gpus, notes = _cards(answer)
+    if gpus and not (gpus := visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))):
+        notes.append("CUDA_VISIBLE_DEVICES names no card of this machine; the CPU is used.")
+    if len(gpus) == 1:
+        gpus = [replace(gpus[0], vram_free_bytes=min(gpus[0].vram_free_bytes + own_vram_bytes,
+                                                     gpus[0].vram_total_bytes))]
     total, free = _memory()
+    free = min(free + own_bytes, total)
     limit, why = _pinned_limit(total)
     found = Hardware(tuple(gpus), total, free, _disk_free(models_folder or Path.home()), limit)
     return replace(found, notes=tuple(notes + _about_choice(found) + ([why] if why and found.gpu else [])))
+
+
+def visible(gpus: list[Gpu], wish: str | None) -> list[Gpu]:
+    """The card that CUDA takes for a CUDA_VISIBLE_DEVICES of `wish`: the first that it names, by the driver's number or
+    the beginning of its UUID. All without a wish."""
+    if wish is None:
+        return gpus
+    first = wish.partition(",")[0].strip()
+    named = (g for g in gpus if (str(g.index) == first if first.isdigit() else first and g.uuid.startswith(first)))
+    return [*named][:1]
+
+
+def choose_card(found: Hardware) -> None:
+    """Let CUDA take the card that is planned for: of several it would take the first by an order of its own. For this
+    process and its children; too late once CUDA has started."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as the driver counts them
+    if found.gpu and found.gpu.uuid and len(found.gpus) > 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", found.gpu.uuid)
 
 
 def without_cards(folder: str | os.PathLike) -> Hardware:

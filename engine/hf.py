@@ -24,7 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from engine import card_errors, failures, plan_text
+from engine import card_errors, failures, hardware, plan_text
 from engine.checkpoint import Checkpoint
 from engine.experts import LayerExperts, LevelPlan, Runtime
 from engine.format import TRUNK, Manifest, is_compressed
@@ -178,6 +178,8 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     for a card that cannot be used.
     """
     folder, report = Path(folder), progress or (lambda text, share: None)
+    if options.device != "cpu" and not torch.cuda.is_initialized():
+        hardware.choose_card(hardware.survey(folder))
     device, why_not_the_card = card_errors.device_for(options.device)
     check_folder(folder)
     return_freed()  # of a model that was open before

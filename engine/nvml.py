@@ -38,6 +38,7 @@ def _card(index: int) -> dict:
     bus = _attempt(getattr(n, "nvmlDeviceGetMemoryBusWidth", None) or (lambda _: None), handle)
     return {
         "name": _text(_attempt(n.nvmlDeviceGetName, handle) or "NVIDIA card"),
+        "uuid": _text(_attempt(n.nvmlDeviceGetUUID, handle) or ""),
         "compute_capability": "{}.{}".format(*capability) if capability else "",
         "vram_total_bytes": memory.total if memory else 0,
         "vram_free_bytes": memory.free if memory else 0,

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from engine import hardware
-from engine.plan import Plan, Wishes, plan
+from engine.plan import CUDA_CONTEXT_BYTES, Plan, Wishes, plan
 from engine.spec import Machine, ModelSpec, Options
 
 
@@ -50,6 +50,14 @@ def own_bytes() -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
     except (OSError, StopIteration):
         return psutil.Process().memory_info().rss
+
+
+def own_vram_bytes() -> int:
+    """Video memory that this process holds, the driver's context included."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.memory_reserved() + CUDA_CONTEXT_BYTES
 
 
 def return_freed() -> None:

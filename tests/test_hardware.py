@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import fake_driver
@@ -57,6 +58,39 @@ def test_several_cards_and_one_half_used(driver):
     found = hardware.survey()
     assert "Other programs use 7.6 GB" in " ".join(found.notes)
     assert hardware.machine(found).vram_free_bytes == 4000 * 2**20
+
+
+def test_cuda_takes_the_card_that_is_planned_for(driver, monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    driver(GTX_1080, RTX_2080, RTX_3060)
+    found = hardware.survey()
+    hardware.choose_card(found)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == found.gpu.uuid == "GPU-2-fake"
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert [gpu.index for gpu in hardware.survey().gpus] == [2]  # the next look sees what CUDA sees
+
+
+@pytest.mark.parametrize("wish, index", [("1", 1), ("1,2", 1), ("GPU-2", 2), ("GPU-1-fake,0", 1), ("2,7", 2),
+                                         ("7", None), ("", None), ("-1", None)])
+def test_a_card_that_a_person_has_chosen_is_the_one(driver, monkeypatch, wish, index):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", wish)
+    driver(GTX_1080, RTX_2080, RTX_3060)
+    found = hardware.survey()
+    hardware.choose_card(found)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == wish
+    assert (found.gpu.index if found.gpu else None) == index
+    assert index is not None or "names no card" in " ".join(found.notes)
+
+
+def test_what_this_process_holds_counts_as_free(driver):
+    driver(RTX_2080)
+    before, ours = hardware.survey(), hardware.survey(own_bytes=10**8, own_vram_bytes=7000 * 2**20)
+    assert ours.gpu.vram_free_bytes == 11000 * 2**20 and not any("Other programs" in note for note in ours.notes)
+    assert abs(ours.ram_free_bytes - before.ram_free_bytes - 10**8) < 5 * 10**8
+    most = hardware.survey(own_bytes=1 << 60, own_vram_bytes=1 << 60)
+    assert most.gpu.vram_free_bytes == most.gpu.vram_total_bytes and most.ram_free_bytes == most.ram_total_bytes
 
 
 @pytest.mark.parametrize("card, said", [(INTEGRATED, "no memory of its own"), (GTX_1080, "7.5 (RTX 20"),
