@@ -188,8 +188,8 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
     """Keeping what is set under a name, and deleting such a preset; the conversation's settings stay."""
     presets, shown = Presets(parts.chats), [name, controls["preset"]]
 
-    def after(work, opened: str):
-        stored = parts.drafts.settings(_name_in(opened))
+    def after(work, whose: str):
+        stored = parts.drafts.settings(_name_in(whose))
         try:
             work(stored)
         except UserError as error:
@@ -197,11 +197,11 @@ def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, k
             return gr.skip(), gr.skip()
         return "", gr.update(choices=presets.choices(), value=presets.name_of(stored))
 
-    def on_keep(opened: str, wished: str):
-        return after(lambda stored: presets.keep(wished, stored), opened)
+    def on_keep(whose: str, wished: str):
+        return after(lambda stored: presets.keep(wished, stored), whose)
 
-    def on_forget(opened: str, seen: str):
-        return after(lambda stored: presets.forget(seen), opened)
+    def on_forget(whose: str, seen: str):
+        return after(lambda stored: presets.forget(seen), whose)
 
     keep.click(on_keep, [opened, name], shown, **IN_TURN)
     name.submit(on_keep, [opened, name], shown, **IN_TURN)

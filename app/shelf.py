@@ -105,13 +105,6 @@ class Shelf:
         measured = (level for level in known.calibration.get("levels", {}) if level != "exact")
         return ("exact", *measured) if known.compressed else ("full",)
 
-    def keep_in(self, folder: str) -> str:
-        """Keep new models in this folder of the computer, "" for our own; -> it. UserError when that cannot be."""
-        chosen = choose_models_dir(folder, self._data)
-        self._around.look_anew()  # another disk has other room
-        self.works.on_change()
-        return _as_written(chosen)
-
     # --- work ---------------------------------------------------------------------------------------------------
     def fetch(self, name: str) -> None:
         """Start a download, or go on with one that was stopped. name: of the catalogue, or a Hub id."""
@@ -177,6 +170,13 @@ class Shelf:
         except OSError as error:
             raise UserError(TEXT["no_file_manager"].format(folder=folder)) from error
         return str(folder)
+
+    def keep_in(self, folder: str) -> str:
+        """Keep new models in this folder of the computer, "" for our own; -> it. UserError when that cannot be."""
+        chosen = choose_models_dir(folder, self._data)
+        self._around.look_anew()  # another disk has other room
+        self.works.on_change()
+        return _as_written(chosen)
 
     def suggest(self, typed: str, kind: str = "gguf") -> list[str]:
         """Folders and files of a kind that begin with what was typed of a path; the home folder's for nothing."""

@@ -10,8 +10,6 @@ Legend: T tokens of a step, k routed experts, I neurons, K the most neurons a la
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -143,14 +141,16 @@ class DeviceRuntime(Runtime):
         """All of them: they fit."""
         ids = torch.arange(self.far.experts, dtype=torch.int32, device=self.device)
         for layer in range(self.far.layers):
-            pool, near, far = self._objects(layer, False)
-            need = torch.full_like(ids, near.shape[1])
-            place, have = take(pool, ids + layer * self.far.experts, need, 0)
-            self._copier(layer)(far, ids, near, place, have, need)
+            self._bring(layer, ids, False, 0, False)
 
-    def _copier(self, layer: int) -> Callable:
-        """What brings objects of a layer near: the device, where it can read them."""
-        return fill if layer < self.far.readable_layers else fill_through_host
+    def _bring(self, layer: int, ids: Tensor, records: bool, clock: Tensor | int, ahead: bool) -> Tensor:
+        """Between steps: whole objects of a layer near, by the device where it can read them -> bytes fetched."""
+        pool, near, far = self._objects(layer, records)
+        need = torch.full_like(ids, near.shape[1])
+        place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, clock, ahead)
+        copy = fill if layer < self.far.readable_layers else fill_through_host
+        copy(far, ids, near, place, have, need)
+        return (need - have)[place >= 0].sum()
 
     def _pools(self) -> list[Pool]:
         return [pool for pool, _ in (self.sparse or self.whole).pools()]
@@ -172,10 +172,7 @@ class DeviceRuntime(Runtime):
         return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
 
     def close(self) -> None:
-        """Give page-locked memory back, once no kernel reads it; after a lost card none does."""
-        if torch.device(self.device).type == "cuda":
-            with suppress(RuntimeError):
-                torch.cuda.synchronize()
+        """Give page-locked memory back; the driver waits for the card first."""
         super().close()
         self.far.close()
 
@@ -301,11 +298,7 @@ class DeviceRuntime(Runtime):
 
     def _fetch_ahead(self, layer: int, ids: Tensor, records: bool) -> None:
         """Between tokens, for `pin`."""
-        pool, near, far = self._objects(layer, records)
-        need = torch.full_like(ids, near.shape[1])
-        place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock_now, True)
-        self._copier(layer)(far, ids, near, place, have, need)
-        self.counts[3] += (need - have)[place >= 0].sum()
+        self.counts[3] += self._bring(layer, ids, records, self.clock_now, True)
         self.counted = None
 
     def _now(self) -> Tensor:

@@ -237,7 +237,7 @@ class Runtime:
         return out.to(x.device, x.dtype)
 
     def close(self) -> None:
-        """Give page-locked memory back; no kernel may still read it."""
+        """Give page-locked memory back; its driver waits for the card first."""
         for memory in self.memories:
             memory.close()
 

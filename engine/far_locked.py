@@ -76,7 +76,7 @@ class FarLocked(FarBlobs):
         """Nothing: every expert was checked while it was read, and nobody else can change memory."""
 
     def close(self) -> None:
-        """Give the memory back; no kernel may still read it."""
+        """Give the memory back."""
         self._blobs = None
         self.memory.close()
 

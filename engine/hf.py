@@ -31,7 +31,7 @@ from engine.format import TRUNK, Manifest, is_compressed
 from engine.host_embedding import leave_on_host
 from engine.host_memory import CudaDriver, Driver
 from engine.on_card import experts_on_card
-from engine.room import Room, machine_for, own_bytes, return_freed
+from engine.room import Room, machine_for, own_bytes, own_vram_bytes, return_freed
 from engine.skeleton import experts_modules, model_spec
 from engine.spec import MachineError, ModelSpec, Options, UserError
 from engine.store import Far, FarBlobs, FarCheckpoint
@@ -178,12 +178,14 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     for a card that cannot be used.
     """
     folder, report = Path(folder), progress or (lambda text, share: None)
-    if options.device != "cpu" and not torch.cuda.is_initialized():
-        hardware.choose_card(hardware.survey(folder))
+    return_freed()  # of a model that was open before
+    no_card = options.device == "cpu" or torch.version.cuda is None
+    found = hardware.without_cards(folder) if no_card else hardware.survey(folder, own_vram_bytes=own_vram_bytes())
+    if not torch.cuda.is_initialized():
+        hardware.choose_card(found)
     device, why_not_the_card = card_errors.device_for(options.device)
     check_folder(folder)
-    return_freed()  # of a model that was open before
-    machine = machine_for(device, folder)
+    machine = hardware.machine(found, device)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
     report("Reading the weights", 0.1)

@@ -45,8 +45,8 @@ class CudaDriver:
 
     @staticmethod
     def _enter() -> None:
-        """A thread that has called nothing of CUDA yet has no context, and is refused. Waits for the card; of one that
-        was lost the driver has taken everything back."""
+        """Waits until no kernel reads the memory. A thread that has called nothing of CUDA yet has no context before,
+        and would be refused; of a card that was lost the driver has taken everything back."""
         with suppress(RuntimeError):
             torch.cuda.synchronize()
 
@@ -136,7 +136,7 @@ class HostMemory:
                 f"(CUDA error {self.refusal}); close other programs, or take a model with smaller experts.")
 
     def close(self) -> None:
-        """Unlock, and let go of the memory; no kernel may still read it."""
+        """Unlock, which waits for the card, and let go of the memory."""
         self._unregister()
         if self._owned:
             self._driver.free(self._owned)

@@ -299,6 +299,14 @@ def test_settings_are_asked_for_once(page):
     assert len(asked) <= 2, "one for the new conversation, one more for what the panel shows of it"
 
 
+def test_what_changes_while_settings_are_on_their_way_is_asked_for_afterwards(page):
+    """A model that is ready in that moment knows other wishes."""
+    asked = []
+    page.on("request", lambda request: "/run/" in request.url and asked.append(request.url))
+    page.evaluate("import('/ui/settings.js').then(({ showSettings }) => { showSettings(); showSettings(); })")
+    until(page, lambda: len(asked) == 2, 30)
+
+
 def test_settings_are_kept_under_a_name_and_chosen_for_another_conversation(app, page):
     new_chat(page)
     first = chat_tab(page)

@@ -6,7 +6,7 @@ import { opened } from "/ui/floe.js";
 const DRAFT = "floe-draft-settings";
 const LOOK_MS = 50, PATIENCE_MS = 5000; // without an answer by then it is asked again
 let trigger = null, shown = null, asked = null; // names: whose settings the controls show, and whose they will
-let turn = 0, since = 0, looking = 0;
+let turn = 0, since = 0, looking = 0, again = false;
 
 export function bind(gradioTrigger) {
   trigger = gradioTrigger;
@@ -16,7 +16,8 @@ export function bind(gradioTrigger) {
 // Another conversation was opened, or the model knows other wishes.
 export function showSettings() {
   lock();
-  if (!looking) ask(); // else when the answer that is under way has come
+  if (looking) again = true; // when the answer that is under way has come
+  else ask();
 }
 
 // The draft becomes the conversation `id`: the controls show its settings already, and what is being typed stays.
@@ -29,6 +30,7 @@ export function begin(id) {
 
 function ask() {
   asked = settingsOf();
+  again = false;
   since = performance.now();
   turn += 1;
   trigger("select", { name: asked, same: shown === asked, turn });
@@ -39,7 +41,7 @@ function look() {
   looking = 0;
   if (document.querySelector("#opened textarea")?.value.endsWith(` ${turn}`)) {
     shown = asked;
-    if (shown !== settingsOf()) ask();
+    if (again) ask();
   } else if (performance.now() - since > PATIENCE_MS) ask();
   else looking = setTimeout(look, LOOK_MS);
   lock(); // each time: the controls are made when their tab is first opened
