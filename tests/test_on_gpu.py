@@ -1,6 +1,7 @@
 """What only a card can show: kernels, page-locked memory and graphs, against what the CPU computes."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from engine.generate import Engine
 from engine.graphs import Graphs
 from engine.host_memory import CudaDriver, HostMemory
 from engine.prefill import Staging
+from engine.room import return_freed
 from engine.spec import Options, Sampling
 from engine.step_cache import StepCache
 from kernels.fill import fill
 from tests.folders import compressed
-from tests.test_generate import GREEDY, TALK, finish, told
+from tests.test_generate import GREEDY, TALK, chat, finish, told
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
@@ -111,3 +113,20 @@ def test_the_embedded_model_says_what_it_says_on_the_cpu(repository):
             assert isinstance(engine._turns.runtime, DeviceRuntime) == (device == "cuda")
             texts.append(told(finish(engine.chat(TALK, GREEDY))[0]))
     assert texts[0] == texts[1]
+
+
+def test_every_question_is_read_and_closing_gives_the_card_back(repository):
+    """Behind the recorded step's answers, with a job beside the conversation between them; then the same once more."""
+    left = []
+    for _ in range(2):
+        with Engine.open(repository / "assets" / "demo", Options("exact", device="cuda")) as engine:
+            texts = ["What is your name?"]
+            for question in ("And what do you like?", "Tell me more.", "Goodbye!"):
+                said, end = finish(engine.chat(chat(*texts), replace(GREEDY, max_tokens=40)))
+                finish(engine.aside(chat("Tell me about the sea."), GREEDY))
+                prefix = engine._turns.prefix
+                assert end.reason != "error" and int(prefix.cache.clock.pos) == len(prefix.ids)
+                texts += [told(said), question]
+        return_freed()
+        left.append(torch.cuda.memory_reserved())
+    assert left[1] <= left[0]
