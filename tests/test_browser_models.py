@@ -229,7 +229,7 @@ def test_new_models_are_kept_in_another_folder(page, tmp_path):
     expect(page.locator("#disk-use")).to_contain_text(str(tmp_path))
     page.fill("#hub-id", "tester/Second-Floe")
     page.locator(".hub-id button").first.click()
-    row(page, "Second-Floe").get_by_role("button", name="Delete").wait_for()
+    row(page, "Second-Floe").get_by_role("button", name="Open", exact=True).wait_for()  # a part has none
     assert (tmp_path / "Second-Floe" / "floe.json").is_file()
     page.on("dialog", lambda dialog: dialog.accept())
     row(page, "Second-Floe").get_by_role("button", name="Delete").click()
