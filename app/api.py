@@ -75,7 +75,15 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
 
     @router.get("/conversations/{conversation_id}")
     def read(conversation_id: int, limit: int = WINDOW):
-        return _document(chats, jobs, models, conversation_id, max(1, min(limit, 10_000)))
+        return _document(chats, jobs, conversation_id, max(1, min(limit, 10_000)))
+
+    @router.get("/conversations/{conversation_id}/context")
+    def context(conversation_id: int):
+        """How full the model's context is: {"used": tokens, None where that is unknown, "total"}."""
+        wishes = Wishes.of(chats.conversation(conversation_id).settings)
+        path = chats.path(conversation_id)
+        prompt = to_prompt(path, wishes.system, wishes.keep_thinking)
+        return {"used": models.used(prompt, wishes.template()) if path else 0, "total": models.info().get("context", 0)}
 
     @router.patch("/conversations/{conversation_id}")
     def change(conversation_id: int, wish: Wish):
@@ -176,9 +184,7 @@ def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> No
 
     @router.post("/count")
     def count(wish: Wish):
-        if not models.engine or models.state != "ready":
-            return {"tokens": None}
-        return {"tokens": models.engine.count_tokens([{"role": "user", "content": str(wish["text"])}])}
+        return {"tokens": models.used([{"role": "user", "content": str(wish["text"])}], {})}
 
 
 def _model_routes(router: APIRouter, shelf: Shelf) -> None:
@@ -266,13 +272,12 @@ def _listed(conversation: Conversation) -> dict:
             "updated_at": conversation.updated_at}
 
 
-def _document(chats: Chats, jobs: Jobs, models: Models, conversation_id: int, limit: int) -> dict:
+def _document(chats: Chats, jobs: Jobs, conversation_id: int, limit: int) -> dict:
     conversation = chats.conversation(conversation_id)
     path = chats.path(conversation_id)
     versions = chats.versions(conversation_id)
     shown = [_shown(message, versions[message.id], jobs) for message in path[-limit:]]
-    return {"conversation": _listed(conversation), "messages": shown, "n_messages": len(path),
-            "context": _context(models, path, conversation)}
+    return {"conversation": _listed(conversation), "messages": shown, "n_messages": len(path)}
 
 
 def _shown(message: Message, versions: list[int], jobs: Jobs) -> dict:
@@ -284,14 +289,6 @@ def _shown(message: Message, versions: list[int], jobs: Jobs) -> dict:
             "status": "running" if live and live.message_id == message.id else message.status, "stats": stats,
             "versions": versions, "attachments": [{"name": a["name"], "chars": len(a["text"])}
                                                   for a in message.attachments]}
-
-
-def _context(models: Models, path: list[Message], conversation: Conversation) -> dict:
-    if models.state != "ready" or not path:
-        return {"used": 0, "total": models.info().get("context", 0)}
-    wishes = Wishes.of(conversation.settings)
-    used = models.engine.count_tokens(to_prompt(path, wishes.system, wishes.keep_thinking))
-    return {"used": used, "total": models.info()["context"]}
 
 
 def _attachments(wished: list) -> list[dict]:

@@ -176,16 +176,10 @@ class Chats:
     def add(self, conversation_id: int, parent_id: int | None, role: str, text: str = "", *, thinking: str = "",
             status: str = "done", stats: dict | None = None, attachments: list | None = None) -> Message:
         """One more message under `parent_id`; it becomes the shown one."""
-        now = time.time()
         with self._transaction() as db:
-            cursor = db.execute(
-                "INSERT INTO messages(conversation_id, parent_id, role, text, thinking, status, created_at, stats, "
-                "attachments) VALUES (?,?,?,?,?,?,?,?,?)",
-                (conversation_id, parent_id, role, text, thinking, status, now, json.dumps(stats or {}),
-                 json.dumps(attachments or [])))
-            db.execute("UPDATE conversations SET leaf_id=?, updated_at=? WHERE id=?",
-                       (cursor.lastrowid, now, conversation_id))
-        return self.message(cursor.lastrowid)
+            added = _add(db, conversation_id, parent_id, role, text, json.dumps(attachments or []), thinking, status,
+                         json.dumps(stats or {}))
+        return self.message(added)
 
     def save(self, message_id: int, *, text: str, thinking: str, status: str, stats: dict) -> None:
         """A checkpoint of an answer, or its end."""
@@ -225,6 +219,19 @@ class Chats:
             return db.execute("INSERT INTO waiting(conversation_id, text, attachments, created_at) VALUES (?,?,?,?)",
                               (conversation_id, text, json.dumps(attachments or []), time.time())).lastrowid
 
+    def take(self) -> Message | None:
+        """The first message of the queue, moved into its conversation in one step: a kill leaves it in one of them."""
+        with self._transaction() as db:
+            row = db.execute(
+                "DELETE FROM waiting WHERE id=(SELECT min(w.id) FROM waiting w JOIN conversations c ON "
+                "c.id=w.conversation_id WHERE c.deleted_at IS NULL) RETURNING *").fetchone()
+            if row is None:
+                return None
+            number = row["conversation_id"]
+            leaf = db.execute("SELECT leaf_id FROM conversations WHERE id=?", (number,)).fetchone()["leaf_id"]
+            taken = _add(db, number, leaf, "user", row["text"], row["attachments"])
+        return self.message(taken)
+
     def unwait(self, waiting_id: int) -> dict | None:
         """Take a message out of the queue; None if it has left already."""
         with self._transaction() as db:
@@ -241,6 +248,17 @@ class Chats:
         with self._transaction() as db:
             db.execute("INSERT INTO preferences VALUES (?,?) ON CONFLICT(name) DO UPDATE SET value=excluded.value",
                        (name, json.dumps(value)))
+
+
+def _add(db: sqlite3.Connection, conversation_id: int, parent_id: int | None, role: str, text: str, attachments: str,
+         thinking: str = "", status: str = "done", stats: str = "{}") -> int:
+    """A message of a transaction, the shown one from now on; -> its id. attachments, stats: JSON."""
+    now = time.time()
+    added = db.execute("INSERT INTO messages(conversation_id, parent_id, role, text, attachments, thinking, status, "
+                       "stats, created_at) VALUES (?,?,?,?,?,?,?,?,?)",
+                       (conversation_id, parent_id, role, text, attachments, thinking, status, stats, now)).lastrowid
+    db.execute("UPDATE conversations SET leaf_id=?, updated_at=? WHERE id=?", (added, now, conversation_id))
+    return added
 
 
 def _conversation(row: sqlite3.Row) -> Conversation:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from app.chats import Message
 from app.strings import TEXT
@@ -30,27 +31,48 @@ def to_prompt(path: list[Message], system: str, keep_thinking: bool = False) -> 
     return system_part + [_one(message, keep_thinking) for message in path]
 
 
-def fit(messages: list[dict], context: int, reserve: int, policy: str, count: Callable[[list], int]) -> Prompt:
-    """The messages that leave `reserve` tokens of the context for the answer. UserError with the numbers if none do."""
+def fit(messages: list[dict], context: int, reserve: int, policy: str, count: Callable[[list], int],
+        weigh: Callable[[dict], int]) -> Prompt:
+    """The messages that leave `reserve` tokens of the context for the answer. UserError with the numbers if none do.
+
+    count: tokens of a whole prompt; weigh: of one message's own text, kept from the last time. The turns are weighed
+    once, from the newest back, and a prompt is counted a few times however long the conversation is: only then it is
+    known what the template adds, and where that was too much at least twice as many questions go as the last time.
+    """
     assert policy in POLICIES, policy
     room = context - reserve
     head = [m for m in messages if m["role"] == "system"]
     turns = [m for m in messages if m["role"] != "system"]
-    dropped = 0
-    if policy == "newest" and count(head + turns) > room:
-        dropped = _last_question(turns)
-    while (tokens := count(head + turns[dropped:])) > room:
-        following = dropped + 1
-        while following < len(turns) and turns[following]["role"] != "user":
-            following += 1
-        if policy == "stop" or following >= len(turns):
+    starts = [0] + [i for i, turn in enumerate(turns) if i and turn["role"] == "user"]
+    last, at, goes = len(starts) - 1, 0, 1
+    if policy != "stop":
+        at = _first_that_stays(turns, starts, room, weigh)
+    if policy == "newest" and at:
+        at = last
+    while (tokens := count(head + turns[starts[at]:])) > room:
+        if policy == "stop" or at == last:
             raise UserError(TEXT["context_full"].format(tokens=tokens, context=context, reserve=reserve))
-        dropped = following
-    return Prompt(head + turns[dropped:], tokens, dropped)
+        weights = [sum(map(weigh, turns[start:end])) for start, end in pairwise([*starts[at:], len(turns)])]
+        too_much = (tokens - room) * (sum(weights) + sum(map(weigh, head))) / tokens
+        at = last if policy == "newest" else min(last, at + max(goes, _how_many(weights, too_much)))
+        goes *= 2
+    return Prompt(head + turns[starts[at]:], tokens, starts[at])
 
 
-def _last_question(turns: list[dict]) -> int:
-    return max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=0)
+def _first_that_stays(turns: list[dict], starts: list[int], room: int, weigh: Callable[[dict], int]) -> int:
+    """Index in `starts` of the earliest question from which on the turns' own texts fit; the last one's if none does."""
+    end = len(turns)
+    for at in reversed(range(len(starts))):
+        room -= sum(map(weigh, turns[starts[at]:end]))
+        if room < 0:
+            return min(at + 1, len(starts) - 1)
+        end = starts[at]
+    return 0
+
+
+def _how_many(weights: list[int], too_much: float) -> int:
+    """How many of the first questions weigh that much."""
+    return next((n for n, weight in enumerate(accumulate(weights), 1) if weight >= too_much), len(weights))
 
 
 def _one(message: Message, keep_thinking: bool) -> dict:

@@ -7,10 +7,12 @@ A full disk stops the saving, not the answer: it is said, and saving goes on whe
 """
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from app.chats import Chats, Message
@@ -19,9 +21,11 @@ from app.models import Models
 from app.strings import TEXT
 from app.titles import Titles
 from app.wishes import Wishes
-from engine import Counters, Event, MachineError, UserError
+from engine import Counters, Event, MachineError, Stopped, UserError
 
 CHECKPOINT_SECONDS = 0.8
+PAUSE_SECONDS = 1.0
+_log = logging.getLogger(__name__)
 _DONE = {"stop": "done", "length": "length", "stopped": "stopped", "error": "error"}
 
 
@@ -112,9 +116,6 @@ class Jobs:
         self._titles.stop()
         if live:
             live.stop.set()
-            engine = self._models.engine
-            if engine and live.phase != "loading":
-                engine.stop()
 
     def _idle(self) -> bool:
         return not self._closed and not self._asked and not self.chats.waiting()
@@ -127,9 +128,11 @@ class Jobs:
             raise UserError(TEXT["busy"])
 
     def _question(self, conversation_id: int, parent_id: int | None, text: str, attachments: list | None) -> int:
-        question = self.chats.add(conversation_id, parent_id, "user", text, attachments=attachments)
-        self._titles.begin(conversation_id)
-        return self._answer(conversation_id, question.id)
+        return self._begin(self.chats.add(conversation_id, parent_id, "user", text, attachments=attachments))
+
+    def _begin(self, question: Message) -> int:
+        self._titles.begin(question.conversation_id)
+        return self._answer(question.conversation_id, question.id)
 
     def _answer(self, conversation_id: int, parent_id: int) -> int:
         answer = self.chats.add(conversation_id, parent_id, "assistant", status="running")
@@ -147,77 +150,75 @@ class Jobs:
     # The worker
 
     def _work(self) -> None:
-        while (answer := self._next()) is not None:
-            live = self.live
+        """One item after another, for as long as the program lives: what fails ends its item, never this."""
+        while not self._closed:
             try:
-                self._write(answer, live)
-            finally:
-                with self._wake:
-                    self.live = None
-                self.on_change()
-            if self._titles.improve(answer.conversation_id, self._idle):
-                self.on_change()
+                self._one()
+            except BaseException as error:
+                with suppress(Exception):
+                    self._trouble(error)
+                time.sleep(PAUSE_SECONDS)  # what fails again must not take the whole processor
+
+    def _one(self) -> None:
+        answer = self._next()
+        if answer is None:
+            return
+        try:
+            self._write(answer, self.live)
+        finally:
+            with self._wake:
+                self.live = None
+            self.on_change()
+        if self._titles.improve(answer.conversation_id, self._idle):
+            self.on_change()
 
     def _next(self) -> Message | None:
+        """The next answer to write; None when there was none for a while."""
         with self._wake:
-            while not self._closed:
-                if not self._asked:
-                    self._take_waiting()
-                if self._asked:
-                    answer = self._asked.pop(0)
-                    self.live = self.live or _live(answer)
-                    return answer
+            if not self._asked and (question := self.chats.take()):
+                self._begin(question)
+            if not self._asked:
                 self._wake.wait(1.0)
-        return None
-
-    def _take_waiting(self) -> None:
-        try:
-            for item in self.chats.waiting()[:1]:
-                if self.chats.unwait(item["id"]):
-                    leaf = self.chats.conversation(item["conversation_id"]).leaf_id
-                    self._question(item["conversation_id"], leaf, item["text"], item["attachments"])
-        except sqlite3.OperationalError as error:
-            self._disk_full(error)
+                return None
+            answer = self._asked.pop(0)
+            self.live = self.live or _live(answer)
+            return answer
 
     def _write(self, answer: Message, live: Live) -> None:
         saver = _Saver(self, live)
         status = "error"
         try:
-            if not self._models.wait(live.stop):
-                status = "stopped"
-                return
-            status = self._stream(answer, live)
+            engine = self._models.wait(live.stop)
+            status = self._stream(engine, answer, live) if engine else "stopped"
+        except Stopped:
+            status = "stopped"
         except (UserError, MachineError) as error:
             live.stats["error"] = str(error)
-        except Exception as error:
+        except BaseException as error:
             live.stats["error"] = TEXT["answer_failed"].format(error=f"{type(error).__name__}: {error}")
         finally:
             saver.finish(status)
 
-    def _stream(self, answer: Message, live: Live) -> str:
-        engine, live.phase = self._models.engine, "prefill"
+    def _stream(self, engine, answer: Message, live: Live) -> str:
+        live.phase = "prefill"
         live.revision += 1
         wishes = Wishes.of(self.chats.conversation(answer.conversation_id).settings)
         messages = to_prompt(self._given(answer), wishes.system, wishes.keep_thinking)
-        info, sampling = self._models.info(), wishes.sampling()
+        info, sampling = engine.info, wishes.sampling()
         reserve = min(sampling.max_tokens or 256, info["context"] // 4)
-        prompt = fit(messages, info["context"], reserve, wishes.policy, engine.count_tokens)
+        stopped, asked = live.stop.is_set, wishes.template()
+        prompt = fit(messages, info["context"], reserve, wishes.policy,
+                     lambda some: engine.count_tokens(some, asked, stopped), lambda one: engine.weigh(one, stopped))
         live.stats |= {"model": info["name"], "level": self._models.level, "dropped": prompt.dropped,
                        "prompt_tokens": prompt.tokens}
         meter = _Meter(live)
-        if live.stop.is_set():
-            return "stopped"
-        for event in engine.chat(prompt.messages, sampling, wishes.template()):
+        for event in engine.chat(prompt.messages, sampling, asked, live.stop):
             phase = live.phase
             meter.take(event)
             if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
                 self.on_change()
             if event.kind == "end":
-                if event.reason == "error":
-                    live.stats["error"] = event.text
-                return _DONE[event.reason]
-            if live.stop.is_set():
-                engine.stop()
+                return _ended(live, event)
         return "error"
 
     def _given(self, answer: Message) -> list[Message]:
@@ -225,9 +226,30 @@ class Jobs:
         path = self.chats.path(answer.conversation_id, answer.id)
         return path if answer.text else path[:-1]
 
-    def _disk_full(self, error: sqlite3.OperationalError) -> None:
-        self.disk_trouble = TEXT["disk_trouble"].format(error=error)
-        self.on_change()
+    def _trouble(self, error: BaseException) -> None:
+        """Said on the page until something has been saved."""
+        said = TEXT["disk_trouble" if waits_for_room(error) else "trouble"]
+        said = said.format(error=error if isinstance(error, sqlite3.Error) else f"{type(error).__name__}: {error}")
+        if said != self.disk_trouble:
+            _log.error("Something failed beside an answer", exc_info=error)
+            self.disk_trouble = said
+            self.on_change()
+
+
+def _ended(live: Live, end: Event) -> str:
+    """The status of an answer that is over. One without a word says so."""
+    if end.reason == "error":
+        live.stats["error"] = end.text
+    elif end.reason == "stop" and not live.text.strip():
+        live.stats["error"] = TEXT["empty_answer"]
+        return "error"
+    return _DONE[end.reason]
+
+
+def waits_for_room(error: BaseException) -> bool:
+    """Whether saving again later may work: a full disk, a database that another program holds."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xff
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 class _Meter:
@@ -287,29 +309,29 @@ class _Saver:
     def _checkpoints(self) -> None:
         saved = 0
         while not self._ended.wait(CHECKPOINT_SECONDS):
-            if self._live.revision != saved:
-                revision = self._live.revision
-                saved = revision if self._save("running") else saved
+            if (revision := self._live.revision) != saved and self._save("running") is None:
+                saved = revision
 
     def finish(self, status: str) -> None:
         """Save the end; while the disk is full, wait for room (the text stays in memory and on the page)."""
         self._ended.set()
         self._thread.join()
-        while not self._save(status) and not self._jobs._closed:
-            time.sleep(1.0)
+        while (error := self._save(status)) and waits_for_room(error) and not self._jobs._closed:
+            time.sleep(PAUSE_SECONDS)
 
-    def _save(self, status: str) -> bool:
+    def _save(self, status: str) -> BaseException | None:
+        """What kept it from being saved, which has been said."""
         live = self._live
         try:
             self._jobs.chats.save(live.message_id, text=live.text, thinking=live.thinking, status=status,
                                   stats=dict(live.stats))
-        except sqlite3.OperationalError as error:
-            self._jobs._disk_full(error)
-            return False
+        except BaseException as error:
+            self._jobs._trouble(error)
+            return error
         if self._jobs.disk_trouble:
             self._jobs.disk_trouble = ""
             self._jobs.on_change()
-        return True
+        return None
 
 
 def _live(answer: Message) -> Live:

@@ -6,6 +6,7 @@ holder of an Engine in the app; everybody else asks here.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 from app.opening import Opening
 from app.strings import TEXT
 from app.surroundings import Surroundings
-from engine import Known, MachineError, Options, UserError, fitted, look_up, what_binds
+from engine import Known, MachineError, Options, Stopped, UserError, fitted, look_up, what_binds
+
+METER_SECONDS = 5.0  # that counting a conversation may take, for nothing but a meter
 
 
 class Models:
@@ -38,19 +41,28 @@ class Models:
         if folder:
             self.folder, self._plan_level = folder, False
             self.options = replace(self.options, level=level, context=context, near_bytes=None)
-        n_bytes = sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
-        self._opening = Opening(self.folder.name, n_bytes, self.around.data / "cache" / "openings.json")
+        self._opening = None
         self._tell("loading", TEXT["step_start"])
         threading.Thread(target=self._open, name="open-model", daemon=True).start()
 
-    def wait(self, stop: threading.Event) -> bool:
-        """Wait until the model is ready; False if `stop` was set first. UserError if it could not be opened."""
+    def wait(self, stop: threading.Event):
+        """The model, once it is ready; None if `stop` was set first. UserError if it could not be opened."""
         with self._changed:
             while self.state == "loading" and not stop.is_set():
                 self._changed.wait(0.1)
             if self.state == "failed":
                 raise UserError(self.step)
-        return not stop.is_set()
+            return None if stop.is_set() else self.engine
+
+    def used(self, messages: list[dict], wishes: dict) -> int | None:
+        """Tokens of a conversation; None where that cannot be known: no model yet, a template that refuses or loops."""
+        engine, end = self.engine, time.monotonic() + METER_SECONDS
+        if not engine or self.state != "ready":
+            return None
+        try:
+            return engine.count_tokens(messages, wishes, lambda: time.monotonic() > end)
+        except (UserError, MachineError, Stopped):
+            return None
 
     def configure(self, options: Options) -> None:
         """Change level or near memory; takes effect before the next answer."""
@@ -100,6 +112,7 @@ class Models:
 
     def _open(self) -> None:
         try:
+            self._opening = Opening(self.folder.name, _size(self.folder), self.around.data / "cache" / "openings.json")
             self.close()
             self._progress(TEXT["step_import"])
             from engine import Engine
@@ -115,8 +128,8 @@ class Models:
             self._tell("failed", str(error))
         except MemoryError:
             self._tell("failed", TEXT["out_of_memory"])
-        except Exception as error:
-            self._tell("failed", TEXT["open_failed"].format(error=error))
+        except BaseException as error:  # whoever waits must hear of it, whatever it was
+            self._tell("failed", TEXT["open_failed"].format(error=f"{type(error).__name__}: {error}"))
             raise
 
     def _take_planned_level(self) -> None:
@@ -135,3 +148,7 @@ class Models:
             self.state, self.step = state, step
             self._changed.notify_all()
         self.on_change()
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())

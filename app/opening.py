@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+LONGEST_SECONDS = 1e6  # what is longer was never measured
+
 
 @dataclass
 class Opening:
@@ -67,6 +69,6 @@ def _read(path: Path) -> dict:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): {"seconds": float(row["seconds"]), "bytes": int(row["bytes"])}
-                for name, row in known.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                for name, row in known.items() if 0 <= row["seconds"] < LONGEST_SECONDS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 
 from app.jobs import Live
 from app.markdown import Growing
 from app.panel import Panel
+from app.strings import TEXT
 
 TICK_SECONDS = 1 / 12
 STATS_EVERY = 3  # ticks
+_log = logging.getLogger(__name__)
 _BACKLOG = 200  # events a slow tab may lag behind
 
 
@@ -29,6 +32,7 @@ class Stream:
         self._told = -1
         self._answer = _Answer()
         self._closed = False
+        self._failed = ""
         self.watched = asyncio.Event()  # set when the first page has connected
 
     def changed(self) -> None:
@@ -54,9 +58,10 @@ class Stream:
         self._tabs.add(tab)
         self.watched.set()
         try:
-            yield "retry: 1000\n" + _event("state", self._state())
-            yield _event("history", list(self._panel.history))
-            yield _event("text", self._answer.whole()) if self._answer.message_id else ": hello\n\n"
+            self._tell(tab.put_nowait, "state", self._state)
+            self._tell(tab.put_nowait, "history", lambda: list(self._panel.history))
+            self._tell(tab.put_nowait, "text", lambda: self._answer.message_id and self._answer.whole())
+            yield "retry: 1000\n\n"
             while not self._closed and (text := await tab.get()) is not None:
                 yield text
         finally:
@@ -64,13 +69,28 @@ class Stream:
 
     def _produce(self, tick: int) -> None:
         live = self._live()
-        if live and (update := self._answer.update(live)):
-            self._send(_event("text", update))
+        if live:
+            self._tell(self._send, "text", lambda: self._answer.update(live))
         if self._revision != self._told and (live is None or tick % STATS_EVERY == 0):
-            self._told = self._revision
-            self._send(_event("state", self._state()))
+            revision = self._revision
+            if self._tell(self._send, "state", self._state):
+                self._told = revision
         if tick % STATS_EVERY == 0:
-            self._send(_event("stats", self._panel.sample()))
+            self._tell(self._send, "stats", self._panel.sample)
+
+    def _tell(self, send: Callable[[str], None], name: str, make: Callable[[], object]) -> bool:
+        """Send what `make` gives, if anything. Where it fails, that is said once on every page, and the rest goes on."""
+        try:
+            if (document := make()) is not None:
+                send(_event(name, document))
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+            if failed != self._failed:
+                self._failed = failed
+                _log.error("The page cannot be told what is new", exc_info=error)
+                self._send(_event("trouble", TEXT["page_trouble"].format(error=failed)))
+            return False
+        return True
 
     def _send(self, text: str) -> None:
         for tab in list(self._tabs):

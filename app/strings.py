@@ -70,11 +70,17 @@ TEXT = {
     "stat_hit": "{n} % hits",
     "stat_far": "{mb} MB/token",
     "context": "Context: {used} of {total} tokens",
+    "context_unknown": "unknown",
     "empty_message": "Write something first.",
     "busy": "An answer is being written; stop it or wait for its end.",
     "context_full": "The conversation needs {tokens} tokens and the answer at least {reserve}, but the context holds "
                     "{context}: shorten the message, start a new chat, or let the oldest turns be dropped.",
     "answer_failed": "The answer failed ({error}); try again.",
+    "empty_answer": "The model ended its answer without a word; regenerate it, or ask in other words.",
+    "page_trouble": "The page cannot show what is new ({error}); reload it, and start the program again if that does not "
+                    "help.",
+    "trouble": "Something failed beside the answers ({error}); the program goes on. If it comes back, start the program "
+               "again.",
     "disk_trouble": "The conversation cannot be saved ({error}); make room on the disk. The answer goes on and is "
                     "saved as soon as there is room.",
     "not_saved": "Nothing was saved ({error}); make room on the disk and try again.",

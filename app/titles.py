@@ -5,16 +5,19 @@ is taken only if it is a title.
 """
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from app.chats import Chats
 from app.models import Models
 from app.strings import TEXT
 from engine import Event, MachineError, Sampling, UserError
 
+_log = logging.getLogger(__name__)
 LONGEST = 48  # characters of the first words
 MOST_WORDS = 10
 EXCERPTS = (800, 400, 200, 100)  # characters of the question and of the answer: the first that fits the small cache
@@ -34,8 +37,9 @@ class Titles:
 
     def begin(self, conversation_id: int) -> None:
         """The first words of the first question: costs nothing."""
-        if not self._chats.conversation(conversation_id).title:
-            self._chats.rename(conversation_id, first_words(self._beginning(conversation_id)[0]), by_user=False)
+        with suppress(UserError):  # it was deleted just now
+            if not self._chats.conversation(conversation_id).title:
+                self._chats.rename(conversation_id, first_words(self._beginning(conversation_id)[0]), by_user=False)
 
     def improve(self, conversation_id: int, idle: Callable[[], bool]) -> bool:
         """Let the model write the title, once; whether it did. Stopped by a person who goes on, it may be tried again.
@@ -52,6 +56,9 @@ class Titles:
             self._chats.rename(conversation_id, title, by_user=False)
         except (UserError, MachineError, sqlite3.OperationalError):
             return False  # the conversation, the model or the room for it has gone: the first words are a title, too
+        except Exception as error:
+            _log.error("A title failed", exc_info=error)
+            return False
         return True
 
     def stop(self) -> None:
@@ -78,7 +85,7 @@ class Titles:
                     return ""
                 self._answer = engine.aside(request(question, answer, length), SAMPLING, WISHES)
             events = list(self._answer)
-            if not events or events[-1].reason == "stopped":
+            if not events or events[-1].reason in (None, "stopped"):
                 return ""
             if events[-1].reason != "error":  # too long for the small cache
                 self._asked.add(conversation_id)

@@ -108,6 +108,6 @@ class Works:
             work.state, work.text = "failed", str(error)
         except MemoryError:
             work.state, work.text = "failed", TEXT["out_of_memory"]
-        except Exception as error:  # the page must say it, whatever it was
+        except BaseException as error:  # the page must say it, whatever it was
             work.state, work.text = "failed", f"{type(error).__name__}: {error}"
         self.on_change()

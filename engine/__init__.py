@@ -16,12 +16,13 @@ from engine.spec import (
     ModelSpec,
     Options,
     Sampling,
+    Stopped,
     UserError,
 )
 
 _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": "engine.paths",
          "models_dirs": "engine.paths", "choose_models_dir": "engine.paths",
-         "download": "engine.fetch", "Choice": "engine.fetch", "Hub": "engine.hub", "Stopped": "engine.hub",
+         "download": "engine.fetch", "Choice": "engine.fetch", "Hub": "engine.hub",
          "Progress": "engine.progress", "Installed": "engine.installed", "models": "engine.installed",
          "delete": "engine.installed", "here": "engine.fitting", "outlooks": "engine.fitting",
          "publish": "engine.publishing", "import_gguf": "engine.gguf_import",
@@ -30,7 +31,7 @@ _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": 
          "compress_installed": "engine.local", "compressed_name": "engine.local", "import_file": "engine.local",
          "calibrate_installed": "engine.local", "drop_calibration": "engine.local"}
 
-__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
+__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling", "Stopped",
            "UserError", *_LAZY]
 
 

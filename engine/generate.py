@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,20 +24,22 @@ from engine import hf, plan_text
 from engine.about import about
 from engine.failures import sentence
 from engine.plan import DEFAULT_CHUNK, SIDE_CONTEXT
-from engine.spec import Event, Options, Sampling, UserError
+from engine.spec import Event, Options, Sampling, Stopped, UserError, never
 from engine.turn import Turns
 
+GRACE_SECONDS = 0.5  # that a stopped model has for its last words
 _log = logging.getLogger(__name__)
 
 
 class Answer(Iterator[Event]):
     """The events of one answer. Closing it, or dropping it half read, stops the model.
 
-    error: the exception behind an `end` event with reason "error".
+    error: the exception behind an `end` event with reason "error". Stopped, it ends within a second, though the model
+    may still be in the middle of a step, which nothing can interrupt; whoever asks next waits for the end of that.
     """
 
-    def __init__(self):
-        self._channel = _Channel()
+    def __init__(self, stop: threading.Event | None = None):
+        self._channel = _Channel(stop or threading.Event())
         self._ended = False
 
     def __next__(self) -> Event:
@@ -62,18 +64,28 @@ class Answer(Iterator[Event]):
 class _Channel:
     """From the owner thread to one reader; the wish to stop goes the other way. Holds no Answer: one may be dropped."""
 
-    def __init__(self):
-        self.stopped = threading.Event()
+    def __init__(self, stopped: threading.Event):
+        self.stopped = stopped
+        self.left = False  # by its reader, who did not wait for the end
         self.error: BaseException | None = None
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._written = Event("answer")
         self.put = self._events.put
 
     def get(self) -> Event:
         while True:
+            stopped = self.stopped.is_set()
             try:
-                return self._events.get(timeout=0.2)  # a wait without end cannot be interrupted on Windows
+                # A wait without end cannot be interrupted on Windows.
+                event = self._events.get(timeout=GRACE_SECONDS if stopped else 0.2)
             except queue.Empty:
-                pass
+                if stopped:
+                    self.left = True
+                    return replace(self._written, kind="end", text="", reason="stopped")
+                continue
+            if event.kind in ("thinking", "answer"):
+                self._written = event
+            return event
 
 
 class Engine:
@@ -102,21 +114,22 @@ class Engine:
             loaded.runtime.close()  # page-locked memory stays locked until it is given back
             raise
 
-    def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
+    def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None,
+             stop: threading.Event | None = None) -> Answer:
         """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one.
 
         Where the last message is the model's own, the model goes on with it. wishes: variables of the chat template
-        (enable_thinking, reasoning_effort and the like).
+        (enable_thinking, reasoning_effort and the like). stop: set it from any thread to end this answer.
         """
-        return self._ask(messages, sampling, wishes, beside=False)
+        return self._ask(messages, sampling, wishes, Answer(stop), beside=False)
 
     def aside(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
         """The same for a short job beside the conversation, a title: at most engine.plan.SIDE_CONTEXT tokens, in a
         cache of its own, so that the conversation's next question finds everything it had read."""
-        return self._ask(messages, sampling, wishes, beside=True)
+        return self._ask(messages, sampling, wishes, Answer(), beside=True)
 
-    def _ask(self, messages: list[dict], sampling: Sampling | None, wishes: Mapping | None, beside: bool) -> Answer:
-        answer = Answer()
+    def _ask(self, messages: list[dict], sampling: Sampling | None, wishes: Mapping | None, answer: Answer,
+             beside: bool) -> Answer:
         channel = answer._channel
         job = (self._answer, list(messages), sampling or Sampling(), dict(wishes or {}), channel, beside)
         with self._lock:
@@ -126,10 +139,11 @@ class Engine:
         return answer
 
     def stop(self) -> None:
-        """End the running answer within one token, or one chunk of its prompt; later ones stay in the queue."""
+        """End the running answer; later ones stay in the queue."""
         with self._lock:
-            if self._unfinished:
-                self._unfinished[0].stopped.set()
+            running = next((channel for channel in self._unfinished if not channel.left), None)
+            if running:
+                running.stopped.set()
 
     def configure(self, options: Options) -> None:
         """Change level, near memory, context or chunk once the answers in the queue are done; waits for it."""
@@ -159,9 +173,14 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def count_tokens(self, messages: list[dict]) -> int:
-        """Tokens of the prompt that `chat` would read."""
-        return len(self._open_turns().tokens.prompt(messages).ids)
+    def count_tokens(self, messages: list[dict], wishes: Mapping | None = None,
+                     stopped: Callable[[], bool] = never) -> int:
+        """Tokens of the prompt that `chat` would read. Stopped soon after `stopped` says so."""
+        return len(self._open_turns().tokens.prompt(messages, True, wishes, stopped).ids)
+
+    def weigh(self, message: dict, stopped: Callable[[], bool] = never) -> int:
+        """Tokens of a message's own text, without what the chat template writes around it; kept for the next time."""
+        return self._open_turns().tokens.weigh(message, stopped)
 
     @property
     def info(self) -> dict:
@@ -213,7 +232,10 @@ class Engine:
     def _own(self) -> None:
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
-                job[0](*job[1:])
+                try:
+                    job[0](*job[1:])
+                except BaseException:  # the next job must find a thread
+                    _log.exception("A job of the model failed")
                 del job  # a finished job must not keep its messages, nor an old model, alive
 
     def _answer(self, messages: list[dict], sampling: Sampling, wishes: dict, channel: _Channel, beside: bool) -> None:
@@ -227,15 +249,22 @@ class Engine:
                     else:
                         channel.put(event)
             self._turns.show("idle")
-        except BaseException as error:  # whatever it was, the reader must not wait for ever
-            if not isinstance(error, UserError):
-                _log.error("An answer failed", exc_info=error)
-            channel.error = error.with_traceback(None)  # its frames would keep tensors alive
-            last = Event("end", sentence(error, self._planned()), reason="error")
+        except Stopped:
             self._turns.live.phase = "idle"
-        with self._lock:
-            self._unfinished.remove(channel)
-        channel.put(last)
+        except BaseException as error:
+            last = Event("end", "The model failed; try again.", reason="error")
+            last = self._failed(error, channel)
+        finally:  # whatever it was, the reader must not wait for ever
+            with self._lock:
+                self._unfinished.remove(channel)
+            channel.put(last)
+
+    def _failed(self, error: BaseException, channel: _Channel) -> Event:
+        self._turns.live.phase = "idle"
+        if not isinstance(error, UserError):
+            _log.error("An answer failed", exc_info=error)
+        channel.error = error.with_traceback(None)  # its frames would keep tensors alive
+        return Event("end", sentence(error, self._planned()), reason="error")
 
     def _planned(self) -> str:
         if self._room.machine.device != "cuda":

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from threading import Event
 from urllib.parse import urljoin, urlsplit
 
-from engine.spec import MachineError, UserError
+from engine.spec import MachineError, Stopped, UserError
 
 PIECE_BYTES = 1 << 20
 CHUNK_BYTES = 64 << 20
@@ -27,10 +27,6 @@ BARE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 # The public Hub sends the bytes of large files from these domains, and so do its mirrors.
 PUBLIC_DOMAINS = ("huggingface.co", "hf.co")
 DELAYS = (1, 2, 4, 8, 16)
-
-
-class Stopped(Exception):
-    """The user paused or cancelled; what has arrived stays for the next time."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,15 @@ class MachineError(Exception):
     """The machine failed: CUDA, memory, disk; the text is one sentence (exit code 3)."""
 
 
+class Stopped(Exception):
+    """The user stopped it; what has been made or has arrived stays."""
+
+
+def never() -> bool:
+    """Whether to stop, where nobody can ask for it."""
+    return False
+
+
 def _check(condition: bool, sentence: str) -> None:
     if not condition:
         raise UserError(sentence)

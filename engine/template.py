@@ -12,17 +12,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from engine.spec import MachineError, UserError
+from engine.spec import MachineError, Stopped, UserError, never
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20     # the longest templates in use have about 30,000
 MAX_PROMPT_CHARACTERS = 1 << 24       # a million tokens are about 4 million
 MAX_PROCESS_BYTES = 512 << 20
 SECONDS = 10.0                        # of a processor; a long conversation takes milliseconds
+LOOK_SECONDS = 0.02                   # how often we look whether it takes too much or was stopped
 PATIENCE = 12                         # times as long by the clock: other programs may have the processor
 _PROGRAM = Path(__file__).with_name("template_process.py")
 
@@ -45,34 +47,46 @@ class ChatTemplate:
         self._asks: frozenset[str] = frozenset()
         self._replies: queue.SimpleQueue = queue.SimpleQueue()
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True, wishes: Mapping | None = None) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, wishes: Mapping | None = None,
+               stopped: Callable[[], bool] = never) -> str:
         """The text of a conversation; with the generation prompt it ends where the answer begins.
 
         wishes: variables of this template that the user may set (enable_thinking, reasoning_effort and the like).
+        stopped: asked all the while; Stopped soon after it says so.
         """
         variables = {**self._variables, **(wishes or {}),
                      "messages": [_with_reasoning(message) for message in messages],
                      "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        with self._lock:
-            self._run()
-            reply = self._ask({"variables": variables, "limit": MAX_PROMPT_CHARACTERS})
+        with self._turn(stopped):
+            self._run(stopped)
+            reply = self._ask({"variables": variables, "limit": MAX_PROMPT_CHARACTERS}, stopped)
         return reply["text"]
 
     def asks(self) -> frozenset[str]:
         """The variables that this template looks at: which wishes it can fulfil."""
-        with self._lock:
-            self._run()
+        with self._turn(never):
+            self._run(never)
         return self._asks
 
     def close(self) -> None:
         with self._lock:
             self._kill()
 
-    def _run(self) -> None:
-        if self._process is None or self._process.poll() is not None:
-            self._start()
+    @contextmanager
+    def _turn(self, stopped: Callable[[], bool]) -> Iterator[None]:
+        while not self._lock.acquire(timeout=LOOK_SECONDS):
+            if stopped():
+                raise Stopped
+        try:
+            yield
+        finally:
+            self._lock.release()
 
-    def _start(self) -> None:
+    def _run(self, stopped: Callable[[], bool]) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self._start(stopped)
+
+    def _start(self, stopped: Callable[[], bool]) -> None:
         self._kill()
         hidden = subprocess.CREATE_NO_WINDOW if sys.platform == "win32" else 0
         # A session (or no console) of its own: Ctrl+C is for us. -P: our folder must not shadow the standard library.
@@ -82,13 +96,17 @@ class ChatTemplate:
         self._replies = queue.SimpleQueue()
         threading.Thread(target=_read_lines, args=(self._process.stdout, self._replies), daemon=True,
                          name="chat template").start()
-        self._asks = frozenset(self._ask({"template": self.source})["asks"])
+        try:
+            self._asks = frozenset(self._ask({"template": self.source}, stopped)["asks"])
+        except UserError:  # it has nothing to render
+            self._kill()
+            raise
 
-    def _ask(self, request: dict) -> dict:
+    def _ask(self, request: dict, stopped: Callable[[], bool]) -> dict:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            line = self._wait()
+            line = self._wait(stopped)
         except OSError:
             line = None
         if line is None:
@@ -102,15 +120,18 @@ class ChatTemplate:
             raise _broken(reply["broken"])
         return reply
 
-    def _wait(self) -> str | None:
-        """The reply, or None when the process ended. Kills it and raises UserError when it takes too much."""
+    def _wait(self, stopped: Callable[[], bool]) -> str | None:
+        """The reply, or None when the process ended. Kills it and raises when it takes too much or is stopped."""
         watched = psutil.Process(self._process.pid)
         begun, end = _processor_seconds(watched), time.monotonic() + PATIENCE * self._seconds
         while True:
             try:
-                return self._replies.get(timeout=0.02)
+                return self._replies.get(timeout=LOOK_SECONDS)
             except queue.Empty:
                 pass
+            if stopped():
+                self._kill()
+                raise Stopped
             if _processor_seconds(watched) - begun > self._seconds or time.monotonic() > end:
                 self._kill()
                 raise _broken(f"it did not finish within {self._seconds:g} seconds")

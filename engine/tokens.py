@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from hashlib import blake2b
 
-from engine.spec import UserError
-from engine.template import ChatTemplate
+from engine.spec import Stopped, UserError, never
+from engine.template import LOOK_SECONDS, ChatTemplate
 
 # Private-use characters around a control token that a message contains.
 _LEFT, _RIGHT = "\ue0f0", "\ue0f1"
 # Tokens without a whole character in a row after which we stop waiting: no character has more than four bytes.
 _MAX_HELD = 8
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
+LONG = 50_000                         # characters; the tokenizer takes a second or more for a million and never looks up
+MAX_KEPT = 100_000                    # texts whose number of tokens is kept
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Tokens:
                             "variant, or put a chat_template.jinja into the folder.")
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
+        self._kept: dict[bytes, int] = {}  # tokens of a text, by its hash
         self.special = _special_tokens(tokenizer)
         self.added = frozenset(tokenizer.get_added_vocab())
         names = sorted(self.special.values(), key=len, reverse=True)
@@ -52,21 +57,33 @@ class Tokens:
                                      {name: str(text) for name, text in tokenizer.special_tokens_map.items()
                                       if not isinstance(text, (list, tuple))})
 
-    def prompt(self, messages: list[dict], answer: bool = True, wishes: Mapping | None = None) -> Prompt:
+    def prompt(self, messages: list[dict], answer: bool = True, wishes: Mapping | None = None,
+               stopped: Callable[[], bool] = never) -> Prompt:
         """The conversation as the model reads it. With `answer` it ends where the model's turn begins or, when the
-        last message is the model's own, where that one ends: the model goes on with it. wishes: see ChatTemplate."""
+        last message is the model's own, where that one ends: the model goes on with it. wishes, stopped: see
+        ChatTemplate."""
         _check_messages(messages)
         given = [self._mark(message) for message in messages]
         continues = answer and given[-1]["role"] == "assistant" and bool(str(given[-1].get("content") or "").strip())
-        marked = self.template.render(given, answer and not continues, wishes)
+        marked = self.template.render(given, answer and not continues, wishes, stopped)
         if continues:
             marked = _up_to_the_end_of(str(given[-1]["content"]), marked)
         pieces = self._marked.split(marked)
         ids: list[int] = []
         for i, piece in enumerate(pieces):
             if piece:  # odd pieces were marked: plain text, whatever they look like; None: a mark the template tore off
-                ids += self._encode(piece, plain=i % 2 == 1)
+                ids += self._encode(piece, i % 2 == 1, stopped)
         return Prompt(ids, "".join(filter(None, pieces)), continues)
+
+    def weigh(self, message: dict, stopped: Callable[[], bool] = never) -> int:
+        """Tokens of the message's own text, without the template's. Counted once, then kept."""
+        text = str(message.get("content") or "") + str(message.get("reasoning_content") or "")
+        key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key not in self._kept:
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[key] = len(self._encode(text, True, stopped))
+        return self._kept[key]
 
     def decode(self, ids: list[int]) -> str:
         with self._lock:
@@ -75,9 +92,11 @@ class Tokens:
     def close(self) -> None:
         self.template.close()
 
-    def _encode(self, text: str, plain: bool) -> list[int]:
-        with self._lock:
-            return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+    def _encode(self, text: str, plain: bool, stopped: Callable[[], bool] = never) -> list[int]:
+        def work() -> list[int]:
+            with self._lock:
+                return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+        return work() if len(text) < LONG and not self._lock.locked() else _unless(stopped, work)
 
     def _mark(self, value):
         """Control tokens inside the strings of a message, wrapped so that the template's own can be told from them."""
@@ -124,6 +143,24 @@ class TextStream:
     def _text(self, ids: list[int]) -> str:
         before = self._tokens.decode(self._context) if self._context else ""
         return self._tokens.decode(self._context + ids)[len(before):]
+
+
+def _unless(stopped: Callable[[], bool], work: Callable):
+    """What `work` returns; it is left to end by itself, in a thread of its own, when stopped."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+    thread = threading.Thread(target=run, name="tokens", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        if stopped():
+            raise Stopped
+        thread.join(LOOK_SECONDS)
+    return future.result()
 
 
 def _special_tokens(tokenizer) -> dict[int, str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from engine.prefix import Prefix, common_length
 from engine.sampling import Sampler, end_tokens, most_tokens
 from engine.sections import ANSWER, Sections
-from engine.spec import Counters, Event, Sampling, UserError
+from engine.spec import Counters, Event, Sampling, Stopped, UserError
 from engine.stepping import begin
 from engine.tokens import Prompt, Tokens
 
@@ -80,12 +80,15 @@ class Turns:
 
     def answer(self, messages: list[dict], sampling: Sampling, stopped: Callable[[], bool],
                wishes: Mapping | None = None) -> Iterator[Event]:
-        """The events of an answer, ending with "end". UserError before anything is read when it cannot fit."""
-        prompt = self.tokens.prompt(messages, wishes=wishes)
+        """The events of an answer, ending with "end". UserError before anything is read when it cannot fit; Stopped
+        while it is not yet known what is to be read."""
+        prompt = self.tokens.prompt(messages, True, wishes, stopped)
         check_room(len(prompt.ids), self.context)
         try:
             yield from self._read(messages, prompt, stopped, wishes)
             yield from self._write(prompt, sampling, stopped)
+        except Stopped:  # between two forwards: what was read stays
+            raise
         except Exception:
             self.prefix.reset()   # some layers may have read what others have not
             self.runtime.reset()  # a slot may have been given to an expert that never arrived
@@ -110,7 +113,7 @@ class Turns:
         ids, end = prompt.ids, len(prompt.ids) - 1
         self.runtime.phase = "prefill"
         done = self.prefix.reuse(ids)
-        breaks = self._breaks(messages, ids, wishes) if self.prefix.wants_marks else []
+        breaks = self._breaks(messages, ids, wishes, stopped) if self.prefix.wants_marks else []
         first, start = done, time.perf_counter()
         self._measure(0, 0.0)
         self.show("prefill")
@@ -130,12 +133,13 @@ class Turns:
         self.live.prompt_tokens, self.live.prompt_seconds = n_tokens, seconds
         self.live.answer, self.live.answer_tokens, self.live.answer_seconds = Counters(), 0, 0.0
 
-    def _breaks(self, messages: list[dict], ids: list[int], wishes: Mapping | None) -> list[int]:
+    def _breaks(self, messages: list[dict], ids: list[int], wishes: Mapping | None,
+                stopped: Callable[[], bool]) -> list[int]:
         """Positions where the last messages end, and the end of what prefill reads: a later prompt may differ there."""
         breaks = {len(ids) - 1}
         for n_messages in range(max(1, len(messages) - MARKED_MESSAGES + 1), len(messages) + 1):
             try:
-                part = self.tokens.prompt(messages[:n_messages], answer=False, wishes=wishes)
+                part = self.tokens.prompt(messages[:n_messages], False, wishes, stopped)
             except UserError:  # some templates refuse a conversation that ends here
                 continue
             breaks.add(common_length(part.ids, ids[:-1]))

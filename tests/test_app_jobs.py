@@ -33,16 +33,21 @@ class Steps:
         self.asked: list[list[dict]] = []
         self.stopped = threading.Event()
 
-    def count_tokens(self, messages):
-        return sum(len(message["content"].split()) + 1 for message in messages)
+    info = {"name": "Boat", "context": 100}
+
+    def count_tokens(self, messages, wishes, stopped):
+        return sum(self.weigh(message, stopped) + 1 for message in messages)
+
+    def weigh(self, message, stopped):
+        return len(message["content"].split())
 
     def stop(self):
         self.stopped.set()
 
-    def chat(self, messages, sampling, wishes):
+    def chat(self, messages, sampling, wishes, stop):
         self.asked.append(messages)
         self.wishes = wishes
-        self.stopped.clear()
+        self.stopped = stop
         yield Event("prefill", "Read 3 of 3", 3)
         n = 0
         while not self.stopped.is_set():
@@ -79,10 +84,10 @@ class Opened:
             time.sleep(0.01)
         if self.broken:
             raise UserError(self.broken)
-        return not stop.is_set()
+        return None if stop.is_set() else self.engine
 
     def info(self):
-        return {"name": "Boat", "context": 100}
+        return {}
 
 
 @pytest.fixture

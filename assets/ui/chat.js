@@ -62,8 +62,7 @@ export async function load() {
   drawn.id = id;
   title.textContent = conversation.conversation.title || TEXT.untitled;
   drawMessages(conversation);
-  const { used, total } = conversation.context;
-  drawMeter(used, total);
+  measure(id, turn);
   if (stay === null) follow(true);
   else scroller.scrollTop = stay;
   if (outlived()) setTimeout(() => outlived() && load(), 200);
@@ -95,9 +94,16 @@ function drawEmpty() {
       h("button", { type: "button", onclick: () => send(text, []) }, text)))));
 }
 
+// Only the model can count, and it may be busy, or unable to: nothing else waits for it.
+async function measure(id, turn) {
+  const { used, total } = await api("GET", `/api/conversations/${id}/context`).catch(() => ({}));
+  if (opened.id === id && turn === loads.begun) drawMeter(used, total);
+}
+
 function drawMeter(used, total) {
   const share = total ? Math.min(1, used / total) : 0;
-  meter.textContent = total ? say("context", { used: used.toLocaleString("en"), total: total.toLocaleString("en") }) : "";
+  meter.textContent = total ? say("context", { used: used?.toLocaleString("en") ?? TEXT.context_unknown,
+    total: total.toLocaleString("en") }) : "";
   meter.style.setProperty("--share", share);
   meter.classList.toggle("nearly-full", share > 0.85);
 }

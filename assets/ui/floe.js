@@ -170,7 +170,8 @@ function receive(name, document) {
   } else emit(name, document);
 }
 
-const NAMES = ["state", "text", "stats", "history"];
+const NAMES = ["state", "text", "stats", "history", "trouble"];
+on("trouble", notice);
 const channel = new BroadcastChannel("floe-events");
 channel.onmessage = ({ data }) => {
   if (data.name !== "whole") receive(data.name, data.document);
