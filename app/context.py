@@ -60,7 +60,7 @@ def fit(messages: list[dict], context: int, reserve: int, policy: str, count: Ca
 
 
 def _first_that_stays(turns: list[dict], starts: list[int], room: int, weigh: Callable[[dict], int]) -> int:
-    """Index in `starts` of the earliest question from which on the turns' own texts fit; the last one's if none does."""
+    """Index in `starts` of the earliest question from which on the turns' own texts fit; the last if none does."""
     end = len(turns)
     for at in reversed(range(len(starts))):
         room -= sum(map(weigh, turns[starts[at]:end]))

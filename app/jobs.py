@@ -228,7 +228,7 @@ class Jobs:
 
     def _trouble(self, error: BaseException) -> None:
         """Said on the page until something has been saved."""
-        said = TEXT["disk_trouble" if waits_for_room(error) else "trouble"]
+        said = TEXT["disk_trouble"] if waits_for_room(error) else TEXT["trouble"]
         said = said.format(error=error if isinstance(error, sqlite3.Error) else f"{type(error).__name__}: {error}")
         if said != self.disk_trouble:
             _log.error("Something failed beside an answer", exc_info=error)

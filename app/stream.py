@@ -32,7 +32,7 @@ class Stream:
         self._told = -1
         self._answer = _Answer()
         self._closed = False
-        self._failed = ""
+        self._failed: dict[str, str] = {}  # what cannot be told, and why
         self.watched = asyncio.Event()  # set when the first page has connected
 
     def changed(self) -> None:
@@ -79,17 +79,18 @@ class Stream:
             self._tell(self._send, "stats", self._panel.sample)
 
     def _tell(self, send: Callable[[str], None], name: str, make: Callable[[], object]) -> bool:
-        """Send what `make` gives, if anything. Where it fails, that is said once on every page, and the rest goes on."""
+        """Send what `make` gives, if anything. Where it fails, every page is told once, and the rest goes on."""
         try:
             if (document := make()) is not None:
                 send(_event(name, document))
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
-            if failed != self._failed:
-                self._failed = failed
+            if failed != self._failed.get(name):
+                self._failed[name] = failed
                 _log.error("The page cannot be told what is new", exc_info=error)
                 self._send(_event("trouble", TEXT["page_trouble"].format(error=failed)))
             return False
+        self._failed.pop(name, None)
         return True
 
     def _send(self, text: str) -> None:

@@ -77,10 +77,10 @@ TEXT = {
                     "{context}: shorten the message, start a new chat, or let the oldest turns be dropped.",
     "answer_failed": "The answer failed ({error}); try again.",
     "empty_answer": "The model ended its answer without a word; regenerate it, or ask in other words.",
-    "page_trouble": "The page cannot show what is new ({error}); reload it, and start the program again if that does not "
-                    "help.",
-    "trouble": "Something failed beside the answers ({error}); the program goes on. If it comes back, start the program "
-               "again.",
+    "page_trouble": "The page cannot show what is new ({error}); reload it, and start the program again if that does "
+                    "not help.",
+    "trouble": "Something failed beside the answers ({error}); the program goes on. If it comes back, start the "
+               "program again.",
     "disk_trouble": "The conversation cannot be saved ({error}); make room on the disk. The answer goes on and is "
                     "saved as soon as there is room.",
     "not_saved": "Nothing was saved ({error}); make room on the disk and try again.",

@@ -31,8 +31,8 @@ _LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": 
          "compress_installed": "engine.local", "compressed_name": "engine.local", "import_file": "engine.local",
          "calibrate_installed": "engine.local", "drop_calibration": "engine.local"}
 
-__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling", "Stopped",
-           "UserError", *_LAZY]
+__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
+           "Stopped", "UserError", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -9,6 +9,7 @@ import json
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from engine import nvml
@@ -58,7 +59,7 @@ class CardMeter:
             return CardNumbers(self._name, sentence="" if waiting else _ENDED)
         if time.monotonic() - self._at > SILENT_SECONDS:
             return CardNumbers(self._name, sentence=_SILENT)
-        counted = last["to_card"] is not None
+        counted = last.get("to_card") is not None
         return CardNumbers(self._name, **last, sentence="" if counted else _NO_COUNTER.format(name=self._name))
 
     def close(self) -> None:
@@ -70,4 +71,7 @@ class CardMeter:
 
     def _read(self, child: subprocess.Popen) -> None:
         for line in child.stdout:
-            self._last, self._at = json.loads(line), time.monotonic()
+            with suppress(ValueError, TypeError):  # a driver may write lines of its own
+                last = dict(json.loads(line))
+                CardNumbers(**({} if "error" in last else last))
+                self._last, self._at = last, time.monotonic()

@@ -148,10 +148,12 @@ class ChatTemplate:
 
 
 def _read_lines(stream, replies: queue.SimpleQueue) -> None:
-    with stream:
-        for line in stream:
-            replies.put(line)
-    replies.put(None)
+    try:
+        with stream:
+            for line in stream:
+                replies.put(line)
+    finally:
+        replies.put(None)
 
 
 def _resident(process: psutil.Process) -> int:

@@ -22,7 +22,7 @@ _LEFT, _RIGHT = "\ue0f0", "\ue0f1"
 # Tokens without a whole character in a row after which we stop waiting: no character has more than four bytes.
 _MAX_HELD = 8
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-LONG = 50_000                         # characters; the tokenizer takes a second or more for a million and never looks up
+LONG = 50_000                         # characters; the tokenizer takes seconds for a million, and never looks up
 MAX_KEPT = 100_000                    # texts whose number of tokens is kept
 
 
