@@ -10,6 +10,7 @@ import json
 import queue
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from engine.spec import MachineError, Stopped, UserError, never
 MAX_TEMPLATE_CHARACTERS = 1 << 20     # the longest templates in use have about 30,000
 MAX_PROMPT_CHARACTERS = 1 << 24       # a million tokens are about 4 million
 MAX_PROCESS_BYTES = 512 << 20
+MOST_SAID = 300                       # characters of what a template says itself
 SECONDS = 10.0                        # of a processor; a long conversation takes milliseconds
 LOOK_SECONDS = 0.02                   # how often we look whether it takes too much or was stopped
 PATIENCE = 12                         # times as long by the clock: other programs may have the processor
@@ -115,7 +117,8 @@ class ChatTemplate:
                                "and check that there is enough memory.")
         reply = json.loads(line)
         if "refused" in reply:
-            raise UserError(f"The model's chat template refuses this conversation: {reply['refused']}")
+            raise UserError(f"The model's chat template refuses this conversation ({_brief(reply['refused'])}); edit "
+                            "the message that it is about, or start a new chat.")
         if "broken" in reply:
             raise _broken(reply["broken"])
         return reply
@@ -171,8 +174,13 @@ def _processor_seconds(process: psutil.Process) -> float:
 
 
 def _broken(why: str) -> UserError:
-    return UserError(f"The model's chat template cannot be used: {why.rstrip('.')}; "
+    return UserError(f"The model's chat template cannot be used: {_brief(why)}; "
                      "replace chat_template.jinja in the model's folder.")
+
+
+def _brief(why: str) -> str:
+    """On one line: a template may say anything."""
+    return textwrap.shorten(why, MOST_SAID, placeholder="…").rstrip(".")
 
 
 def _with_reasoning(message: dict) -> dict:

@@ -80,6 +80,8 @@ class Tokens:
         text = str(message.get("content") or "") + str(message.get("reasoning_content") or "")
         key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key not in self._kept:
+            if stopped():
+                raise Stopped
             if len(self._kept) >= MAX_KEPT:
                 self._kept.clear()
             self._kept[key] = len(self._encode(text, True, stopped))

@@ -10,7 +10,7 @@ import torch
 from architectures import build
 from transformers import AutoTokenizer, GenerationConfig
 
-from engine import hf
+from engine import generate, hf
 from engine.generate import Engine
 from engine.sampling import Sampler, end_tokens, merged, most_tokens
 from engine.spec import Event, MachineError, Options, Sampling, UserError
@@ -241,7 +241,34 @@ def test_a_second_answer_waits_and_stop_is_for_the_first(engine, forwards):
     assert finish(engine.chat(TALK, GREEDY))[1].reason == end.reason
 
 
+def test_a_stopped_answer_ends_though_the_model_is_in_the_middle_of_a_step(engine, forwards):
+    reached, gate, stop = threading.Event(), threading.Event(), threading.Event()
+    forwards.on[2] = lambda: reached.set() or gate.wait(60)
+    answer = engine.chat(LONG, GREEDY, None, stop)
+    assert reached.wait(60)
+    stop.set()
+    assert finish(answer)[1].reason == "stopped" and not gate.is_set()
+    following = engine.chat(TALK, GREEDY)
+    engine.stop()  # is for the one that somebody still reads
+    gate.set()
+    assert finish(following)[1].reason == "stopped" and len(forwards.sizes) == 2
+    assert told(finish(engine.chat(TALK, GREEDY))[0])
+
+
 # Errors
+
+@pytest.mark.parametrize("error", [RuntimeError("kernel failed"), SystemExit(1), KeyboardInterrupt()])
+def test_nothing_ends_the_models_thread(engine, forwards, monkeypatch, error):
+    def fail(*given):
+        raise error
+    forwards.on[1] = fail
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sentence", fail)  # not even an error that cannot be put into words
+        events, end = finish(engine.chat(TALK, GREEDY))
+    assert end.reason == "error" and end.text.endswith(".")
+    engine._jobs.put((fail,))
+    assert told(finish(engine.chat(TALK, GREEDY))[0])
+
 
 def test_a_conversation_that_is_too_long_is_refused_before_it_is_read(engine, forwards):
     long = chat("one two three four " * 400)
