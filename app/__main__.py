@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import socket
 import sys
-import threading
-import webbrowser
 from pathlib import Path
 
+from app.start_link import StartLink
 from app.strings import TEXT
 from engine import LEVELS, MachineError, Options, UserError, data_dir, demo_model
 
@@ -49,20 +47,17 @@ def _serve(args: argparse.Namespace) -> int:
     listener = _listen(args.port)
     data = data_dir(args.data)
     _keep_inside(data)
-    port, token = listener.getsockname()[1], secrets.token_urlsafe(32)
     from app.server import Parts, serve
 
     options = Options(device=args.device, **({"level": args.level} if args.level else {}))
     model = Path(args.model).absolute() if args.model else demo_model()
     parts = Parts.make(data, model, options, plan_level=args.level is None)
-    serve(parts, listener, token, lambda: _announce(f"http://{HOST}:{port}/?t={token}", not args.no_browser))
+    link = StartLink(data, not args.no_browser)
+    try:
+        serve(parts, listener, link.announce, link.entered)
+    finally:
+        link.forget()
     return 0
-
-
-def _announce(url: str, browser: bool) -> None:
-    print(TEXT["ready"].format(url=url), TEXT["loopback"], sep="\n", flush=True)
-    if browser:
-        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
 def _listen(wished: int | None) -> socket.socket:

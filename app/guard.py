@@ -1,16 +1,33 @@
 """The door keeper: a plain ASGI wrapper outside everything, so that only this user's own browser gets in.
 
 A web page elsewhere can send requests to 127.0.0.1 and, with DNS rebinding, read the replies. Closed by: an exact list
-of Host names (421), an exact list of Origins (403), Sec-Fetch-Site (403), and a token made at every launch, which the
-link that the program opens carries once (`/?t=TOKEN`) and an HttpOnly SameSite=Strict cookie afterwards (401).
-Streams pass through untouched. The same wrapper adds the headers that keep the page from loading anything foreign.
+of Host names (421), an exact list of Origins (403), Sec-Fetch-Site (403), and three secrets made at every launch (401):
+
+* the start link's, which works once; the next link is made and told at that moment;
+* the cookie's (HttpOnly, SameSite=Strict). A browser sends it to *every* port of 127.0.0.1, so whoever serves another
+  one has it: alone it opens what a browser asks for by itself, which holds nothing of the person's (SHELL);
+* the key's, for all the rest together with the cookie. The page that answers the start link leaves it in localStorage,
+  which belongs to this port alone, for every tab and reload; floe.js sends it with each request as a header.
+
+Streams pass through untouched. The same wrapper adds the headers that keep the page from loading anything foreign, and
+refuses a body that is too large before anybody reads it.
 """
 from __future__ import annotations
 
 import hmac
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl, unquote, urlencode
+import json
+import secrets
+from collections.abc import Callable
+from html import escape
+from urllib.parse import parse_qs, unquote
 
+from app.strings import TEXT
+
+KEY_HEADER = "x-floe-key"
+BODY_BYTES = 64 << 20
+# The page without a conversation in it, its scripts and looks: links, styles and imports can carry no header.
+SHELL = ("/", "/theme.css", "/favicon.ico", "/api/strings")
+SHELL_BELOW = ("/ui/", "/assets/", "/static/")
 # Gradio's own client code needs inline and evaluated scripts; nothing may come from, or go to, another place.
 _POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
            "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
@@ -21,65 +38,78 @@ _HEADERS = [(b"content-security-policy", _POLICY.encode()), (b"x-content-type-op
 # Parts of Gradio that this program never uses.
 _CLOSED = ("/gradio_api/proxy=", "/proxy=", "/monitoring", "/gradio_api/monitoring", "/gradio_api/deep_link",
            "/gradio_api/vibe", "/gradio_api/mcp", "/login/huggingface")
+# The address bar, the history and a reload keep nothing of the start link.
+_ENTRY = ("<!doctype html><meta charset=utf-8><title>{title}</title><script>localStorage.setItem('floe-key', {key}); "
+          "location.replace('/');</script><p>{text}</p>")
 
 
 class Guard:
-    """Wraps an ASGI application that listens on `port` of the loopback address."""
+    """Wraps an ASGI application that listens on `port` of the loopback address; `entered` is told each next link."""
 
-    def __init__(self, app, port: int, token: str):
-        assert len(token) >= 32, "a token that can be guessed is none"
-        self._app = app
-        self._token = token
+    def __init__(self, app, port: int, entered: Callable[[str], None]):
+        self._app, self._entered = app, entered
+        self._address = f"http://127.0.0.1:{port}"
+        self._start, self._pass, self._key = (secrets.token_urlsafe(32) for _ in range(3))
         self._cookie = f"floechat_{port}"  # cookies know no port: two copies of the program must not share one
         names = ("127.0.0.1", "localhost")
         self._hosts = {f"{name}:{port}" for name in names}
         self._origins = {f"http://{name}:{port}" for name in names}
+
+    @property
+    def link(self) -> str:
+        """Opens the page, once."""
+        return f"{self._address}/?t={self._start}"
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return None  # no WebSocket is offered: the server closes the connection
-        headers = _headers(scope)
-        refusal = self._refusal(scope, headers)
+        headers, token = _headers(scope), _start_token(scope)
+        foreign = self._foreign(headers)
+        if token and not foreign and _same(token, self._start):
+            return await self._enter(send)
+        refusal = foreign or self._refusal(scope, headers)
         if refusal:
-            return await _answer(send, *refusal)
-        token = _query_token(scope)
-        if token and self._is_token(token):
-            return await self._welcome(scope, send)
-        if not self._is_token(self._cookie_token(headers)):
-            return await _answer(send, 401, "Open Floe Chat with the link that it printed when it started.")
+            status, text = refusal
+            return await _answer(send, status, TEXT["link_used"] if token and not foreign else text)
+        if token:  # an old link in a browser that is in already
+            return await _answer(send, 303, "", [(b"location", b"/")])
         return await self._app(scope, receive, _with_headers(send))
 
-    def _refusal(self, scope, headers: dict[str, list[str]]) -> tuple[int, str] | None:
+    def _foreign(self, headers: dict[str, list[str]]) -> tuple[int, str] | None:
         if headers.get("host", []) not in [[host] for host in self._hosts]:
             return 421, "This address is not served here."
         if any(origin not in self._origins for origin in headers.get("origin", [])):
             return 403, "Requests from other pages are refused."
+        return None
+
+    def _refusal(self, scope, headers: dict[str, list[str]]) -> tuple[int, str] | None:
         if any(site not in ("same-origin", "none") for site in headers.get("sec-fetch-site", [])):
             return 403, "Requests from other pages are refused."
         path = unquote(scope["path"])
         if ".." in path.replace("\\", "/").split("/") or path.startswith(_CLOSED) or "\0" in path:
             return 404, "There is nothing here."
+        if not any(_same(value, self._pass) for value in _cookies(headers, self._cookie)):
+            return 401, TEXT["no_link"]
+        shell = scope["method"] in ("GET", "HEAD") and (scope["path"] in SHELL or scope["path"].startswith(SHELL_BELOW))
+        if not shell and not _same("".join(headers.get(KEY_HEADER, [])), self._key):
+            return 401, TEXT["no_key"]
+        if "transfer-encoding" in headers or int("".join(headers.get("content-length", [])) or 0) > BODY_BYTES:
+            return 413, TEXT["body_too_large"].format(megabytes=BODY_BYTES >> 20)
         return None
 
-    def _is_token(self, candidate: str) -> bool:
-        return hmac.compare_digest(candidate.encode(), self._token.encode())
+    async def _enter(self, send) -> None:
+        """Trade the link for the cookie and the key. What it asked for beside is not looked at: the page is at "/"."""
+        self._start = secrets.token_urlsafe(32)
+        self._entered(self.link)
+        page = _ENTRY.format(title=escape(TEXT["app"]), key=json.dumps(self._key), text=escape(TEXT["entry"]))
+        cookie = f"{self._cookie}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
+        await _answer(send, 200, page, [(b"set-cookie", cookie.encode()), (b"cache-control", b"no-store")], "html")
 
-    def _cookie_token(self, headers: dict[str, list[str]]) -> str:
-        try:
-            jar = SimpleCookie("; ".join(headers.get("cookie", [])))
-        except CookieError:
-            return ""
-        return jar[self._cookie].value if self._cookie in jar else ""
 
-    async def _welcome(self, scope, send) -> None:
-        """Trade the token in the link for the cookie, and take it out of the address bar."""
-        query = [(name, value) for name, value in _query(scope) if name != "t"]
-        place = scope["path"] + (f"?{urlencode(query)}" if query else "")
-        cookie = f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"
-        place = "/" + place.lstrip("/\\")  # never another host: //evil.example
-        await _answer(send, 303, "", [(b"location", place.encode()), (b"set-cookie", cookie.encode())])
+def _same(candidate: str, secret: str) -> bool:
+    return hmac.compare_digest(candidate.encode(), secret.encode())
 
 
 def _headers(scope) -> dict[str, list[str]]:
@@ -89,19 +119,23 @@ def _headers(scope) -> dict[str, list[str]]:
     return found
 
 
-def _query(scope) -> list[tuple[str, str]]:
-    return parse_qsl(scope.get("query_string", b"").decode("latin-1"))
+def _cookies(headers: dict[str, list[str]], name: str) -> list[str]:
+    """The values under one name. Other programs' cookies come along, with brackets, quotes and spaces in them, before
+    which a parser that knows the grammar gives up."""
+    pairs = [pair.partition("=") for line in headers.get("cookie", []) for pair in line.split(";")]
+    return [value.strip() for key, _, value in pairs if key.strip() == name]
 
 
-def _query_token(scope) -> str:
-    return dict(_query(scope)).get("t", "") if scope["method"] == "GET" else ""
+def _start_token(scope) -> str:
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1")) if scope["method"] == "GET" else {}
+    return query.get("t", [""])[-1]
 
 
-async def _answer(send, status: int, text: str, headers=()) -> None:
+async def _answer(send, status: int, text: str, headers=(), kind: str = "plain") -> None:
     body = text.encode()
     await send({"type": "http.response.start", "status": status, "headers": [
-        (b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode()), *_HEADERS,
-        *headers]})
+        (b"content-type", f"text/{kind}; charset=utf-8".encode()), (b"content-length", str(len(body)).encode()),
+        *_HEADERS, *headers]})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -135,7 +135,7 @@ def _chat_controls(parts, chat: gr.HTML, opened: gr.Textbox) -> None:
         "effort": gr.Dropdown([(TEXT["think_model"], "model"), *[(name, name) for name in EFFORTS]],
                               label=TEXT["effort"]),
         "keep_thinking": gr.Checkbox(label=TEXT["keep_thinking"]),
-        "preset": gr.Dropdown(Presets(parts.chats).choices(), label=TEXT["preset"]),
+        "preset": gr.Dropdown(label=TEXT["preset"]),  # a person's names are no part of the bare page
         "temperature": gr.Number(label=TEXT["temperature"], step=0.05),
         "top_k": gr.Number(label=TEXT["top_k"], precision=0),
         "top_p": gr.Number(label=TEXT["top_p"], step=0.01),

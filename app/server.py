@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from app import api
 from app.chats import Chats
+from app.connection import HEADER_BYTES, Connection
 from app.drafts import Drafts
 from app.guard import Guard
 from app.jobs import Jobs
@@ -65,8 +66,8 @@ class Parts:
         self.chats.close()
 
 
-def build(parts: Parts, port: int, token: str) -> Guard:
-    """The ASGI application for one port."""
+def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
+    """The ASGI application for one port; `entered` is told the next start link."""
     import gradio as gr
 
     from app.page import HEAD, build_page, theme
@@ -90,7 +91,7 @@ def build(parts: Parts, port: int, token: str) -> Guard:
     gr.mount_gradio_app(app, build_page(parts), path="/", server_name="127.0.0.1", server_port=port, ssr_mode=False,
                         run_history=False, enable_monitoring=False, footer_links=[], show_error=False,
                         max_file_size="16mb", theme=theme(), head=HEAD, pwa=False)
-    return Guard(app, port, token)
+    return Guard(app, port, entered)
 
 
 class _Server(uvicorn.Server):
@@ -110,11 +111,12 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(parts: Parts, listener: socket.socket, token: str, announce: Callable[[], None]) -> None:
-    """Serve on the bound socket until the user ends the program."""
-    guarded = build(parts, listener.getsockname()[1], token)
-    config = uvicorn.Config(guarded, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
-    _Server(config, parts, announce).run(sockets=[listener])
+def serve(parts: Parts, listener: socket.socket, announce: Callable[[str], None], entered: Callable[[str], None]):
+    """Serve on the bound socket until the user ends the program. announce, entered: told the first and next links."""
+    guarded = build(parts, listener.getsockname()[1], entered)
+    config = uvicorn.Config(guarded, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2,
+                            http=Connection, h11_max_incomplete_event_size=HEADER_BYTES)
+    _Server(config, parts, lambda: announce(guarded.link)).run(sockets=[listener])
 
 
 async def _open_when_seen(parts: Parts) -> None:

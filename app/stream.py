@@ -61,7 +61,6 @@ class Stream:
             self._tell(tab.put_nowait, "state", self._state)
             self._tell(tab.put_nowait, "history", lambda: list(self._panel.history))
             self._tell(tab.put_nowait, "text", lambda: self._answer.message_id and self._answer.whole())
-            yield "retry: 1000\n\n"
             while not self._closed and (text := await tab.get()) is not None:
                 yield text
         finally:

@@ -277,5 +277,13 @@ TEXT = {
     "shortcuts": "Enter sends · Shift+Enter new line · Esc stops · Ctrl+K searches · Ctrl+Shift+O new chat",
     "port_taken": "Port {port} is in use by another program; choose another with --port, or leave --port out.",
     "ready": "Floe Chat is ready: {url}",
+    "next_link": "This link has been used. To open the page in another browser: {url}",
+    "no_link": "Open Floe Chat with the newest link in the window where it runs, or start Floe Chat once more.",
+    "link_used": "This link does not open the page (any more): each works once. Use the newest one in the window where "
+                 "Floe Chat runs, or start Floe Chat once more.",
+    "no_key": "This page was opened before Floe Chat was started, or its browser keeps no data for it. Use the newest "
+              "link in the window where Floe Chat runs, or start Floe Chat once more.",
+    "entry": "Floe Chat opens here. If it does not, let this address run scripts and keep data in this browser.",
+    "body_too_large": "This is too large to be sent at once; the limit is {megabytes} MB.",
     "loopback": "Only this computer can open it. Press Ctrl+C to end.",
 }

@@ -97,7 +97,7 @@ def reader(client: httpx.Client, address: str) -> Iterator[None]:
     ended = threading.Event()
 
     def read() -> None:
-        with httpx.stream("GET", f"{address}/events", timeout=60, cookies=client.cookies) as events:
+        with client.stream("GET", f"{address}/events") as events:
             for _ in events.iter_lines():
                 if ended.is_set():
                     return
@@ -127,8 +127,7 @@ def watcher(chromium, app) -> Iterator[None]:
 def speeds(chromium, app) -> dict[str, list[float]]:
     """Tokens per second with nobody watching, a reader, and a page, in turns."""
     found: dict[str, list[float]] = {"alone": [], "read": [], "watched": []}
-    with httpx.Client(timeout=60) as client:
-        client.get(app.link)
+    with httpx.Client(timeout=60, headers=app.credentials) as client:
         speed_of_answer(client, app.address)  # warms up
         for _ in range(ROUNDS):
             found["alone"].append(speed_of_answer(client, app.address))

@@ -15,20 +15,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from engine import demo_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PATIENCE_MS = 240_000  # two slow cores that others use as well
+SECONDS = 240  # two slow cores that others use as well
+PATIENCE_MS = 1000 * SECONDS
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class App:
-    """One running program. `link` carries the token, `address` does not. inside: a command that runs it, if any."""
+    """One running program; `address` alone opens nothing. inside: a command that runs it, if any."""
 
     def __init__(self, data: Path, *arguments: str, inside: tuple[str, ...] = ()):
         command = [*inside, sys.executable, "-m", "app", "--no-browser", "--port", "0", "--device", "cpu",
@@ -39,11 +42,22 @@ class App:
         self.process = subprocess.Popen([*command, *arguments], cwd=REPOSITORY, stdout=self.log, stderr=self.log,
                                         env=environment)
         try:
-            self.link = self._wait_for_link()
+            self.address = "http://" + urlsplit(self._wait_for_link()).netloc
         except BaseException:
             self.close()
             raise
-        self.address = "http://" + urlsplit(self.link).netloc
+
+    @property
+    def link(self) -> str:
+        """The newest: each works once."""
+        return re.findall(r"http://\S+", (self.data / "program.log").read_text())[-1]
+
+    @cached_property
+    def credentials(self) -> dict[str, str]:
+        """The headers of a page that came in through a link."""
+        reply = httpx.get(self.link, timeout=SECONDS)
+        key = re.search(r"'floe-key', \"([\w-]+)\"", reply.text)
+        return {"x-floe-key": key[1], "cookie": reply.headers["set-cookie"].split(";")[0]}
 
     def _wait_for_link(self) -> str:
         while time.monotonic() - self.started < 600:
@@ -133,8 +147,7 @@ def page(app, context):
     """The open page, the model ready, the first run over, nothing left to answer of an earlier test."""
     page = context.new_page()
     page.set_default_timeout(PATIENCE_MS)
-    context.request.get(app.link)
-    context.request.post(app.address + "/api/welcomed", data={"done": True}, headers={"origin": app.address})
+    httpx.post(app.address + "/api/welcomed", json={"done": True}, headers=app.credentials, timeout=SECONDS)
     page.goto(app.link)
     wait_ready(page)
     page.evaluate(STOP_ALL)
@@ -171,7 +184,7 @@ def ready(now: dict) -> bool:
     return now["state"] == "ready"
 
 
-def until(page, condition, seconds: float = PATIENCE_MS / 1000) -> None:
+def until(page, condition, seconds: float = SECONDS) -> None:
     """Wait for something outside the page's own document (Playwright's wait_for_function awaits no promise)."""
     end = time.monotonic() + seconds
     while not condition():

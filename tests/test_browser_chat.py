@@ -6,6 +6,7 @@ import re
 import signal
 
 import browser
+import httpx
 import pytest
 import waiting
 from browser import STOP_AT, ask, expect, send, settled, stats, until
@@ -99,7 +100,11 @@ def test_a_reload_in_the_middle_loses_nothing(page):
     expect(page.locator(".conversations li.current .title")).to_have_text(re.compile("^Write a long story"))
 
 
-def test_a_closed_laptop_finds_the_answer_when_it_is_opened(app, context, chromium, page):
+def told(app, path: str) -> dict:
+    return httpx.get(app.address + path, headers=app.credentials, timeout=browser.SECONDS).json()
+
+
+def test_a_closed_laptop_finds_the_answer_when_it_is_opened(app, chromium, page):
     """Every process that shows a page is stopped until the program has said everything."""
     begun(page, TALE)
     before = page.locator(".message.running .answer").text_content()
@@ -109,11 +114,11 @@ def test_a_closed_laptop_finds_the_answer_when_it_is_opened(app, context, chromi
     try:
         for pid in shows:
             os.kill(pid, signal.SIGSTOP)
-        waiting.until(lambda: not context.request.get(f"{app.address}/api/state").json()["live"])
+        waiting.until(lambda: not told(app, "/api/state")["live"])
     finally:
         for pid in shows:
             os.kill(pid, signal.SIGCONT)
-    whole = context.request.get(f"{app.address}/api/messages/{number}").json()["text"]
+    whole = told(app, f"/api/messages/{number}")["text"]
     assert shows and len(before) < len(whole)
     expect(page.locator(f".message[data-id='{number}']:not(.running) .answer")).to_have_text(" ".join(whole.split()))
 

@@ -14,7 +14,21 @@ class Said extends Error {} // the person has been told already
 export class Unheard extends Said {} // nobody answers at the moment
 window.addEventListener("unhandledrejection", (event) => event.reason instanceof Said && event.preventDefault());
 
-export async function api(method, path, body) {
+// Every request of this page, Gradio's as well, carries the key that the start link brought. It is read each time: the
+// page may have been opened anew in another tab after the program was started again.
+const plainFetch = window.fetch;
+window.fetch = (target, options) => {
+  const request = new Request(target, options);
+  if (request.url.startsWith(`${location.origin}/`)) request.headers.set("x-floe-key", localStorage.getItem("floe-key"));
+  return plainFetch(request);
+};
+
+async function sentence(reply) {
+  const json = (reply.headers.get("content-type") || "").startsWith("application/json");
+  return json ? (await reply.json()).error : reply.status < 500 && (await reply.text());
+}
+
+async function heard(method, path, body) {
   let reply;
   try {
     const text = typeof body === "string";
@@ -27,12 +41,21 @@ export async function api(method, path, body) {
     notice(TEXT.offline || "The program does not answer.");
     throw new Unheard();
   }
-  const document = await reply.json().catch(() => ({}));
-  if (!reply.ok) {
-    notice(document.error || TEXT.status_error);
-    throw new Said(document.error || `status ${reply.status}`);
-  }
-  return document;
+  if (reply.ok) return reply;
+  const error = (await sentence(reply)) || TEXT.status_error;
+  notice(error);
+  throw new Said(error);
+}
+
+export const api = async (method, path, body) => (await heard(method, path, body)).json();
+
+// A link of the page's own cannot carry the key, so what is to be kept is fetched first.
+export async function download(path) {
+  const reply = await heard("GET", path);
+  const [, name] = /filename=("[^"]*")/.exec(reply.headers.get("content-disposition"));
+  const address = URL.createObjectURL(await reply.blob());
+  h("a", { href: address, download: JSON.parse(name) }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
 export const TEXT = {};
@@ -170,7 +193,6 @@ function receive(name, document) {
   } else emit(name, document);
 }
 
-const NAMES = ["state", "text", "stats", "history", "trouble"];
 on("trouble", notice);
 const channel = new BroadcastChannel("floe-events");
 channel.onmessage = ({ data }) => {
@@ -182,16 +204,28 @@ async function refresh() {
   receive("state", await api("GET", "/api/state"));
 }
 
-function hold() {
-  return new Promise(() => {
-    const source = new EventSource("/events");
-    for (const name of NAMES)
-      source.addEventListener(name, ({ data }) => {
-        const document = JSON.parse(data);
-        receive(name, document);
-        channel.postMessage({ name, document });
-      });
-  });
+// EventSource sends no headers, and gives up for ever where it is refused once.
+async function hold() {
+  for (;;) {
+    await listen().catch(() => {});
+    await new Promise((again) => setTimeout(again, 1000));
+  }
+}
+
+async function listen() {
+  const reply = await fetch("/events");
+  if (!reply.ok) return notice(await sentence(reply) || TEXT.status_error);
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", read = {}; !read.done; read = await reader.read()) {
+    const events = (text + (read.value || "")).split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(event);
+      const document = JSON.parse(data);
+      receive(name, document);
+      channel.postMessage({ name, document });
+    }
+  }
 }
 
 let started = false;

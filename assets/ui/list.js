@@ -1,5 +1,5 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
-import { TEXT, api, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
+import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
 
 export async function mount(root) {
   await ready;
@@ -17,7 +17,7 @@ export async function mount(root) {
       list,
       h("div", { class: "list-foot" }, file,
         h("button", { type: "button", class: "quiet", onclick: () => file.click() }, TEXT.import),
-        h("a", { class: "quiet", href: "/api/export", download: true }, TEXT.export_all))));
+        h("button", { type: "button", class: "quiet", onclick: () => download("/api/export") }, TEXT.export_all))));
 
   async function look() {
     if (!search.value.trim()) return draw();
@@ -77,8 +77,8 @@ function menu(conversation, row) {
     h("div", { class: "menu-items" },
       entry(conversation.pinned ? TEXT.unpin : TEXT.pin, () => api("PATCH", path, { pinned: !conversation.pinned })),
       entry(TEXT.rename, () => rename(conversation, row())),
-      h("a", { href: `${path}/export.json`, download: true }, TEXT.export_json),
-      h("a", { href: `${path}/export.md`, download: true }, TEXT.export_markdown),
+      entry(TEXT.export_json, () => download(`${path}/export.json`)),
+      entry(TEXT.export_markdown, () => download(`${path}/export.md`)),
       entry(TEXT.delete, () => remove(conversation))));
   details.addEventListener("focusout", (event) => {
     if (!details.contains(event.relatedTarget)) details.open = false;
