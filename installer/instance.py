@@ -1,8 +1,8 @@
 """One running Floe Chat per folder: a lock that dies with its holders, and the output that says where the page is.
 
 The launcher takes the lock and hands it on to the program it starts, so the lock is held as long as either lives,
-whatever was killed. The program writes its link (address and key) into a file that only this user can read; who finds
-the lock taken looks there and shows the page that is already up.
+whatever was killed. The program writes its link, and the next one when a link was used, into a file that only this user
+can read; who finds the lock taken looks there and shows the page that is already up.
 """
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def show_running(app: Path, lock: Lock, screen: Screen, browser: bool) -> bool:
     while True:
         link = running(app)
         if link:
-            announce(link, screen, browser)
+            announce(link, app, screen, browser)
             return True
         if lock.take():
             return False
@@ -67,12 +67,12 @@ def show_running(app: Path, lock: Lock, screen: Screen, browser: bool) -> bool:
 
 
 def running(app: Path) -> str | None:
-    """The link of the page that answers, if there is one."""
+    """The newest link of the page that answers, if there is one."""
     try:
-        found = LINK.search(_output(app).read_bytes())
+        found = [*LINK.finditer(_output(app).read_bytes())]
     except OSError:
         return None
-    return found[0].decode() if found and _answers(int(found[1])) else None
+    return found[-1][0].decode() if found and _answers(int(found[-1][1])) else None
 
 
 def forget(app: Path) -> None:
@@ -86,7 +86,7 @@ def run(command: list[str], app: Path, lock: Lock, screen: Screen, browser: bool
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                    **lock.for_child(), **options)
     try:
-        announce(_wait_for_link(process, app), screen, browser)
+        announce(_wait_for_link(process, app), app, screen, browser)
         screen.say("Close this window or press Ctrl+C to end Floe Chat.")
         code = process.wait()
         if code not in ENDED:
@@ -100,15 +100,20 @@ def run(command: list[str], app: Path, lock: Lock, screen: Screen, browser: bool
             _end(process)
 
 
-def announce(link: str, screen: Screen, browser: bool) -> None:
-    """Open the browser on the page, or say where it is. The link carries the key to the page: not for the log."""
+def announce(link: str, app: Path, screen: Screen, browser: bool) -> None:
+    """Open the browser on the page, or say where it is. The link opens the page: it is not for the log, nor for `ps`,
+    which shows everybody what a browser was started with, so a file that only this user can read leads there."""
     print(f"Floe Chat is at {link}", flush=True)
     screen.log("the page answers")
     if not browser:
         return
     if sys.platform.startswith("linux") and not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))):
         return screen.say("There is no screen here: copy the link into a browser on this computer.")
-    opening = threading.Thread(target=webbrowser.open, args=(link,), daemon=True)
+    leads_there = app / "logs" / "open.html"
+    leads_there.unlink(missing_ok=True)
+    with open(os.open(leads_there, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={link}">')
+    opening = threading.Thread(target=webbrowser.open, args=(leads_there.as_uri(),), daemon=True)
     opening.start()  # a thread, because a browser named by BROWSER is waited for
     opening.join(5)
 

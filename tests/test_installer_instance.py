@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 import waiting
@@ -24,6 +26,7 @@ place = socket.create_server(("127.0.0.1", 0)) if len(sys.argv) < 2 else None
 port = place.getsockname()[1] if place else 9
 print("loading", flush=True)
 time.sleep(0.5)
+print(f"http://127.0.0.1:{port}/?t=used", flush=True)
 print(f"http://127.0.0.1:{port}/?t=abc-DEF_123", flush=True)
 time.sleep(60)
 """
@@ -58,10 +61,13 @@ def holder(app):
 
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
-    """Links that a browser would have opened, with what the port said at that moment."""
+    """Links that the browser is led to by the private file that it is started with, while their port answers."""
     links = []
 
-    def browse(link: str) -> bool:
+    def browse(address: str) -> bool:
+        file = Path(url2pathname(urlsplit(address).path))
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600 or sys.platform == "win32"
+        link = instance.LINK.search(file.read_bytes())[0].decode()
         port = int(link.split(":")[2].split("/")[0])
         with socket.create_connection(("127.0.0.1", port), timeout=5):
             links.append(link)
