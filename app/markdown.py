@@ -1,12 +1,19 @@
 """Model text to safe HTML: Markdown, code with colours and a copy button, LaTeX as MathML.
 
-Raw HTML is escaped and images become links, so a model can neither run a script nor make the browser call home.
-`Growing` renders a text that is still being written: blocks that are complete are rendered once and kept, only the last
-one is rendered again (rendering costs about 5 ms per 1000 characters, so whole answers 12 times a second would not do).
+Raw HTML is escaped, images become links and links lead to the web or to mail only, so a model can neither run a script
+nor make the browser call home.
+
+Text that a model writes is rendered again and again while it grows, and some of it costs a thousand times the usual
+5 ms per 1000 characters (nested brackets, Java without an end). So every unit is bounded and remembered: what a
+paragraph, an item, a cell or a piece of code became is looked up as long as its characters are the same, and what is
+beyond the limits, in characters or in time, is shown as it was written.
 """
 from __future__ import annotations
 
+import json
 import re
+import time
+from functools import lru_cache
 from html import escape, unescape
 from xml.etree.ElementTree import Element, tostring
 
@@ -20,7 +27,13 @@ from pygments.util import ClassNotFound
 
 from app.strings import TEXT
 
-_COLOURED_CHARS = 20_000  # longer code stays plain: colouring costs about 1 ms per 1000 characters
+SECONDS = 1.0  # for one rendering of a text: what is not done by then stays as it was written
+TEXT_CHARS = 100_000  # of a text that are looked at for blocks
+PARAGRAPH_CHARS = 5_000  # a paragraph, list item or cell: emphasis and brackets cost up to the square
+CODE_CHARS = 20_000  # of a block of code that are coloured, in pieces of
+PIECE_CHARS = 2_000
+MATH_CHARS = 2_000
+_LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _MATH_TAG = re.compile(r"math|m[a-z]+")
 _MATH_VALUE = re.compile(r"[\w .#%+-]*")
 _MATH_ATTRIBUTES = {"display", "mathvariant", "stretchy", "linethickness", "accent", "columnalign", "rowspacing",
@@ -30,7 +43,9 @@ _MATH_ATTRIBUTES = {"display", "mathvariant", "stretchy", "linethickness", "acce
 
 def render(text: str) -> str:
     """The whole text as HTML."""
-    return _MARKDOWN.render(text)
+    growing = Growing()
+    growing.update(text)
+    return "".join(growing.blocks)
 
 
 class Growing:
@@ -43,16 +58,42 @@ class Growing:
 
     def update(self, text: str) -> int:
         """Take in the longer text; the index of the first block that may differ from before."""
-        first = self._kept
-        rest = text[self._start:]
-        env: dict = {}
-        groups = _top_level(_MARKDOWN.parse(rest, env))
-        self.blocks[first:] = [_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, env) for tokens in groups]
+        first, start = self._kept, self._start
+        rest = text[start:max(start, TEXT_CHARS)]
+        env: dict = {"until": time.monotonic() + SECONDS}
+        groups = _top_level(_BLOCKS.parse(rest, env))
+        env["links"] = json.dumps(env.get("references", {}))
+        blocks = [_BLOCKS.renderer.render(tokens, _BLOCKS.options, env) for tokens in groups]
         if len(groups) > 1 and groups[-1][0].map:
             lines = rest.splitlines(keepends=True)
             self._start += sum(len(line) for line in lines[:groups[-1][0].map[0]])
             self._kept += len(groups) - 1
+        beyond = text[max(start, TEXT_CHARS):]
+        self.blocks[first:] = [*blocks, f"<p>{_plain(beyond)}</p>"] if beyond else blocks
         return first
+
+
+def _plain(text: str) -> str:
+    return escape(text).replace("\n", "<br>\n")
+
+
+def _put_off(state) -> None:
+    """In place of the rule that looks into every paragraph at once."""
+    for token in state.tokens:
+        if token.type == "inline":
+            token.type = "words"
+
+
+def _words(self, tokens, index, options, env) -> str:
+    content = tokens[index].content
+    if len(content) > PARAGRAPH_CHARS or time.monotonic() > env["until"]:
+        return _plain(content)
+    return _inline(content, env["links"])
+
+
+@lru_cache(1000)
+def _inline(text: str, links: str) -> str:
+    return _INLINE.renderInline(text, {"references": json.loads(links)})
 
 
 def _top_level(tokens: list) -> list[list]:
@@ -66,6 +107,8 @@ def _top_level(tokens: list) -> list[list]:
 
 def _math(text: str, options: dict) -> str:
     try:
+        if len(text) > MATH_CHARS:
+            raise ValueError("too long")
         element = convert_to_element(text, display="block" if options.get("display_mode") else "inline")
         return tostring(_harmless(element), encoding="unicode")
     except Exception:  # any text may come out of a model; TeX that cannot be read is shown as it is
@@ -102,18 +145,37 @@ def _fence(self, tokens, index, options, env) -> str:
     language = token.info.strip().split(" ")[0] if token.info else ""
     label = f'<span class="lang">{escape(language)}</span>'
     button = f'<button type="button" class="copy-code">{escape(TEXT["copy"])}</button>'
-    code = _coloured(token.content, language)
+    code = "".join(_piece(piece, language, env) for piece in _pieces(token.content))
     return (f'<div class="code"><div class="code-head">{label}{button}</div>'
             f'<pre tabindex="0"><code>{code}</code></pre></div>\n')
 
 
-def _coloured(code: str, language: str) -> str:
-    if not language or len(code) > _COLOURED_CHARS:
+def _pieces(code: str) -> list[str]:
+    """Whole lines each, where possible up to a blank one. What is added to the code changes only the last piece."""
+    pieces, start, end, blank = [], 0, 0, 0
+    for line in code[:CODE_CHARS].splitlines(keepends=True):
+        while end > start and end + len(line) - start > PIECE_CHARS:
+            cut = blank if blank > start + PIECE_CHARS // 2 else end
+            pieces.append(code[start:cut])
+            start = cut
+        end += len(line)
+        blank = blank if line.strip() else end
+    return [*pieces, code[start:CODE_CHARS], code[CODE_CHARS:]]
+
+
+def _piece(code: str, language: str, env: dict) -> str:
+    if not language or len(code) > PIECE_CHARS or time.monotonic() > env["until"]:
         return escape(code)
+    return _coloured(code, language)
+
+
+@lru_cache(500)
+def _coloured(code: str, language: str) -> str:
     try:
-        return highlight(code, get_lexer_by_name(language), HtmlFormatter(nowrap=True))
+        html = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True))
     except ClassNotFound:
         return escape(code)
+    return html if code.endswith("\n") else html.removesuffix("\n")
 
 
 def _image(self, tokens, index, options, env) -> str:
@@ -133,10 +195,12 @@ def _build() -> MarkdownIt:
     markdown.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True,
                  renderer=_math)
     markdown.inline.ruler.before("escape", "bracket_math", _bracket_math)
-    for name, rule in (("fence", _fence), ("image", _image), ("link_open", _link_open)):
+    markdown.validateLink = lambda address: bool(_LINK.match(address))
+    for name, rule in (("fence", _fence), ("image", _image), ("link_open", _link_open), ("words", _words)):
         markdown.add_render_rule(name, rule)
     markdown.add_render_rule("code_block", _fence)
     return markdown
 
 
-_MARKDOWN = _build()
+_INLINE, _BLOCKS = _build(), _build()
+_BLOCKS.core.ruler.at("inline", _put_off)

@@ -2,10 +2,14 @@
 from __future__ import annotations
 
 import random
+import re
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from app import markdown
 from app.markdown import Growing, render
 
 SAMPLE = """# Title
@@ -70,7 +74,21 @@ def test_nothing_that_runs_comes_out(text):
     assert not finder.tags & {"script", "img", "svg", "b", "style", "iframe"}
     for name, value in finder.attributes:
         assert not name.startswith("on") and name != "style"
-        assert name != "href" or value.startswith(("http://", "https://"))
+        assert name != "href" or value.startswith(("http://", "https://", "mailto:"))
+
+
+@pytest.mark.parametrize("address", ["ftp://a/b", "tel:1", "/api/export", "api/export", "#top", "file:///etc/passwd",
+                                     "//evil.example", "JavaScript:alert(1)", "data:image/png;base64,AAAA",
+                                     "vbscript:x", "blob:http://a", "java&#x0A;script:alert(1)", "smb://a/b", "?t=x",
+                                     "ms-word:x"])
+@pytest.mark.parametrize("form", ["[x]({0})", "![x]({0})", "<{0}>", "[x]\n\n[x]: {0}", "[x](<{0}>)"])
+def test_links_lead_to_the_web_or_to_mail_only(form, address):
+    assert "href" not in render(form.format(address)) and "src" not in render(form.format(address))
+
+
+def test_links_to_the_web_and_to_mail_are_links():
+    for address in ("http://a/b", "https://a/b?c=d", "HTTPS://a", "mailto:a@b.example"):
+        assert f'href="{address}"' in render(f"[x]({address})") and "href" in render(f"<{address}>")
 
 
 def test_images_become_links_so_that_nothing_is_fetched():
@@ -95,3 +113,60 @@ def test_growing_ends_as_the_whole_and_says_truly_what_changed(seed):
         assert page == growing.blocks
     assert "".join(page) == render(SAMPLE)
     assert growing.update(SAMPLE) > 3  # most blocks were kept
+
+
+# Each is the repeated part of a text that used to be rendered whole at every update: a block of code, a table, lists, a
+# long line, and what some of the rules take the square (or, for Java, the cube) of their characters for.
+GROWING = {"code": ("```python\n", "def f(x):\n    return x\n\n"), "java": ("```java\n", "public static a b c\n"),
+           "one line of code": ("```java\n", "public static a b c "), "no language": ("```\n", "word\n"),
+           "table": ("|a|b|\n|-|-|\n", "| *a* | b |\n"), "list": ("", "* item **one**\n"),
+           "loose list": ("", "1. item\n\n   more\n\n"), "quote": ("", "> word *word*\n>\n"),
+           "long line": ("", "word *word* "), "lines": ("", "word *word*\n"), "brackets": ("", "!["),
+           "math": ("$$\n", "\\frac{1}{2}\n"), "maths": ("", "$a^2$ and "), "paragraphs": ("", "word *word*\n\n")}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_what_grows_is_rendered_piece_by_piece(kind, monkeypatch):
+    """At most one piece anew for an update, whatever has been written before."""
+    counted = []
+
+    def counting(function):
+        def call(text, *rest):
+            counted.append(len(text))
+            return function(text, *rest)
+        return call
+    monkeypatch.setattr(markdown, "highlight", counting(markdown.highlight))
+    monkeypatch.setattr(markdown._INLINE, "renderInline", counting(markdown._INLINE.renderInline))
+    monkeypatch.setattr(markdown, "convert_to_element", counting(markdown.convert_to_element))
+    monkeypatch.setattr(markdown, "SECONDS", 1e9)
+    markdown._inline.cache_clear()
+    markdown._coloured.cache_clear()
+    beginning, part = GROWING[kind]
+    text, growing, updates = (beginning + part * 20_000)[:20_000], Growing(), range(400, 20_001, 400)
+    for length in updates:
+        growing.update(text[:length])
+    assert sum(counted) <= 2 * len(text) + len(updates) * 2500
+    assert max(counted, default=0) <= 5000
+    assert "".join(growing.blocks) == render(text)
+
+
+def test_no_time_left_means_plain_text(monkeypatch):
+    monkeypatch.setattr(markdown, "SECONDS", 0.0)
+    html = render("**a** <b>\nc\n\n```python\ndef f(): pass\n```\n\n* *d*\n")
+    assert "**a** &lt;b&gt;<br>\nc" in html and "def f(): pass" in html and "<li>*d*</li>" in html
+
+
+def test_beyond_the_limits_text_stays_as_it_was_written():
+    assert "<strong>" in render("**a** " * 800) and "<strong>" not in render("**a** " * 900)
+    long = "word\n\n" * 40_000
+    html = render(long + "**<b>**")
+    assert html.endswith("<br>\n<br>\n**&lt;b&gt;**</p>") and html.count("word") == 40_000
+
+
+@pytest.mark.parametrize("language", ["python", "java", "yaml", "html", "", "no-such-language"])
+def test_code_is_shown_to_the_last_character(language):
+    code = Path(markdown.__file__).read_text() * 3 + "\n\n  \n"
+    for length in (1, 100, 1999, 2000, 2001, len(code)):
+        html = render(f"```{language}\n{code[:length]}\n```")
+        shown = re.search("<code>(.*)</code>", html, re.DOTALL)[1]
+        assert unescape(re.sub("<[^>]*>", "", shown)) == code[:length] + "\n"
