@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from engine.units import size
 SOURCES = ("ready", "original", "gguf")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
+OURS = (SOURCE, "floe.partial.json")        # in folders that we make: of no repository
 SPARE_BYTES = 200 * 10**6       # left free on the disk, for the rest of the machine
 
 
@@ -196,13 +198,19 @@ def _chosen(model: Wanted, kind: str | None, hub: Hub, stop: Event) -> Source:
 def _source(hub: Hub, listing: Listing, kind: str, files: Iterable[RemoteFile]) -> Source:
     """Small files first: what a stop leaves behind can then already be looked at."""
     chosen = sorted(files, key=lambda file: (file.bytes > 10**7, file.path))
+    names = {name: name for name in (MANIFEST, *OURS)}
+    for file in chosen:
+        other = names.setdefault(unicodedata.normalize("NFC", file.name).casefold(), file.name)
+        if other != file.name:
+            raise UserError(f"{listing.repository} has a file {file.name}, which many disks cannot tell from {other}; "
+                            "choose another source.")
     return Source(hub.endpoint, listing.repository, listing.commit, kind, tuple(chosen))
 
 
 def _flat(listing: Listing) -> list[RemoteFile]:
     """What may be fetched, from the top folder alone, weights aside."""
     return [file for file in listing.files if file.fetchable and "/" not in file.path
-            and not file.path.endswith((".safetensors", ".gguf")) and file.path != SOURCE]
+            and not file.path.endswith((".safetensors", ".gguf")) and file.path not in OURS]
 
 
 def _weights(listing: Listing) -> list[RemoteFile]:
@@ -227,7 +235,7 @@ def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
     if not weights:
         raise UserError(f"{listing.repository} has no safetensors files; Floe Chat takes no other format than these "
                         "and GGUF (--source gguf).")
-    return _source(hub, listing, "original", _flat(listing) + weights)
+    return _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + weights)
 
 
 def part_of(name: str) -> tuple[str, int, int] | None:
