@@ -89,7 +89,8 @@ def _environment(args: argparse.Namespace, app: Path, screen: Screen) -> environ
     """The environment for this computer: the one that is there, a new one, or the previous one if that fails."""
     choice = _choice(args, app)
     screen.say(choice.sentence)
-    recipe = environment.Recipe(choice.backend, PINS / f"torch-{choice.backend}.txt", (PINS / "requirements.lock",))
+    recipe = environment.Recipe(choice.backend, environment.torch_pins(PINS, choice.backend),
+                                (PINS / "requirements.lock",))
     whole = None if args.repair else environment.ready(app, recipe)
     if whole:
         return whole

@@ -51,7 +51,7 @@ def test_environment(app: Path, screen: Screen) -> environment.Environment:
     screen.say(choice.sentence)
     pins = ROOT / "installer" / "pins"
     locks = (pins / "tests.lock", pins / "compiler.lock")
-    recipe = environment.Recipe("tests", pins / f"torch-{choice.backend}.txt", locks)
+    recipe = environment.Recipe("tests", environment.torch_pins(pins, choice.backend), locks)
     return environment.ready(app, recipe) or environment.build(app, recipe, screen)
 
 

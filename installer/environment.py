@@ -62,6 +62,12 @@ class Recipe:
         return f"{self.name}-{digest.hexdigest()[:12]}"
 
 
+def torch_pins(folder: Path, backend: str) -> Path:
+    """With hashes where the build is the package index's own; PyTorch's index is asked for the others by name."""
+    own = (backend, sys.platform) in (("cu130", "linux"), ("cpu", "darwin"))
+    return folder / ("torch.lock" if own else f"torch-{backend}.txt")
+
+
 @dataclass(frozen=True)
 class Environment:
     """A whole environment. cc: the C compiler to hand to Triton, where the computer has none."""
@@ -106,9 +112,11 @@ def build(app: Path, recipe: Recipe, screen: Screen, finish: Callable[[Environme
     shutil.rmtree(environment.folder, ignore_errors=True)
     screen.say("Installing what Floe Chat needs (only the first time, a few minutes) ...")
     _run([base_python(), "-m", "venv", str(environment.folder)], app, screen)
-    for lock in recipe.locks:
+    hashed = recipe.torch.suffix == ".lock"
+    for lock in (*recipe.locks, recipe.torch) if hashed else recipe.locks:
         install(environment, ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", str(lock)], app, screen)
-    _install_torch(environment, recipe.torch, app, screen)
+    if not hashed:
+        _install_torch(environment, recipe.torch, app, screen)
     cc = finish(environment) if finish else None
     _write_stamp(app, tag, environment, cc)
     _prune(app, tag)

@@ -72,7 +72,7 @@ def test_the_card_chooses_the_pins(card, recorded, tmp_path, line, backend, said
     card(f"printf '%b\\n' \"{line}\"")
     assert said in start(tmp_path)
     (recipe,) = recorded
-    assert recipe.torch == PINS / f"torch-{backend}.txt"
+    assert recipe.torch == environment.torch_pins(PINS, backend)
     assert recipe.locks == (PINS / "requirements.lock",)
 
 
@@ -118,14 +118,26 @@ def test_the_processor_on_request(card, recorded, tmp_path):
     assert recorded[0].name == "cpu"
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "tests.lock", "compiler.lock", "uv.lock"])
+@pytest.mark.parametrize("lock", ["requirements.lock", "tests.lock", "compiler.lock", "uv.lock", "torch.lock"])
 def test_locks_pin_by_hash_and_name_no_place(lock):
     text = (PINS / lock).read_text(encoding="utf-8")
     assert "://" not in text and "--index" not in text and "--find-links" not in text
     for block in re.split(r"\n(?=\w)", text.replace("\\\n", "")):
         name = block.split("==")[0]
         assert "==" in block and "--hash=sha256:" in block, f"{lock}: {name} has no hash"
-        assert name != "torch" and not name.startswith(("nvidia-cu", "cuda-")), f"{lock}: {name} depends on the card"
+        of_card = name == "torch" or name.startswith(("nvidia-cu", "cuda-"))
+        assert not of_card or lock == "torch.lock", f"{lock}: {name} depends on the card"
+
+
+@pytest.mark.parametrize("platform, backend, name", [
+    ("linux", "cu130", "torch.lock"), ("darwin", "cpu", "torch.lock"), ("linux", "cpu", "torch-cpu.txt"),
+    ("linux", "cu126", "torch-cu126.txt"), ("win32", "cpu", "torch-cpu.txt"), ("win32", "cu130", "torch-cu130.txt")])
+def test_the_index_own_build_is_pinned_by_hash(monkeypatch, platform, backend, name):
+    """The others are on PyTorch's index alone."""
+    monkeypatch.setattr(environment.sys, "platform", platform)
+    assert environment.torch_pins(PINS, backend) == PINS / name
+    version = (PINS / "torch.txt").read_text(encoding="utf-8").strip()
+    assert f"\n{version} \\\n    --hash=sha256:" in (PINS / "torch.lock").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cu126", "cu130"])
@@ -142,5 +154,4 @@ def test_torch_is_pinned_by_card(backend):
                  if one.marker is None or one.marker.evaluate({"sys_platform": platform})}
         on_windows, on_card = platform == "win32", backend != "cpu"
         assert set(taken) == {"torch"} | ({"triton-windows"} if on_windows and on_card else set())
-        # On Linux the package index's own build is the one for CUDA 13.0; on Windows it is that without CUDA.
-        assert taken["torch"].endswith(f"+{backend}") == ((platform, backend) != ("linux", "cu130"))
+        assert taken["torch"].endswith(f"+{backend}")
