@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from app.start_link import StartLink
+from app.http.start_link import StartLink
 from app.strings import TEXT
 from engine import LEVELS, MachineError, Options, UserError, data_dir, demo_model
 

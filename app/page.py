@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import gradio as gr
 
-from app.presets import Presets
+from app.chat.chat_settings import EFFORTS, SAMPLING_NAMES, checked
+from app.chat.presets import Presets
+from app.chat.titles import MODEL_TITLES
 from app.strings import TEXT
-from app.titles import MODEL_TITLES
-from app.wishes import EFFORTS, SAMPLING_NAMES, checked
 from engine import LEVELS, UserError
 
 HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -10,7 +10,7 @@ from collections import deque
 
 import psutil
 
-from app.models import Models
+from app.library.open_model import Models
 
 HISTORY = 120  # samples kept for a tab that opens later: 30 s at 4 a second
 SELDOM = 4  # what is large or costs something comes with every fourth sample

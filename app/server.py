@@ -17,17 +17,17 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.staticfiles import StaticFiles
 
-from app import api
-from app.chats import Chats
-from app.connection import HEADER_BYTES, Connection
-from app.drafts import Drafts
-from app.guard import Guard
-from app.jobs import Jobs
-from app.models import Models
+from app.chat.answers import Jobs
+from app.chat.chats import Chats
+from app.chat.drafts import Drafts
+from app.http import api
+from app.http.connection import HEADER_BYTES, Connection
+from app.http.events import Stream
+from app.http.request_guard import Guard
+from app.library.machine_status import Surroundings
+from app.library.model_library import Shelf
+from app.library.open_model import Models
 from app.panel import Panel
-from app.shelf import Shelf
-from app.stream import Stream
-from app.surroundings import Surroundings
 from engine import Options, UserError
 
 PAGE_FIRST_SECONDS = 3.0

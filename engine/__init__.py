@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from engine.spec import (
+from engine.core import (
     LEVELS,
     PROMISES,
     Counters,
@@ -20,16 +20,25 @@ from engine.spec import (
     UserError,
 )
 
-_LAZY = {"Engine": "engine.generate", "data_dir": "engine.paths", "demo_model": "engine.paths",
-         "models_dirs": "engine.paths", "choose_models_dir": "engine.paths",
-         "download": "engine.fetch", "Choice": "engine.fetch", "Hub": "engine.hub",
-         "Progress": "engine.progress", "Installed": "engine.installed", "models": "engine.installed",
-         "delete": "engine.installed", "here": "engine.fitting", "outlooks": "engine.fitting",
-         "publish": "engine.publishing", "import_gguf": "engine.gguf_import",
-         "measured": "engine.fitting", "fitted": "engine.fitting", "Known": "engine.catalogue",
-         "look_up": "engine.catalogue", "what_binds": "engine.binding", "CardMeter": "engine.card",
-         "compress_installed": "engine.local", "compressed_name": "engine.local", "import_file": "engine.local",
-         "calibrate_installed": "engine.local", "drop_calibration": "engine.local"}
+_DOORS = {  # module: its names that are everybody's
+    "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir"),
+    "progress": ("Progress",),
+    "machine.gpu_monitor": ("CardMeter",),
+    "planning.explain": ("plan_text",),
+    "planning.bottleneck": ("what_binds",),
+    "chat.engine": ("Engine",),
+    "library.hub": ("Hub",),
+    "library.download": ("download",),
+    "library.transfer": ("Choice",),
+    "library.catalogue": ("Known", "look_up"),
+    "library.installed": ("Installed", "models", "delete"),
+    "library.recommend": ("here", "measured", "fitted", "outlooks"),
+    "library.gguf_import": ("import_gguf",),
+    "library.publish": ("publish",),
+    "library.jobs": ("compress_installed", "compressed_name", "import_file", "calibrate_installed",
+                     "drop_calibration"),
+}
+_LAZY = {name: f"engine.{module}" for module, names in _DOORS.items() for name in names}
 
 __all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
            "Stopped", "UserError", *_LAZY]

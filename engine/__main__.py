@@ -1,4 +1,4 @@
-"""`python -m engine VERB`: one module a verb in engine/verbs/, found by name, loaded only when it is asked for.
+"""`python -m engine VERB`: one module a verb in engine/cli/, loaded only when it is asked for.
 
 A verb module offers `add_arguments(parser)` and `run(args) -> dict | None`; what it returns is the JSON document of
 `--json`. Prose and progress go to standard error. Exit 0 done, 2 user error, 3 machine error.
@@ -9,26 +9,47 @@ import argparse
 import json
 import sys
 from importlib import import_module
+from types import ModuleType
 
-from engine.spec import MachineError, UserError
+from engine.core import MachineError, UserError
 
-VERBS = {
-    "compress": "make a compressed model folder from a checkpoint",
-    "calibrate": "measure what each level may leave out, and store it in the folder",
-    "chat": "talk to a model in the terminal",
-    "eval": "perplexity, KL, bytes and hit rate of levels",
-    "bench": "tokens per second and what bounds them",
-    "hardware": "what this machine offers: cards, memory, measured copy speed",
-    "plan": "does a model fit, at which level, how fast",
-    "download": "fetch a model; goes on after a stop",
-    "models": "what the data folder holds",
-    "delete": "remove a model from the data folder",
-    "import_gguf": "make a compressed model folder from a GGUF file",
-    "publish": "upload a finished folder with a model card",
-    "synth": "a model of real shape with made-up weights, to measure speed with",
-    "card": "what a graphics card does with the kernels: rows for tests/bench",
-    "tables": "the tables of the design: masks and quantisers compared on one checkpoint",
+GROUPS = {
+    "models": {
+        "hardware": "what this machine offers: cards, memory, measured copy speed",
+        "plan": "does a model fit, at which level, how fast",
+        "download": "fetch a model; goes on after a stop",
+        "models": "what the data folder holds",
+        "delete": "remove a model from the data folder",
+        "compress": "make a compressed model folder from a checkpoint",
+        "import_gguf": "make a compressed model folder from a GGUF file",
+        "publish": "upload a finished folder with a model card",
+    },
+    "chat": {
+        "chat": "talk to a model in the terminal",
+    },
+    "measure": {
+        "calibrate": "measure what each level may leave out, and store it in the folder",
+        "eval": "perplexity, KL, bytes and hit rate of levels",
+        "bench": "tokens per second and what bounds them",
+        "synth": "a model of real shape with made-up weights, to measure speed with",
+        "card": "what a graphics card does with the kernels: rows for tests/bench",
+        "tables": "the tables of the design: masks and quantisers compared on one checkpoint",
+    },
 }
+VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()}
+
+
+def usage() -> str:
+    """The verbs in their groups, as `--help` shows them."""
+    groups = [f"{group}\n" + "\n".join(f"  {verb:11} {text}" for verb, text in verbs.items())
+              for group, verbs in GROUPS.items()]
+    return "\n\n".join(["usage: python -m engine VERB ...", *groups])
+
+
+def module_of(verb: str) -> ModuleType:
+    """engine/cli/GROUP/VERB.py, loaded when it is asked for."""
+    group = next(group for group, verbs in GROUPS.items() if verb in verbs)
+    return import_module(f"engine.cli.{group}.{verb}")
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
@@ -36,7 +57,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
     parser.add_argument("--data", metavar="DIR", help="data folder (default: FLOECHAT_HOME, else the platform's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
-    import_module(f"engine.verbs.{verb}").add_arguments(parser)
+    module_of(verb).add_arguments(parser)
     return parser
 
 
@@ -44,14 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; the exit code. Wrong words on the command line end in argparse's SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m engine VERB ...\n\n" + "\n".join(f"  {v:11} {t}" for v, t in VERBS.items()))
+        print(usage())
         return 0 if argv else 2
     if argv[0] not in VERBS:
         print(f"There is no verb {argv[0]!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
     args = build_parser(argv[0]).parse_args(argv[1:])
     try:
-        document = import_module(f"engine.verbs.{argv[0]}").run(args)
+        document = module_of(argv[0]).run(args)
     except (UserError, MachineError) as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
@@ -67,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """A machine's error in one sentence; what is a mistake of this program keeps its traceback."""
-    from engine.failures import in_words  # loads torch; wrong arguments need not wait for it
+    from engine.machine.failures import in_words  # loads torch; wrong arguments need not wait for it
 
     words = in_words(error)
     if words is None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from engine.spec import UserError
+from engine.core import UserError
 
 CHOSEN = "models-folders"  # in the data folder: where models are kept, a path a line, the one for new models first
 

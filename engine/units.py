@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 
-from engine.spec import UserError
+from engine.core import UserError
 
 _FACTORS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
             "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30}

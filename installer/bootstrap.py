@@ -26,7 +26,7 @@ from installer.screen import Screen, Trouble  # noqa: E402
 
 PINS = ROOT / "installer" / "pins"
 # What a start imports. Python compiles a module at its first import, so that the first start would take twice as long.
-FIRST_IMPORTS = "import app.server, app.page, engine.generate, uvicorn.protocols.http.auto"
+FIRST_IMPORTS = "import app.server, app.page, engine.chat.engine, uvicorn.protocols.http.auto"
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels.pick import twin
+from kernels.dispatch import twin
 
 Tensor = torch.Tensor
 
@@ -45,7 +45,7 @@ class Gate:
         return act(gate) * up
 
 
-@twin("kernels.triton_activation")
+@twin("kernels.gpu.activation")
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group."""
     grouped = x.float().unflatten(1, (-1, group))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from kernels.activation import Gate
+from kernels.dispatch import twin
 from kernels.layout import Layout
-from kernels.pick import twin
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from kernels.select import DOWN_ONLY, REFINED
 
@@ -31,7 +31,7 @@ def neuron_products(x: Tensor, sketch: Tensor, records: Tensor, fidelity: Tensor
     return gate(g, u)
 
 
-@twin("kernels.triton_apply")
+@twin("kernels.gpu.apply")
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:

@@ -7,14 +7,14 @@ from __future__ import annotations
 import torch
 
 from kernels.activation import Gate
+from kernels.dispatch import twin
 from kernels.layout import Layout
-from kernels.pick import twin
 from kernels.planes import decode_down, decode_gate, decode_up
 
 Tensor = torch.Tensor
 
 
-@twin("kernels.triton_apply")
+@twin("kernels.gpu.apply")
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:
     """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down.

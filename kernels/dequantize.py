@@ -7,13 +7,13 @@ from __future__ import annotations
 import torch
 
 from kernels.dense import decode_blob
+from kernels.dispatch import twin
 from kernels.layout import Layout
-from kernels.pick import twin
 
 Tensor = torch.Tensor
 
 
-@twin("kernels.triton_dequantize")
+@twin("kernels.gpu.dequantize")
 def dequantize(blobs: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> None:
     """blobs uint8 [n, blob_bytes] -> gate_up [n, 2I, H] (rows of gate, then of up) and down [n, I, H], in their dtype.
 

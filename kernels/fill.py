@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import torch
 
-from kernels.pick import twin
+from kernels.dispatch import twin
 
 Tensor = torch.Tensor
 
 
-@twin("kernels.triton_fill")
+@twin("kernels.gpu.fill")
 def fill(far: Tensor, source: Tensor, near: Tensor, place: Tensor, have: Tensor, need: Tensor,
          misses: Tensor | None = None) -> None:
     """near[place[m], have[m]:need[m]] = far[source[m], have[m]:need[m]] for every m with have < need.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from kernels.activation import Gate
+from kernels.dispatch import twin
 from kernels.layout import Layout
-from kernels.pick import twin
 from kernels.planes import decode_sketch
 from kernels.select import histogram_of
 
@@ -28,7 +28,7 @@ def sketch_products(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tens
     return (torch.einsum("tkih,th->tki", gate.view(shape), x), torch.einsum("tkih,th->tki", up.view(shape), x))
 
 
-@twin("kernels.triton_score")
+@twin("kernels.gpu.score")
 def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout,
           gate: Gate, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
           histogram: Tensor | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight
     return scores
 
 
-@twin("kernels.triton_score")
+@twin("kernels.gpu.score")
 def score_up(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, layout: Layout,
              up_bias: Tensor | None = None) -> Tensor:
     """FloE's score, |u| alone, per expert and without the router's weight -> float32 [T, k*I]."""

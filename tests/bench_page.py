@@ -18,9 +18,10 @@ from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-import browser  # noqa: E402
 import httpx  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
+
+from tests.support import browser  # noqa: E402
 
 MESSAGES, UPDATES, ROUNDS, STARTS = 400, 100, 7, 3
 PARAGRAPH = "Once **upon** a time there was a `boat`, and $a^2$ was *its* name.\n\n* one\n* two\n\n" \

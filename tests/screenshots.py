@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-import browser  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
+
+from tests.support import browser  # noqa: E402
 
 PLACE = browser.REPOSITORY / "assets" / "docs"
 MOST_BYTES = 300_000

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.compress import compress
-from engine.format import TRUNK, ExpertsFile, Manifest, MappedFile, experts_name, file_entry
-from engine.spec import PROMISES
+from engine.core import PROMISES
+from engine.files.compressed import TRUNK, ExpertsFile, Manifest, MappedFile, experts_name, file_entry
+from engine.library.compress import compress
 
 MOST_BYTES = 16 << 20
 

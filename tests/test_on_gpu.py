@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import hf
-from engine.decoding import Decoder, Step
-from engine.device_runtime import DeviceRuntime, take_over
-from engine.device_sampler import DeviceSampler
-from engine.experts import LevelPlan
-from engine.far_locked import FarLocked
-from engine.format import Manifest
-from engine.generate import Engine
-from engine.graphs import Graphs
-from engine.host_memory import CudaDriver, HostMemory
-from engine.prefill import Staging
-from engine.room import return_freed
-from engine.spec import Options, Sampling
-from engine.step_cache import StepCache
+from engine.chat.engine import Engine
+from engine.core import Options, Sampling
+from engine.decode.cuda_graph import Graphs
+from engine.decode.device_sampling import DeviceSampler
+from engine.decode.step import Decoder, Step
+from engine.experts.device import DeviceRuntime, take_over
+from engine.experts.far_locked import FarLocked
+from engine.experts.host import LevelPlan
+from engine.experts.prefill import Staging
+from engine.files.compressed import Manifest
+from engine.machine.pinned_memory import CudaDriver, HostMemory
+from engine.model import load
+from engine.model.static_cache import StepCache
+from engine.planning.room import return_freed
 from kernels.fill import fill
-from tests.folders import compressed
-from tests.test_generate import GREEDY, TALK, chat, finish, told
+from tests.engine.chat.test_engine import GREEDY, TALK, chat, finish, told
+from tests.support.folders import compressed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
@@ -52,7 +52,7 @@ def test_a_kernel_reads_page_locked_memory():
 @pytest.mark.parametrize("tokens", [1, 4])
 @torch.no_grad()
 def test_the_experts_step_is_the_cpus(name, level, tokens, tmp_path):
-    from tests.interpreted_step import run
+    from tests.kernels.interpreted_step import run
     folder = compressed(name, tmp_path)[2]
     expected, found = run(folder, level, tokens), run(folder, level, tokens, locked(folder), "cuda")
     for a, b in zip(found[0], expected[0], strict=True):
@@ -69,7 +69,7 @@ def test_prefill_is_the_cpus(name, level, tmp_path):
     draw = torch.Generator().manual_seed(0)
     x, n = torch.randn(200, 64, generator=draw), 200
     for device in ("cpu", "cuda"):
-        loaded = hf.load(folder, Options("exact", device="cpu"))
+        loaded = load.load(folder, Options("exact", device="cpu"))
         loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
         far = locked(folder) if device == "cuda" else loaded.runtime.far
         runtime = take_over(loaded.model.to(device), far, device)
@@ -89,7 +89,7 @@ def test_prefill_is_the_cpus(name, level, tmp_path):
 @torch.inference_mode()
 def test_a_captured_step_replays_past_every_window(name, tmp_path):
     folder = compressed(name, tmp_path, max_position_embeddings=512)[2]
-    loaded = hf.load(folder, Options("exact", device="cpu"))
+    loaded = load.load(folder, Options("exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
     model = loaded.model.to("cuda")
     runtime = take_over(model, locked(folder), "cuda")

@@ -1,0 +1,1 @@
+"""Conversations: their store, the answers, their settings."""

@@ -1,0 +1,1 @@
+"""Requests: who may come in, what they ask, what streams back."""

@@ -1,0 +1,311 @@
+"""What the page's scripts ask for: plain JSON routes over chats, jobs and models. The guard stands in front of them."""
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from app.chat.answers import Jobs
+from app.chat.chat_settings import Wishes
+from app.chat.chats import Chats, Conversation, Message
+from app.chat.context_window import to_prompt
+from app.chat.drafts import Drafts
+from app.chat.import_export import export_json, export_markdown, import_text
+from app.library.model_library import Shelf
+from app.library.open_model import Models
+from app.markdown import render
+from app.strings import TEXT
+from engine import UserError
+
+Wish = Annotated[dict, Body()]
+WINDOW = 40  # messages a page shows at first: its cost follows their number
+ATTACHMENT_BYTES = 1_000_000
+
+
+def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
+    """Everything that is not text of a conversation: small, sent whenever it changes."""
+    live, device = jobs.live, models.snapshot().get("device")
+    return {"model": {"state": models.state, "step": models.step, "name": models.folder.name,
+                      "opening": models.opening(), "opened": models.opened()} | _shown_info(models),
+            "level": models.level,
+            "live": live and {"message": live.message_id, "conversation": live.conversation_id, "phase": live.phase},
+            "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],
+            "conversations": [_listed(conversation) for conversation in chats.conversations()],
+            "works": shelf.works.shown(), "finished": shelf.works.finished, "graphics": models.around.graphics(device),
+            "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble}
+
+
+def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
+    """All routes below /api. `changed` tells every open page to look again."""
+    router = APIRouter(prefix="/api")
+
+    @router.get("/strings")
+    def strings():
+        return TEXT
+
+    @router.get("/state")
+    def present_state():
+        return state(chats, jobs, models, shelf)
+
+    _conversation_routes(router, chats, drafts, jobs, models, changed)
+    _message_routes(router, chats, jobs, changed)
+    _file_routes(router, chats, models, changed)
+    _model_routes(router, shelf)
+
+    @router.post("/welcomed")
+    def welcomed(wish: Wish):
+        chats.set_preference("welcomed", bool(wish["done"]))
+        changed()
+        return {}
+
+    return router
+
+
+def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, changed) -> None:
+    @router.post("/conversations")
+    def create(wish: Wish):
+        conversation = drafts.begin(str(wish["draft"]))
+        changed()
+        return _listed(conversation)
+
+    @router.get("/conversations/{conversation_id}")
+    def read(conversation_id: int, limit: int = WINDOW):
+        return _document(chats, jobs, conversation_id, max(1, min(limit, 10_000)))
+
+    @router.get("/conversations/{conversation_id}/context")
+    def context(conversation_id: int):
+        """How full the model's context is: {"used": tokens, None where that is unknown, "total"}."""
+        wishes = Wishes.of(chats.conversation(conversation_id).settings)
+        path = chats.path(conversation_id)
+        prompt = to_prompt(path, wishes.system, wishes.keep_thinking)
+        return {"used": models.used(prompt, wishes.template()) if path else 0, "total": models.info().get("context", 0)}
+
+    @router.patch("/conversations/{conversation_id}")
+    def change(conversation_id: int, wish: Wish):
+        chats.conversation(conversation_id)
+        if "title" in wish:
+            chats.rename(conversation_id, str(wish["title"]))
+        if "pinned" in wish:
+            chats.pin(conversation_id, bool(wish["pinned"]))
+        changed()
+        return _listed(chats.conversation(conversation_id))
+
+    @router.delete("/conversations/{conversation_id}")
+    def delete(conversation_id: int):
+        if jobs.live and jobs.live.conversation_id == conversation_id:
+            jobs.stop()
+        chats.delete(conversation_id)
+        changed()
+        return {}
+
+    @router.post("/conversations/{conversation_id}/restore")
+    def restore(conversation_id: int):
+        chats.restore(conversation_id)
+        changed()
+        return {}
+
+    @router.get("/search")
+    def search(q: str):
+        return chats.search(q)
+
+
+def _message_routes(router: APIRouter, chats: Chats, jobs: Jobs, changed) -> None:
+    @router.post("/conversations/{conversation_id}/send")
+    def send(conversation_id: int, wish: Wish):
+        return jobs.send(conversation_id, str(wish.get("text", "")), _attachments(wish.get("attachments") or []))
+
+    @router.get("/messages/{message_id}")
+    def read_message(message_id: int):
+        message = chats.message(message_id)
+        return {"text": message.text, "thinking": message.thinking}
+
+    @router.post("/messages/{message_id}/edit")
+    def edit(message_id: int, wish: Wish):
+        return jobs.edit(message_id, str(wish["text"]))
+
+    @router.post("/messages/{message_id}/regenerate")
+    def regenerate(message_id: int):
+        return jobs.regenerate(message_id)
+
+    @router.post("/messages/{message_id}/continue")
+    def resume(message_id: int):
+        return jobs.resume(message_id)
+
+    @router.post("/messages/{message_id}/show")
+    def show(message_id: int):
+        chats.show(message_id)
+        changed()
+        return {}
+
+    @router.post("/messages/{message_id}/branch")
+    def branch(message_id: int):
+        conversation = chats.branch(message_id)
+        changed()
+        return _listed(conversation)
+
+    @router.post("/stop")
+    def stop():
+        jobs.stop()
+        return {}
+
+    @router.delete("/waiting/{waiting_id}")
+    def unwait(waiting_id: int):
+        taken = chats.unwait(waiting_id)
+        changed()
+        return {"text": taken["text"] if taken else ""}
+
+
+def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> None:
+    @router.get("/export")
+    def export_all():
+        return _download(export_json(chats, [c.id for c in chats.conversations()]), "floe-chat.json")
+
+    @router.get("/conversations/{conversation_id}/export.{kind}")
+    def export(conversation_id: int, kind: str):
+        name = _file_name(chats.conversation(conversation_id).title)
+        if kind == "md":
+            return _download(export_markdown(chats, conversation_id), f"{name}.md")
+        return _download(export_json(chats, [conversation_id]), f"{name}.json")
+
+    @router.post("/import")
+    async def import_file(request: Request):
+        try:
+            text = (await request.body()).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError("This file is not text; choose a .json or .md file that Floe Chat has written.") from error
+        conversations = import_text(chats, text)
+        changed()
+        return [_listed(conversation) for conversation in conversations]
+
+    @router.post("/count")
+    def count(wish: Wish):
+        return {"tokens": models.used([{"role": "user", "content": str(wish["text"])}], {})}
+
+
+def _model_routes(router: APIRouter, shelf: Shelf) -> None:
+    @router.get("/models")
+    def shown():
+        return shelf.shown()
+
+    @router.get("/models/plan")
+    def plan(name: str, level: str = "", context: int | None = None):
+        return shelf.plan(name, level or None, context)
+
+    @router.get("/models/files")
+    def files(path: str = "", kind: Literal["gguf", "text", "folder"] = "gguf"):
+        return shelf.suggest(path, kind)
+
+    @router.post("/models/open")
+    def open_model(wish: Wish):
+        shelf.open(str(wish["name"]), wish.get("level") or None, wish.get("context") or None)
+        return {}
+
+    @router.post("/models/folder")
+    def show_folder(wish: Wish):
+        return {"folder": shelf.show_folder(str(wish["name"]))}
+
+    @router.post("/models/keep")
+    def keep_in(wish: Wish):
+        return {"folder": shelf.keep_in(str(wish["folder"]))}
+
+    @router.post("/models/compress")
+    def compress(wish: Wish):
+        shelf.compress(str(wish["name"]))
+        return {}
+
+    @router.post("/models/import")
+    def bring_in(wish: Wish):
+        shelf.bring_in(str(wish["file"]), str(wish.get("like") or ""))
+        return {}
+
+    @router.post("/models/measure")
+    def measure(wish: Wish):
+        shelf.measure(str(wish["name"]), str(wish.get("text") or ""))
+        return {}
+
+    @router.post("/models/cancel")
+    def cancel(wish: Wish):
+        return {"freed": shelf.cancel(str(wish["name"]))}
+
+    @router.post("/models/download")
+    def fetch(wish: Wish):
+        shelf.fetch(str(wish["name"]).strip())
+        return {}
+
+    @router.post("/models/resume")
+    def go_on(wish: Wish):
+        shelf.works.go_on(str(wish["name"]))
+        return {}
+
+    @router.post("/models/pause")
+    def pause(wish: Wish):
+        shelf.pause(str(wish["name"]))
+        return {}
+
+    @router.post("/models/delete")
+    def remove(wish: Wish):
+        return {"freed": shelf.remove(str(wish["name"]))}
+
+
+async def user_error(request: Request, error: UserError) -> JSONResponse:
+    """A sentence for the page instead of a stack trace."""
+    return JSONResponse({"error": str(error)}, status_code=400)
+
+
+async def disk_error(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
+    return JSONResponse({"error": TEXT["not_saved"].format(error=error)}, status_code=507)
+
+
+def _shown_info(models: Models) -> dict:
+    info = models.info()
+    names = ("name", "levels", "is_demo", "layers", "experts", "context")
+    return {name: info[name] for name in names if name in info}
+
+
+def _listed(conversation: Conversation) -> dict:
+    return {"id": conversation.id, "title": conversation.title, "pinned": conversation.pinned,
+            "updated_at": conversation.updated_at}
+
+
+def _document(chats: Chats, jobs: Jobs, conversation_id: int, limit: int) -> dict:
+    conversation = chats.conversation(conversation_id)
+    path = chats.path(conversation_id)
+    versions = chats.versions(conversation_id)
+    shown = [_shown(message, versions[message.id], jobs) for message in path[-limit:]]
+    return {"conversation": _listed(conversation), "messages": shown, "n_messages": len(path)}
+
+
+def _shown(message: Message, versions: list[int], jobs: Jobs) -> dict:
+    live = jobs.live
+    text, thinking, stats = message.text, message.thinking, message.stats
+    if live and live.message_id == message.id:
+        text, thinking, stats = live.text, live.thinking, live.stats
+    return {"id": message.id, "role": message.role, "html": render(text), "thinking_html": render(thinking),
+            "status": "running" if live and live.message_id == message.id else message.status, "stats": stats,
+            "versions": versions, "attachments": [{"name": a["name"], "chars": len(a["text"])}
+                                                  for a in message.attachments]}
+
+
+def _attachments(wished: list) -> list[dict]:
+    files = [{"name": Path(str(a["name"])).name, "text": str(a["text"])} for a in wished]
+    for file in files:
+        if len(file["text"].encode()) > ATTACHMENT_BYTES:
+            raise UserError(TEXT["too_large"].format(name=file["name"]))
+        if "\0" in file["text"]:
+            raise UserError(TEXT["not_text"].format(name=file["name"]))
+    return files
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^\w\- ]+", "", title).strip()[:60] or "conversation"
+
+
+def _download(text: str, name: str) -> Response:
+    ascii_name = name.encode("ascii", "ignore").decode() or "conversation"
+    return PlainTextResponse(text, headers={
+        "content-disposition": f"attachment; filename={json.dumps(ascii_name)}"})

@@ -1,0 +1,1 @@
+"""Models on the page: what is there, what is open, what works in the background."""

@@ -1,0 +1,154 @@
+"""The model that is open now: opened in a thread with visible steps, changed between answers, closed when replaced.
+
+The engine (and with it torch) is imported in that thread, so the page answers within seconds of the start. The only
+holder of an Engine in the app; everybody else asks here.
+"""
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from app.library.load_progress import Opening
+from app.library.machine_status import Surroundings
+from app.strings import TEXT
+from engine import Known, MachineError, Options, Stopped, UserError, fitted, look_up, what_binds
+
+METER_SECONDS = 5.0  # that counting a conversation may take, for nothing but a meter
+
+
+class Models:
+    """`state` is "loading", "ready" or "failed"; `step` says in words what is happening or what went wrong."""
+
+    def __init__(self, folder: Path, options: Options, around: Surroundings, plan_level: bool = False,
+                 on_change: Callable[[], None] = lambda: None):
+        """plan_level: the first model opens at the level that its plan chooses, not at that of the options."""
+        self.folder, self._plan_level = folder, plan_level
+        self.around = around
+        self.options = options
+        self.state = "loading"
+        self.step = TEXT["step_start"]
+        self.engine = None
+        self.on_change = on_change
+        self._changed = threading.Condition()
+        self._opening: Opening | None = None
+        self._known: Known | None = None
+
+    def open(self, folder: Path | None = None, level: str = "", context: int | None = None) -> None:
+        """Start opening `folder` at `level` in the background; what is open is closed first. Without: as at birth."""
+        if folder:
+            self.folder, self._plan_level = folder, False
+            self.options = replace(self.options, level=level, context=context, near_bytes=None)
+        self._opening = None
+        self._tell("loading", TEXT["step_start"])
+        threading.Thread(target=self._open, name="open-model", daemon=True).start()
+
+    def wait(self, stop: threading.Event):
+        """The model, once it is ready; None if `stop` was set first. UserError if it could not be opened."""
+        with self._changed:
+            while self.state == "loading" and not stop.is_set():
+                self._changed.wait(0.1)
+            if self.state == "failed":
+                raise UserError(self.step)
+            return None if stop.is_set() else self.engine
+
+    def used(self, messages: list[dict], wishes: dict) -> int | None:
+        """Tokens of a conversation; None where that cannot be known: no model yet, a template that refuses or loops."""
+        engine, end = self.engine, time.monotonic() + METER_SECONDS
+        if not engine or self.state != "ready":
+            return None
+        try:
+            return engine.count_tokens(messages, wishes, lambda: time.monotonic() > end)
+        except (UserError, MachineError, Stopped):
+            return None
+
+    def configure(self, options: Options) -> None:
+        """Change level or near memory; takes effect before the next answer."""
+        self.engine.configure(options)
+        self.options = options
+        self.on_change()
+
+    def snapshot(self) -> dict:
+        """What the panel draws; the engine's own numbers once there is an engine."""
+        state, engine = {"state": self.state, "step": self.step}, self.engine
+        if not engine or self.state != "ready":
+            return state
+        try:
+            return state | engine.snapshot()
+        except UserError:  # it was closed between the two lines
+            return state
+
+    def opening(self) -> dict | None:
+        """The steps so far and the time left, while a model is being opened."""
+        return self._opening.shown() if self._opening and self.state == "loading" else None
+
+    def opened(self) -> list[str] | None:
+        """The steps that opening the model took, once it is open."""
+        return [name for name, _ in self._opening.steps] if self._opening and self.state == "ready" else None
+
+    def why_slow(self, snapshot: dict) -> dict | None:
+        """What binds the answer of this snapshot: {"bound", "text"}; None while nothing has been measured."""
+        machine, known = self.around.machine, self._known
+        if machine is None or known is None or "answer" not in snapshot:
+            return None
+        found = what_binds(known.spec, known.calibration, machine, snapshot)
+        return {"bound": found.bound, "text": found.text} if found else None
+
+    @property
+    def level(self) -> str:
+        """The level that runs; the wished one while nothing is open."""
+        return self.snapshot().get("level", self.options.level)
+
+    def info(self) -> dict:
+        """The engine's description of the open model; empty while there is none."""
+        return dict(self.engine.info) if self.engine and self.state == "ready" else {}
+
+    def close(self) -> None:
+        if self.engine:
+            self.engine.close()
+            self.engine = None
+
+    def _open(self) -> None:
+        try:
+            self._opening = Opening(self.folder.name, _size(self.folder), self.around.data / "cache" / "openings.json")
+            self.close()
+            self._progress(TEXT["step_import"])
+            from engine import Engine
+            self._progress(TEXT["step_measure"])
+            self.around.measure()
+            if self._plan_level:
+                self._take_planned_level()
+            self.engine = Engine.open(self.folder, self.options, progress=self._progress)
+            self._known = look_up(str(self.folder))
+            self._opening.finish()
+            self._tell("ready", "")
+        except (UserError, MachineError) as error:
+            self._tell("failed", str(error))
+        except MemoryError:
+            self._tell("failed", TEXT["out_of_memory"])
+        except BaseException as error:  # whoever waits must hear of it, whatever it was
+            self._tell("failed", TEXT["open_failed"].format(error=f"{type(error).__name__}: {error}"))
+            raise
+
+    def _take_planned_level(self) -> None:
+        try:
+            made = fitted(look_up(str(self.folder)), self.around.machine)
+        except UserError:
+            return  # opening it says what is wrong
+        self.options = replace(self.options, level=made.level)
+
+    def _progress(self, step: str, share: float = 0.0) -> None:
+        self._opening.step(step)
+        self._tell("loading", step)
+
+    def _tell(self, state: str, step: str) -> None:
+        with self._changed:
+            self.state, self.step = state, step
+            self._changed.notify_all()
+        self.on_change()
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())

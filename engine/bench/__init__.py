@@ -1,0 +1,1 @@
+"""How fast: whole models, single steps, single kernels."""

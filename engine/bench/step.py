@@ -1,0 +1,114 @@
+"""A synthetic model's decode step on a card: captured, replayed against the step run anew, timed, split by kernel."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.bench import repeating, step_profile, synthetic, synthetic_model
+from engine.bench.projection import Speeds
+from engine.bench.step_profile import Decoded, Row
+from engine.bench.synthetic import Shape
+from engine.core import Machine, Options, Sampling, UserError
+from engine.decode.cuda_graph import Capture, Graphs
+from engine.decode.device_sampling import DeviceSampler
+from engine.decode.step import Decoder, Step
+from engine.library import catalogue
+from engine.machine.pinned_memory import Driver
+from engine.model import load
+from engine.model.static_cache import StepCache
+
+PROFILED = 20  # tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a model of the catalogue and its first layers, at a level, with near memory, for some tokens.
+
+    None: all layers; near memory as planned. card: the one that the token is projected onto.
+    """
+
+    name: str
+    layers: int | None = None
+    level: str = "fast"
+    near_bytes: int | None = None
+    n_tokens: int = 300
+    card: Machine | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 2:
+            raise UserError(f"Two tokens are the least that can be timed, not {self.n_tokens}.")
+
+    @property
+    def context(self) -> int:
+        return self.n_tokens + 8
+
+    def shape(self) -> Shape:
+        """UserError for a model that is not in the catalogue, or has fewer layers."""
+        entry = catalogue.find(self.name)
+        if entry is None:
+            raise UserError(f"There is no model {self.name!r} in the catalogue; choose one of "
+                            f"{', '.join(catalogue.entries())}.")
+        return synthetic.shape_of(entry, self.layers)
+
+
+def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,
+          say: Callable[[str, float], None] = lambda text, share: None, device: str = "cuda",
+          capture: Capture | None = None, held_bytes: int = 0) -> Iterator[Row]:
+    """Rows: replay against eager, a token's milliseconds and bytes, kernels, what is left beside the bytes, another
+    card, and whole experts in the same near bytes. held_bytes: of the card that are not the model's."""
+    calibration = synthetic.calibration_of(shape)
+    options = Options(case.level, case.near_bytes, device=device)
+    loaded = synthetic_model.open_on_card(shape, calibration, options, driver, say, device)
+    try:
+        with torch.inference_mode():
+            step = _step(loaded, case, calibration["synthetic"]["repeat"], device)
+            yield from _rows(step, Graphs(step, capture), loaded, case, speeds, held_bytes)
+    finally:
+        loaded.runtime.close()
+
+
+def _step(loaded: load.Loaded, case: Case, repeat: float, device: str) -> Step:
+    cache = StepCache(loaded.model.config, case.context, device)
+    repeating.follow(loaded.runtime, repeat, cache.clock.pos)
+    sampler = DeviceSampler(loaded.spec.vocabulary, case.context, device)
+    return Step(loaded.model, loaded.runtime, cache, sampler)
+
+
+def _rows(step: Step, graphs: Graphs, loaded: load.Loaded, case: Case, speeds: Speeds,
+          held_bytes: int) -> Iterator[Row]:
+    known = {"model": f"synthetic {case.name}", "level": case.level, "layers": loaded.spec.layers,
+             "near_bytes": step.runtime.near_bytes}
+    eager, _ = _answer(step, None, case)
+    replayed, decoded = _answer(step, graphs.launch, case)
+    yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": graphs.sentence}
+    on_card = torch.device(step.runtime.device).type == "cuda"
+    yield decoded.row("step", known) | {
+        "vram_peak": torch.cuda.max_memory_allocated() - held_bytes if on_card else 0}
+    n = min(PROFILED, case.n_tokens - 1)
+    watched = step_profile.profiled(_tokens(step, graphs.launch, n + 1), n, step.runtime, case.context)
+    yield from step_profile.explained(decoded, *watched, step.model, step.runtime, loaded.spec, known, speeds,
+                                      case.card)
+    yield from step_profile.whole_experts(
+        step.runtime, lambda: _answer(step, graphs.launch, case)[1].row("whole experts", known | {"level": "exact"}))
+
+
+def _answer(step: Step, launch, case: Case) -> tuple[list[int], Decoded]:
+    """All tokens of an answer from an empty near memory; seconds and bytes of its second half, when it has filled."""
+    step.runtime.reset()
+    found, half = [], case.n_tokens // 2
+    for token in _tokens(step, launch, case.n_tokens):
+        found.append(token)
+        if len(found) == half:
+            before, start = step.runtime.counters(), time.perf_counter()
+    seconds = time.perf_counter() - start
+    return found, Decoded(case.n_tokens - half, seconds, step.runtime.counters() - before, case.context)
+
+
+def _tokens(step: Step, launch, n_tokens: int) -> Iterator[int]:
+    step.cache.reset()
+    step.sampler.start(Sampling(0.7, 20, 0.95, seed=0), None, [])
+    for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), n_tokens):
+        yield drawn.token

@@ -1,0 +1,261 @@
+"""Models of real shape with made-up weights, to measure speed where no weights can be had; what they say is nonsense.
+
+Names and shapes are those of the catalogue's model, on transformers' meta device. The experts are random bytes of our
+own format, where any bytes are valid codes, with scales that keep the numbers in range: 18 GB take as long as writing
+them. What speed depends on is made to order: how often a token picks an expert of the last one again (a list of picks,
+engine/bench/repeating.py), and how often a neuron is chosen again (some neurons are louder than others).
+"""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from engine.core import ModelSpec, UserError
+from engine.experts.store import FarBlobs
+from engine.files.compressed import (
+    TRUNK,
+    FileEntry,
+    Manifest,
+    SafetensorsWriter,
+    experts_name,
+    file_entry,
+    write_text_atomically,
+)
+from engine.files.skeleton import build_skeleton, experts_modules, model_spec, text_config_of
+from engine.files.trunk import CODES, GROUP, SCALES, bits_of
+from engine.library.catalogue import Entry
+from engine.paths import demo_model
+from kernels.layout import Layout, default_group_size
+
+Tensor = torch.Tensor
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# Shares of k*I neurons, refined and down-only: what the pilot model needed for about the levels' promises.
+SHARES = {"quality": (0.3, 0.2), "balanced": (0.15, 0.3), "fast": (0.1, 0.2)}
+REPEAT, REPEAT_NEURONS = 0.42, 0.45    # of the pilot model's own text; neurons: of an expert that is picked again
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The architecture to make up weights for. modules: routed experts on the meta device, by name."""
+
+    name: str
+    config: object
+    skeleton: torch.nn.Module
+    modules: dict[str, torch.nn.Module]
+    spec: ModelSpec
+    layout: Layout
+
+
+def shape_of(entry: Entry, layers: int | None = None) -> Shape:
+    """The catalogue's model, or its first `layers` decoder layers. UserError for more layers than it has."""
+    given = dict(entry.config)
+    config = text_config_of(AutoConfig.for_model(given.pop("model_type"), **given))
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise UserError(f"{entry.title} has {config.num_hidden_layers} layers; choose 1 to that many.")
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    skeleton = build_skeleton(config, entry.name)
+    modules = experts_modules(skeleton, entry.name)
+    spec = model_spec(entry.name, config, skeleton, modules)
+    return Shape(entry.name, config, skeleton, modules, spec,
+                 Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden)))
+
+
+def calibration_of(shape: Shape, repeat: float = REPEAT, repeat_neurons: float = REPEAT_NEURONS) -> dict:
+    """What stands in floe.json where a real model has its calibration."""
+    n = shape.spec.top_k * shape.spec.neurons
+    levels = {level: {"budgets": [[int(refined * n), int(rest * n)]] * shape.spec.layers}
+              for level, (refined, rest) in SHARES.items()}
+    return {"levels": levels, "synthetic": {"repeat": repeat, "repeat_neurons": repeat_neurons}}
+
+
+class Blobs:
+    """Random experts of one layout. spread: how unequally loud the neurons are."""
+
+    def __init__(self, layout: Layout, spread: float, seed: int) -> None:
+        self.layout, self.spread, self._random = layout, spread, np.random.default_rng(seed)
+
+    def fill(self, blob: Tensor) -> None:
+        """blob uint8 [blob_bytes], contiguous: all of it is written."""
+        layout, words = self.layout, blob.numpy().view(np.uint64)
+        words[:] = self._random.integers(0, 2**64, len(words), dtype=np.uint64)
+        rows, sketch_bytes = layout.neurons, layout.neurons * layout.sketch_row
+        sketch = blob[:sketch_bytes].view(rows, layout.sketch_row)
+        records = blob[layout.sketch_bytes:layout.blob_bytes].view(rows, layout.record)
+        loud = torch.from_numpy(np.exp(self.spread * self._random.standard_normal(rows)).astype(np.float32))
+        step = 1 / (4.61 * math.sqrt(layout.hidden))          # codes 0..15 spread by 4.61 steps
+        even = torch.ones(rows)
+        for at, factor in ((0, even), (1, loud)):
+            self._write(sketch, layout.sketch_scales_at + at * layout.scales, 4 * step * factor, -6 * step * factor)
+        for at, factor in ((0, even), (1, even), (2, loud)):  # down, gate, up
+            self._write(records, layout.record_scales_at + at * layout.scales, step * factor, -7.5 * step * factor)
+
+    def _write(self, rows: Tensor, at: int, scale: Tensor, offset: Tensor) -> None:
+        """The same (scale, offset) for all groups of a row."""
+        pairs = torch.stack((scale, offset), -1).half()[:, None].expand(-1, self.layout.groups, 2)
+        rows[:, at:at + self.layout.scales] = pairs.reshape(len(rows), -1).view(torch.uint8)
+
+
+def spread_for(repeat: float, kept: float, n: int = 4096) -> float:
+    """The spread at which a share `repeat` of the kept neurons was kept by the token before, of inputs unalike.
+
+    Without any it is `kept`, the share that is kept at all.
+    """
+    draw = np.random.default_rng(0)
+    products = np.abs(draw.standard_normal((16, n)) * np.maximum(draw.standard_normal((16, n)), 0.1))
+    loud, low, high = draw.standard_normal(n), 0.0, 6.0
+    for _ in range(20):
+        spread = (low + high) / 2
+        best = np.argsort(-products * np.exp(spread * loud))[:, :int(kept * n)]
+        chosen = np.zeros((16, n), bool)
+        np.put_along_axis(chosen, best, True, 1)
+        again = (chosen[1:] & chosen[:-1]).sum() / chosen[1:].sum()
+        low, high = (spread, high) if again < repeat else (low, spread)
+    return low
+
+
+def blobs_for(shape: Shape, repeat_neurons: float, seed: int) -> Blobs:
+    refined, rest = SHARES["fast"]
+    return Blobs(shape.layout, spread_for(repeat_neurons, refined + rest), seed)
+
+
+def biases_of(shape: Shape, layer: int, seed: int) -> dict[str, Tensor]:
+    """float32 gate_bias, up_bias [E, I], down_bias [E, H], where the architecture has them."""
+    if not list(shape.modules.values())[layer].has_bias:
+        return {}
+    spec, draw = shape.spec, torch.Generator().manual_seed(seed + layer)
+    sizes = {"gate_bias": spec.neurons, "up_bias": spec.neurons, "down_bias": spec.hidden}
+    return {name: 0.02 * torch.randn(spec.experts, n, generator=draw) for name, n in sizes.items()}
+
+
+def trunk_of(shape: Shape, trunk_bits: int, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every other tensor by name, as trunk.safetensors stores it: random, quantised ones as random codes."""
+    draw, routed = torch.Generator().manual_seed(seed), tuple(f"{path}." for path in shape.modules)
+    tied = getattr(shape.config, "tie_word_embeddings", False)
+    for name, tensor in shape.skeleton.state_dict().items():
+        if name.startswith(routed) and ".post_expert_norm" not in name or (tied and name == "lm_head.weight"):
+            continue
+        yield name, _stored(name, tensor, bits_of(name, tensor, trunk_bits, shape.spec.decoder_layers), draw)
+
+
+def _stored(name: str, tensor: Tensor, bits: int, draw: torch.Generator) -> dict[str, Tensor]:
+    if bits == 16:
+        return {name: _plain(name, tensor, draw)}
+    n_rows, width = tensor.shape
+    std = 1 / math.sqrt(width)
+    if bits == 8:
+        codes = torch.randint(-127, 128, (n_rows, width), generator=draw, dtype=torch.int8)
+        return {name + CODES: codes, name + SCALES: torch.full((n_rows, width // GROUP), std / 73.6).half()}
+    codes = torch.randint(0, 256, (n_rows, width // 2), generator=draw, dtype=torch.uint8)
+    pair = torch.tensor([std / 4.61, -7.5 * std / 4.61]).half()
+    return {name + CODES: codes, name + SCALES: pair.expand(n_rows, width // GROUP, 2).contiguous()}
+
+
+def _plain(name: str, tensor: Tensor, draw: torch.Generator) -> Tensor:
+    """Matrices keep the size of what they multiply; norms and scales are one, the rest is small."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    dtype = torch.bfloat16 if tensor.ndim > 1 else torch.float32
+    if tensor.ndim > 1:
+        fan = tensor[0].numel() if tensor.ndim > 2 else tensor.shape[1]
+        return (torch.randn(tensor.shape, generator=draw, dtype=torch.float32) / math.sqrt(fan)).to(dtype)
+    if any(word in name for word in ("norm", "scal")):
+        return torch.ones(tensor.shape, dtype=dtype)
+    return 0.1 * torch.randn(tensor.shape, generator=draw, dtype=dtype)
+
+
+def write(shape: Shape, dest: Path, trunk_bits: int = 4, calibration: dict | None = None, seed: int = 0,
+          report: Callable[[str, float], None] = lambda text, share: None) -> Manifest:
+    """A compressed folder that opens like any other. UserError where `dest` holds something already."""
+    if dest.exists() and any(dest.iterdir()):
+        raise UserError(f"{dest} is not empty; choose another folder.")
+    calibration = calibration or calibration_of(shape)
+    spec, entries = shape.spec, []
+    blobs = blobs_for(shape, calibration["synthetic"]["repeat_neurons"], seed)
+    for layer in range(spec.layers):
+        entries.append(_write_layer(dest / experts_name(layer), shape, layer, blobs, seed))
+        report(f"Made up layer {layer + 1} of {spec.layers}", (layer + 1) / (spec.layers + 1))
+    with SafetensorsWriter(dest / TRUNK, n_tensors=2 * len(shape.skeleton.state_dict())) as writer:
+        for _, parts in trunk_of(shape, trunk_bits, seed):
+            for stored, part in parts.items():
+                writer.add(stored, part)
+    entries.append(file_entry(dest / TRUNK))
+    _write_config(shape, dest, trunk_bits)
+    manifest = Manifest(shape.layout.group, trunk_bits, spec.layers, spec.experts, spec.top_k, spec.neurons,
+                        spec.hidden, tuple(entries), calibration)
+    manifest.save(dest)
+    return manifest
+
+
+def _write_layer(path: Path, shape: Shape, layer: int, blobs: Blobs, seed: int) -> FileEntry:
+    blob, checksums = torch.empty(shape.layout.blob_bytes, dtype=torch.uint8), []
+    with SafetensorsWriter(path, n_tensors=5) as writer:
+        writer.begin("blobs", torch.uint8, (shape.spec.experts, shape.layout.blob_bytes))
+        for _ in range(shape.spec.experts):
+            blobs.fill(blob)
+            writer.write(blob)
+            checksums.append(zlib.crc32(blob.numpy()))
+        writer.add("checksums", torch.tensor(checksums, dtype=torch.int64))
+        for name, bias in biases_of(shape, layer, seed).items():
+            writer.add(name, bias)
+    return file_entry(path)
+
+
+def _write_config(shape: Shape, dest: Path, trunk_bits: int) -> None:
+    """config.json, and the demonstration model's tokenizer: any will do."""
+    config = shape.config.to_dict()
+    config["architectures"] = [type(shape.skeleton).__name__]
+    config["transformers_weights"] = TRUNK
+    config["quantization_config"] = {"quant_method": "floe", "group_size": shape.layout.group, "trunk_bits": trunk_bits}
+    for name in TOKENIZER:
+        shutil.copyfile(demo_model() / name, dest / name)
+    write_text_atomically(dest / "config.json", json.dumps(config, indent=2, default=str))
+
+
+class FarSynthetic(FarBlobs):
+    """Experts made up in memory. memory: uint8 of at least `bytes_of(shape)`, page-locked for a card."""
+
+    def __init__(self, shape: Shape, memory: Tensor, repeat_neurons: float = REPEAT_NEURONS, seed: int = 0,
+                 report: Callable[[str, float], None] = lambda text, share: None,
+                 release: Callable[[], None] = lambda: None) -> None:
+        """release: gives `memory` back."""
+        spec = shape.spec
+        self._release = release
+        self.layout, self.layers, self.experts = shape.layout, spec.layers, spec.experts
+        self.neurons, self.hidden, self.expert_bytes = spec.neurons, spec.hidden, shape.layout.blob_bytes
+        self._blobs = memory[:bytes_of(shape)].view(self.layers, self.experts, 1, self.expert_bytes)
+        self._biases = [biases_of(shape, layer, seed) for layer in range(self.layers)]
+        blobs = blobs_for(shape, repeat_neurons, seed)
+        for layer in range(self.layers):
+            for expert in range(self.experts):
+                blobs.fill(self._blobs[layer, expert, 0])
+            report(f"Made up layer {layer + 1} of {self.layers}", (layer + 1) / self.layers)
+
+    def blobs(self, layer: int) -> Tensor:
+        return self._blobs[layer]
+
+    def biases(self, layer: int) -> dict[str, Tensor]:
+        return self._biases[layer]
+
+    def verify(self, layer: int, expert: int) -> None:
+        """Nothing to hold it against."""
+
+    def close(self) -> None:
+        self._blobs = None
+        self._release()
+
+
+def bytes_of(shape: Shape) -> int:
+    """Of all experts, packed."""
+    return shape.spec.n_experts_total * shape.layout.blob_bytes

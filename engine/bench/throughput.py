@@ -1,0 +1,359 @@
+"""How fast a model runs here, and what bounds it.
+
+Random tokens as llama-bench does (prefill, then decode one at a time), and the model's own text from a cold and from a
+warm near memory. A device decodes as it does in a chat: alone, a step ahead of its reader, through its graph where it
+has one; there the random tokens are the model's own draws, nearly all alike likely. The comparison runs transformers'
+own experts implementations on an uncompressed model of the same weights and dtype, with the same threads and kind of
+cache, interleaved with ours, and takes medians. Clocks are read only at the ends of a run, after the device has
+finished. Prints nothing.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from engine.bench import repeating, step_profile
+from engine.bench.projection import Speeds
+from engine.bench.step_profile import Decoded, Profile, Row
+from engine.chat.tokenizer import Tokens
+from engine.core import Counters, Machine, Options, Sampling, UserError
+from engine.decode.decoder import Stepping, begin
+from engine.decode.prefix_cache import Prefix
+from engine.decode.sampling import Sampler
+from engine.experts.device import DeviceRuntime
+from engine.machine import benchmark
+from engine.model.load import FloeExperts, Loaded
+from engine.planning.planner import DEFAULT_CHUNK
+
+PREFILL, DECODE = 512, 128  # tokens
+ROUNDS = 5
+PROFILED = 20  # tokens
+RANDOM = Sampling(10.0, 256, 1.0, 0.0, 1.0, seed=0)  # what a device draws in place of random tokens
+GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0)
+QUESTIONS = ("Tell me a story about a small dog.", "What do you like to do on a rainy day?")
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of one run: what the context has room for, at most 512 and 128."""
+
+    prefill: int
+    decode: int
+
+    @classmethod
+    def of(cls, context: int | None) -> Sizes:
+        decode = min(DECODE, (context or PREFILL + DECODE) // 4)
+        sizes = cls(min(PREFILL, (context or PREFILL + DECODE) - decode), decode)
+        if sizes.prefill < 1 or sizes.decode < 2:
+            raise UserError(f"A context of {context} tokens is too short to measure in.")
+        return sizes
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one run, and what its decode steps counted. first_token: prompt to first logits of decode."""
+
+    prefill: float
+    first_token: float
+    decode: float
+    counters: Counters = Counters()
+
+
+class Bench:
+    """One open model under measurement. chunk: tokens of one prefill forward. copy_bytes_per_second: of the link,
+    where it was measured while the card was empty."""
+
+    def __init__(self, loaded: Loaded, chunk: int | None = None, report: Report = lambda text: None,
+                 sizes: Sizes | None = None, copy_bytes_per_second: float | None = None) -> None:
+        self.loaded, self.report, self._copy = loaded, report, copy_bytes_per_second
+        self.device = loaded.model.device
+        self.chunk = chunk or DEFAULT_CHUNK[self.device.type]
+        self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
+        self.synthetic = loaded.room.calibration.get("synthetic")  # made-up weights: the picks are made up as well
+        if self.synthetic:
+            repeating.follow(loaded.runtime, self.synthetic["repeat"])
+        draw = torch.Generator().manual_seed(0)
+        n_tokens = self.sizes.prefill + self.sizes.decode
+        self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
+        self.context = context_for(loaded, self.sizes)
+        self.prefix, self.stepping = begin(loaded.model, loaded.runtime, self.context)
+
+    @torch.inference_mode()
+    def document(self) -> dict:
+        """Everything but the comparison, at the level that the runtime is set to."""
+        runtime, sizes = self.loaded.runtime, self.sizes
+        self.report(f"random tokens: {sizes.prefill} of prefill, {sizes.decode} of decode")
+        self._warm_up()
+        random = self.random
+        self.report("the model's own text, cold and warm")
+        cold, warm = self._own_text()
+        copy = self._copy or benchmark.measure(self.device.type)["copy_bytes_per_second"]
+        needed = random.counters.needed_bytes / sizes.decode
+        return {
+            "prefill_tokens_per_second": sizes.prefill / random.prefill,
+            "decode_tokens_per_second": sizes.decode / random.decode,
+            "time_to_first_token_ms": random.first_token * 1e3,
+            **_per_token(random.counters, sizes.decode),
+            "bound_tokens_per_second": copy / needed,
+            "device": self.device.type, "level": runtime.level, "near_bytes": runtime.near_bytes,
+            "prefill_tokens": sizes.prefill, "decode_tokens": sizes.decode, "chunk": self.chunk,
+            "needed_bytes_per_token": needed, "copy_bytes_per_second": copy,
+            "own_text": {"cold": cold, "warm": warm}, "note": self.note,
+            **({"synthetic": True} if self.synthetic else {}),
+        }
+
+    @property
+    def note(self) -> str:
+        """Why a device does less than it might (no graph, experts on the processor), else ""."""
+        return self.loaded.runtime.note or (self.stepping.sentence if self.stepping else "")
+
+    @cached_property
+    def random(self) -> Run:
+        """Medians of prefill and decode of random tokens, each time from an empty near memory; measured once."""
+        return self._median_of([self._random() for _ in range(3)])
+
+    @torch.inference_mode()
+    def rows(self, speeds: Speeds, card: Machine | None = None) -> Iterator[Row]:
+        """What a device's random tokens cost: kernels, what is left beside the bytes, another card, and whole experts
+        in the same near bytes."""
+        loaded, runtime = self.loaded, self.loaded.runtime
+        name = f"synthetic {loaded.spec.name}" if self.synthetic else loaded.spec.name
+        known = {"model": name, "level": runtime.level, "layers": loaded.spec.layers, "near_bytes": runtime.near_bytes}
+        decoded = self._decoded(self.random)
+        yield decoded.row("bench", known) | {"note": self.note}
+        yield from step_profile.explained(decoded, *self._profiled(), loaded.model, runtime, loaded.spec, known, speeds,
+                                        card)
+        self.report("whole experts in the same near memory")
+        yield from step_profile.whole_experts(runtime, lambda: self._whole_experts(known))
+
+    def _whole_experts(self, known: Row) -> Row:
+        self._warm_up()
+        return self._decoded(self._random()).row("whole experts", known | {"level": "exact"})
+
+    def _decoded(self, run: Run) -> Decoded:
+        return Decoded(self.sizes.decode, run.decode, run.counters, self.context)
+
+    def _profiled(self) -> tuple[Profile, Decoded]:
+        """Of a few tokens with what is near by now."""
+        n = min(PROFILED, self.sizes.decode - 1)
+        self._read(self.ids[:1])
+        return step_profile.profiled(self._decode(self.ids[-n - 1:]), n, self.loaded.runtime, self.context)
+
+    def _warm_up(self) -> None:
+        """Everything that is made or compiled at first use; a device's graphs, with look-ahead and without."""
+        for headroom in (False, True) if self.stepping else ():
+            self.loaded.runtime.headroom = headroom
+            self._read(self.ids[:1])
+            for _ in self._decode(self.ids[-2:]):
+                pass
+        self._read(self.ids[:self.chunk])
+        for _ in self._decode(self.ids[-2:]):
+            pass
+
+    def _random(self) -> Run:
+        """Prefill and decode random tokens from an empty near memory."""
+        runtime, n = self.loaded.runtime, self.sizes.prefill
+        runtime.reset()
+        before, start = runtime.counters(), time.perf_counter()
+        self._read(self.ids[:n])
+        self._wait()
+        prefilled, first = time.perf_counter(), None
+        for _ in self._decode(self.ids[n:]):
+            if first is None:
+                self._wait()
+                first = time.perf_counter()
+        self._wait()
+        end = time.perf_counter()
+        return Run(prefilled - start, first - start, end - prefilled, runtime.counters() - before)
+
+    def _read(self, ids: list[int]) -> None:
+        """Prefill from an empty cache."""
+        self.prefix.reset()
+        self.loaded.runtime.phase = "prefill" if self.stepping else "auto"
+        for at in range(0, len(ids), self.chunk):
+            self.prefix.feed(ids[at:at + self.chunk])
+
+    def _decode(self, ids: list[int]) -> Iterator[None]:
+        """A step for each of the tokens; on a device the first of them is given, the others are drawn."""
+        if self.stepping:
+            for _ in self.stepping.tokens([*self.prefix.ids, ids[0]], RANDOM, None, frozenset(), len(ids)):
+                yield
+            return
+        for token in ids:
+            self.prefix.feed([token])
+            yield
+
+    @staticmethod
+    def _median_of(runs: list[Run]) -> Run:
+        """Medians of the times; every run counts the same bytes."""
+        times = (median(getattr(run, name) for run in runs) for name in ("prefill", "first_token", "decode"))
+        return Run(*times, runs[0].counters)
+
+    def _own_text(self) -> tuple[dict, dict]:
+        """Two answers in a row, drawn as the model recommends: the first from an empty near memory."""
+        tokens = Tokens(self.loaded.tokenizer) if self.loaded.tokenizer.chat_template else None
+        self.loaded.runtime.reset()
+        try:
+            return tuple(self._answer(self._question(tokens, text)) for text in QUESTIONS)
+        finally:
+            if tokens:
+                tokens.close()
+
+    def _question(self, tokens: Tokens | None, text: str) -> list[int]:
+        plain = self.loaded.tokenizer
+        ids = tokens.prompt([{"role": "user", "content": text}]).ids if tokens else plain(text).input_ids
+        return ids[-self.sizes.prefill:]
+
+    def _answer(self, prompt: list[int]) -> dict:
+        """Decode on through end tokens, so that every run has the same length."""
+        runtime, n = self.loaded.runtime, self.sizes.decode
+        self._read(prompt[:-1])
+        self._wait()
+        before, start = runtime.counters(), time.perf_counter()
+        for _ in self._drawn(prompt, n):
+            pass
+        seconds = time.perf_counter() - start
+        return {"decode_tokens_per_second": n / seconds, **_per_token(runtime.counters() - before, n)}
+
+    def _drawn(self, prompt: list[int], n_tokens: int) -> Iterator[int]:
+        recommended, sampling = getattr(self.loaded.model, "generation_config", None), Sampling(seed=0)
+        if self.stepping:
+            yield from self.stepping.tokens(prompt, sampling, recommended, frozenset(), n_tokens)
+            return
+        sampler, token = Sampler(sampling, recommended, self.device), prompt[-1]
+        for _ in range(n_tokens):
+            token = sampler(self.prefix.feed([token]), self.prefix.ids)
+            yield token
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def context_for(loaded: Loaded, sizes: Sizes) -> int:
+    """What a cache must have room for; a device's the plan's context, as when the model is opened to chat."""
+    runtime, least = loaded.runtime, sizes.prefill + sizes.decode + 1
+    if not isinstance(runtime, DeviceRuntime):
+        return least
+    planned = loaded.room.plan(runtime.level, Options(near_bytes=runtime.near_bytes)).context
+    return max(least, min(loaded.spec.context, planned))
+
+
+def _per_token(counters: Counters, n_tokens: int) -> dict:
+    return {"hit_rate": counters.hit_rate, "far_bytes_per_token": counters.far_bytes / n_tokens}
+
+
+# --- against transformers' own experts ------------------------------------------------------------------------------
+def uncompressed(loaded: Loaded) -> nn.Module:
+    """transformers' own model with the weights that far memory holds. UserError when they do not fit into memory."""
+    far, ours = loaded.runtime.far, loaded.model
+    n_bytes = far.layers * far.experts * 3 * far.neurons * far.hidden * 4
+    if n_bytes > psutil.virtual_memory().available:
+        raise UserError(f"The comparison holds all experts uncompressed, {n_bytes / 1e9:.1f} GB, more than is free; "
+                        "choose a smaller model.")
+    config = type(ours.config).from_dict({k: v for k, v in ours.config.to_dict().items() if k != "quantization_config"})
+    model = AutoModelForCausalLM.from_config(config, dtype=ours.dtype)
+    model.load_state_dict(ours.state_dict(), strict=False)
+    for path, module in ours.named_modules():
+        if isinstance(module, FloeExperts):
+            _fill(model.get_submodule(path), module, far)
+    return model.to(ours.device).eval()
+
+
+@torch.no_grad()
+def _fill(target: nn.Module, source: FloeExperts, far) -> None:
+    """Write every expert of one layer in the layout that the module's flags describe."""
+    layer, transposed = source.layer, target.is_transposed
+    for expert in range(far.experts):
+        gate_up, down = target.gate_up_proj[expert], target.down_proj[expert]
+        gate, up = layer.halves(gate_up.T if transposed else gate_up)
+        far.decode(layer.index, expert, gate, up, down if transposed else down.T)
+    if layer.biases:
+        target.gate_up_proj_bias.copy_(layer.gate_up_bias)
+        target.down_proj_bias.copy_(layer.biases["down_bias"])
+
+
+@torch.inference_mode()
+def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambda text: None, rounds: int = ROUNDS,
+            sizes: Sizes | None = None) -> list[dict]:
+    """Ours ("floe", best level, everything near) and each of transformers' own: medians of `rounds` interleaved runs.
+
+    source: the checkpoint whose weights transformers runs; without one they are those that far memory decodes to.
+    """
+    runtime = loaded.runtime
+    level = runtime.levels[0]
+    runtime.set_level(level, loaded.room.near_bytes(level))
+    sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
+    prompt = torch.randint(loaded.model.config.vocab_size, (sizes.prefill,),
+                           generator=torch.Generator().manual_seed(0)).tolist()
+    theirs = uncompressed(source or loaded)
+    models = {"floe": loaded.model} | {name: theirs for name in _implementations(theirs, prompt, report)}
+    stepping = begin(loaded.model, runtime, context_for(loaded, sizes))[1]
+    runtime.phase = "auto"
+    runs: dict[str, list[Run]] = {name: [] for name in models}
+    for i in range(rounds + 1):  # the first warms up and does not count
+        report(f"comparison: round {i} of {rounds}" if i else "comparison: warming up")
+        for name, model in models.items():
+            if model is theirs:
+                model.set_experts_implementation(name)
+            if stepping and name == "floe":
+                run = _device_greedy(stepping, runtime, prompt, sizes.decode)
+            else:
+                run = _greedy(model, prompt, sizes.decode)
+            if i:
+                runs[name].append(run)
+    return [{"implementation": name,
+             "prefill_tokens_per_second": sizes.prefill / median(run.prefill for run in found),
+             "decode_tokens_per_second": sizes.decode / median(run.decode for run in found)}
+            for name, found in runs.items()]
+
+
+def _implementations(model: nn.Module, prompt: list[int], report: Report) -> list[str]:
+    """Those of transformers' own that run here."""
+    working = []
+    for name in ("eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != "floe")):
+        try:
+            model.set_experts_implementation(name)
+            _greedy(model, prompt[:8], 1)
+        except Exception as error:  # whatever a package that is missing or a device that is too old raises
+            report(f"{name} does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        else:
+            working.append(name)
+    return working
+
+
+def _greedy(model: nn.Module, prompt: list[int], n_decode: int) -> Run:
+    """The one loop for everybody: the prompt in one forward, then the best token, one at a time.
+
+    Reading the best token waits for the device.
+    """
+    prefix, start = Prefix(model), time.perf_counter()
+    token = int(prefix.feed(prompt).argmax())
+    prefilled = time.perf_counter()
+    for _ in range(n_decode):
+        token = int(prefix.feed([token]).argmax())
+    return Run(prefilled - start, prefilled - start, time.perf_counter() - prefilled)
+
+
+def _device_greedy(stepping: Stepping, runtime: DeviceRuntime, prompt: list[int], n_decode: int) -> Run:
+    """The same answer as a device gives it: its own cache, its own sampler, a step ahead of its reader."""
+    stepping.prefix.reset()
+    runtime.phase = "prefill"
+    start = time.perf_counter()
+    stepping.prefix.feed(prompt[:-1])
+    tokens = stepping.tokens(prompt, GREEDY, None, frozenset(), n_decode + 1)
+    next(tokens)
+    prefilled = time.perf_counter()
+    for _ in tokens:
+        pass
+    return Run(prefilled - start, prefilled - start, time.perf_counter() - prefilled)

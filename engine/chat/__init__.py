@@ -1,0 +1,1 @@
+"""Messages in, events out: templates, tokens, reasoning, one turn, the engine itself."""

@@ -1,0 +1,324 @@
+"""The engine that an app talks to: one model, one thread that owns it, answers as streams of events.
+
+Every piece of work on the model is a job in one queue, so answers and changes of options never overlap, and
+torch.inference_mode (which is per thread) is entered once. `chat` returns at once; its events come through a queue of
+their own. An error in a job becomes its last event, and the thread goes on with the next job.
+What an answer is made of: engine/chat/turn.py. Closing is the caller's duty (`with Engine.open(...) as engine`).
+"""
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from engine.chat.model_info import about
+from engine.chat.turn import Turns
+from engine.core import Event, Options, Sampling, Stopped, UserError, never
+from engine.machine.failures import sentence
+from engine.model import load
+from engine.planning import explain
+from engine.planning.planner import DEFAULT_CHUNK, SIDE_CONTEXT
+
+GRACE_SECONDS = 0.5  # that a stopped model has for its last words
+_log = logging.getLogger(__name__)
+
+
+class Answer(Iterator[Event]):
+    """The events of one answer. Closing it, or dropping it half read, stops the model.
+
+    error: the exception behind an `end` event with reason "error". Stopped, it ends within a second, though the model
+    may still be in the middle of a step, which nothing can interrupt; whoever asks next waits for the end of that.
+    """
+
+    def __init__(self, stop: threading.Event | None = None):
+        self._channel = _Channel(stop or threading.Event())
+        self._ended = False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._channel.get()
+        self._ended = event.kind == "end"
+        return event
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._channel.error
+
+    def close(self) -> None:
+        """Stop the model if it is still at it; no more events."""
+        self._ended = True
+        self._channel.stopped.set()
+
+    __del__ = close
+
+
+class _Channel:
+    """From the owner thread to one reader; the wish to stop goes the other way. Holds no Answer: one may be dropped."""
+
+    def __init__(self, stopped: threading.Event):
+        self.stopped = stopped
+        self.left = False  # by its reader, who did not wait for the end
+        self.error: BaseException | None = None
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._written = Event("answer")
+        self.put = self._events.put
+
+    def get(self) -> Event:
+        while True:
+            stopped = self.stopped.is_set()
+            try:
+                # A wait without end cannot be interrupted on Windows.
+                event = self._events.get(timeout=GRACE_SECONDS if stopped else 0.2)
+            except queue.Empty:
+                if stopped:
+                    self.left = True
+                    return replace(self._written, kind="end", text="", reason="stopped")
+                continue
+            if event.kind in ("thinking", "answer"):
+                self._written = event
+            return event
+
+
+class Engine:
+    """One open model. Every method may be called from any thread."""
+
+    def __init__(self, loaded: load.Loaded, options: Options, folder: str | os.PathLike | None = None):
+        self._folder = Path(folder) if folder else None
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._unfinished: deque[_Channel] = deque()
+        self._closed = False
+        self._process = psutil.Process()
+        self._adopt(loaded, options)
+        self._thread = threading.Thread(target=self._own, name="model", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, options: Options | None = None,
+             progress: load.Report | None = None) -> Engine:
+        """Load a model folder; progress(what is done, share). UserError when the folder cannot be used."""
+        options = options or Options()
+        loaded = load.load(folder, options, progress)
+        try:
+            return cls(loaded, options, folder)
+        except BaseException:
+            loaded.runtime.close()  # page-locked memory stays locked until it is given back
+            raise
+
+    def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None,
+             stop: threading.Event | None = None) -> Answer:
+        """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one.
+
+        Where the last message is the model's own, the model goes on with it. wishes: variables of the chat template
+        (enable_thinking, reasoning_effort and the like). stop: set it from any thread to end this answer.
+        """
+        return self._ask(messages, sampling, wishes, Answer(stop), beside=False)
+
+    def aside(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
+        """The same for a short job beside the conversation, a title: at most engine.planning.planner.SIDE_CONTEXT
+        tokens, in a cache of its own, so that the conversation's next question finds everything it had read."""
+        return self._ask(messages, sampling, wishes, Answer(), beside=True)
+
+    def _ask(self, messages: list[dict], sampling: Sampling | None, wishes: Mapping | None, answer: Answer,
+             beside: bool) -> Answer:
+        channel = answer._channel
+        job = (self._answer, list(messages), sampling or Sampling(), dict(wishes or {}), channel, beside)
+        with self._lock:
+            self._check_open()
+            self._unfinished.append(channel)
+            self._jobs.put(job)
+        return answer
+
+    def stop(self) -> None:
+        """End the running answer; later ones stay in the queue."""
+        with self._lock:
+            running = next((channel for channel in self._unfinished if not channel.left), None)
+            if running:
+                running.stopped.set()
+
+    def configure(self, options: Options) -> None:
+        """Change level, near memory, context or chunk once the answers in the queue are done; waits for it."""
+        future: Future[None] = Future()
+        with self._lock:
+            self._check_open()
+            self._jobs.put((self._configure, options, future))
+        future.result()
+
+    def close(self) -> None:
+        """Stop, end the thread, let go of the model. Answers in the queue end as stopped."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for channel in self._unfinished:
+                channel.stopped.set()
+            self._jobs.put(None)
+        self._thread.join()
+        turns, self._turns = self._turns, None  # lets go of the model
+        turns.tokens.close()
+        turns.runtime.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def count_tokens(self, messages: list[dict], wishes: Mapping | None = None,
+                     stopped: Callable[[], bool] = never) -> int:
+        """Tokens of the prompt that `chat` would read. Stopped soon after `stopped` says so."""
+        return len(self._open_turns().tokens.prompt(messages, True, wishes, stopped).ids)
+
+    def weigh(self, message: dict, stopped: Callable[[], bool] = never) -> int:
+        """Tokens of a message's own text, without what the chat template writes around it; kept for the next time."""
+        return self._open_turns().tokens.weigh(message, stopped)
+
+    @property
+    def info(self) -> dict:
+        """Name, levels with their measured loss, recommended sampling, context, layers, experts, is_demo, wishes."""
+        return self._info
+
+    def snapshot(self) -> dict:
+        """What the engine is doing now; cheap, waits for nothing. Counters are totals since the model was opened.
+
+        note: a sentence where a card does less than it might (no graph, experts on the processor), else "".
+        """
+        turns = self._open_turns()
+        live, runtime, far = turns.live, turns.runtime, turns.runtime.far
+        return {
+            "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
+            "note": runtime.note or (turns.stepping.sentence if turns.stepping else ""),
+            "phase": live.phase, "tokens_per_second": live.tokens_per_second,
+            "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
+            "answer": asdict(live.answer) | {"tokens": live.answer_tokens, "seconds": live.answer_seconds},
+            "prompt": {"tokens": live.prompt_tokens, "seconds": live.prompt_seconds},
+            "residency": list(live.residency), "activity": list(live.activity), "near_bytes": live.near_bytes,
+            "near_most_bytes": live.near_most_bytes, "near_least_bytes": live.near_least_bytes,
+            "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.layers * far.experts * far.expert_bytes,
+            "mark_bytes": live.mark_bytes, "rss_bytes": self._process.memory_info().rss, "context": turns.context,
+            "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
+        }
+
+    def _adopt(self, loaded: load.Loaded, options: Options) -> None:
+        device = loaded.model.device.type
+        self._longest, self._room = loaded.spec.context, loaded.room
+        context = self._context_for(options)
+        self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
+        chunk = options.chunk or DEFAULT_CHUNK[device]
+        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, chunk)
+        self._info = about(loaded, self._turns.tokens.template, self._folder, context)
+        self._turns.show("idle")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UserError("This model has been closed; open it again.")
+
+    def _open_turns(self) -> Turns:
+        turns = self._turns
+        self._check_open()
+        return turns
+
+    # Below: the owner thread.
+
+    def _own(self) -> None:
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not None:
+                try:
+                    job[0](*job[1:])
+                except BaseException:  # the next job must find a thread
+                    _log.exception("A job of the model failed")
+                del job  # a finished job must not keep its messages, nor an old model, alive
+
+    def _answer(self, messages: list[dict], sampling: Sampling, wishes: dict, channel: _Channel, beside: bool) -> None:
+        last = Event("end", reason="stopped")
+        try:
+            if not channel.stopped.is_set():
+                turns = self._turns.beside(SIDE_CONTEXT) if beside else self._turns
+                for event in turns.answer(messages, sampling, channel.stopped.is_set, wishes):
+                    if event.kind == "end":
+                        last = event
+                    else:
+                        channel.put(event)
+            self._turns.show("idle")
+        except Stopped:
+            self._turns.live.phase = "idle"
+        except BaseException as error:
+            last = Event("end", "The model failed; try again.", reason="error")
+            last = self._failed(error, channel)
+        finally:  # whatever it was, the reader must not wait for ever
+            with self._lock:
+                self._unfinished.remove(channel)
+            channel.put(last)
+
+    def _failed(self, error: BaseException, channel: _Channel) -> Event:
+        self._turns.live.phase = "idle"
+        if not isinstance(error, UserError):
+            _log.error("An answer failed", exc_info=error)
+        channel.error = error.with_traceback(None)  # its frames would keep tensors alive
+        return Event("end", sentence(error, self._planned()), reason="error")
+
+    def _planned(self) -> str:
+        if self._room.machine.device != "cuda":
+            return ""
+        return explain.memory(self._room.plan(self.options.level, self.options))
+
+    def _configure(self, options: Options, future: Future) -> None:
+        try:
+            self._change(options)
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _change(self, options: Options) -> None:
+        old = self.options
+        if (options.device, options.predict) != (old.device, old.predict):
+            raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
+        turns, chunk = self._turns, options.chunk or DEFAULT_CHUNK[self._turns.model.device.type]
+        context, before = self._context_for(options), (turns.context, turns.chunk)
+        trades = self._room.machine.device == "cuda" and context != turns.context  # with near memory, for the card's
+        if trades and context < turns.context:
+            turns.set_context(context, chunk)  # first what gives memory back
+        try:
+            if trades or (options.level, options.near_bytes) != (old.level, old.near_bytes):
+                self._set_level(options)
+        except BaseException:
+            turns.set_context(*before)
+            raise
+        turns.set_context(context, chunk)
+        self.options = options
+        self._turns.show("idle")
+
+    def _context_for(self, options: Options) -> int:
+        """On a card its memory is taken at once, so without a wish it is the plan's."""
+        if options.context is None and self._room.machine.device == "cuda":
+            return min(self._longest, self._room.plan(options.level, options).context)
+        return _context(options, self._longest)
+
+    def _set_level(self, options: Options) -> None:
+        """Change level or near memory; when that fails, everything is as it was."""
+        runtime = self._turns.runtime
+        level, near_bytes = runtime.level, runtime.near_bytes
+        try:
+            runtime.set_level(options.level, self._room.near_bytes(options.level, options))
+        except BaseException:
+            runtime.set_level(level, near_bytes)
+            raise
+        if options.level != level:
+            self._turns.prefix.reset()  # what another level wrote is not what this level would have
+
+
+def _context(options: Options, longest: int) -> int:
+    if options.context and options.context > longest:
+        raise UserError(f"This model reads at most {longest:,} tokens; choose a context up to that, "
+                        f"not {options.context:,}.")
+    return options.context or longest

@@ -1,0 +1,159 @@
+"""An answer as it streams, split into what the model thinks and what it says, up to the first stop text.
+
+Models mark their thinking in three ways, and the chat template or the vocabulary tells which: a pair of markers
+(`<think>` ... `</think>`, whose first half the template may already have written), a labelled channel
+(`<|channel>thought` ... `<channel|>`), or harmony's messages, each with a header (`<|channel|>analysis<|message|>`).
+Markers and stop texts may be spread over tokens: only a tail that could still become one is held back.
+Invariant: what comes out never contains a special token or a marker. Does not know the model.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.chat.tokenizer import TextStream, Tokens
+
+THINKING, ANSWER, HEADER = "thinking", "answer", "header"
+
+
+@dataclass(frozen=True)
+class Markers:
+    """How one family of models writes its thinking; label: a word that follows the opening marker."""
+
+    open: str
+    close: str
+    label: str = ""
+
+
+PAIRS = (Markers("<think>", "</think>"), Markers("[THINK]", "[/THINK]"), Markers("<seed:think>", "</seed:think>"),
+         Markers("<thought>", "</thought>"), Markers("<|channel>", "<channel|>", "thought"))
+_CHANNEL, _START, _MESSAGE = "<|channel|>", "<|start|>", "<|message|>"
+
+
+def find_markers(tokens: Tokens) -> Markers | None:
+    """The pair that the template writes, else one that the vocabulary knows, if any."""
+    written = [pair for pair in PAIRS if pair.close in tokens.template.source]
+    known = [pair for pair in PAIRS if pair.close in tokens.added]
+    return next(iter(written + known), None)
+
+
+def is_harmony(tokens: Tokens) -> bool:
+    return _CHANNEL in tokens.template.source and _MESSAGE in tokens.template.source
+
+
+class Sections:
+    """Token ids in, (section, text) pieces out; `stopped` once a stop text has appeared in the answer.
+
+    after: the last tokens of an answer that goes on.
+    """
+
+    def __init__(self, tokens: Tokens, prompt_text: str, stop: tuple[str, ...] = (), after: Sequence[int] = ()):
+        self._special = tokens.special
+        self._stream = TextStream(tokens, after)
+        self._harmony = is_harmony(tokens)
+        self._pair = None if self._harmony else find_markers(tokens)
+        self._stop = stop
+        self._buffer = ""
+        self._header = ""
+        self.stopped = False
+        self.section = ANSWER
+        self._label = ""
+        self._strip = False  # blanks at the start of a section are the template's layout, not text
+        if after:
+            self.section = ANSWER
+        elif self._harmony:
+            self.section = HEADER
+        elif self._pair and prompt_text.rstrip().endswith(self._pair.open):
+            self._enter(THINKING)
+
+    def push(self, token: int) -> list[tuple[str, str]]:
+        """The pieces that became certain with this token, often one, sometimes none."""
+        if self.stopped:
+            return []
+        name = self._special.get(token)
+        if name is None:
+            return self._scan(self._stream.push(token))
+        return self._scan(self._stream.flush()) + self._control(name)
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What was held back, when the answer has ended."""
+        return [] if self.stopped else self._scan(self._stream.flush()) + self._release()
+
+    def _control(self, name: str) -> list[tuple[str, str]]:
+        if self._pair and name in (self._pair.open, self._pair.close):
+            pieces = self._release()
+            self._enter(THINKING if name == self._pair.open else ANSWER)
+            return pieces
+        if not self._harmony:
+            return []
+        pieces = self._release()
+        if name == _MESSAGE:
+            self._enter(ANSWER if "final" in self._header else THINKING)
+        elif name in (_START, _CHANNEL):
+            self.section, self._header = HEADER, ""
+        return pieces
+
+    def _scan(self, text: str) -> list[tuple[str, str]]:
+        """Take text in; give out all but a tail that might become a marker or a stop text."""
+        if self.section == HEADER:
+            self._header += text
+            return []
+        self._buffer += text
+        pieces: list[tuple[str, str]] = []
+        while not self.stopped and self._skip_layout():
+            found = _first(self._buffer, self._watched())
+            if found is None:
+                keep = max((_overlap(self._buffer, word) for word in self._watched()), default=0)
+                pieces += self._give(len(self._buffer) - keep)
+                break
+            position, word = found
+            pieces += self._give(position)
+            self._buffer = self._buffer[len(word):]
+            self._meet(word)
+        return pieces
+
+    def _meet(self, word: str) -> None:
+        if word in self._stop and self.section == ANSWER:
+            self.stopped, self._buffer = True, ""
+        else:
+            self._enter(THINKING if word == self._pair.open else ANSWER)
+
+    def _watched(self) -> tuple[str, ...]:
+        if self.section == THINKING:
+            return (self._pair.close,) if self._pair else ()
+        return self._stop + ((self._pair.open, self._pair.close) if self._pair else ())
+
+    def _skip_layout(self) -> bool:
+        """Drop the label and blanks at the start of a section; False while more text must come to know."""
+        if self._label:
+            if self._buffer.startswith(self._label):
+                self._buffer = self._buffer[len(self._label):]
+            elif self._label.startswith(self._buffer):
+                return False
+            self._label = ""
+        if self._strip:
+            self._buffer = self._buffer.lstrip()
+            self._strip = not self._buffer
+        return bool(self._buffer)
+
+    def _enter(self, section: str) -> None:
+        self.section, self._strip = section, True
+        self._label = self._pair.label if self._pair and section == THINKING else ""
+
+    def _release(self) -> list[tuple[str, str]]:
+        return self._give(len(self._buffer)) if self.section != HEADER else []
+
+    def _give(self, n_characters: int) -> list[tuple[str, str]]:
+        text, self._buffer = self._buffer[:n_characters], self._buffer[n_characters:]
+        return [(self.section, text)] if text else []
+
+
+def _first(text: str, words: tuple[str, ...]) -> tuple[int, str] | None:
+    """The earliest word in the text; of those at one place the longest."""
+    found = [(text.find(word), -len(word), word) for word in words if word in text]
+    return (min(found)[0], min(found)[2]) if found else None
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of the text that is a beginning of the word."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

@@ -1,0 +1,210 @@
+"""One turn of a conversation on the thread that owns the model: read the prompt, then write the answer, as events.
+
+The prompt is read in chunks, all but its last token; that one is the first decode step. So every generated token is
+exactly one decode step (bytes per token need no correction), and asking again repeats the same arithmetic.
+`stopped` is asked before every chunk and every step. Does not know threads or queues.
+"""
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from engine.chat.reasoning_parser import ANSWER, Sections
+from engine.chat.tokenizer import Prompt, Tokens
+from engine.core import Counters, Event, Sampling, Stopped, UserError
+from engine.decode.decoder import begin
+from engine.decode.prefix_cache import Prefix, common_length
+from engine.decode.sampling import Sampler, end_tokens, most_tokens
+
+MARKED_MESSAGES = 4                   # ends of the last messages where uncuttable state is remembered
+CONTEXT_TOKENS = 4                    # of an answer that goes on: some tokens decode differently at the start of a text
+RESIDENCY_SECONDS = 0.2
+
+
+@dataclass
+class Live:
+    """What the panel shows. Written by the owner thread, read by any: every field is replaced, never changed.
+
+    totals, last, answer: since the model was opened, of the last token, of the last answer. prompt_*: what the last
+    answer's prefill read. activity: L rows of E numbers.
+    """
+
+    phase: str = "idle"
+    tokens_per_second: float = 0.0
+    totals: Counters = field(default_factory=Counters)
+    last: Counters = field(default_factory=Counters)
+    answer: Counters = field(default_factory=Counters)
+    answer_tokens: int = 0
+    answer_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    residency: tuple[float, ...] = ()
+    activity: tuple[list[float], ...] = ()
+    near_bytes: int = 0
+    near_most_bytes: int = 0
+    near_least_bytes: int = 0
+    near_used_bytes: int = 0
+    mark_bytes: int = 0
+    context_used: int = 0
+    n_tokens_total: int = 0
+
+
+class Turns:
+    """Answers of one loaded model, one after another. context: tokens; chunk: of one forward of prefill."""
+
+    def __init__(self, model, tokenizer, runtime, context: int, chunk: int):
+        self.model, self.runtime = model, runtime
+        self.tokens = Tokens(tokenizer)
+        self.prefix, self.stepping = begin(model, runtime, context)
+        self.context, self.chunk = context, chunk
+        self.live = Live()
+        self._recommended = getattr(model, "generation_config", None)
+        self._ends = end_tokens(self._recommended, tokenizer)
+        self._residency_at = 0.0
+
+    def beside(self, context: int) -> Turns:
+        """For one short job, a title: the same model with a small cache of its own, which goes when the job is over."""
+        side = copy.copy(self)
+        side.prefix, side.stepping, side.live = Prefix(self.model), None, Live()
+        side.context = min(context, self.context)
+        return side
+
+    def set_context(self, context: int, chunk: int) -> None:
+        """Between answers; what was read is read again where the device's cache has to be made anew."""
+        if self.stepping and context != self.context:
+            self.prefix, self.stepping = begin(self.model, self.runtime, context)
+        self.context, self.chunk = context, chunk
+
+    def answer(self, messages: list[dict], sampling: Sampling, stopped: Callable[[], bool],
+               wishes: Mapping | None = None) -> Iterator[Event]:
+        """The events of an answer, ending with "end". UserError before anything is read when it cannot fit; Stopped
+        while it is not yet known what is to be read."""
+        prompt = self.tokens.prompt(messages, True, wishes, stopped)
+        check_room(len(prompt.ids), self.context)
+        try:
+            yield from self._read(messages, prompt, stopped, wishes)
+            yield from self._write(prompt, sampling, stopped)
+        except Stopped:  # between two forwards: what was read stays
+            raise
+        except Exception:
+            self.prefix.reset()   # some layers may have read what others have not
+            self.runtime.reset()  # a slot may have been given to an expert that never arrived
+            raise
+
+    def show(self, phase: str) -> None:
+        """Bring the panel's numbers up to date; near memory's state only a few times a second."""
+        totals = self.runtime.counters()
+        self.live.phase, self.live.totals, self.live.context_used = phase, totals, len(self.prefix.ids)
+        now = time.monotonic()
+        if phase == "idle" or now - self._residency_at > RESIDENCY_SECONDS:
+            self.live.residency, self._residency_at = tuple(self.runtime.residency()), now
+            self.live.activity = tuple(self.runtime.activity())
+            self.live.near_bytes, self.live.near_used_bytes = self.runtime.near_bytes, self.runtime.near_used_bytes()
+            self.live.near_most_bytes = self.runtime.everything_bytes()
+            self.live.near_least_bytes = self.runtime.smallest_bytes()
+            self.live.mark_bytes = self.prefix.mark_bytes
+
+    def _read(self, messages: list[dict], prompt: Prompt, stopped: Callable[[], bool],
+              wishes: Mapping | None) -> Iterator[Event]:
+        """Prefill what is new of the prompt, up to its last token."""
+        ids, end = prompt.ids, len(prompt.ids) - 1
+        self.runtime.phase = "prefill"
+        done = self.prefix.reuse(ids)
+        breaks = self._breaks(messages, ids, wishes, stopped) if self.prefix.wants_marks else []
+        first, start = done, time.perf_counter()
+        self._measure(0, 0.0)
+        self.show("prefill")
+        yield _reading(done, len(ids))
+        while done < end and not stopped():
+            upto = min([done + self.chunk, end, *(position for position in breaks if position > done)])
+            self.prefix.feed(ids[done:upto])
+            done = upto
+            if done in breaks:
+                self.prefix.mark()
+            self._measure(done - first, time.perf_counter() - start)
+            self.show("prefill")
+            yield _reading(done, len(ids))
+
+    def _measure(self, n_tokens: int, seconds: float) -> None:
+        """What reading has cost; the answer has not begun."""
+        self.live.prompt_tokens, self.live.prompt_seconds = n_tokens, seconds
+        self.live.answer, self.live.answer_tokens, self.live.answer_seconds = Counters(), 0, 0.0
+
+    def _breaks(self, messages: list[dict], ids: list[int], wishes: Mapping | None,
+                stopped: Callable[[], bool]) -> list[int]:
+        """Positions where the last messages end, and the end of what prefill reads: a later prompt may differ there."""
+        breaks = {len(ids) - 1}
+        for n_messages in range(max(1, len(messages) - MARKED_MESSAGES + 1), len(messages) + 1):
+            try:
+                part = self.tokens.prompt(messages[:n_messages], False, wishes, stopped)
+            except UserError:  # some templates refuse a conversation that ends here
+                continue
+            breaks.add(common_length(part.ids, ids[:-1]))
+        return sorted(breaks - {0})
+
+    def _write(self, prompt: Prompt, sampling: Sampling, stopped: Callable[[], bool]) -> Iterator[Event]:
+        """Decode until an end token, a stop text, a limit or `stopped`."""
+        after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues else ()
+        sections = Sections(self.tokens, prompt.text, sampling.stop, after)
+        usual = most_tokens(self._recommended) or self.context
+        limit = min(sampling.max_tokens or usual, self.context - len(self.prefix.ids))
+        self.runtime.phase = "decode"
+        before = self.runtime.counters()
+        self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")
+        kind, reason = ANSWER, None
+        with closing(self._tokens(prompt.ids, sampling, limit)) as tokens:
+            while reason is None:
+                if stopped():
+                    reason = "stopped"
+                elif n == limit:
+                    reason = "length"
+                else:
+                    token, n = next(tokens), n + 1
+                    pieces = [] if token in self._ends else sections.push(token)
+                    event = self._count(n, start, before)
+                    reason = "stop" if token in self._ends or sections.stopped else None
+                    for section, text in pieces or [(kind, "")]:
+                        kind = section
+                        yield _with(event, kind, text)
+        for kind, text in sections.flush():
+            yield _with(event, kind, text)
+        yield Event("end", "", n, event.tokens_per_second, event.counters, reason)
+
+    def _tokens(self, ids: list[int], sampling: Sampling, limit: int) -> Iterator[int]:
+        """Token after token behind the prompt `ids`; on a device the next one is on its way meanwhile."""
+        if self.stepping:
+            yield from self.stepping.tokens(ids, sampling, self._recommended, self._ends, limit)
+            return
+        sampler, token = Sampler(sampling, self._recommended, self.model.device), ids[-1]
+        while True:
+            token = sampler(self.prefix.feed([token]), self.prefix.ids)
+            yield token
+
+    def _count(self, n_tokens: int, start: float, before: Counters) -> Event:
+        """The numbers after one more token, for the panel and for the events of this token."""
+        previous = self.live.totals
+        self.show("decode")
+        seconds = max(time.perf_counter() - start, 1e-9)
+        live, speed = self.live, n_tokens / seconds
+        live.last, live.answer, live.tokens_per_second = live.totals - previous, live.totals - before, speed
+        live.answer_tokens, live.answer_seconds = n_tokens, seconds
+        live.n_tokens_total += 1
+        return Event("answer", "", n_tokens, speed, live.answer)
+
+
+def check_room(n_prompt: int, context: int) -> None:
+    """UserError unless a prompt leaves room for at least one token of answer."""
+    if n_prompt >= context:
+        raise UserError(f"This conversation is {n_prompt:,} tokens long, {n_prompt - context + 1:,} too many for the "
+                        f"context of {context:,} (one is kept for the answer); shorten it or start a new chat.")
+
+
+def _reading(done: int, total: int) -> Event:
+    return Event("prefill", f"Read {done:,} of {total:,} tokens", done)
+
+
+def _with(event: Event, kind: str, text: str) -> Event:
+    return Event(kind, text, event.n_tokens, event.tokens_per_second, event.counters)

@@ -1,0 +1,96 @@
+"""`bench FOLDER`: tokens per second, time to first token, bytes and hits, and what bounds them.
+
+On a graphics card also what a token costs kernel by kernel, on a smaller card (`--vram`) and on another (`--project`).
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.core import LEVELS, Options, UserError
+from engine.units import parse_bytes, rate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a compressed model, or an uncompressed checkpoint")
+    parser.add_argument("--level", choices=LEVELS, help="default: balanced where the folder offers it, else its best")
+    parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: everything that fits)")
+    parser.add_argument("--compare", action="store_true",
+                        help="also run transformers' own experts on the same weights, uncompressed")
+    parser.add_argument("--source", type=Path, metavar="CHECKPOINT",
+                        help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
+    parser.add_argument("--vram", metavar="SIZE", help="on a card: occupy what it has above this")
+    parser.add_argument("--project", metavar="CARD", help="on a card: what a token would take on this one of the table")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="on a card: append its rows to DIR/<card>.csv")
+
+
+def run(args: argparse.Namespace) -> dict:
+    if args.source and not args.compare:
+        raise UserError("--source is the checkpoint of the comparison; add --compare.")
+    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
+    from engine.bench import projection, throughput
+    from engine.machine import errors
+    from engine.model import load
+    vram = None if args.vram is None else parse_bytes(args.vram)
+    card = None if args.project is None else projection.card(args.project)
+    for_card = args.vram or args.project or args.table
+    if for_card and args.device == "cpu":
+        raise UserError("--vram, --project and --table are about a graphics card; leave --device cpu out.")
+    load.check_folder(args.folder)
+    device, why = errors.device_for("cuda" if for_card else args.device)
+    if why:
+        _say(why)
+    speeds, held = _card(vram) if device == "cuda" else (None, None)
+    options = Options(level=args.level or Options.level, near_bytes=near, device=device)
+    loaded = load.load(args.folder, options, lambda text, share: _say(text))
+    if args.level and loaded.runtime.level != args.level:
+        raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
+    measured = throughput.Bench(loaded, report=_say, copy_bytes_per_second=speeds and speeds.link)
+    document = measured.document()
+    _print(document)
+    if speeds and measured.stepping:
+        document |= _on_card(measured, speeds, card, args.table)
+    if args.compare:
+        source = args.source and load.load(args.source, Options(level="full", device=device))
+        document["compare"] = throughput.compare(loaded, source, _say)
+        for row in document["compare"]:
+            _say(f"{row['implementation']:12} prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
+                 f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
+    del held
+    return document
+
+
+def _card(vram: int | None) -> tuple:
+    """The card's speeds while it is empty, and what keeps the rest of it occupied."""
+    from engine.bench import gpu_kernels
+    return gpu_kernels.speeds(), gpu_kernels.occupied(vram)
+
+
+def _on_card(measured, speeds, card, table: Path | None) -> dict:
+    from engine.bench import gpu_kernels
+    rows = [gpu_kernels.bandwidth_row(speeds)]
+    for row in measured.rows(speeds, card):
+        rows.append(row)
+        _say(gpu_kernels.told(row))
+    saved = {} if table is None else {"table": str(gpu_kernels.save(rows, table))}
+    return {"rows": rows, **saved}
+
+
+def _print(document: dict) -> None:
+    own = document["own_text"]
+    kind = "a synthetic model, " if document.get("synthetic") else ""
+    _say(f"{kind}{document['device']}, level {document['level']}, {document['near_bytes']:,} bytes near\n"
+         f"prefill {document['prefill_tokens']}: {document['prefill_tokens_per_second']:.1f} tokens/s   "
+         f"first token after {document['time_to_first_token_ms']:.0f} ms\n"
+         f"decode {document['decode_tokens']}: {document['decode_tokens_per_second']:.1f} tokens/s, "
+         f"{document['far_bytes_per_token']:,.0f} far bytes a token, {document['hit_rate']:.1%} hits; copying alone "
+         f"would allow {document['bound_tokens_per_second']:,.0f}\n"
+         f"own text: {own['cold']['decode_tokens_per_second']:.1f} tokens/s cold ({own['cold']['hit_rate']:.1%} hits), "
+         f"{own['warm']['decode_tokens_per_second']:.1f} warm ({own['warm']['hit_rate']:.1%} hits)")
+    if document["note"]:
+        _say(document["note"])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

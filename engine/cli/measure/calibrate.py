@@ -1,0 +1,31 @@
+"""`calibrate FOLDER`: what each level may leave out, measured and stored in the folder."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.core import UserError
+from engine.quality.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="compressed folder")
+    parser.add_argument("--text", type=Path, action="append", help="text to calibrate on, may be given several times: "
+                        "every level keeps its promise on each (.txt or .jsonl chats, also .xz)")
+    parser.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS,
+                        help="tokens of all texts together (default %(default)s)")
+    parser.add_argument("--reference", type=Path, help="uncompressed checkpoint that KL is measured against")
+
+
+def run(args: argparse.Namespace) -> dict:
+    if args.tokens < 1:
+        raise UserError("--tokens must be at least 1.")
+    from engine.quality.calibrate import calibrate
+
+    texts = args.text or [CALIBRATION_TEXT]
+    found = calibrate(args.folder, texts, args.tokens, args.reference, args.device,
+                      lambda line: print(line, file=sys.stderr))
+    for level, measured in found["levels"].items():
+        print(f"{level:9} perplexity {measured['perplexity']:.3f}  KL {measured['kl']:.4f}", file=sys.stderr)
+    return found

@@ -1,0 +1,28 @@
+"""`compress SOURCE DEST`: a checkpoint folder to a compressed folder."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="checkpoint folder (safetensors)")
+    parser.add_argument("dest", type=Path, help="folder to make")
+    parser.add_argument("--group-size", type=int, choices=(64, 128), help="default: 128 where it divides hidden")
+    parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), default=16, help="bits outside the experts")
+
+
+def run(args: argparse.Namespace) -> dict:
+    from engine.library.compress import Progress, compress
+
+    def report(progress: Progress) -> None:
+        print(f"layer {progress.layer}/{progress.layers}  {progress.weights_per_second / 1e6:.1f} M weights/s  "
+              f"{progress.seconds_left:.0f} s left", file=sys.stderr)
+
+    manifest = compress(args.source, args.dest, args.group_size, args.trunk_bits, args.device, report,
+                        lambda sentence: print(sentence, file=sys.stderr))
+    n_bytes = sum(entry.bytes for entry in manifest.files)
+    print(f"{args.dest}: {n_bytes:,} bytes. Calibrate it next: python -m engine calibrate {args.dest}", file=sys.stderr)
+    return {"folder": str(args.dest), "bytes": n_bytes, "layers": manifest.layers, "group_size": manifest.group_size,
+            "trunk_bits": manifest.trunk_bits}

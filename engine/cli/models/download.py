@@ -1,0 +1,47 @@
+"""download MODEL: fetch a model into the data folder; started again after a stop it goes on where it was."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.library.download import SOURCES, download
+from engine.library.hub import Hub
+from engine.library.transfer import Choice
+from engine.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a name of the catalogue, or a Hub id (owner/name)")
+    parser.add_argument("--source", choices=SOURCES, help="default: ready-made if there is one, else the original")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to put it (default: the data folder)")
+    parser.add_argument("--file", default="", metavar="NAME", help="which GGUF file, where there are several")
+    parser.add_argument("--like", default="", metavar="ORIGINAL",
+                        help="folder or Hub id with configuration and tokenizer, where a GGUF repository names none")
+    parser.add_argument("--token", help="access token of the Hub (default: the one that `hf auth login` stored)")
+    parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), help="bits outside the experts (4 on a card, 8)")
+    parser.add_argument("--delete-original", action="store_true",
+                        help="remove each part of the original once it is compressed (least disk)")
+
+
+def run(args: argparse.Namespace) -> dict:
+    choice = Choice(args.trunk_bits, args.device, not args.delete_original)
+    try:
+        folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
+                          args.file, args.like)
+    except KeyboardInterrupt:
+        print("\nWhat has arrived is kept: start again to go on, or delete it.", file=sys.stderr)
+        raise
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)      # behind the line that was rewritten
+    print(f"{folder} is ready. Talk to it: python -m engine chat {folder}", file=sys.stderr)
+    return {"folder": str(folder)}
+
+
+def _tell(progress: Progress) -> None:
+    """One line that is rewritten on a terminal; whole lines, and only news, in a file."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{progress}", end="", file=sys.stderr, flush=True)
+    elif progress.text:
+        print(progress, file=sys.stderr)

@@ -1,0 +1,108 @@
+"""Logits to the next token, with transformers' own processors in transformers' own order.
+
+What the user leaves open is taken from the model's generation_config. Temperature 0 is greedy; with a seed the draws
+are reproducible. Does not know where logits come from.
+"""
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from engine.core import MachineError, Sampling, UserError
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def merged(sampling: Sampling, recommended: GenerationConfig | None) -> dict:
+    """Every setting with a value: the user's, else the model's, else the neutral one (temperature 0 where the model
+    recommends no sampling at all)."""
+    model = {name: _possible(name, getattr(recommended, name, None)) for name in SETTINGS}
+    chosen = {name: getattr(sampling, name) for name in SETTINGS}
+    if chosen["temperature"] is None and any(chosen[name] is not None for name in ("top_k", "top_p", "min_p")):
+        chosen["temperature"] = 1.0 if model["temperature"] is None else model["temperature"]
+    do_sample = getattr(recommended, "do_sample", None)
+    if do_sample is False:
+        model["temperature"] = 0.0
+    elif do_sample and model["temperature"] is None:
+        model["temperature"] = 1.0
+    neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    return {name: next(v for v in (chosen[name], model[name], neutral[name]) if v is not None) for name in SETTINGS}
+
+
+def _possible(name: str, value: object) -> object:
+    """What a model's folder recommends, where it can be: the file was downloaded, and some write -1 for none."""
+    try:
+        Sampling(**{name: value})
+    except UserError:
+        return None
+    return value
+
+
+class Sampler:
+    """Draws one token from logits [V] after another. device: where the logits are."""
+
+    def __init__(self, sampling: Sampling, recommended: GenerationConfig | None, device: torch.device | str = "cpu"):
+        self.settings = merged(sampling, recommended)
+        self._greedy = self.settings["temperature"] == 0
+        self._processors = processors(self.settings)
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def __call__(self, logits: torch.Tensor, ids: list[int]) -> int:
+        """The next token after `ids` (prompt and answer so far). MachineError when the logits are not numbers."""
+        scores = logits[None].float()  # [1, V]
+        if torch.isnan(scores).any():
+            raise MachineError("The model computed values that are not numbers; open it again, "
+                               "and check its files if this comes back.")
+        if self._processors:
+            history = torch.tensor([ids if self._needs_history else []], dtype=torch.long, device=scores.device)
+            scores = self._processors(history, scores)
+        if self._greedy:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+    @property
+    def _needs_history(self) -> bool:
+        return self.settings["repetition_penalty"] != 1.0
+
+
+def processors(settings: dict) -> LogitsProcessorList:
+    """transformers' chain for `merged` settings; empty where nothing changes a score."""
+    chain = LogitsProcessorList()
+    if settings["repetition_penalty"] != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
+    if settings["temperature"] == 0:
+        return chain
+    if settings["temperature"] != 1.0:
+        chain.append(TemperatureLogitsWarper(float(settings["temperature"])))
+    if settings["top_k"] > 0:
+        chain.append(TopKLogitsWarper(settings["top_k"]))
+    if settings["top_p"] < 1.0:
+        chain.append(TopPLogitsWarper(float(settings["top_p"])))
+    if settings["min_p"] > 0:
+        chain.append(MinPLogitsWarper(settings["min_p"]))
+    return chain
+
+
+def end_tokens(recommended: GenerationConfig | None, tokenizer) -> frozenset[int]:
+    """The ids that end an answer."""
+    listed = getattr(recommended, "eos_token_id", None)
+    listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if isinstance(i, int))
+
+
+def most_tokens(recommended: GenerationConfig | None) -> int | None:
+    """How long an answer the model's folder recommends at most; None where it says nothing that can be."""
+    most = getattr(recommended, "max_new_tokens", None)
+    return most if isinstance(most, int) and most > 0 else None

@@ -1,0 +1,141 @@
+"""One token after another without waiting for any: the step, and the loop that runs one step ahead of its reader.
+
+A step is the model's forward of one token, the sampler, and the flag that ends the answer, all on the device, all state
+changed in place; so it can be recorded and replayed (engine/decode/cuda_graph.py) or run as it is. The loop launches
+the next step before it looks at the last one's token: when the answer had ended, `done` has made that step a no-op.
+What a step has to say comes back in one copy of eight numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.core import MachineError
+from engine.decode.device_sampling import DeviceSampler
+from engine.experts.device import DeviceRuntime
+from engine.model.static_cache import Snapshot, StepCache, forward
+
+Tensor = torch.Tensor
+MOST_ENDS = 16  # tokens that may end an answer
+NOT_NUMBERS = ("The model computed values that are not numbers; open it again, and check its files if this comes back.")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token of the answer; ended: it is the last. counts: the first five fields of Counters, totals so far."""
+
+    token: int
+    ended: bool
+    counts: tuple[int, ...]
+
+
+class Step:
+    """The state of one decode step, and the two halves of it: `compute` to the logits [V], `choose` the token."""
+
+    def __init__(self, model: torch.nn.Module, runtime: DeviceRuntime, cache: StepCache,
+                 sampler: DeviceSampler) -> None:
+        self.model, self.runtime, self.cache, self.sampler = model, runtime, cache, sampler
+        device = sampler.device
+        runtime.done = self.done = cache.clock.done
+        self.logits = torch.zeros(len(sampler.seen), device=device)
+        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.left = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ends = torch.full((MOST_ENDS,), -1, dtype=torch.int64, device=device)
+        self.packet = torch.zeros(8, dtype=torch.int64, device=device)
+
+    def start(self, token: int, ends: frozenset[int], limit: int) -> None:
+        """The last token of the prompt, the tokens that end the answer, the most tokens it may have."""
+        assert len(ends) <= MOST_ENDS and limit >= 1, (len(ends), limit)
+        self.runtime.phase, self.runtime.counted = "decode", None
+        self.token.fill_(token)
+        self.left.fill_(limit)
+        self.ends.copy_(torch.tensor(sorted(ends) + [-1] * (MOST_ENDS - len(ends))))
+        self.done.zero_()
+
+    def compute(self) -> None:
+        self.logits.copy_(forward(self.model, self.token[None], self.cache)[0, -1])
+
+    def choose(self) -> None:
+        drawn = self.sampler.draw(self.logits)
+        self.left.sub_(1)
+        self.done.logical_or_((drawn == self.ends).any() | (self.left[0] <= 0))
+        self.token.copy_(drawn)
+        flags = torch.stack((self.done, self.sampler.broken)).long()
+        self.packet.copy_(torch.cat((drawn, flags, self.runtime.counts)))
+
+    def save(self, position: int) -> tuple[list[Tensor], Snapshot]:
+        """What a step changes, apart from near memory, which is right after any step. position: tokens read."""
+        return [tensor.clone() for tensor in self._changed()], self.cache.snapshot(position)
+
+    def restore(self, saved: tuple[list[Tensor], Snapshot]) -> None:
+        self.cache.restore(saved[1])  # first: it takes the answer for unfinished
+        for tensor, kept in zip(self._changed(), saved[0], strict=True):
+            tensor.copy_(kept)
+
+    def _changed(self) -> list[Tensor]:
+        sampler, runtime = self.sampler, self.runtime
+        return [self.logits, self.token, self.left, self.packet, self.done, sampler.seen, sampler.n_drawn,
+                sampler.broken, runtime.counts, runtime.recent]
+
+
+class Packets:
+    """Two places in host memory that steps' packets come back to by turns; an event tells when one has arrived."""
+
+    def __init__(self, packet: Tensor) -> None:
+        self._packet, self._on_card = packet, packet.is_cuda
+        self._host = [torch.zeros(packet.shape, dtype=packet.dtype, pin_memory=self._on_card) for _ in range(2)]
+        self._arrived = [torch.cuda.Event() for _ in range(2)] if self._on_card else []
+
+    def send(self, turn: int) -> None:
+        self._host[turn % 2].copy_(self._packet, non_blocking=True)
+        if self._on_card:
+            self._arrived[turn % 2].record()
+
+    def read(self, turn: int) -> Drawn:
+        """Waits for this packet alone. MachineError when the model computed no numbers."""
+        if self._on_card:
+            self._arrived[turn % 2].synchronize()
+        token, ended, broken, *counts = self._host[turn % 2].tolist()
+        if broken:
+            raise MachineError(NOT_NUMBERS)
+        return Drawn(token, bool(ended), tuple(counts))
+
+
+class Decoder:
+    """Answers of one model, token by token. launch(position): runs or replays the step's compute.
+
+    fed: the tokens that the cache holds since `tokens` began, the one it was started with first.
+    """
+
+    def __init__(self, step: Step, launch: Callable[[int], None] | None = None) -> None:
+        self.step, self.fed = step, []
+        self._launch = launch or (lambda position: step.compute())
+        self._packets = Packets(step.packet)
+
+    def tokens(self, token: int, position: int, ends: frozenset[int], limit: int) -> Iterator[Drawn]:
+        """The answer behind `position` tokens that the cache holds, and `token`, which it does not hold yet."""
+        self.step.start(token, ends, limit)
+        self.fed, turn = [token], 0
+        try:
+            self._one(position, turn)
+            while True:
+                self._one(position + turn + 1, turn + 1)
+                drawn = self._packets.read(turn)
+                self.step.runtime.counted = list(drawn.counts)
+                if not drawn.ended:
+                    self.fed.append(drawn.token)  # the step ahead has read it
+                yield drawn
+                if drawn.ended:
+                    return
+                turn += 1
+        finally:
+            # Behind the step ahead. What is read, computed and counted next is not of this answer.
+            self.step.done.zero_()
+            self.step.runtime.counted = None
+
+    def _one(self, position: int, turn: int) -> None:
+        self._launch(position)
+        self.step.choose()
+        self._packets.send(turn)

@@ -1,0 +1,90 @@
+"""Whole experts for many tokens on a device: packed blobs cross the link tile by tile, ahead of the compute.
+
+A tile is a few consecutive experts of one layer, never a layer: two of them take 128 MB where two layers would take
+most of a gigabyte. While one is decoded by one kernel into 16-bit matrices and multiplied by torch's grouped product,
+the next one is copied on a stream of its own. What is near is copied from near memory instead, which stays as it is.
+
+Legend: n experts of a tile, I neurons, H hidden, t tokens of all of them.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from engine.planning.planner import tile_experts
+from kernels.activation import Gate
+from kernels.dequantize import dequantize
+from kernels.layout import Layout
+
+Tensor = torch.Tensor
+PRODUCT_ROW = 16  # bytes: what torch's grouped product asks of a row of its operands
+
+
+class Staging:
+    """Two tiles uint8 [n, blob_bytes], filled and read by turns, and the matrices that one of them is decoded into."""
+
+    def __init__(self, layout: Layout, experts: int, device: str, dtype: torch.dtype = torch.float32,
+                 per_tile: int | None = None) -> None:
+        """experts: of a layer. dtype: of the matrices. per_tile: experts of a tile, else as planned."""
+        self.layout, self.per_tile = layout, per_tile or tile_experts(experts, layout.blob_bytes)
+        self.tiles = torch.empty(2, self.per_tile, layout.blob_bytes, dtype=torch.uint8, device=device)
+        shape = (self.per_tile, layout.neurons, layout.hidden)
+        self._gate_up = torch.empty(shape[0], 2 * shape[1], shape[2], dtype=dtype, device=device)
+        self._down = torch.empty(shape, dtype=dtype, device=device)
+        on_card = self.tiles.is_cuda
+        self._stream = torch.cuda.Stream() if on_card else None
+        self._filled, self._read = ([torch.cuda.Event() if on_card else None for _ in range(2)] for _ in range(2))
+
+    def stream(self, experts: list[int], copy: Callable[[list[int], Tensor], None]) -> Iterator[tuple]:
+        """Tile after tile -> its experts, uint8 [n, blob_bytes] until the next one. copy(experts, tile) fills a tile.
+
+        The reader's work on a tile must be launched when it asks for the next one.
+        """
+        groups = [experts[at:at + self.per_tile] for at in range(0, len(experts), self.per_tile)]
+        for turn in range(len(groups) + 1):
+            if turn < len(groups):
+                self._fill(turn, groups[turn], copy)
+            if turn:
+                yield groups[turn - 1], self._wait(turn - 1)[:len(groups[turn - 1])]
+                self._done(turn - 1)
+
+    def _fill(self, turn: int, group: list[int], copy: Callable[[list[int], Tensor], None]) -> None:
+        tile = self.tiles[turn % 2][:len(group)]
+        if self._stream is None:
+            copy(group, tile)
+            return
+        if turn < 2:  # whatever used the tiles before
+            self._stream.wait_stream(torch.cuda.current_stream())
+        else:
+            self._stream.wait_event(self._read[turn % 2])
+        with torch.cuda.stream(self._stream):
+            copy(group, tile)
+            self._filled[turn % 2].record()
+
+    def _wait(self, turn: int) -> Tensor:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._filled[turn % 2])
+        return self.tiles[turn % 2]
+
+    def _done(self, turn: int) -> None:
+        if self._stream is not None:
+            self._read[turn % 2].record()
+
+    def decoded(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [n, blob_bytes] -> gate_up [n, 2I, H], down [n, I, H] at 4 bits, until the next call."""
+        gate_up, down = self._gate_up[:len(tile)], self._down[:len(tile)]
+        dequantize(tile, gate_up, down, self.layout)
+        return gate_up, down
+
+
+def product(x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, kind: Gate, biases: tuple) -> Tensor:
+    """Whole experts, each over its own rows: x [t, H] in their order -> [t, H].
+
+    ends int32 [n]: behind the rows of each expert. biases: of gate and up of every row [t, I], or None.
+    """
+    g, u = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).split(down.shape[1], 1)
+    if biases[0] is not None:
+        g, u = g + biases[0], u + biases[1]
+    return F.grouped_mm(kind(g, u).to(x.dtype), down, offs=ends)

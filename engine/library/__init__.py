@@ -1,0 +1,1 @@
+"""Models by name: catalogue, download, compression, import, publishing."""

@@ -1,0 +1,175 @@
+"""The models that people run, from assets/catalogue.toml, and what is known of any model before it is loaded.
+
+`entries()` reads the table, no network at all. `look_up()` takes what a user types: a folder, the name of a model on
+disk, a catalogue name, or a Hub id of which only config.json is read. The folder's own files always win over the table.
+"""
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from engine.core import MachineError, ModelSpec, Sampling, UserError
+from engine.files.model_spec import spec_from_config
+from engine.library.hub import Hub
+from engine.paths import data_dir, demo_model, models_dirs
+
+TABLE = Path(__file__).resolve().parents[2] / "assets" / "catalogue.toml"
+AIMS = ("fast", "best", "coding", "long")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the catalogue. ready: repository of a finished Floe folder, "" while there is none.
+    unverified: fields written from memory. good_for: what the first-run page may offer it for."""
+
+    name: str
+    title: str
+    repository: str
+    revision: str
+    licence: str
+    about: str
+    config: Mapping
+    sampling: Sampling
+    source_bits: float = 16
+    ready: str = ""
+    gguf_repository: str = ""
+    gguf_file: str = ""
+    good_for: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.name and "/" in self.repository and self.revision and self.licence):
+            raise UserError(f"The catalogue's entry {self.name!r} lacks a repository, a revision or a licence.")
+        if not set(self.good_for) <= set(AIMS):
+            raise UserError(f"The catalogue's entry {self.name!r} names an unknown aim; use {', '.join(AIMS)}.")
+
+    @property
+    def spec(self) -> ModelSpec:
+        return spec_from_config(self.config, self.title)
+
+    @property
+    def source(self) -> str:
+        """What to take: "ready" where somebody has published a Floe folder, else "original"."""
+        return "ready" if self.ready else "original"
+
+    @property
+    def original_bytes(self) -> int:
+        """Size of the original's language model: 16-bit trunk, experts as published."""
+        spec = self.spec
+        return 2 * spec.trunk_params + int(spec.n_experts_total * spec.expert_params * self.source_bits / 8)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model without loading it. folder: where it lies, if it does; compressed: as a Floe folder."""
+
+    spec: ModelSpec
+    folder: Path | None = None
+    compressed: bool = False
+    trunk_bits: int | None = None
+    group_size: int | None = None
+    calibration: Mapping = field(default_factory=dict)
+    entry: Entry | None = None
+
+
+@cache
+def entries(path: Path = TABLE) -> dict[str, Entry]:
+    """The catalogue by short names, best known first. UserError when the table is damaged."""
+    try:
+        rows = tomllib.loads(path.read_text(encoding="utf-8"))["models"]
+        made = [_entry(dict(row)) for row in rows]
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"The catalogue {path} cannot be read ({error}); install Floe Chat again.") from error
+    return {entry.name: entry for entry in made}
+
+
+def _entry(row: dict) -> Entry:
+    gguf = row.pop("gguf", {})
+    return Entry(sampling=Sampling(**row.pop("sampling", {})), good_for=tuple(row.pop("good_for", ())),
+                 unverified=tuple(row.pop("unverified", ())), gguf_repository=gguf.get("repository", ""),
+                 gguf_file=gguf.get("file", ""), **row)
+
+
+def find(text: str) -> Entry | None:
+    """The entry with this short name, title or repository (letter case does not matter)."""
+    wanted = text.strip().lower()
+    for entry in entries().values():
+        if wanted in (entry.name, entry.title.lower(), entry.repository.lower(), entry.ready.lower() or None):
+            return entry
+    return None
+
+
+def nearest(text: str) -> str:
+    """Names of the catalogue to offer for one that it does not have: those that resemble it, else all."""
+    wanted, names = text.strip().lower(), list(entries())
+    near = [name for name in names if wanted and wanted in name] or difflib.get_close_matches(wanted, names)
+    return ", ".join(near or names)
+
+
+def look_up(text: str, data: str | Path | None = None) -> Known:
+    """What a user means by `text`, without loading it. UserError when it is nothing."""
+    if text == "demo":
+        return _from_folder(demo_model())
+    for folder in (Path(text).expanduser(), *(place / text for place in models_dirs(data))):
+        if (folder / "config.json").is_file():
+            return _from_folder(folder)
+    entry = find(text)
+    if entry:
+        return Known(entry.spec, entry=entry)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _from_hub(text, data_dir(data) / "cache")
+    raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, or a name of the catalogue: "
+                    f"{nearest(text)}.")
+
+
+def _from_folder(folder: Path, name: str = "") -> Known:
+    config = _read_json(folder / "config.json")
+    spec = spec_from_config(config, name or folder.name)
+    if not (folder / "floe.json").is_file():
+        return Known(spec, folder, entry=find(folder.name))
+    manifest = _read_json(folder / "floe.json")
+    bits, group, calibration = (manifest.get(key) for key in ("trunk_bits", "group_size", "calibration"))
+    if not (isinstance(bits, int | None) and isinstance(group, int | None) and isinstance(calibration, dict | None)):
+        raise UserError(f"{folder / 'floe.json'} is damaged; download or compress the model again.")
+    return Known(spec, folder, compressed=True, trunk_bits=bits, group_size=group, calibration=calibration or {},
+                 entry=find(folder.name))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is not a model's configuration.")
+    return document
+
+
+def _from_hub(repository: str, cache_folder: Path) -> Known:
+    """From the few kilobytes of a repository that say what it is, kept in the data folder's cache by commit.
+
+    Without a network what was read last time is taken. UserError, MachineError: one sentence.
+    """
+    own = cache_folder / "hub" / repository.replace("/", "--")
+    try:
+        hub = replace(Hub.here(), delays=(1,))
+        listing = hub.listing(repository)
+        for name in ("config.json", "floe.json"):
+            file = listing.find(name)
+            if file:
+                (own / listing.commit).mkdir(parents=True, exist_ok=True)
+                hub.fetch(listing, file, own / listing.commit / name, lambda n_bytes, text: None)
+        folder = own / listing.commit
+    except (MachineError, UserError):
+        known = sorted(own.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+        if not known:
+            raise
+        folder = known[-1].parent
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{repository} has no config.json: it is not a transformers checkpoint.")
+    return replace(_from_folder(folder, repository), folder=None)

@@ -1,0 +1,192 @@
+"""`download`: a model by name into the data folder: finds what to take, checks the disk, fetches, goes on after a stop.
+
+Three sources: a ready-made Floe folder (taken as it is), an original checkpoint (compressed while it arrives,
+engine/library/compress_stream.py), a GGUF file (imported, engine/library/gguf_import.py). Everything is made in
+`NAME.partial`; what is there already is not fetched again, at the commit at which it was begun. Loads torch only to
+compress.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+from engine.core import UserError
+from engine.library import catalogue
+from engine.library.hub import Hub, Listing, RemoteFile
+from engine.library.installed import MANIFEST, SOURCE, Source, only_one, partial, place_of
+from engine.library.transfer import INDEX, SINGLE, Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
+from engine.progress import Meter, Progress
+
+SOURCES = ("ready", "original", "gguf")
+OURS = (SOURCE, "floe.partial.json")        # in folders that we make: of no repository
+
+
+def wanted(text: str) -> Wanted:
+    """A catalogue name, title or Hub id. UserError for anything else."""
+    entry = catalogue.find(text)
+    if entry:
+        return Wanted(entry.name, entry.repository, entry.revision, entry.ready, entry.gguf_repository, entry.gguf_file)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return Wanted(text.partition("/")[2], text)
+    raise UserError(f"There is no model {text!r} to download: give a Hub id like owner/name, or a name of the "
+                    f"catalogue: {catalogue.nearest(text)}.")
+
+
+def download(text: str, source: str | None = None, folder: str | Path | None = None, data: str | Path | None = None,
+             hub: Hub | None = None, report: Callable[[Progress], None] = lambda progress: None,
+             stop: Event | None = None, choice: Choice | None = None, file: str = "", like: str = "") -> Path:
+    """The folder of the model, whole. Goes on where an earlier call was; nothing to do if it is there.
+
+    source: ready, original or gguf; None takes the first of them that there is. folder: where to put it instead of the
+    data folder. stop: set it from any thread to pause, `Stopped` is raised. file: which GGUF of several; like: the
+    original that it was made from, where neither the catalogue nor its repository says so.
+    UserError, MachineError: one sentence.
+    """
+    if source not in (None, *SOURCES):
+        raise UserError(f"There is no source {source!r}; choose one of {', '.join(SOURCES)}.")
+    model, choice, stop = wanted(text), choice or Choice(), stop or Event()
+    model = replace(model, gguf_file=file or model.gguf_file, like=like)
+    dest = Path(folder).expanduser().absolute() if folder else place_of(model.name, data)
+    with only_one(dest):
+        work = partial(dest)
+        if dest.exists():
+            return _present(dest, work, model)
+        hub = hub or Hub.here()
+        found = _begun(work, hub, source, model) or _chosen(model, source, hub, stop)
+        if found.kind == "ready":
+            fetch_ready(hub, found, work, report, stop)
+            os.replace(work, dest)
+        elif found.kind == "original":
+            from engine.library.compress_stream import fetch_and_compress  # loads torch
+            fetch_and_compress(hub, found, dest, choice, report, stop)
+        else:
+            from engine.library.gguf_import import fetch_and_import
+            fetch_and_import(hub, found, model, dest, choice, report, stop)
+    return dest
+
+
+def fetch_ready(hub: Hub, source: Source, work: Path, report: Callable[[Progress], None], stop: Event) -> None:
+    """All files of a finished folder into `work`; the manifest's sizes and hashes must be those of the Hub."""
+    here = arrived(work, source.files)
+    check_disk(work, source.bytes - here)
+    begin(work, source)
+    fetch_all(hub, source, source.files, work, Meter(source.bytes, here, report), stop)
+    try:
+        entries = json.loads((work / MANIFEST).read_text(encoding="utf-8"))["files"]
+        promised = [(entry["path"], entry["bytes"], entry["sha256"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The {MANIFEST} of {source.repository} is damaged; ask its maker or choose another "
+                        "source.") from error
+    fetched = {file.path: file for file in source.files}
+    for path, n_bytes, sha256 in promised:
+        file = fetched.get(path)
+        if file is None or file.bytes != n_bytes or file.sha256 not in (None, sha256):
+            raise UserError(f"{source.repository} is not whole: {path} is missing or is not the file that its "
+                            f"{MANIFEST} describes; choose another source.")
+
+
+def _present(dest: Path, work: Path, model: Wanted) -> Path:
+    """What is there already, if it is this model; what a finished download left when it was killed goes."""
+    source = Source.load(dest)
+    if source and source.repository not in (model.repository, model.ready, model.gguf_repository):
+        raise UserError(f"{dest} holds another model of that name, from {source.repository}; choose another folder.")
+    if not (dest / "config.json").is_file():
+        raise UserError(f"{dest} exists and is no model; choose another folder.")
+    if Source.load(work) is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    return dest
+
+
+def _begun(work: Path, hub: Hub, kind: str | None, model: Wanted) -> Source | None:
+    """What an unfinished download goes on with. UserError if it is of something else."""
+    begun = Source.load(work)
+    if begun is None:
+        return None
+    if kind not in (None, begun.kind) or begun.repository not in (model.repository, model.ready, model.gguf_repository):
+        raise UserError(f"There is an unfinished download of {begun.repository} ({begun.kind}) in {work}; finish it or "
+                        "delete it first.")
+    return begun
+
+
+def _chosen(model: Wanted, kind: str | None, hub: Hub, stop: Event) -> Source:
+    """Ask the Hub what there is, and take the best or what the user asked for."""
+    if kind in (None, "ready") and model.ready:
+        return _ready(hub, hub.listing(model.ready, stop=stop))
+    if kind == "gguf" and model.gguf_repository:
+        return _gguf(hub, hub.listing(model.gguf_repository, stop=stop), model.gguf_file)
+    listing = hub.listing(model.repository, model.revision, stop)
+    if kind == "ready" or kind is None and listing.find(MANIFEST):
+        return _ready(hub, listing)
+    if kind == "original" or kind is None and not any(file.path.endswith(".gguf") for file in listing.files):
+        return _original(hub, listing, stop)
+    return _gguf(hub, listing, model.gguf_file)
+
+
+def _source(hub: Hub, listing: Listing, kind: str, files: Iterable[RemoteFile]) -> Source:
+    """Small files first: what a stop leaves behind can then already be looked at."""
+    chosen = sorted(files, key=lambda file: (file.bytes > 10**7, file.path))
+    names = {name: name for name in (MANIFEST, *OURS)}
+    for file in chosen:
+        other = names.setdefault(unicodedata.normalize("NFC", file.name).casefold(), file.name)
+        if other != file.name:
+            raise UserError(f"{listing.repository} has a file {file.name}, which many disks cannot tell from {other}; "
+                            "choose another source.")
+    return Source(hub.endpoint, listing.repository, listing.commit, kind, tuple(chosen))
+
+
+def _flat(listing: Listing) -> list[RemoteFile]:
+    """What may be fetched, from the top folder alone, weights aside."""
+    return [file for file in listing.files if file.fetchable and "/" not in file.path
+            and not file.path.endswith((".safetensors", ".gguf")) and file.path not in OURS]
+
+
+def _weights(listing: Listing) -> list[RemoteFile]:
+    """Shards of the top folder; some makers put a second copy of all weights beside them as consolidated files."""
+    return [file for file in listing.files if file.path.endswith(".safetensors") and "/" not in file.path
+            and not file.path.startswith("consolidated")]
+
+
+def _ready(hub: Hub, listing: Listing) -> Source:
+    if not listing.find(MANIFEST):
+        raise UserError(f"{listing.repository} holds no ready-made Floe folder; use --source original.")
+    return _source(hub, listing, "ready", _flat(listing) + _weights(listing))
+
+
+def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
+    """Configuration, tokenizer and all shards that the repository has in its top folder."""
+    if not listing.find("config.json"):
+        raise UserError(f"{listing.repository} has no config.json: it is not a transformers checkpoint.")
+    weights = _weights(listing)
+    if listing.find(SINGLE) and not listing.find(INDEX):
+        weights = [listing.find(SINGLE)]
+    if not weights:
+        raise UserError(f"{listing.repository} has no safetensors files; Floe Chat takes no other format than these "
+                        "and GGUF (--source gguf).")
+    return _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + weights)
+
+
+def _gguf(hub: Hub, listing: Listing, name: str) -> Source:
+    """The named file (with or without its folder) or the only one, with all its parts (`-00001-of-00003.gguf`)."""
+    offered = [file for file in listing.files if file.path.endswith(".gguf") and "mmproj" not in file.name]
+    models: dict[str, list[RemoteFile]] = {}
+    for file in offered:
+        part = part_of(file.path)
+        models.setdefault(part[0] if part else file.path.removesuffix(".gguf"), []).append(file)
+    wanted = part_of(name)[0] if part_of(name) else name.removesuffix(".gguf")
+    chosen = [model for model in models if wanted in ("", model, model.rpartition("/")[2])]
+    if len(chosen) != 1:
+        known = ", ".join(sorted(file.path for file in offered)) or "none"
+        raise UserError(f"{listing.repository} offers these GGUF files: {known}; "
+                        + ("name one with --file." if not name or chosen else f"{name} is not among them."))
+    files = sorted(models[chosen[0]], key=lambda file: file.path)
+    promised = part_of(files[0].path)
+    if promised and len(files) != promised[2]:
+        raise UserError(f"{listing.repository} holds {len(files)} of the {promised[2]} parts of {chosen[0]}; choose "
+                        "another file.")
+    return _source(hub, listing, "gguf", files)

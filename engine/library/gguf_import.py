@@ -1,0 +1,211 @@
+"""GGUF files to a compressed folder, and what quantising twice costs.
+
+Configuration and tokenizer are the original's (engine/files/gguf_tokenizer.py). Groups of a GGUF file run along another
+axis than ours, so its codes cannot be kept: every weight is decoded and quantised again, and `cost` measures what that
+adds, matrix kind by matrix kind. Stopped anywhere it goes on at the first layer that is not whole.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+
+from engine.core import UserError
+from engine.files.checkpoint import Checkpoint
+from engine.files.compressed import COPIED, Manifest, is_compressed
+from engine.files.gguf import FLOATS, GgufSource, require_package
+from engine.files.gguf_tokenizer import CONFIG, completed, config_of, copy_small
+from engine.files.model_spec import spec_from_config
+from engine.files.quantize import nested
+from engine.library import catalogue
+from engine.library import compress as compression
+from engine.library.hub import Hub, Listing, Stopped
+from engine.library.installed import Source, partial
+from engine.library.transfer import Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
+from engine.machine import errors
+from engine.planning.planner import DEFAULT_TRUNK_BITS
+from engine.progress import Meter, Progress
+from kernels.layout import Layout, default_group_size
+from kernels.planes import decode_down, decode_gate, decode_up, record_rows, sketch_rows
+
+KINDS = ("gate", "up", "down")
+SMALL_FILES = (CONFIG, *COPIED)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """kinds: how the file holds the experts; added_error: of gate, up and down, see `cost`."""
+
+    manifest: Manifest
+    kinds: tuple[str, ...]
+    added_error: dict[str, float]
+
+
+def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int = 16, device: str | None = None,
+                report: Callable[[compression.Progress], None] = lambda progress: None,
+                say: Say = lambda sentence: None, check: Callable[[], None] = lambda: None,
+                hub: Hub | None = None) -> Imported:
+    """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
+
+    like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
+    the file. say: receives the warning of what quantising twice costs. check: is called before every expert and may
+    raise. UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it.
+    """
+    paths = parts_of(Path(file))
+    with TemporaryDirectory() as scratch:
+        folder = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
+        say(f"Reading {paths[0].name}")         # a large vocabulary takes the package ten seconds and more
+        source = GgufSource(paths, config_of(folder))
+        checkpoint = Checkpoint(config_of(folder), source, source.name.removesuffix(".gguf"))
+        checkpoint.check_shapes()
+        folder = completed(folder, paths[0], source.texts, Path(scratch) / "made")
+        if source.left_out:
+            say(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
+                f"{source.left_out[0]}.")
+        added = cost(checkpoint)
+        say(warning(source, added))
+        origin = f"{source.name} of {sum(path.stat().st_size for path in paths)} bytes"
+        manifest = compression.compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report,
+                                                   say, check)
+    return Imported(manifest, source.kinds, added)
+
+
+def parts_of(file: Path) -> list[Path]:
+    """All parts of a file that was split (`-00001-of-00003.gguf`), in order. UserError when any is missing."""
+    if not file.is_file():
+        raise UserError(f"There is no file {file}; give the path of a .gguf file.")
+    part = part_of(file.name)
+    if part is None:
+        return [file]
+    stem, _, number = part
+    paths = [file.with_name(f"{stem}-{i:05d}-of-{number:05d}.gguf") for i in range(1, number + 1)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path.name} is missing beside {file.name}; get all {number} parts.")
+    return paths
+
+
+def cost(checkpoint: Checkpoint) -> dict[str, float]:
+    """Relative error that quantising again adds, gate, up and down: root of the summed squares of the differences
+    over that of the weights. Measured on one expert of the first, the middle and the last layer."""
+    spec = checkpoint.spec
+    layout = Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden))
+    errors, weights = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
+    for layer in sorted({0, spec.layers // 2, spec.layers - 1}):
+        expert = checkpoint.read_expert(layer, 0)
+        before = [getattr(expert, kind)[0].float() for kind in KINDS]
+        try:
+            codes = [nested(matrix, layout) for matrix in before]
+        except ValueError as error:
+            raise UserError(f"{checkpoint.name} cannot be compressed: layer {layer}, expert 0: {error}; get an intact "
+                            "file.") from error
+        sketch, records = sketch_rows(codes[0], codes[1], layout), record_rows(*codes, layout)
+        after = (decode_gate(sketch, records, layout), decode_up(sketch, records, layout), decode_down(records, layout))
+        for kind, old, new in zip(KINDS, before, after, strict=True):
+            errors[kind] += float((new[:, :spec.hidden] - old).square().sum())
+            weights[kind] += float(old.square().sum())
+    return {kind: (errors[kind] / weights[kind]) ** 0.5 if weights[kind] else 0.0 for kind in KINDS}
+
+
+def warning(source: GgufSource, added: dict[str, float]) -> str:
+    parts = ", ".join(f"{kind} {100 * error:.1f} %" for kind, error in added.items())
+    stored = f"The experts of {source.name} are stored as {', '.join(source.kinds)}"
+    if set(source.kinds) <= FLOATS.keys():
+        return f"{stored}; 4 bits cost a relative weight error of {parts}, as with the original checkpoint."
+    return (f"{stored} and are quantised a second time: that adds a relative weight error of {parts}. The original "
+            "checkpoint gives a better result.")
+
+
+def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice: Choice,
+                     report: Callable[[Progress], None], stop: Event) -> None:
+    """`dest` from the GGUF files that `source` names; they are removed once they are compressed."""
+    require_package()
+    work = partial(dest)
+    made = work / "made"
+    if not is_compressed(made):
+        bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[errors.device_for(choice.device)[0]]
+        _prepare(hub, source, model, work, bits, stop)
+        meter = Meter(source.bytes, arrived(work, source.files), report)
+        fetch_all(hub, source, source.files, work, meter, stop)
+
+        def told(progress: compression.Progress) -> None:
+            meter.other_seconds = progress.seconds_left
+            meter.say(f"Compressed layer {progress.layer} of {progress.layers - 1}"
+                      if progress.layer < progress.layers else "Compressed")
+
+        def check() -> None:
+            if stop.is_set():
+                raise Stopped
+        import_gguf(work / source.files[0].name, made, work / "like", bits, choice.device, told, meter.say, check)
+    source.save(made)
+    os.replace(made, dest)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, stop: Event) -> None:
+    """Configuration and tokenizer, and whether it can be imported and stored at all; if not, nothing stays."""
+    begin(work, source)
+    try:
+        if not (work / "like" / CONFIG).is_file():
+            original = model.repository if model.repository != source.repository else ""
+            beside = None if model.like else hub.listing(source.repository, source.commit, stop)
+            known = model.like or ("" if beside.find(CONFIG) else original)
+            fetch_like(hub, known, work / "like", stop, beside)
+        spec = spec_from_config(config_of(work / "like").to_dict(), source.repository)
+        result = compression.result_bytes(spec, trunk_bits)
+        made = sum(path.stat().st_size for path in (work / "made").glob("*"))
+        check_disk(work, source.bytes - arrived(work, source.files) + max(0, result - made))
+    except UserError:
+        if not arrived(work, source.files):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _like_folder(like: str, file: Path, scratch: Path, hub: Hub | None) -> Path:
+    """A folder that has the configuration."""
+    folder = Path(like).expanduser() if like else file.parent
+    if (folder / CONFIG).is_file():
+        return folder
+    if not like:
+        raise UserError(f"{file.parent} has no {CONFIG}; name the original with --like: a folder or a Hub id like "
+                        "owner/name.")
+    fetch_like(hub or Hub.here(), like, scratch)
+    return scratch
+
+
+def fetch_like(hub: Hub, like: str, folder: Path, stop: Event | None = None, beside: Listing | None = None) -> None:
+    """Small files of the original into `folder`. like: a folder, a catalogue name or a Hub id; "" takes what lies
+    beside the GGUF file (`beside`, its repository) or what that repository names as its original."""
+    if (folder / CONFIG).is_file():             # always the last to arrive
+        return
+    noted = Source.load(folder)
+    if noted is None and like and Path(like).expanduser().is_dir():
+        copy_small(Path(like).expanduser(), folder)
+        return
+    if noted is None:
+        listing = _listing(hub, like, stop, beside)
+        files = sorted((file for file in listing.files if file.path in SMALL_FILES), key=lambda f: f.path == CONFIG)
+        noted = Source(hub.endpoint, listing.repository, listing.commit, "original", tuple(files))
+        begin(folder, noted)
+    fetch_all(hub, noted, noted.files, folder, Meter(noted.bytes, 0, lambda progress: None), stop or Event())
+
+
+def _listing(hub: Hub, like: str, stop: Event | None, beside: Listing | None) -> Listing:
+    """The repository that has the configuration."""
+    if not like and beside is not None and beside.find(CONFIG):
+        return beside
+    entry = catalogue.find(like) if like else None
+    repository = entry.repository if entry else like or (beside.base_model if beside else "")
+    if repository.count("/") != 1:
+        raise UserError(f"{beside.repository if beside and not like else repr(like)} does not say which model this "
+                        "file was made from; name the original with --like: a folder or a Hub id like owner/name.")
+    listing = hub.listing(repository, entry.revision if entry else "main", stop)
+    if not listing.find(CONFIG):
+        raise UserError(f"{repository} has no {CONFIG}; name the original with --like: a folder or a Hub id like "
+                        "owner/name.")
+    return listing

@@ -1,0 +1,129 @@
+"""Work on models of this disk, in the background: a checkpoint compressed, a GGUF file imported, levels calibrated.
+
+What is made is made in `NAME.partial` and renamed when whole, like a download; stopped or killed it goes on behind the
+last finished layer. A calibration replaces a file at its end; stopped or killed it goes on behind the last document
+that it has measured. In their `Progress` the bytes count layers, or tokens. Load torch only when they start.
+"""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+from engine.core import UserError
+from engine.library.hub import Stopped
+from engine.library.installed import models, only_one, partial, partial_share, place_of
+from engine.library.transfer import Choice, part_of
+from engine.progress import Progress
+from engine.quality.measurement_log import forget
+
+ENDING = "-floe"
+Report = Callable[[Progress], None]
+
+
+def compressed_name(name: str) -> str:
+    """What the compressed form of the checkpoint `name` is called."""
+    return name + ENDING
+
+
+def compress_installed(name: str, data: str | Path | None = None, choice: Choice | None = None,
+                       report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+    """Compress the checkpoint `name` of the data folder beside it; -> the new folder.
+
+    Stopped, after the layer in work, when `stop` is set. UserError: no such checkpoint, or it cannot be compressed.
+    """
+    source = next((model.folder for model in models(data) if model.name == name and model.kind == "checkpoint"), None)
+    if source is None:
+        raise UserError(f"There is no checkpoint {name!r} in the data folder to compress.")
+
+    def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
+        from engine.library.compress import compress
+        compress(source, dest, trunk_bits=bits, device=device, report=told)
+    return _made(compressed_name(name), data, choice or Choice(), report, stop or Event(), work)
+
+
+def import_file(file: Path, like: str = "", data: str | Path | None = None, choice: Choice | None = None,
+                report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+    """Import the GGUF file of that path into the data folder, under the file's name; -> the new folder.
+
+    like: see `engine.library.gguf_import.import_gguf`. Stopped, before the next expert, when `stop` is set. UserError.
+    """
+    def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
+        from engine.library.gguf_import import import_gguf
+        import_gguf(file, dest, like, bits, device, told,
+                    lambda sentence: report(Progress(0, 1, 0.0, None, sentence)), check)
+    part = part_of(file.name)
+    return _made(part[0] if part else file.stem, data, choice or Choice(), report, stop or Event(), work)
+
+
+def calibrate_installed(name: str, data: str | Path | None = None, text: Path | None = None, device: str | None = None,
+                        report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+    """Measure what each level of the compressed model `name` may leave out, on `text` (None: ours); -> its folder.
+
+    Stopped, before the next document, when `stop` is set. UserError: no such model, a text that is too short.
+    `seconds_left` is the longest it may take: how many trials a promise needs is not known before.
+    """
+    folder = _compressed(name, data)
+    stop, begun, saying = stop or Event(), 0.0, ""
+    with only_one(folder):
+        report(Progress(0, 1, 0.0, None, "Loading the model"))
+        from engine.quality.calibrate import calibrate
+        from engine.quality.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
+
+        def say(line: str) -> None:
+            nonlocal saying
+            saying = line
+
+        def check(read: int, skipped: int, most: int) -> None:
+            nonlocal begun
+            if stop.is_set():
+                raise Stopped
+            begun = begun or time.monotonic()
+            left = (time.monotonic() - begun) / read * (most - skipped - read) if read else None
+            report(Progress(read + skipped, most, 0.0, left, saying))
+        calibrate(folder, [text or CALIBRATION_TEXT], CALIBRATION_TOKENS, None, device, say, check)
+    return folder
+
+
+def drop_calibration(name: str, data: str | Path | None = None) -> None:
+    """Throw away what a calibration of the model `name` that was stopped has measured. UserError: no such model."""
+    folder = _compressed(name, data)
+    with only_one(folder):
+        forget(folder)
+
+
+def _compressed(name: str, data: str | Path | None) -> Path:
+    folder = next((model.folder for model in models(data) if model.name == name and model.kind == "compressed"), None)
+    if folder is None:
+        raise UserError(f"There is no compressed model {name!r} in the data folder to calibrate.")
+    return folder
+
+
+def _made(name: str, data: str | Path | None, choice: Choice, report: Report, stop: Event, work: Callable) -> Path:
+    """Run `work` into the partial folder of `name` and give the result its name."""
+    dest = place_of(name, data)
+    with only_one(dest):
+        if dest.exists():
+            raise UserError(f"{name} is there already; delete it first to make it again.")
+        making = partial(dest)
+        report(Progress(0, 1, 0.0, None, "Loading the compressor"))
+        from engine.machine.errors import device_for
+        from engine.planning.planner import DEFAULT_TRUNK_BITS
+        device, _ = device_for(choice.device)
+
+        def check() -> None:
+            if stop.is_set():
+                raise Stopped
+
+        def told(progress) -> None:
+            partial_share(making).write_text(f"{progress.layer / progress.layers:.4f}", encoding="utf-8")
+            report(Progress(progress.layer, progress.layers, 0.0, progress.seconds_left,
+                            f"Compressing layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"))
+            if progress.layer < progress.layers:
+                check()
+        work(making, choice.trunk_bits or DEFAULT_TRUNK_BITS[device], device, told, check)
+        partial_share(making).unlink(missing_ok=True)
+        os.replace(making, dest)
+    return dest

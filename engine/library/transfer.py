@@ -1,0 +1,89 @@
+"""The lower half of a download: what is wanted, what is there already, files from the Hub one after the other."""
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from engine.core import UserError
+from engine.library.hub import Hub, Listing, RemoteFile
+from engine.library.installed import Source
+from engine.progress import Meter
+from engine.units import size
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
+SPARE_BYTES = 200 * 10**6       # left free on the disk, for the rest of the machine
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a typed name means. revision: of the repository; gguf_file: the one to take, "" for the only one.
+
+    like: whose configuration and tokenizer belong to a GGUF file (folder, catalogue name, Hub id), "" to find out.
+    """
+
+    name: str
+    repository: str
+    revision: str = "main"
+    ready: str = ""
+    gguf_repository: str = ""
+    gguf_file: str = ""
+    like: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to compress where that is needed. trunk_bits None: what the plan takes for the device. keep_original: the
+    checkpoint stays beside the result as NAME-original, a model at level `full`."""
+
+    trunk_bits: int | None = None
+    device: str | None = None
+    keep_original: bool = True
+
+
+def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, counter: Meter,
+              stop: Event) -> None:
+    """Each file under its plain name, one after the other."""
+    listing = Listing(source.repository, source.commit, source.files)
+    for file in files:
+        if not (folder / file.name).is_file():
+            counter.say(f"Fetching {file.name}")
+        hub.fetch(listing, file, folder / file.name, counter.add, stop)
+
+
+def begin(work: Path, source: Source) -> None:
+    """Make the folder of an unfinished download and note what it is."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if Source.load(work) != source:
+            source.save(work)
+    except OSError as error:
+        raise UserError(f"{work} cannot be written ({error.strerror}); choose another folder.") from error
+
+
+def arrived(folder: Path, files: Iterable[RemoteFile]) -> int:
+    """Bytes of these files that are on disk, parts included."""
+    total = 0
+    for file in files:
+        for path in (folder / file.name, folder / (file.name + ".part")):
+            total += min(path.stat().st_size, file.bytes) if path.is_file() else 0
+    return total
+
+
+def check_disk(folder: Path, n_bytes: int, hint: str = "") -> None:
+    """UserError when the disk of `folder` lacks the room for n_bytes more."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if n_bytes > 0 and n_bytes + SPARE_BYTES > free:
+        raise UserError(f"The disk of {place} has {size(free)} free, and {size(n_bytes + SPARE_BYTES)} are needed; "
+                        f"make room{hint} or choose a folder on another disk.")
+
+
+def part_of(name: str) -> tuple[str, int, int] | None:
+    """(name before the numbers, number, how many) of one part of a split GGUF file; None for a whole one."""
+    found = GGUF_PART.match(name)
+    return (found[1], int(found[2]), int(found[3])) if found else None

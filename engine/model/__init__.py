@@ -1,0 +1,1 @@
+"""transformers' model around the experts: how it is opened and placed."""

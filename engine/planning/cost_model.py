@@ -1,0 +1,191 @@
+"""How long one token and one prompt chunk take: bytes over bandwidths, plus what every layer costs anyway.
+
+Two devices, one shape of answer: a tuple of (what, seconds) that the planner adds up and explains. Every term falls or
+stays when a bandwidth or a near size grows; the planner's promise that a better machine never gets a worse plan rests
+on it. The constants are measured or computed elsewhere and say where. Pure numbers: no torch, no bench of the model.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from engine.core import Machine, ModelSpec
+from engine.planning.miss_curves import Sparsity
+from kernels.layout import Layout
+
+Times = tuple[tuple[str, float], ...]
+
+# Device-writing operations of one decoder layer when transformers' own one-token forward is captured with the experts
+# as one operation (DESIGN.md section 8), and Floe Chat's own kernels beside it.
+LAYER_NODES = {"qwen3_5_moe": 96, "qwen3_next": 96, "qwen3_moe": 68, "gpt_oss": 60, "mixtral": 54}
+OTHER_LAYER_NODES = 75
+WHOLE_NODES, SPARSE_NODES = 11, 16  # counted by tests/engine/decode/test_recorded_step.py
+NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
+MISS_LATENCY_SECONDS = 4e-6    # a layer with few misses waits for the link's latency, not for its bandwidth
+PAGEABLE_SHARE = 0.3           # a copy from memory that is not page-locked: 6-7 of 20-25 GB/s
+MATRIX_SHARE = 0.5             # of a card's printed matrix operations in prefill
+SCRATCH_BYTES = 4              # prefill writes every decoded weight once and reads it once, 16 bits each
+
+CPU_DEFAULTS = {"gemv_bytes_per_second": 10e9, "copy_bytes_per_second": 5e9, "operation_seconds": 6e-6,
+                "decode_weights_per_second": 0.2e9, "flops_per_second": 0.1e12}
+DISK_BYTES_PER_SECOND = 0.5e9  # a SATA SSD: experts that do not fit in memory are read from the file at every miss
+# Small operations on a CPU, counted in the unit that engine.machine.benchmark measures: one decoder layer without its
+# experts, whole experts (a layer, and each pick more), the sparse path of one layer, one fetched expert. They belong to
+# the code, not to a model or a machine: fitted once, from the parts of a decode step timed one by one.
+CPU_LAYER_OPERATIONS = 270
+CPU_WHOLE_OPERATIONS, CPU_PICK_OPERATIONS = 6, 55  # a pick also waits for matrices that are in no cache
+CPU_SPARSE_OPERATIONS = 1000
+CPU_FETCH_OPERATIONS = 200
+CPU_FAR_OPERATIONS = 170       # a layer of the sparse path where not everything is near: places given, records moved
+ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
+FETCH_SHARE = 0.65             # of the bare decoding speed: the weights are also copied into their slot
+CHOSEN_ROWS = 5                # rows decoded for a chosen neuron: gate and up twice, down
+
+@dataclass(frozen=True)
+class Residency:
+    """What is near and how often it suffices. far_bytes and needed_bytes per token; miss rates 0..1."""
+
+    sketch_slots: int = 0
+    record_slots: int = 0
+    expert_slots: int = 0
+    far_bytes: float = 0.0
+    needed_bytes: float = 0.0
+    expert_misses: float = 0.0      # whole experts fetched per token
+
+    @property
+    def hit_rate(self) -> float:
+        return 1.0 - self.far_bytes / self.needed_bytes if self.needed_bytes else 1.0
+
+
+def whole_experts(spec: ModelSpec, sparsity: Sparsity, far_bytes_each: int, slots: int) -> Residency:
+    """Slots hold whole experts (levels `exact` and `full`)."""
+    slots = max(0, min(slots, spec.n_experts_total))
+    picks = spec.layers * spec.top_k
+    misses = 0.0 if slots == spec.n_experts_total else picks * sparsity.miss_rate("blob", "exact", slots)
+    return Residency(expert_slots=slots, far_bytes=misses * far_bytes_each, needed_bytes=picks * far_bytes_each,
+                     expert_misses=misses)
+
+
+def sketches_and_records(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int) -> Residency:
+    """A card's split of `room` bytes with the fewest far bytes; all sketches first on a tie.
+
+    At most a share goes to sketches and the rest to records, so that both grow with the room.
+    """
+    every_sketch = spec.n_experts_total * layout.sketch_bytes
+    tried = []
+    for share in (1.0, 0.75, 0.5, 0.25):
+        to_sketches = min(every_sketch, int(room * share))
+        tried.append(_slots(spec, layout, sparsity, level, to_sketches // layout.sketch_bytes,
+                            (room - to_sketches) // layout.record))
+    return min(tried, key=lambda r: r.far_bytes)
+
+
+def cpu_split(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int) -> tuple[Residency, int]:
+    """(slots, bytes used) as engine/experts/cache.py divides an arena of `room` bytes on a CPU; bounce rows are inside.
+
+    It goes over to keeping every sketch as soon as that is possible, even if no record fits beside them: where a
+    smaller arena misses less, the plan asks for the smaller one.
+    """
+    every_sketch, bounce = spec.n_experts_total * layout.sketch_bytes, bounce_records(spec, sparsity, level)
+    whole = every_sketch + bounce * layout.record
+    rooms = [room] if room < whole else [room, whole - 1]
+    return min((_cpu_slots(spec, layout, sparsity, level, size, bounce) for size in rooms),
+               key=lambda made: made[0].far_bytes)
+
+
+def _cpu_slots(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int,
+               bounce: int) -> tuple[Residency, int]:
+    spare = room - bounce * layout.record
+    everything = spare >= spec.n_experts_total * layout.sketch_bytes
+    rows = spec.n_experts_total if everything else max(spec.top_k, 3 * spare // 4 // layout.sketch_bytes)
+    records = min(spec.n_experts_total * spec.neurons, max(0, spare - rows * layout.sketch_bytes) // layout.record)
+    stay = _slots(spec, layout, sparsity, level, rows if everything else rows - spec.top_k, records)
+    return stay, rows * layout.sketch_bytes + (records + bounce) * layout.record
+
+
+def bounce_records(spec: ModelSpec, sparsity: Sparsity, level: str) -> int:
+    """The most records that one layer may need for one token."""
+    if level == "floe":
+        return spec.top_k * spec.neurons
+    return ceil(sparsity.budgets[level].layer_most)
+
+
+def _slots(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, sketches: int, records: int) -> Residency:
+    total_sketches, total_records = spec.n_experts_total, spec.n_experts_total * spec.neurons
+    sketches, records = min(total_sketches, sketches), min(total_records, records)
+    budget = sparsity.budgets[level]
+    needed_sketch = spec.layers * spec.top_k * layout.sketch_bytes
+    needed_record = budget.refined * layout.record + budget.down_only * layout.prefix
+    far = 0.0 if sketches == total_sketches else needed_sketch * sparsity.miss_rate("sketch", level, sketches)
+    far += 0.0 if records == total_records else needed_record * sparsity.miss_rate("record", level, records)
+    return Residency(sketch_slots=sketches, record_slots=records, far_bytes=far,
+                     needed_bytes=needed_sketch + needed_record)
+
+
+# --- on a card ------------------------------------------------------------------------------------------------
+def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sparsity, level: str, near: Residency,
+                 trunk_bytes: float, expert_bytes: float, context: int, pageable: float) -> Times:
+    """trunk_bytes: read per token. expert_bytes: of one whole expert as it lies near. pageable: share of the far
+    memory that could not be page-locked. The context counts as half full."""
+    width = machine.vram_bytes_per_second
+    if level in ("exact", "full"):
+        experts, own = spec.layers * spec.top_k * expert_bytes, WHOLE_NODES
+    else:
+        budget, own = sparsity.budgets[level], SPARSE_NODES
+        experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
+    attention = spec.kv_bytes_per_token * context / 2 + 2 * spec.state_bytes
+    nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
+    link = near.far_bytes * link_seconds_per_byte(machine, pageable)
+    link += spec.layers * MISS_LATENCY_SECONDS if near.far_bytes else 0.0
+    return (("trunk", trunk_bytes / width), ("experts", experts / width), ("attention", attention / width),
+            ("launches", nodes * NODE_SECONDS), ("link", link))
+
+
+def link_seconds_per_byte(machine: Machine, pageable: float) -> float:
+    return (1 - pageable + pageable / PAGEABLE_SHARE) / machine.link_bytes_per_second
+
+
+def chunk_on_gpu(spec: ModelSpec, machine: Machine, tokens: int, streamed_bytes: float, pageable: float) -> Times:
+    """One prompt chunk: experts stream over the link while the previous ones are decoded and multiplied."""
+    touched = spec.layers * min(spec.experts, spec.top_k * tokens) * spec.expert_params
+    multiply = 2 * spec.active_params * tokens / (MATRIX_SHARE * machine.flops_per_second)
+    compute = multiply + touched * SCRATCH_BYTES / machine.vram_bytes_per_second
+    link = streamed_bytes * link_seconds_per_byte(machine, pageable)
+    return (("link", link),) if link > compute else (("matrix products", compute),)
+
+
+# --- on a CPU -------------------------------------------------------------------------------------------------
+def _rate(machine: Machine, name: str) -> float:
+    return getattr(machine, name) or CPU_DEFAULTS[name]
+
+
+def token_on_cpu(spec: ModelSpec, machine: Machine, layout: Layout | None, sparsity: Sparsity, level: str,
+                 near: Residency, trunk_bytes: float, context: int, cached: float) -> Times:
+    """cached: share of the experts file that stays in memory. Whole-expert slots hold decoded float32 weights;
+    sparse levels decode what they use of the packed planes at every token."""
+    gemv, copy = _rate(machine, "gemv_bytes_per_second"), _rate(machine, "copy_bytes_per_second")
+    decode = _rate(machine, "decode_weights_per_second")
+    operation = _rate(machine, "operation_seconds")
+    operations = spec.decoder_layers * CPU_LAYER_OPERATIONS
+    if level in ("exact", "full"):
+        operations += spec.layers * (CPU_WHOLE_OPERATIONS + spec.top_k * CPU_PICK_OPERATIONS)
+        experts = spec.layers * spec.top_k * spec.expert_params * 4 / gemv
+        misses = near.expert_misses * (spec.expert_params / (FETCH_SHARE * decode) + CPU_FETCH_OPERATIONS * operation)
+    else:
+        budget = sparsity.budgets[level]
+        operations += spec.layers * CPU_SPARSE_OPERATIONS
+        scored = spec.layers * spec.top_k * 2 * spec.hidden * spec.neurons
+        chosen = CHOSEN_ROWS * (budget.refined + budget.down_only) * spec.hidden
+        experts = (scored + chosen) / decode
+        misses = near.far_bytes / (ROWS_SHARE * copy)
+        misses += spec.layers * CPU_FAR_OPERATIONS * operation if near.far_bytes else 0.0
+    far = near.far_bytes * (cached / copy + (1 - cached) / min(copy, DISK_BYTES_PER_SECOND))
+    attention = spec.kv_bytes_per_token * context / gemv
+    return (("trunk", trunk_bytes / gemv), ("experts", experts), ("attention", attention),
+            ("small operations", operations * operation), ("misses", misses + far))
+
+
+def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, near: Residency) -> Times:
+    touched = spec.layers * min(spec.experts, spec.top_k * tokens) * (1 - near.expert_slots / spec.n_experts_total)
+    return (("matrix products", 2 * spec.active_params * tokens / _rate(machine, "flops_per_second")),
+            ("decoding", touched * spec.expert_params / _rate(machine, "decode_weights_per_second")))

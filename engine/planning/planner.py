@@ -1,0 +1,279 @@
+"""Fits it, at which level, how fast: `plan(model, machine, wishes) -> Plan`, before a byte is downloaded.
+
+A pure function of plain numbers: no torch, no clock, no file, no earlier bench of the same model, under 10 ms. It adds
+up memory (the near side: VRAM, or RAM without a card; the far side: page-locked RAM, or the mapped file), asks
+engine.planning.cost_model what a token costs at every level, and takes the best level that still reaches the wished
+speed. More VRAM, RAM or bandwidth never gives a worse plan: every size is spent so that nothing shrinks when another
+grows. Sizes are bytes; what is assumed and not measured is listed in the plan.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from engine.core import Machine, ModelSpec, UserError
+from engine.planning import cost_model, explain, miss_curves
+from engine.planning.plan import Near, Plan, Wishes
+from kernels.layout import Layout, default_group_size
+
+CHOICE = ("exact", "quality", "balanced", "fast")      # best to worst; `floe` and `full` only when asked for
+DEFAULT_CONTEXT = 8192
+SIDE_CONTEXT = 512  # tokens of a job beside the conversation, which has a cache of its own: a title
+DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
+DEFAULT_TRUNK_BITS = {"cuda": 4, "cpu": 8}
+MIB = 2**20
+
+# Video memory besides weights, cache and slots.
+CUDA_CONTEXT_BYTES = 400 * 10**6       # the driver's context and the loaded kernels
+GRAPH_POOL_BYTES = 150 * 10**6
+TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
+FRAGMENTATION_BYTES = 200 * 10**6
+# Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
+PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
+# Of a weight of the trunk while it runs, whatever it takes on disk: transformers' own layers hold it unpacked.
+WEIGHT_BYTES = {"cuda": 2, "cpu": 4}
+
+
+def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calibration: Mapping | None = None) -> Plan:
+    """The best plan for a model on a machine. calibration: floe.json's own, if the folder has one. UserError when the
+    model cannot be compressed at all or the context is longer than the model's."""
+    wishes = wishes or Wishes()
+    if wishes.context and wishes.context > model.context:
+        raise UserError(f"{model.name} reads at most {model.context:,} tokens; ask for a context up to that.")
+    layout = _layout(model, wishes)
+    known = miss_curves.calibrated(calibration, model, layout) if calibration else miss_curves.assumed(model, layout)
+    choice = (wishes.level,) if wishes.level else _offered(wishes, calibration)
+    tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
+    best = _best(tried)
+    everything = tuple((p.level, p.verdict, p.decode_tokens_per_second) for p in tried)
+    return replace(best, levels=everything, assumptions=_assumptions(best, known, machine),
+                   advice=_advice(model, machine, wishes, layout, known, best))
+
+
+def _offered(wishes: Wishes, calibration: Mapping | None) -> tuple[str, ...]:
+    """A folder runs at the levels that it was calibrated for; what is still to be made may be calibrated for all."""
+    measured = (calibration or {}).get("levels") or {}
+    return tuple(level for level in CHOICE if level == "exact" or level in measured or not wishes.on_disk)
+
+
+def _layout(model: ModelSpec, wishes: Wishes) -> Layout:
+    try:
+        return Layout(model.hidden, model.neurons, wishes.group_size or default_group_size(model.hidden))
+    except ValueError as error:
+        if wishes.level == "full":    # streams what is there; the layout only feeds numbers that `full` does not use
+            return Layout(-(-model.hidden // 64) * 64, model.neurons, 64)
+        raise UserError(f"{model.name} cannot be compressed: {error}") from error
+
+
+def _best(tried: list[Plan]) -> Plan:
+    """The first that reaches the wished speed, else the fastest that runs at all, else the one that lacks least."""
+    running = [p for p in tried if p.verdict != "no"]
+    if not running:
+        return min(tried, key=lambda p: p.missing_bytes)
+    return next((p for p in running if p.verdict == "fits"), max(running, key=lambda p: p.decode_tokens_per_second))
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------
+def trunk_bytes(model: ModelSpec, bits: int) -> tuple[int, int]:
+    """(embedding, everything else of the trunk) in bytes as stored: 8-bit weights cost 8.25 with their scales, 4-bit
+    ones 4.5, and with 4 bits the embedding, the head and the first and last layer stay at 8."""
+    head = model.vocabulary * model.hidden
+    rest = max(0, model.trunk_params - model.embedding_params - head)
+    eight, four = 8.25 / 8, 4.5 / 8
+    if bits == 16:
+        return 2 * model.embedding_params, 2 * (head + rest)
+    if bits == 8:
+        return int(eight * model.embedding_params), int(eight * (head + rest))
+    edges = min(1.0, 2 / model.decoder_layers)
+    return int(eight * model.embedding_params), int(eight * head + (eight * edges + four * (1 - edges)) * rest)
+
+
+def _expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
+    """One whole expert as it lies far: the blob, or 16-bit weights at `full`."""
+    return 2 * model.expert_params if level == "full" else layout.blob_bytes
+
+
+def tile_experts(experts: int, blob_bytes: int) -> int:
+    """Experts of one staging tile: as many of a layer's as TILE_BYTES hold, one at least."""
+    return min(experts, max(1, TILE_BYTES // blob_bytes))
+
+
+def _prefill_bytes(model: ModelSpec, chunk: int, per_tile: int) -> int:
+    """Activations of a chunk and the 16-bit scratch that one staging tile is decoded into."""
+    rows = chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
+    return 2 * (rows + per_tile * model.expert_params)
+
+
+def _side_bytes(model: ModelSpec, context: int) -> int:
+    """The whole 16-bit cache of a job beside the conversation."""
+    return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
+
+
+def _bounce_bytes(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str) -> int:
+    """Where one layer's misses go when no slot is free."""
+    if level in ("exact", "full"):
+        return model.top_k * _expert_bytes(model, layout, level)
+    return model.top_k * layout.sketch_bytes + cost_model.bounce_records(model, known, level) * layout.record
+
+
+# --- one level ------------------------------------------------------------------------------------------------
+def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+              level: str) -> Plan:
+    bits = wishes.trunk_bits or (16 if level == "full" else DEFAULT_TRUNK_BITS[machine.device])
+    context = wishes.context or min(model.context, DEFAULT_CONTEXT)
+    chunk = min(wishes.chunk or DEFAULT_CHUNK[machine.device], context)
+    disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * _expert_bytes(model, layout, level)
+    common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
+              "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed,
+              "n_experts": model.n_experts_total}
+    side = _on_gpu if machine.device == "cuda" else _on_cpu
+    made = side(model, machine, wishes, layout, known, common)
+    if not wishes.on_disk and disk > machine.disk_free_bytes and made.verdict != "no":
+        made = replace(made, verdict="no", bound="disk", missing_bytes=disk - machine.disk_free_bytes)
+    return made
+
+
+def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+            common: dict) -> Plan:
+    level, context, chunk = common["level"], common["context"], common["chunk"]
+    trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (_read(model), model.embedding_params))
+    kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
+    memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
+              ("side jobs' context memory", _side_bytes(model, context)),
+              ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
+              ("staging", 2 * per_tile * layout.blob_bytes),
+              ("prefill workspace", _prefill_bytes(model, chunk, per_tile)),
+              ("bounce buffer", _bounce_bytes(model, layout, known, level)), ("reserve", FRAGMENTATION_BYTES))
+    fixed = sum(size for _, size in memory)
+    free = machine.vram_free_bytes - fixed
+    room = max(0, free if wishes.near_bytes is None else min(free, wishes.near_bytes))
+    near, stay = _near(model, layout, known, level, room, _expert_bytes(model, layout, level))
+    far = model.n_experts_total * _expert_bytes(model, layout, level)
+    ram = far + embedding + PROCESS_BYTES["cuda"]
+    pinned = min(far, machine.pinned_limit_bytes)
+    pageable = 1 - pinned / far
+    token = cost_model.token_on_gpu(model, machine, layout, known, level, stay, trunk,
+                                    _expert_bytes(model, layout, level), context, pageable)
+    streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
+    prefill = cost_model.chunk_on_gpu(model, machine, chunk, streamed, pageable)
+    lacking = [("vram", -free)] if free < 0 else []
+    lacking += [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
+    return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=fixed + near.total_bytes,
+                     ram_bytes=ram, pinned_bytes=pinned, pageable_bytes=far - pinned, kv_bytes=kv,
+                     near_free_bytes=machine.vram_free_bytes, ram_free_bytes=machine.ram_free_bytes)
+
+
+def _near(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int,
+          expert_bytes: int) -> tuple[Near, cost_model.Residency]:
+    """What `room` bytes of a card hold."""
+    if level == "full":
+        stay = cost_model.whole_experts(model, known, expert_bytes, room // expert_bytes)
+        return Near(expert_slots=stay.expert_slots, expert_bytes=stay.expert_slots * expert_bytes), stay
+    if level == "exact":
+        stay = cost_model.whole_experts(model, known, expert_bytes, room // expert_bytes)
+        n = stay.expert_slots
+        return Near(n, n * model.neurons, n * layout.sketch_bytes, n * layout.records_bytes, n, n * expert_bytes), stay
+    stay = cost_model.sketches_and_records(model, layout, known, level, room)
+    return Near(stay.sketch_slots, stay.record_slots, stay.sketch_slots * layout.sketch_bytes,
+                stay.record_slots * layout.record), stay
+
+
+def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+            common: dict) -> Plan:
+    """First the smallest arena, then the experts file's place in the system's page cache, then a larger arena."""
+    level, context, chunk = common["level"], common["context"], common["chunk"]
+    kv = model.kv_bytes_per_token * context * WEIGHT_BYTES["cpu"] // 2
+    far_each = _expert_bytes(model, layout, level)
+    near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
+    far = model.n_experts_total * far_each
+    memory = (("trunk", WEIGHT_BYTES["cpu"] * model.trunk_params), ("context memory (KV)", kv),
+              ("recurrent and window state", 2 * model.state_bytes),
+              ("side jobs' context memory", 2 * _side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
+              ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
+    fixed = sum(size for _, size in memory)
+    free = machine.ram_free_bytes - fixed
+    least = near_each if near_each != far_each else _bounce_bytes(model, layout, known, level)
+    room = max(least, free - far if wishes.near_bytes is None else wishes.near_bytes)
+    near, stay = _near_on_cpu(model, layout, known, level, room, far_each, near_each)
+    ram = fixed + near.total_bytes
+    cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
+    token = cost_model.token_on_cpu(model, machine, layout, known, level, stay,
+                                    WEIGHT_BYTES["cpu"] * _read(model), context, cached)
+    prefill = cost_model.chunk_on_cpu(model, machine, chunk, stay)
+    lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
+    return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,
+                     pinned_bytes=0, kv_bytes=kv, near_free_bytes=machine.ram_free_bytes,
+                     ram_free_bytes=machine.ram_free_bytes)
+
+
+def _near_on_cpu(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int, far_each: int,
+                 near_each: int) -> tuple[Near, cost_model.Residency]:
+    """What engine/experts/cache.py makes of `room` bytes: it counts the rows that serve misses too."""
+    if level in ("exact", "full"):
+        rows = min(model.n_experts_total, room // near_each)
+        slots = rows if rows == model.n_experts_total else rows - 1
+        stay = cost_model.whole_experts(model, known, far_each, slots)
+        return Near(expert_slots=slots, expert_bytes=rows * near_each), stay
+    stay, used = cost_model.cpu_split(model, layout, known, level, room)
+    sketch_bytes = stay.sketch_slots * layout.sketch_bytes
+    if stay.sketch_slots < model.n_experts_total:
+        sketch_bytes += model.top_k * layout.sketch_bytes
+    return Near(stay.sketch_slots, stay.record_slots, sketch_bytes, used - sketch_bytes), stay
+
+
+def _read(model: ModelSpec) -> int:
+    """Trunk weights that one token reads."""
+    return model.trunk_params - model.embedding_params
+
+
+_BOUNDS = {"trunk": "vram bandwidth", "experts": "vram bandwidth", "attention": "vram bandwidth",
+           "launches": "launches", "link": "link"}
+
+
+def _finished(common: dict, near: Near, stay: cost_model.Residency, token: cost_model.Times, prefill: cost_model.Times,
+              lacking: list[tuple[str, int]], **sums) -> Plan:
+    decode = 1 / sum(seconds for _, seconds in token)
+    slowest = max(token, key=lambda part: part[1])[0]
+    bound = "cpu" if common["device"] == "cpu" else _BOUNDS[slowest]
+    verdict = "fits" if decode >= common["wished_speed"] else "slow"
+    if lacking:
+        verdict, bound = "no", max(lacking, key=lambda part: part[1])[0]
+    return Plan(**common, **sums, near=near, verdict=verdict, bound=bound, token=token, hit_rate=stay.hit_rate,
+                far_bytes_per_token=stay.far_bytes, decode_tokens_per_second=decode,
+                prefill_tokens_per_second=common["chunk"] / sum(seconds for _, seconds in prefill),
+                missing_bytes=max((size for _, size in lacking), default=0))
+
+
+# --- what to say ----------------------------------------------------------------------------------------------
+def _assumptions(best: Plan, known: miss_curves.Sparsity, machine: Machine) -> tuple[str, ...]:
+    said = []
+    if not known.measured and best.level != "full":
+        said.append("budgets and hit rates are assumed from another model until this one has been calibrated")
+    if best.device == "cuda":
+        said.append("the trunk is held at 16 bits and its one-token forward is captured as transformers has it")
+    elif not machine.gemv_bytes_per_second:
+        said.append("this machine's speed has not been measured")
+    return tuple(said)
+
+
+def _advice(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+            best: Plan) -> tuple[str, ...]:
+    """What would make it better, each tried out: a wider link, more memory, a shorter context."""
+    changes: list[tuple[str, Machine, Wishes]] = []
+    if machine.device == "cuda":
+        faster = replace(machine, link_bytes_per_second=2 * machine.link_bytes_per_second)
+        changes.append(("a link twice as fast", faster, wishes))
+        changes.append(("4 GB more video memory",
+                        replace(machine, vram_free_bytes=machine.vram_free_bytes + 4 * 10**9), wishes))
+    more_ram = {"ram_free_bytes": machine.ram_free_bytes + 32 * 2**30,
+                "pinned_limit_bytes": machine.pinned_limit_bytes + 32 * 2**30}
+    changes.append(("32 GB more memory", replace(machine, **more_ram), wishes))
+    if best.context > 4096:
+        changes.append(("a context of 4,096 tokens", machine, replace(wishes, context=4096)))
+    said = []
+    for what, other_machine, other_wishes in changes:
+        other = _at_level(model, other_machine, other_wishes, layout, known, best.level)
+        said += explain.gain(what, best, other)
+    if best.verdict == "no":
+        said += explain.lack(best)
+    return tuple(said)

@@ -1,0 +1,1 @@
+"""What a level costs: calibration, evaluation, traces, ablations."""

@@ -1,0 +1,142 @@
+"""What a level costs: perplexity, KL and agreement against a reference, far bytes and hits, on a text.
+
+Teacher-forced, one token a step through the live policy, near memory empty at the start of every document, nothing
+fetched ahead. The reference reads a document in one forward; without a source it is the model's own best level. Only
+one document's log-probabilities of the reference are in memory at a time. Knows neither files nor printing.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from engine.core import SPARSE_LEVELS, Counters, UserError
+from engine.decode.prefix_cache import Prefix
+from engine.experts.cache import whole_row_bytes
+from engine.model.load import Loaded
+
+Tensor = torch.Tensor
+LONGEST = 1024  # tokens of a document that are read together, less for a model with a shorter context
+Report = Callable[[int, int], None]  # (documents done, documents)
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """One level on one text. kl: nats per token from the reference; far bytes: demand, per decoded token."""
+
+    level: str
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    far_bytes_per_token: float
+    hit_rate: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """tokens: how many were predicted, the same for the reference and every level."""
+
+    reference_perplexity: float
+    tokens: int
+    levels: tuple[LevelResult, ...]
+
+    def document(self) -> dict:
+        return {"reference_perplexity": self.reference_perplexity, "tokens": self.tokens,
+                "levels": [asdict(level) for level in self.levels]}
+
+
+@dataclass
+class _Tally:
+    """Sums over predicted tokens."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    n: int = 0
+    counters: Counters = field(default_factory=Counters)
+
+    def add(self, logits: Tensor, target: int, reference: Tensor) -> None:
+        """logits [V] of one step; reference [V] log-probabilities."""
+        logp = logits.float().log_softmax(-1)
+        self.loss -= float(logp[target])
+        self.kl += float((reference.exp() * (reference - logp)).sum())
+        self.agreed += int(logp.argmax() == reference.argmax())
+        self.n += 1
+
+    def result(self, level: str) -> LevelResult:
+        return LevelResult(level, math.exp(self.loss / self.n), max(0.0, self.kl / self.n), self.agreed / self.n,
+                           self.counters.far_bytes / self.n, self.counters.hit_rate)
+
+
+def longest(loaded: Loaded) -> int:
+    """Tokens of a document that this model reads together."""
+    return min(LONGEST, getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST)
+
+
+def near_bytes(loaded: Loaded, level: str, wish: int | str) -> int:
+    """Near memory for `all`, `sketches` (no record is kept; of whole experts: none) or a number of bytes.
+
+    Leaves the runtime at `level`.
+    """
+    runtime, everything = loaded.runtime, loaded.room.near_bytes(level)
+    runtime.set_level(level, everything)
+    if wish == "all":
+        return everything
+    if wish == "sketches":
+        return runtime.sketches_bytes() if level in SPARSE_LEVELS else runtime.smallest_bytes()
+    return int(wish)
+
+
+def evaluate(loaded: Loaded, documents: list[list[int]], levels: list[str], near: int | str = "all",
+             reference: Loaded | None = None, report: Report = lambda done, total: None) -> Evaluation:
+    """Measure `levels` on documents of token ids, each of two tokens or more.
+
+    UserError for a level that the folder does not offer, or a reference with another vocabulary.
+    """
+    runtime, source = loaded.runtime, reference or loaded
+    for level in levels:
+        if level not in runtime.levels:
+            raise UserError(f"This model cannot run at level {level}: it offers {', '.join(runtime.levels)}.")
+    before = (runtime.level, runtime.near_wish, runtime.phase, runtime.predict)
+    tallies, reference_loss = {level: _Tally() for level in levels}, 0.0
+    try:
+        sizes = {level: near_bytes(loaded, level, near) for level in levels}
+        with torch.inference_mode():
+            for done, ids in enumerate(documents):
+                report(done, len(documents))
+                logp = reference_logp(source, ids)
+                reference_loss -= float(logp[range(len(ids) - 1), ids[1:]].sum())
+                for level, tally in tallies.items():
+                    runtime.set_level(level, sizes[level])
+                    _run(loaded, ids, logp, tally)
+    finally:
+        runtime.phase, runtime.predict = before[2:]
+        runtime.set_level(*before[:2])
+    report(len(documents), len(documents))
+    n = sum(len(ids) - 1 for ids in documents)
+    return Evaluation(math.exp(reference_loss / n), n, tuple(tallies[level].result(level) for level in tallies))
+
+
+def reference_logp(loaded: Loaded, ids: list[int]) -> Tensor:
+    """float32 [T-1, V]: log-probabilities of the best level, after each token but the last, in one forward."""
+    runtime = loaded.runtime
+    runtime.set_level(runtime.levels[0], whole_row_bytes(runtime.far.neurons, runtime.far.hidden))
+    runtime.phase = "prefill"
+    out = loaded.model(input_ids=torch.tensor([ids[:-1]], device=loaded.model.device), use_cache=False)
+    return out.logits[0].float().log_softmax(-1)
+
+
+def _run(loaded: Loaded, ids: list[int], reference: Tensor, tally: _Tally) -> None:
+    """One document, one token a step, from what the runtime was just set to."""
+    runtime = loaded.runtime
+    runtime.phase, runtime.predict = "decode", False
+    prefix, start = Prefix(loaded.model), runtime.counters()
+    for t, row in enumerate(reference):
+        logits = prefix.feed([ids[t]])
+        if logits.shape != row.shape:
+            raise UserError(f"The reference has {len(row):,} tokens in its vocabulary and this model {len(logits):,}; "
+                            "give the checkpoint that it was made from.")
+        tally.add(logits, ids[t + 1], row.to(logits.device))
+    tally.counters += runtime.counters() - start

@@ -1,1 +1,0 @@
-"""One module a verb of `python -m engine`."""

@@ -1,0 +1,1 @@
+"""The Triton twin of each kernel, for CUDA tensors."""

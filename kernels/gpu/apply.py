@@ -1,0 +1,255 @@
+"""Device version of kernels/apply.py and kernels/dense.py: two kernels, the second in neuron order.
+
+First one number per chosen neuron, gate(g, u), from its sketch row and refinement with the activation in 16-bit fixed
+point; then the down rows, weighted by those numbers, summed per expert. Neither depends on where a record lies, and the
+second one's partition depends only on the list of neurons, so hits and misses give the same bits. Long lists are split
+over several blocks whose partial sums a third kernel adds in order.
+
+Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the list of neurons, G groups along H.
+Byte counts of kernels/layout.py are words (int32) here.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import select
+from kernels.activation import Gate
+from kernels.gpu.activation import FixedPoint, fixed_point
+from kernels.gpu.gate import check_gate, gated, kind_of
+from kernels.gpu.planes import dot2, groups_at_once, scale_offset, words_of, x_words
+from kernels.layout import Layout
+
+Tensor = torch.Tensor
+
+PRODUCT_ROWS = 8         # neurons of a block of four warps
+DOWN_ROWS = 32           # neurons a block of eight warps adds at a time
+DOWN_CODES = 256         # elements of H of such a block
+RANKS_OF_BLOCK = 256     # longer lists are split
+
+DOWN_ONLY = tl.constexpr(select.DOWN_ONLY)
+REFINED = tl.constexpr(select.REFINED)
+
+
+@triton.jit
+def _locate(index, rank, token, sketches, place, records, record_place, n_ranks, n_routed, sketch16, record16,
+            NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
+            DENSE: tl.constexpr):
+    """Addresses of the sketch row and of the record of neurons `index` [R], which stand at `rank` in the list."""
+    valid = index >= 0
+    neuron = tl.where(valid, index % NEURONS, 0)
+    slot = tl.load(place + token * n_routed + index // NEURONS, mask=valid, other=0).to(tl.int64)
+    blob = sketches + slot * sketch16 * 4
+    if DENSE:
+        return blob + neuron * ROW, blob + (RECORDS_AT + neuron * RECORD)
+    at = tl.load(record_place + token * n_ranks + rank, mask=valid, other=0).to(tl.int64)
+    return blob + neuron * ROW, records + at * record16 * 4
+
+
+@triton.jit
+def _dot16(words, h0, h1, h2, h3, l0, l1, l2, l3):
+    """Words of 2-bit codes [R, G, P] times 16-bit activations -> int32 [R, G]; below 2**24 for a group of 128."""
+    return dot2(words, h0, h1, h2, h3) * 256 + dot2(words, l0, l1, l2, l3)
+
+
+@triton.jit
+def _gate_and_up(row, record, fidelity, valid, high, low, x_scale, x_sum, PLANE: tl.constexpr, GROUPS: tl.constexpr,
+                 WORDS: tl.constexpr, STEP: tl.constexpr, SCALES_AT: tl.constexpr, RECORD_SCALES_AT: tl.constexpr,
+                 REFINE_AT: tl.constexpr, ROWS: tl.constexpr):
+    """Both products of neurons at their fidelity -> float32 [R] twice. Code = 4 * sketch + refinement, or sketch."""
+    fine_gate = valid & (fidelity != DOWN_ONLY)
+    fine_up = valid & (fidelity == REFINED)
+    gate_pairs = tl.where(fine_gate, record + (RECORD_SCALES_AT + GROUPS), row + SCALES_AT)
+    up_pairs = tl.where(fine_up, record + (RECORD_SCALES_AT + 2 * GROUPS), row + (SCALES_AT + GROUPS))
+    gate_weight = tl.where(fine_gate, 4, 1)[:, None]
+    up_weight = tl.where(fine_up, 4, 1)[:, None]
+    gate = tl.zeros((ROWS, STEP), tl.float32)
+    up = tl.zeros((ROWS, STEP), tl.float32)
+    known = valid[:, None, None]
+    for first in tl.static_range(0, GROUPS, STEP):
+        group = first + tl.arange(0, STEP)
+        word = (group[:, None] * WORDS + tl.arange(0, WORDS)[None])[None]
+        h0, h1, h2, h3 = x_words(high, 0, first, STEP, WORDS)
+        l0, l1, l2, l3 = x_words(low, 0, first, STEP, WORDS)
+        scale_x = tl.load(x_scale + group)[None]
+        sum_x = tl.load(x_sum + group)[None]
+        at = row[:, None, None] + word
+        refine = record[:, None, None] + (REFINE_AT + word)
+        coarse = _dot16(tl.load(at, mask=known, other=0), h0, h1, h2, h3, l0, l1, l2, l3)
+        rest = _dot16(tl.load(refine, mask=fine_gate[:, None, None], other=0), h0, h1, h2, h3, l0, l1, l2, l3)
+        scale, offset = scale_offset(tl.load(gate_pairs[:, None] + group[None], mask=valid[:, None], other=0))
+        gate += scale * ((coarse * gate_weight + rest).to(tl.float32) * scale_x) + offset * sum_x
+        coarse = _dot16(tl.load(at + PLANE, mask=known, other=0), h0, h1, h2, h3, l0, l1, l2, l3)
+        rest = _dot16(tl.load(refine + PLANE, mask=fine_up[:, None, None], other=0), h0, h1, h2, h3, l0, l1, l2, l3)
+        scale, offset = scale_offset(tl.load(up_pairs[:, None] + group[None], mask=valid[:, None], other=0))
+        up += scale * ((coarse * up_weight + rest).to(tl.float32) * scale_x) + offset * sum_x
+    return tl.sum(gate, axis=1), tl.sum(up, axis=1)
+
+
+@triton.jit
+def _products(high, low, x_scale, x_sum, sketches, place, records, record_place, neurons, fidelity, gate_bias, up_bias,
+              products, starts, n_ranks, n_routed, sketch16, record16, alpha, limit,
+              NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
+              PLANE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
+              SCALES_AT: tl.constexpr, RECORD_SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr, KIND: tl.constexpr,
+              BIASED: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr):
+    """Grid: blocks of ranks (one more than there are), T. -> products [T, N]; starts [T, k+1]: first rank of each."""
+    token = tl.program_id(1)
+    rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = rank < n_ranks
+    if DENSE:
+        index = tl.where(there, rank, -1)
+        kind = tl.full((ROWS,), REFINED, tl.int32)
+    else:
+        index = tl.load(neurons + token * n_ranks + rank, mask=there, other=-1)
+        kind = tl.load(fidelity + token * n_ranks + rank, mask=there, other=0).to(tl.int32)
+        before = tl.load(neurons + token * n_ranks + rank - 1, mask=there & (rank > 0), other=-1)
+        last = tl.load(neurons + token * n_ranks + rank - 1, mask=(rank == n_ranks) & (rank > 0), other=-1)
+        before = tl.where(rank == n_ranks, last, before)
+        expert = tl.where(index >= 0, index // NEURONS, n_routed)
+        previous = tl.where(rank == 0, -1, tl.where(before >= 0, before // NEURONS, n_routed))
+        for e in range(n_routed + 1):
+            first = (previous < e) & (e <= expert) & (rank <= n_ranks)
+            tl.store(starts + token * (n_routed + 1) + e + tl.zeros_like(rank), rank, mask=first)
+    row, record = _locate(index, rank, token, sketches, place, records, record_place, n_ranks, n_routed, sketch16,
+                          record16, NEURONS, ROW, RECORD, RECORDS_AT, DENSE)
+    valid = index >= 0
+    gate, up = _gate_and_up(row, record, kind, valid, high + token * (4 * PLANE), low + token * (4 * PLANE),
+                            x_scale + token * GROUPS, x_sum + token * GROUPS, PLANE, GROUPS, WORDS, STEP, SCALES_AT,
+                            RECORD_SCALES_AT, REFINE_AT, ROWS)
+    if BIASED:
+        at = token * n_routed * NEURONS + index
+        gate += tl.load(gate_bias + at, mask=valid, other=0)
+        up += tl.load(up_bias + at, mask=valid, other=0)
+    tl.store(products + token * n_ranks + rank, gated(gate, up, alpha, limit, KIND), mask=there)
+
+
+@triton.jit
+def _nibble(words, SHIFT: tl.constexpr):
+    """Four-bit codes as float32, without the conversion unit, which these cards have at a quarter of the rate."""
+    return (((words >> SHIFT) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0     # 2**23 + code - 2**23
+
+
+@triton.jit
+def _down(products, starts, sketches, place, records, record_place, neurons, out, n_ranks, n_routed, sketch16,
+          record16, NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
+          GROUPS: tl.constexpr, WORDS4: tl.constexpr, STEP: tl.constexpr, RECORD_SCALES_AT: tl.constexpr,
+          SPLITS: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr):
+    """Grid: blocks of H, k*SPLITS, T. out float32 [T, k, SPLITS, H]. WORDS4: words of 4-bit codes of a group."""
+    token = tl.program_id(2)
+    routed = tl.program_id(1) // SPLITS
+    if DENSE:
+        low = routed * NEURONS
+        high = low + NEURONS
+    else:
+        low = tl.load(starts + token * (n_routed + 1) + routed)
+        high = tl.load(starts + token * (n_routed + 1) + routed + 1)
+    share = tl.cdiv(tl.cdiv(high - low, SPLITS), ROWS) * ROWS
+    begin = low + tl.program_id(1) % SPLITS * share
+    end = tl.minimum(begin + share, high)
+    group = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    word = group[:, None] * WORDS4 + tl.arange(0, WORDS4)[None]
+    # One accumulator for each of the eight codes of a word: a lane then adds what it loaded, without any exchange.
+    t0 = tl.zeros((ROWS, STEP, WORDS4), tl.float32)
+    t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
+    offsets = tl.zeros((ROWS, STEP), tl.float32)
+    for start in range(begin, end, ROWS):
+        rank = start + tl.arange(0, ROWS)
+        valid = rank < end
+        if DENSE:
+            index = tl.where(valid, rank, -1)
+        else:
+            index = tl.load(neurons + token * n_ranks + rank, mask=valid, other=-1)
+        weight = tl.load(products + token * n_ranks + rank, mask=valid, other=0)[:, None]
+        _, record = _locate(index, rank, token, sketches, place, records, record_place, n_ranks, n_routed, sketch16,
+                            record16, NEURONS, ROW, RECORD, RECORDS_AT, DENSE)
+        words = tl.load(record[:, None, None] + word[None], mask=valid[:, None, None], other=0)
+        pairs = tl.load(record[:, None] + (RECORD_SCALES_AT + group[None]), mask=valid[:, None], other=0)
+        scale, offset = scale_offset(pairs)
+        factor = (weight * scale)[:, :, None]
+        offsets += weight * offset
+        t0 += factor * _nibble(words, 0)
+        t1 += factor * _nibble(words, 8)
+        t2 += factor * _nibble(words, 16)
+        t3 += factor * _nibble(words, 24)
+        t4 += factor * _nibble(words, 4)
+        t5 += factor * _nibble(words, 12)
+        t6 += factor * _nibble(words, 20)
+        t7 += factor * _nibble(words, 28)
+    constant = tl.sum(offsets, axis=0)[:, None]
+    out += (token * n_routed * SPLITS + tl.program_id(1)) * (GROUPS * WORDS4 * 8)
+    tl.store(out + word * 8, tl.sum(t0, axis=0) + constant)
+    tl.store(out + word * 8 + 1, tl.sum(t1, axis=0) + constant)
+    tl.store(out + word * 8 + 2, tl.sum(t2, axis=0) + constant)
+    tl.store(out + word * 8 + 3, tl.sum(t3, axis=0) + constant)
+    tl.store(out + word * 8 + 4, tl.sum(t4, axis=0) + constant)
+    tl.store(out + word * 8 + 5, tl.sum(t5, axis=0) + constant)
+    tl.store(out + word * 8 + 6, tl.sum(t6, axis=0) + constant)
+    tl.store(out + word * 8 + 7, tl.sum(t7, axis=0) + constant)
+
+
+@triton.jit
+def _add_splits(partial, out, HIDDEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: blocks of H, T*k. partial [T*k, SPLITS, H] -> out [T*k, H], always in the same order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + (tl.program_id(1) * SPLITS + split) * HIDDEN + at)
+    tl.store(out + tl.program_id(1) * HIDDEN + at, total)
+
+
+def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
+          fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
+          up_bias: Tensor | None = None) -> Tensor:
+    """As kernels.apply.apply."""
+    assert neurons.dtype == record_place.dtype == torch.int32 and fidelity.dtype == torch.int8
+    for table in (record_place, neurons, fidelity):
+        assert table.is_contiguous() and table.shape == neurons.shape
+    assert records.dim() == 2 and records.shape[1] >= layout.record
+    return _launch(x, sketches, place, (records, record_place, neurons, fidelity), neurons.shape[1], layout, gate,
+                   gate_bias, up_bias)
+
+
+def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
+          up_bias: Tensor | None = None) -> Tensor:
+    """As kernels.dense.dense."""
+    assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
+    return _launch(x, blobs, place, None, place.shape[1] * layout.neurons, layout, gate, gate_bias, up_bias)
+
+
+def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ...] | None, n_ranks: int,
+            layout: Layout, gate: Gate, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    check_gate(gate)
+    n_tokens, n_routed = place.shape
+    assert x.shape == (n_tokens, layout.padded) and x.dtype == torch.float32, (x.shape, x.dtype)
+    assert place.dtype == torch.int32 and place.is_contiguous() and sketches.dim() == 2
+    for bias in (gate_bias, up_bias):
+        assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+    products = torch.empty(n_tokens, n_ranks, dtype=torch.float32, device=x.device)
+    starts = torch.empty(n_tokens, n_routed + 1, dtype=torch.int32, device=x.device)
+    records, record_place, neurons, fidelity = sparse or (sketches, place, place, place)
+    blob_words, record_words = words_of(sketches), words_of(records)
+    sizes = {"n_ranks": n_ranks, "n_routed": n_routed, "sketch16": sketches.stride(0) // 16,
+             "record16": records.stride(0) // 16, "NEURONS": layout.neurons, "ROW": layout.sketch_row // 4,
+             "RECORD": layout.record // 4, "RECORDS_AT": layout.sketch_bytes // 4, "GROUPS": layout.groups,
+             "RECORD_SCALES_AT": layout.record_scales_at // 4, "DENSE": sparse is None}
+    fixed: FixedPoint = fixed_point(x, layout.group)
+    _products[(triton.cdiv(n_ranks + 1, PRODUCT_ROWS), n_tokens)](
+        fixed.high.view(torch.int32), fixed.low.view(torch.int32), fixed.scale, fixed.sums, blob_words, place,
+        record_words, record_place, neurons, fidelity, products if gate_bias is None else gate_bias,
+        products if up_bias is None else up_bias, products, starts, alpha=float(gate.alpha), limit=float(gate.limit),
+        PLANE=layout.plane2 // 4, WORDS=layout.group // 16, STEP=groups_at_once(layout.groups, 2048 // layout.group),
+        SCALES_AT=layout.sketch_scales_at // 4, REFINE_AT=layout.refine_at // 4, KIND=kind_of(gate),
+        BIASED=gate_bias is not None, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
+    splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK))))
+    partial = torch.empty(n_tokens, n_routed, splits, layout.padded, dtype=torch.float32, device=x.device)
+    _down[(layout.padded // DOWN_CODES, n_routed * splits, n_tokens)](
+        products, starts, blob_words, place, record_words, record_place, neurons, partial, WORDS4=layout.group // 8,
+        STEP=DOWN_CODES // layout.group, SPLITS=splits, ROWS=DOWN_ROWS, num_warps=8, **sizes)
+    if splits == 1:
+        return partial[:, :, 0]
+    out = torch.empty(n_tokens, n_routed, layout.padded, dtype=torch.float32, device=x.device)
+    _add_splits[(layout.padded // DOWN_CODES, n_tokens * n_routed)](
+        partial, out, HIDDEN=layout.padded, SPLITS=splits, BLOCK=DOWN_CODES, num_warps=1)
+    return out

@@ -1,0 +1,308 @@
+"""Models on the disk and on their way: download, pause, cancel, delete, compress, import, and what a plan says."""
+from __future__ import annotations
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from app.library.machine_status import Surroundings
+from app.library.model_library import Shelf
+from engine import Options, UserError, calibrate_installed, demo_model
+from tests.support.loopback_hub import LoopbackHub
+from tests.support.waiting import until
+
+NAME = "tester/Tiny-Floe"
+
+
+@pytest.fixture
+def loopback(monkeypatch):
+    if not (demo_model() / "floe.json").is_file():
+        pytest.skip("the embedded model (assets/demo) has not been built")
+    with LoopbackHub() as hub:
+        hub.add_folder(NAME, demo_model())
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """A shelf whose open model is noted, not opened."""
+    opened = SimpleNamespace(folder=demo_model(), state="ready", options=Options(device="cpu"), asked=None)
+
+    def open_it(folder, level, context):
+        opened.folder, opened.asked = folder, (level, context)
+    opened.open = open_it
+    shelf = Shelf(opened, Surroundings(tmp_path, "cpu"))
+    yield shelf
+    shelf.close()
+
+
+def on_disk(shelf):
+    return {model["name"]: model for model in shelf.shown()["disk"]}
+
+
+def works(shelf):
+    return {work["name"]: work for work in shelf.works.shown()}
+
+
+def test_a_model_is_fetched_opened_and_deleted(loopback, shelf):
+    shelf.fetch(NAME)
+    until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
+    assert shelf.works.finished == [{"name": "Tiny-Floe", "kind": "download"}]
+    assert on_disk(shelf)["demo"]["open"]
+    shelf.open("Tiny-Floe")
+    assert on_disk(shelf)["Tiny-Floe"]["open"] and not on_disk(shelf)["demo"]["open"]
+    with pytest.raises(UserError, match="is open"):
+        shelf.remove("Tiny-Floe")
+    shelf.open("demo")
+    assert shelf.shown()["used_bytes"] == on_disk(shelf)["Tiny-Floe"]["bytes"] > 10_000_000
+    assert shelf.remove("Tiny-Floe") > 10_000_000
+    assert list(on_disk(shelf)) == ["demo"] and shelf.shown()["used_bytes"] == 0
+
+
+def test_a_paused_download_goes_on_where_it_was(loopback, shelf):
+    loopback.pause = 0.02
+    shelf.fetch(NAME)
+    until(lambda: works(shelf) and works(shelf)["Tiny-Floe"]["done"] > 500_000)
+    with pytest.raises(UserError, match="already"):
+        shelf.fetch(NAME)
+    shelf.pause("Tiny-Floe")
+    assert works(shelf)["Tiny-Floe"]["state"] == "paused"
+    assert 0 < on_disk(shelf)["Tiny-Floe"]["share"] < 1
+    loopback.pause = 0.0
+    assert shelf.works.go_on("Tiny-Floe")
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
+    assert sum(loopback.served.values()) < 1.3 * on_disk(shelf)["Tiny-Floe"]["bytes"]  # nothing came twice
+
+
+def test_a_cancelled_download_leaves_nothing(loopback, shelf, tmp_path):
+    loopback.pause = 0.02
+    shelf.fetch(NAME)
+    until(lambda: works(shelf) and works(shelf)["Tiny-Floe"]["done"] > 500_000)
+    assert shelf.cancel("Tiny-Floe") > 500_000
+    assert works(shelf) == {} and list(on_disk(shelf)) == ["demo"]
+    assert not any(path.is_dir() for path in (tmp_path / "models").iterdir())
+    loopback.pause = 0.0
+    shelf.fetch(NAME)  # and it can be begun again
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
+
+
+def test_cancelling_never_deletes_a_model_that_is_whole(loopback, shelf):
+    shelf.fetch(NAME)
+    until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
+    assert shelf.cancel("Tiny-Floe") == 0 and "Tiny-Floe" in on_disk(shelf)
+
+
+def test_what_cannot_be_fetched_is_said(loopback, shelf):
+    shelf.fetch("tester/nothing")
+    until(lambda: works(shelf)["nothing"]["state"] == "failed")
+    assert works(shelf)["nothing"]["text"].endswith(".")
+    with pytest.raises(UserError):
+        shelf.open("nothing")
+    shelf.cancel("nothing")
+    assert works(shelf) == {}
+
+
+def test_every_model_of_the_catalogue_has_a_verdict_for_this_machine(shelf):
+    offers = shelf.shown()["offers"]
+    assert offers and {offer["verdict"] for offer in offers} <= {"fits", "slow", "no"}
+    assert all(offer["text"] and offer["download_bytes"] > 1e9 for offer in offers)
+    order = ["fits", "slow", "no"]
+    assert [order.index(offer["verdict"]) for offer in offers] == sorted(order.index(o["verdict"]) for o in offers)
+
+
+def test_the_plan_follows_level_and_context(shelf):
+    name = shelf.shown()["offers"][0]["name"]
+    for model in ("demo", name):
+        free = shelf.plan(model)
+        assert free["text"] and free["levels"] and free["context"] <= free["longest"]
+        for level in ("exact", "fast"):
+            chosen = shelf.plan(model, level, 512)
+            assert chosen["level"] == level and "512 tokens" in chosen["text"]
+    beyond = shelf.plan("demo", None, 4096)
+    assert beyond["verdict"] == "no" and "at most 1,024 tokens" in beyond["text"]
+    with pytest.raises(UserError):
+        shelf.plan("tester/elsewhere")  # never asks the network
+
+
+def test_a_model_is_opened_at_the_chosen_level_and_context(shelf):
+    shelf.open("demo", "fast", 512)
+    assert shelf._opened.asked == ("fast", 512)
+    shelf.open("demo")
+    assert shelf._opened.asked == (shelf.plan("demo")["level"], None)
+    with pytest.raises(UserError, match="at most"):
+        shelf.open("demo", None, 5000)
+    assert shelf._opened.asked[1] is None  # nothing was closed for it
+
+
+def test_the_folder_is_shown_by_the_computers_file_manager(shelf, tmp_path, monkeypatch):
+    manager, seen = tmp_path / "bin" / "xdg-open", tmp_path / "seen"
+    manager.parent.mkdir()
+    manager.write_text(f'#!/bin/sh\nprintf %s "$1" > {seen}.part && mv {seen}.part {seen}\n')
+    manager.chmod(0o755)
+    monkeypatch.setattr("app.library.model_library.sys.platform", "linux")
+    monkeypatch.setenv("PATH", f"{manager.parent}{os.pathsep}{os.environ['PATH']}")
+    assert shelf.show_folder("demo") == str(demo_model())
+    until(seen.exists)
+    assert seen.read_text() == str(demo_model())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="the folder is"):
+        shelf.show_folder("demo")
+
+
+def test_where_models_are_kept_is_said_without_the_name_of_the_home_folder(shelf, tmp_path, monkeypatch):
+    assert shelf.shown()["folder"] == str(tmp_path / "models")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert shelf.shown()["folder"] == os.path.join("~", "models")
+
+
+def test_new_models_go_to_the_chosen_folder_and_old_ones_go_on(loopback, shelf, tmp_path):
+    shelf.fetch(NAME)
+    until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
+    disk = tmp_path / "other disk"
+    assert shelf.keep_in(str(disk)) == shelf.shown()["folder"] == str(disk)
+    shelf.fetch(NAME)  # is there already, in the old folder
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["folder"] == str(tmp_path / "models" / "Tiny-Floe") and not list(disk.iterdir())
+    assert shelf.remove("Tiny-Floe") > 10_000_000
+    loopback.pause = 0.02
+    shelf.fetch(NAME)
+    until(lambda: works(shelf) and works(shelf)["Tiny-Floe"]["done"] > 500_000)
+    shelf.pause("Tiny-Floe")
+    shelf.keep_in("")  # what has been begun there is finished there
+    loopback.pause = 0.0
+    assert shelf.works.go_on("Tiny-Floe")
+    until(lambda: not works(shelf))
+    assert on_disk(shelf)["Tiny-Floe"]["folder"] == str(disk / "Tiny-Floe")
+    assert shelf.plan("Tiny-Floe")["levels"]
+    assert shelf.suggest(str(disk), "folder") == [str(disk) + os.sep]
+    shelf.keep_in(str(disk))
+    shutil.move(disk, tmp_path / "away")
+    assert list(on_disk(shelf)) == ["demo"] and shelf.shown()["free_bytes"] is None
+    shelf.fetch(NAME)
+    until(lambda: works(shelf)["Tiny-Floe"]["state"] == "failed")
+    assert "connect its disk" in works(shelf)["Tiny-Floe"]["text"]
+
+
+def test_typing_a_path_brings_folders_and_gguf_files(shelf, tmp_path):
+    (tmp_path / "models of mine").mkdir()
+    for name in ("model.gguf", "model.txt", ".hidden.gguf"):
+        (tmp_path / name).touch()
+    found = [path.removeprefix(str(tmp_path) + os.sep) for path in shelf.suggest(f"{tmp_path}/mod")]
+    assert found == ["model.gguf", "models of mine" + os.sep]
+    assert shelf.suggest(f"{tmp_path}/model.", "text") == [str(tmp_path / "model.txt")]
+    assert shelf.suggest(f"{tmp_path}/nothing/here") == []
+
+
+@pytest.mark.parametrize("file", ["", "model.gguf", "/nowhere/model.gguf", "/etc/hostname"])
+def test_a_path_that_is_no_gguf_file_is_refused(shelf, file):
+    with pytest.raises(UserError, match="no GGUF file"):
+        shelf.bring_in(file)
+
+
+def test_a_checkpoint_is_compressed_beside_itself_with_a_pause_between(shelf, tmp_path, demo_checkpoint):
+    from tests.support import small_model
+    checkpoint, _ = small_model.make(tmp_path / "made", demo_checkpoint)
+    assert list(on_disk(shelf)) == ["demo"]
+    checkpoint.rename(tmp_path / "models" / "Small")
+    assert on_disk(shelf)["Small"]["kind"] == "checkpoint"
+    shelf.compress("Small")
+    until(lambda: works(shelf).get("Small-floe", {"done": 1})["done"] or not works(shelf))
+    shelf.pause("Small-floe")
+    if works(shelf):  # two small layers: it may have been faster than the pause
+        assert works(shelf)["Small-floe"]["state"] == "paused" and works(shelf)["Small-floe"]["total"] == 3
+        shelf.works.go_on("Small-floe")
+        until(lambda: not works(shelf))
+    assert on_disk(shelf)["Small-floe"]["kind"] == "compressed"
+    shelf.compress("Small")
+    until(lambda: works(shelf)["Small-floe"]["state"] == "failed")
+    assert "there already" in works(shelf)["Small-floe"]["text"]
+
+
+@pytest.fixture
+def unmeasured(tmp_path, demo_checkpoint):
+    """A freshly compressed model called Small in the data folder, and a short text to measure it on."""
+    from tests.support import small_model
+    checkpoint, compressed = small_model.make(tmp_path / "made", demo_checkpoint)
+    (tmp_path / "models").mkdir(exist_ok=True)
+    compressed.rename(tmp_path / "models" / "Small")
+    tale = "The boat went out to sea and came back with {n} fish. " * 8
+    (tmp_path / "tales.txt").write_text("<|endoftext|>\n".join(tale.format(n=n) + "\n" for n in range(9)))
+    return tmp_path / "models" / "Small", tmp_path / "tales.txt"
+
+
+def test_levels_are_measured_and_offered_then(shelf, unmeasured):
+    folder, text = unmeasured
+    assert on_disk(shelf)["Small"]["levels"] == ["exact"] == shelf.plan("Small")["levels"]
+    shelf.measure("Small", str(text))
+    with pytest.raises(UserError, match="already"):
+        shelf.measure("Small")
+    until(lambda: not works(shelf) or works(shelf)["Small"]["state"] == "failed")
+    assert works(shelf) == {} and shelf.works.finished == [{"name": "Small", "kind": "measure"}]
+    levels = ["exact", "quality", "balanced", "fast", "floe"]
+    assert on_disk(shelf)["Small"]["levels"] == levels and shelf.plan("Small")["levels"] == levels
+    assert shelf.plan("Small", "fast")["level"] == "fast"
+
+
+def test_measuring_that_is_stopped_has_changed_nothing_and_begins_anew(shelf, unmeasured):
+    folder, _ = unmeasured
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shelf.measure("Small")  # on our own text: long enough to be stopped
+    for _ in range(2):
+        until(lambda: works(shelf)["Small"]["done"] > 0 and works(shelf)["Small"]["left"])
+        assert works(shelf)["Small"]["done"] < works(shelf)["Small"]["total"]
+        shelf.pause("Small")
+        assert works(shelf)["Small"]["state"] == "paused"
+        assert shelf.works.go_on("Small")
+    assert shelf.cancel("Small") == 0 and works(shelf) == {}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_tokens_that_measuring_reads_are_no_more_than_was_said(unmeasured, tmp_path):
+    seen = []
+    calibrate_installed("Small", tmp_path, unmeasured[1], "cpu", seen.append)
+    done = [progress.done_bytes for progress in seen]
+    most = {progress.total_bytes for progress in seen[1:]}
+    assert len(most) == 1 and done == sorted(done) and most.pop() / 4 < done[-1] <= seen[-1].total_bytes
+    assert any("balanced" in progress.text for progress in seen)
+
+
+@pytest.mark.parametrize("text", ["tales.txt", "/nowhere/tales.txt", "/etc/hostname"])
+def test_what_levels_are_measured_on_must_be_a_text_file(shelf, unmeasured, text):
+    with pytest.raises(UserError, match="no text file"):
+        shelf.measure("Small", text)
+    with pytest.raises(UserError, match="no model"):
+        shelf.measure("Large")
+    assert works(shelf) == {}
+
+
+def test_a_text_that_is_too_short_is_said(shelf, unmeasured):
+    unmeasured[1].write_text("One.\n")
+    shelf.measure("Small", str(unmeasured[1]))
+    until(lambda: works(shelf)["Small"]["state"] == "failed")
+    assert "at least 3" in works(shelf)["Small"]["text"]
+
+
+def test_a_gguf_file_is_imported_and_a_cancelled_import_leaves_nothing(shelf, tmp_path):
+    pytest.importorskip("gguf")
+    import torch
+
+    from tests.support.architectures import build
+    from tests.support.gguf_files import like, write
+    torch.manual_seed(0)
+    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
+    write(tmp_path / "Tiny.gguf", "qwen3_moe", model)
+    like(tmp_path / "like", model)
+    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
+    until(lambda: not works(shelf) or works(shelf)["Tiny"]["state"] == "failed")
+    assert works(shelf) == {} and on_disk(shelf)["Tiny"]["kind"] == "compressed"
+    shelf.remove("Tiny")
+    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
+    shelf.cancel("Tiny")
+    assert works(shelf) == {} and not (tmp_path / "models" / "Tiny.partial").exists()

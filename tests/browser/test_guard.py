@@ -1,0 +1,174 @@
+"""The running program refuses everybody but its own browser, and ends with one sentence when it cannot start."""
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import pytest
+
+from app.http.start_link import StartLink
+from tests.support import browser
+
+pytestmark = pytest.mark.browser
+app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
+SECONDS = 300  # until an answer comes, on a machine that others keep busy
+
+
+def get(app, path="/", headers=()):
+    return httpx.get(app.address + path, headers=app.credentials | dict(headers), timeout=SECONDS)
+
+
+def test_the_link_opens_the_page_and_its_parts(app):
+    for path in ("/", "/stats", "/api/state", "/ui/chat.js", "/config"):
+        assert get(app, path).status_code == 200, path
+
+
+def test_the_page_is_there_only_for_this_computer(app):
+    port = int(app.address.rsplit(":", 1)[1])
+    addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    for address in [a for a in addresses if not a.startswith("127.")]:
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=2)
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"host": "evil.example"}, 421), ({"host": "evil.example:80", "origin": "http://evil.example"}, 421),
+    ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403), ({"sec-fetch-site": "cross-site"}, 403)])
+def test_foreign_pages_are_refused_with_the_cookie_too(app, headers, status):
+    for path in ("/", "/config", "/stats", "/gradio_api/upload", "/api/state"):
+        reply = get(app, path, headers=headers)
+        assert reply.status_code == status and "access-control-allow-origin" not in reply.headers
+
+
+def test_without_the_token_there_is_nothing_and_no_file_is_written(app):
+    for path in ("/", "/config", "/stats", "/events", "/api/state", "/ui/chat.js", "/api/export"):
+        assert httpx.get(app.address + path, timeout=SECONDS).status_code == 401, path
+    uploads = app.data / "cache" / "gradio"
+    before = sorted(uploads.rglob("*"))
+    reply = httpx.post(app.address + "/gradio_api/upload", files={"files": ("x.txt", b"x" * 1000)}, timeout=SECONDS)
+    assert reply.status_code == 401 and sorted(uploads.rglob("*")) == before and not list(app.data.rglob("x.txt"))
+
+
+@pytest.mark.parametrize("path", [
+    "/ui/../server.py", "/ui/..%2f..%2fapp/server.py", "/ui/%2e%2e/%2e%2e/pyproject.toml", "/ui//etc/passwd",
+    "/gradio_api/file=pyproject.toml", "/file=/etc/passwd", "/static//etc/passwd", "/static/../../../etc/passwd",
+    "/gradio_api/file=C:/windows/win.ini", "/gradio_api/proxy=http://127.0.0.1:1/", "/monitoring",
+    "/gradio_api/file=/etc/passwd",
+    "/assets/..%5c..%5cpyproject.toml", "/svelte/../../app.py"])
+def test_no_path_leads_to_a_file_of_the_computer(app, path):
+    port = int(app.address.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as raw:  # a client would tidy the path up
+        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close",
+                 *(f"{name}: {value}" for name, value in app.credentials.items()), "", ""]
+        raw.sendall("\r\n".join(lines).encode())
+        reply = b"".join(iter(lambda: raw.recv(65536), b""))
+    status = int(reply.split(b" ", 2)[1])
+    assert status in (400, 403, 404, 405, 422), (status, path)
+    assert b"root:" not in reply and b"[project]" not in reply
+
+
+class Thief(BaseHTTPRequestHandler):
+    """Another server of this computer: keeps what the browser sends, and sets cookies as programs do."""
+
+    def do_GET(self):
+        self.server.seen.append(dict(self.headers))
+        self.send_response(200)
+        for cookie in ('state={"a": [1, "b c"]}', "list=[1] (x) @", f"floechat_{self.server.other}=mine; Path=/x"):
+            self.send_header("set-cookie", cookie)
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>other</title>")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def thief(app) -> Iterator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), Thief)
+    server.seen, server.other = [], app.address.rsplit(":", 1)[1]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_another_port_learns_nothing_that_opens_a_conversation(app, page, thief):
+    """It is sent the cookie by the browser, and gets the bare page with it; its cookies harm nobody."""
+    browser.bring(page, "The secret garden", [{"role": "user", "text": "Where is the key?"}])
+    other = page.context.new_page()
+    other.goto(f"http://127.0.0.1:{thief.server_port}/")
+    stolen = {name: value for name, value in thief.seen[0].items() if name.lower() not in ("host", "connection")}
+    assert "floechat_" in stolen["Cookie"] and "x-floe-key" not in map(str.lower, stolen)
+    assert other.evaluate("localStorage.getItem('floe-key')") is None
+    for path in ("/api/state", "/api/export", "/events", "/stats", "/config", "/api/conversations/1"):
+        reply = httpx.get(app.address + path, headers=stolen, timeout=SECONDS)
+        assert reply.status_code == 401, path
+    bare = httpx.get(app.address + "/", headers=stolen, timeout=SECONDS)
+    assert bare.status_code == 200 and "secret garden" not in bare.text
+    assert app.credentials["x-floe-key"] not in bare.text
+    page.reload()
+    browser.ask(page, "Hello!")
+
+
+def test_a_reload_and_a_second_tab_go_on_and_the_address_has_no_link_in_it(app, page):
+    assert page.url.startswith(app.address + "/") and "?" not in page.url
+    page.reload()
+    browser.wait_ready(page)
+    second = page.context.new_page()
+    second.goto(app.address)
+    browser.wait_ready(second)
+    browser.ask(second, "Hello!")
+    second.goto(app.link)  # a new one, and then a used one: it is in already
+    browser.wait_ready(second)
+    second.goto(f"{app.address}/?t=used")
+    browser.wait_ready(second)
+    assert second.url == app.address + "/"
+
+
+def test_a_page_that_stayed_open_goes_on_when_the_program_was_started_anew(chromium, tmp_path):
+    context = chromium.new_context()
+    with browser.running(tmp_path) as first:
+        page = context.new_page()
+        page.set_default_timeout(browser.PATIENCE_MS)
+        page.goto(first.link)
+        browser.wait_ready(page)
+    with browser.running(tmp_path, "--port", first.address.rsplit(":", 1)[1]) as again:
+        page.wait_for_selector("#floe-notice:has-text('newest link')")
+        other = context.new_page()
+        other.set_default_timeout(browser.PATIENCE_MS)
+        other.goto(again.link)
+        browser.wait_ready(other)
+        browser.ask(page, "Hello!")  # the old one
+        browser.ask(other, "Hello again!")
+    context.close()
+
+
+def test_the_file_that_the_browser_is_started_with_opens_the_page(app, chromium, tmp_path):
+    link = StartLink(tmp_path, browser=False)
+    link._write(app.link)
+    page = chromium.new_context().new_page()
+    page.set_default_timeout(browser.PATIENCE_MS)
+    page.goto(link.file.as_uri())
+    browser.wait_ready(page)
+    page.context.close()
+
+
+def test_a_port_in_use_is_said_in_one_sentence(app, tmp_path):
+    port = app.address.rsplit(":", 1)[1]
+    done = subprocess.run([sys.executable, "-m", "app", "--no-browser", "--port", port, "--data", str(tmp_path)],
+                          cwd=browser.REPOSITORY, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and f"Port {port} is in use" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_that_is_written_is_in_the_data_folder(app):
+    names = {path.relative_to(app.data).parts[0] for path in app.data.iterdir()}
+    assert names <= {"models", "logs", "cache", "chats.db", "chats.db-wal", "chats.db-shm", "program.log"}

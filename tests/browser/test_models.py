@@ -1,0 +1,336 @@
+"""The models page and the first run in the browser: what suits this machine, downloads from a loopback Hub, level and
+context with the plan's words, import of a GGUF file, the graphics card as a stand-in driver shows it."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+
+import pytest
+
+from engine import demo_model
+from engine.library import catalogue
+from tests.support import browser, fake_driver
+from tests.support.browser import ask, expect, state, stats, until
+from tests.support.loopback_hub import LoopbackHub
+
+pytestmark = pytest.mark.browser
+chromium, context, page = browser.chromium, browser.context, browser.page
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub in place of the public one; every repository of the catalogue is the embedded model."""
+    if not (demo_model() / "floe.json").is_file():
+        pytest.skip("the embedded model (assets/demo) has not been built")
+    with LoopbackHub() as hub:
+        for name in ("tester/Second-Floe", *(entry.repository for entry in catalogue.entries().values())):
+            hub.add_folder(name, demo_model())
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def app(hub, tmp_path_factory):
+    """The program with that Hub, a card that a stand-in driver shows, and a file manager that notes folders."""
+    tools = tmp_path_factory.mktemp("tools")
+    manager = tools / "xdg-open"
+    manager.write_text(f'#!/bin/sh\nprintf %s "$1" > {tools}/part && mv {tools}/part {tools}/opened\n')
+    manager.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        patch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("LD_LIBRARY_PATH", str(fake_driver.build(tools)))
+        patch.setenv("FAKE_NVML_CARDS", fake_driver.RTX_3060)
+        patch.setenv("FAKE_NVML_LINK", "12000000,250")
+        with browser.running(tmp_path_factory.mktemp("data")) as app:
+            app.tools = tools
+            yield app
+
+
+@pytest.fixture
+def newcomer(app, context):
+    """The page as it is at the very first start."""
+    page = context.new_page()
+    page.set_default_timeout(browser.PATIENCE_MS)
+    page.goto(app.link)
+    browser.wait_ready(page)
+    return page
+
+
+def models_tab(page) -> None:
+    page.get_by_role("tab", name="Models").click()
+    page.wait_for_selector("#offers li .verdict")
+
+
+def row(page, name: str):
+    return page.locator(f"#disk li[data-name='{name}']")
+
+
+def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_chats(hub, newcomer):
+    page = newcomer
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator(".aim")).to_have_count(4)
+    page.click(".aim[data-aim=coding]")
+    offers = page.locator(".fits li")
+    expect(offers).to_have_text([re.compile(r"(fits|slow)[\s\S]*tokens/s here")] * 3)
+    page.get_by_role("button", name="Another wish").click()
+    page.click(".aim[data-aim=fast]")
+    page.wait_for_selector(".fits li")
+    hub.pause = 0.2  # it is under way until the demonstration has answered
+    name = offers.first.get_attribute("data-name")
+    offers.first.get_by_role("button", name="Download").click()
+    page.wait_for_selector(f"#works .work:has-text('{name}')")
+    page.wait_for_selector("#welcome", state="hidden")
+    expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()  # the demonstration, meanwhile
+    assert [work["name"] for work in state(page)["works"]] == [name]
+    hub.pause = 0.0
+    page.wait_for_selector(f".notice:has-text('{name} is ready')")
+    page.reload()
+    browser.wait_ready(page)
+    page.wait_for_selector(".message.user")
+    expect(page.locator("#welcome")).to_be_hidden()  # remembered
+    models_tab(page)
+    page.click("#find-model")
+    page.wait_for_selector(".aim[data-aim=long]")
+    page.click("#welcome-skip")
+    page.wait_for_selector(".message.user")
+
+
+def test_a_model_is_downloaded_opened_and_deleted(page):
+    models_tab(page)
+    expect(page.locator("#offers li")).to_have_count(len(catalogue.entries()))
+    page.fill("#hub-id", "tester/Second-Floe")
+    page.locator(".hub-id button").first.click()
+    second = row(page, "Second-Floe")
+    second.get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "Second-Floe")
+    browser.wait_ready(page)
+    expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()
+    titles_by_the_model(page)
+    models_tab(page)
+    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "demo")
+    expect(page.locator("#disk-use")).to_have_text(re.compile(r"^[1-9][\d.]* MB used by models"))
+    page.on("dialog", lambda dialog: dialog.accept())
+    second.get_by_role("button", name="Delete").click()
+    second.wait_for(state="detached")
+
+
+def titles_by_the_model(page) -> None:
+    """It writes one after the first answer, if it may."""
+    question = "What is the capital of France?"  # to which the small model finds what can be taken for a title
+    page.get_by_role("tab", name="Engine").click()
+    box, title = page.get_by_label("Let the model write titles"), page.locator(".conversations .current .title")
+    colours = set()
+    for wished in (False, True):
+        box.set_checked(wished)
+        page.keyboard.press("Tab")  # a focused one has other colours
+        colours.add(box.evaluate("box => getComputedStyle(box).backgroundColor"))
+        page.evaluate("""async () => {
+          const document = {format: 'floechat-conversations', version: 1, conversations: [
+            {title: '', leaf: null, settings: {temperature: 0}, messages: []}]};
+          const made = await (await fetch('/api/import', {method: 'POST', body: JSON.stringify(document),
+            headers: {'content-type': 'text/plain'}})).json();
+          location.hash = `c${made[0].id}`;
+        }""")
+        ask(page, question)
+        if wished:
+            expect(title).to_have_text(re.compile("^(?!What is).+"))
+            expect(page.locator("h1")).to_have_text(title.text_content())
+    assert len(colours) == 2, "a person sees whether it is set"
+    expect(page.locator(".conversations .title", has_text=question)).to_have_count(1)
+    page.reload()
+    browser.wait_ready(page)
+    expect(box).to_be_checked()
+
+
+def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
+    models_tab(page)
+    hub.pause = 0.05
+    page.fill("#hub-id", "tester/Second-Floe")
+    page.locator(".hub-id button").first.click()
+    work = page.locator("#model-works li[data-name='Second-Floe']")
+    expect(work.locator("p")).to_contain_text(" of ")
+    work.get_by_role("button", name="Pause").click()
+    work.get_by_role("button", name="Go on").wait_for()
+    expect(work).to_contain_text("paused")
+    work.get_by_role("button", name="Go on").click()
+    work.get_by_role("button", name="Pause").wait_for()
+    answers = [False, True]
+    page.on("dialog", lambda dialog: dialog.accept() if answers.pop(0) else dialog.dismiss())
+    work.get_by_role("button", name="Cancel").click()
+    expect(work).to_be_visible()  # asked, and not yet
+    work.get_by_role("button", name="Cancel").click()
+    work.wait_for(state="detached")
+    hub.pause = 0.0
+    page.wait_for_selector(".notice:has-text('deleted')")
+    row(page, "Second-Floe").wait_for(state="detached")
+
+
+def test_level_and_context_change_the_plans_words_and_are_opened_with(page):
+    models_tab(page)
+    demo = row(page, "demo")
+    demo.locator("summary").click()
+    plan = demo.locator("pre.plan")
+    expect(plan).to_contain_text("1,024 tokens")
+    demo.locator("select").select_option("fast")
+    expect(plan).to_contain_text("at level fast")
+    demo.locator("input[type=range]").fill("0")
+    expect(plan).to_contain_text("context of 512 tokens")
+    demo.locator("input[type=number]").fill("4096")
+    expect(plan).to_contain_text("at most 1,024 tokens")
+    demo.locator("input[type=number]").fill("640")
+    expect(plan).to_contain_text("context of 640 tokens")
+    expect(plan).to_have_attribute("data-verdict", re.compile("fits|slow"))
+    demo.get_by_role("button", name="Open with these").click()
+    until(page, lambda: (stats(page).get("level"), stats(page).get("context")) == ("fast", 640))
+    browser.wait_ready(page)
+    expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
+    expect(page.locator("#context-meter")).to_contain_text("of 640 tokens")
+
+
+def test_opening_a_model_shows_its_steps_and_the_time_left(page):
+    page.evaluate("""() => {
+      window.steps = new Set();
+      new MutationObserver(() => {
+        for (const step of document.querySelectorAll('.banner .steps li')) window.steps.add(step.textContent);
+        const clock = document.querySelector('.banner .clock')?.textContent;
+        if (clock) window.steps.add(clock.replace(/\\d+/, 'N'));
+      }).observe(document.querySelector('.banner'), {childList: true, subtree: true, characterData: true});
+    }""")
+    models_tab(page)
+    for _ in range(5):  # a model this small may be open before the page has looked twice
+        row(page, "demo").locator("summary").click()
+        row(page, "demo").get_by_role("button", name="Open with these").click()
+        until(page, lambda: state(page)["model"]["opened"] is not None)
+        browser.wait_ready(page)
+        seen = set(page.evaluate("[...window.steps]"))
+        if len(seen) > 1:
+            break
+    steps = state(page)["model"]["opened"]
+    assert {"Reading the tokenizer", "Reading the weights", "Preparing near memory"} <= set(steps)
+    assert seen & set(steps) and "about N s left" in seen, seen  # it was opened before: how long it takes is known
+
+
+def test_the_folder_of_a_model_opens_in_the_file_manager(app, page):
+    models_tab(page)
+    row(page, "demo").get_by_role("button", name="Open folder").click()
+    until(page, (app.tools / "opened").exists)
+    assert (app.tools / "opened").read_text() == str(demo_model())
+
+
+def test_new_models_are_kept_in_another_folder(page, tmp_path):
+    models_tab(page)
+    page.locator("summary", has_text="Keep models in another folder").click()
+    path, button = page.get_by_label("Folder of this computer"), page.get_by_role("button", name="Keep them there")
+    path.fill(str(tmp_path))
+    button.click()
+    page.wait_for_selector(f".notice:has-text('New models are kept in {tmp_path}')")
+    expect(page.locator("#disk-use")).to_contain_text(str(tmp_path))
+    page.fill("#hub-id", "tester/Second-Floe")
+    page.locator(".hub-id button").first.click()
+    row(page, "Second-Floe").get_by_role("button", name="Open", exact=True).wait_for()  # a part has none
+    assert (tmp_path / "Second-Floe" / "floe.json").is_file()
+    page.on("dialog", lambda dialog: dialog.accept())
+    row(page, "Second-Floe").get_by_role("button", name="Delete").click()
+    row(page, "Second-Floe").wait_for(state="detached")
+    page.locator("summary", has_text="Keep models in another folder").click()
+    path.fill("")
+    button.click()
+    expect(page.locator("#disk-use")).not_to_contain_text(str(tmp_path))
+
+
+def test_the_aim_narrows_the_catalogue_to_three(page):
+    models_tab(page)
+    page.get_by_label("What is it for?").select_option("coding")
+    best = [name for name, entry in catalogue.entries().items() if "coding" in entry.good_for]
+    expect(page.locator("#offers li")).to_have_count(min(3, len(best)))
+    shown = page.eval_on_selector_all("#offers li", "all => all.map(row => row.dataset.name)")
+    assert set(shown) <= set(best) and shown
+
+
+def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
+    pytest.importorskip("gguf")
+    import torch
+
+    from tests.support.architectures import build
+    from tests.support.gguf_files import like, write
+    torch.manual_seed(0)
+    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
+    write(tmp_path / "Tiny-Boat.gguf", "qwen3_moe", model)
+    like(tmp_path / "original", model)
+    shutil.copy(demo_model() / "chat_template.jinja", tmp_path / "original")
+    models_tab(page)
+    page.fill("#gguf-path", str(tmp_path / "Tiny"))
+    expect(page.locator("#gguf-path-files option")).to_have_attribute("value", str(tmp_path / "Tiny-Boat.gguf"))
+    page.fill("#gguf-path", page.locator("#gguf-path-files option").get_attribute("value"))
+    page.fill("#gguf-like", str(tmp_path / "original"))
+    page.click("#gguf-import")
+    made = row(page, "Tiny-Boat")
+    made.get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "Tiny-Boat")
+    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "demo")
+
+
+def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, page, tmp_path):
+    from tests.support import small_model
+    checkpoint, _ = small_model.make(tmp_path, demo_model())
+    with (checkpoint / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write("{% if enable_thinking and reasoning_effort %}{% endif %}")  # the demonstration has neither
+    shutil.move(checkpoint, app.data / "models" / "Little")
+    text = tmp_path / "tales.txt"
+    text.write_text("<|endoftext|>\n".join(f"The boat came back with {n} fish.\n" * 8 for n in range(9)))
+    page.on("dialog", lambda dialog: dialog.accept())
+    models_tab(page)
+    row(page, "Little").get_by_role("button", name="Compress").click()
+    made = page.locator(".notice", has_text="Little-floe is ready at level exact")
+    expect(made.get_by_role("button")).to_have_count(3)  # open, measure, hide
+    made.get_by_role("button", name="Open").click()
+    until(page, lambda: stats(page).get("model") == "Little-floe")
+    browser.wait_ready(page)
+    page.get_by_role("tab", name="Engine").click()
+    expect(page.locator("#level")).to_contain_text("have not been measured yet")
+    models_tab(page)
+    little = row(page, "Little-floe")
+    little.locator("summary", has_text="Measure levels").click()
+    little.get_by_role("button", name="Measure levels").click()  # on our own text
+    work = page.locator("#model-works li[data-name='Little-floe']")
+    expect(work.locator("p")).to_contain_text("at most")
+    work.get_by_role("button", name="Pause").click()
+    expect(work).to_contain_text("is kept for going on")
+    work.get_by_role("button", name="Cancel").click()
+    work.wait_for(state="detached")
+    little.get_by_label("Text file to measure on").fill(str(tmp_path / "tales"))
+    expect(little.locator("datalist option")).to_have_attribute("value", str(text))
+    little.get_by_label("Text file to measure on").fill(str(text))
+    little.get_by_role("button", name="Measure levels").click()
+    page.wait_for_selector("#works .work:has-text('Little-floe')")  # above the conversation, too
+    measured = page.locator(".notice", has_text="The levels of Little-floe are measured")
+    expect(little.locator("summary", has_text="Measure levels")).to_have_count(0)
+    measured.get_by_role("button", name="Open").click()
+    until(page, lambda: "fast" in state(page)["model"].get("levels", {}))
+    page.get_by_role("tab", name="Engine").click()
+    expect(page.locator("#level")).to_contain_text("Lower levels are faster")
+    page.click("#level input")
+    expect(page.locator("#level [role=option]")).to_contain_text(["exact", "quality", "balanced", "fast", "floe"])
+    page.locator("#level [role=option]", has_text="fast").click()
+    until(page, lambda: stats(page)["level"] == "fast")
+    expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
+    page.get_by_role("tab", name="This chat").click()
+    for wish in ("Thinking", "Effort"):
+        expect(page.get_by_label(wish, exact=True)).to_be_visible()
+    page.click("#model-chip")  # what is open, and the way to the models
+    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    until(page, lambda: stats(page).get("model") == "demo")
+    expect(page.locator("#model-chip")).to_contain_text("Demonstration")
+    page.get_by_role("tab", name="This chat").click()
+    for wish in ("Thinking", "Effort"):
+        expect(page.get_by_label(wish, exact=True)).to_have_count(0)
+
+
+def test_the_card_counts_beside_the_engine(page):
+    expect(page.locator("#card-link")).to_contain_text("12.0 GB/s to the card, 250.0 kB/s from it")
+    page.wait_for_selector(".link polyline.card", state="attached")
+    expect(page.locator(".memory .bar-row", has_text="video memory")).to_contain_text("406.8 MB / 12.9 GB")
+    assert stats(page)["card"]["name"].endswith("RTX 3060")

@@ -1,0 +1,165 @@
+"""The page itself: readable for everybody, usable on a phone, light with 400 messages, there within seconds."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests import bench_page import busy_share, long_conversation
+
+from tests.support import browser
+from tests.support.browser import STOP_AT, ask, bring, expect, settled, wait_ready
+
+pytestmark = pytest.mark.browser
+app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
+
+
+def violations(page) -> list[str]:
+    """What axe-core calls critical or serious, with the element."""
+    package = pytest.importorskip("axe_playwright_python")
+    source = next(Path(package.__file__).parent.rglob("axe.min.js")).read_text()
+    page.evaluate(source + ";0")
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [f"{v['id']}: {node['html'][:120]}" for v in found if v["impact"] in ("critical", "serious")
+            for node in v["nodes"]]
+
+
+def test_nobody_is_shut_out(page):
+    page.emulate_media(reduced_motion="reduce")  # no colour is measured half way to another
+    assert violations(page) == []
+    ask(page, "Hello!")
+    page.locator(".message.user").hover()
+    for dark in (False, True):
+        page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
+        for tab, there in (("This chat", "#reset"), ("Engine", "#heat path"), ("Models", "#offers li .verdict")):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_selector(there)
+            if tab == "Models":
+                page.locator("#disk summary").first.click()
+                expect(page.locator("#disk pre.plan").first).not_to_be_empty()
+            assert violations(page) == [], (dark, tab)
+        page.click("#find-model")
+        page.wait_for_selector(".aim")
+        assert violations(page) == [], (dark, "first run")
+        page.click(".aim[data-aim=best]")
+        page.wait_for_selector(".fits li")
+        assert violations(page) == [], (dark, "three fits")
+        page.click("#welcome-skip")
+    page.locator(".message.user").get_by_role("button", name="Edit").click()
+    page.wait_for_selector(".editing textarea")
+    page.locator(".conversations summary").first.click()
+    page.wait_for_selector(".menu-items")
+    assert violations(page) == []
+
+
+def test_every_control_has_a_name(page):
+    ask(page, "Hello!")
+    nameless = page.eval_on_selector_all(
+        "button, a[href], input:not([type=hidden]), textarea, summary",
+        """all => all.filter(e => e.offsetParent && !(e.textContent.trim() || e.getAttribute('aria-label') || e.title
+             || e.labels?.length || e.getAttribute('aria-labelledby'))).map(e => e.outerHTML.slice(0, 120))""")
+    assert nameless == []
+
+
+def test_a_phone_is_wide_enough(page):
+    page.set_viewport_size({"width": 360, "height": 740})
+    answer = ask(page, "Hello!")
+    for element in (page.locator("#message"), page.locator("#send"), answer.locator(".answer")):
+        inside(page, element)
+    expect(page.locator("#new-chat")).to_be_hidden()
+    page.get_by_role("button", name="Show or hide conversations").click()
+    page.click("#new-chat")
+    page.wait_for_selector(".hero")
+    page.get_by_role("button", name="Show or hide engine and settings").click()
+    page.locator("#speed-now").wait_for()
+    for tab, there in (("This chat", "#reset"), ("Models", "#offers li .verdict")):
+        page.get_by_role("tab", name=tab).click()
+        inside(page, page.locator(there).first)
+    page.click("#find-model")
+    page.wait_for_selector(".aim")
+    for aim in page.locator(".aim").all():
+        inside(page, aim)
+
+
+def inside(page, element) -> None:
+    """The element is shown whole between the two edges of the phone, and nothing reaches beyond them."""
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360, box
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.slow
+def test_four_hundred_messages_leave_the_page_light(page):
+    """20 updates a second of a growing answer under a long conversation: the main thread's own processor time."""
+    long_conversation(page, 400)
+    expect(page.locator(".message")).to_have_count(40)
+    assert busy_share(page, 100) < 0.5
+    expect(page.locator(".message:last-child .answer .block")).to_have_count(20)
+
+
+def test_earlier_messages_come_when_asked_for(page):
+    long_conversation(page, 100)
+    page.get_by_role("button", name="Load earlier messages").click()
+    expect(page.locator(".message")).to_have_count(80)
+    page.get_by_role("button", name="Load earlier messages").click()
+    expect(page.locator(".message")).to_have_count(100)
+    expect(page.locator(".earlier")).to_have_count(0)
+
+
+def test_markdown_code_and_math_are_shown(page):
+    long_conversation(page, 40)
+    answer = page.locator(".message.assistant").last
+    expect(answer.locator("strong")).to_have_count(3)
+    expect(answer.locator("math msup")).to_have_count(3)
+    answer.locator(".copy-code").first.click()
+    expect(answer.locator(".copy-code").first).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
+
+
+def test_thinking_is_folded_and_timed(page):
+    bring(page, "Thought", [{"role": "user", "text": "How many oars?"},
+                            {"role": "assistant", "text": "Two.", "thinking": "A boat has two sides.",
+                             "stats": {"thinking_s": 2.31}}])
+    thought = page.locator(".thought")
+    expect(thought.locator("summary")).to_have_text("Thought for 2.3 s")
+    expect(page.get_by_text("A boat has two sides.")).to_be_hidden()
+    thought.locator("summary").click()
+    expect(page.get_by_text("A boat has two sides.")).to_be_visible()
+
+
+def test_a_foreign_message_cannot_run_anything(page):
+    page.evaluate("window.harmed = false")
+    evil = "<img src=x onerror='window.harmed=true'> <script>window.harmed=true</script> $\\text{<img src=x "\
+        "onerror=window.harmed=true>}$ ![x](http://evil.example/x.png) [y](javascript:window.harmed=true)"
+    bring(page, "<img src=x onerror=window.harmed=true>",
+          [{"role": "user", "text": evil}, {"role": "assistant", "text": evil, "thinking": evil}])
+    page.locator(".thought summary").click()
+    page.fill("#search", "img")
+    page.wait_for_selector(".conversations .snippet")
+    page.wait_for_timeout(500)  # an image that fails to load would call its handler in this time
+    assert page.evaluate("window.harmed") is False
+
+
+def test_stop_and_a_reload_while_the_model_opens_are_fine(chromium, tmp_path):
+    with browser.running(tmp_path) as other:
+        context = chromium.new_context()
+        watch = browser.Watch()
+        context.on("page", watch.over)
+        page = context.new_page()
+        page.set_default_timeout(300_000)
+        page.goto(other.link)
+        page.wait_for_selector("#message")
+        page.evaluate(STOP_AT, "Waiting for the model")
+        browser.send(page, "Never mind")
+        page.wait_for_function("window.pressed")
+        expect(page.locator(".message.assistant")).to_contain_text("Stopped.")
+        browser.send(page, "Hello!")  # before the model is there: it is answered as soon as it is
+        page.wait_for_selector(".message.running")
+        page.reload()
+        wait_ready(page)
+        settled(page)
+        expect(page.locator(".message.assistant .answer").first).to_be_empty()
+        expect(page.locator(".message.assistant .answer").last).not_to_be_empty()
+        context.close()
+        watch.check()

@@ -1,0 +1,166 @@
+"""Near memory under random sequences of what the runtime may do: what is read is what was stored, within the bytes.
+
+The kernels' bookkeeping has its own machine; here it is the engine's two caches, filled from real far bytes. Tokens
+begin and end, experts and records are demanded (whole or prefix) and fetched ahead, in any order.
+"""
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from engine.experts.cache import SparseCache, WholeCache, whole_row_bytes
+from kernels.layout import Layout
+
+L, E, K, HIDDEN = 3, 4, 2, 64
+LAYOUT = Layout(HIDDEN, 3, 64)
+N = LAYOUT.neurons
+BUDGETS = [4, 5, 3]  # most records a layer may need
+SETTINGS = settings(max_examples=30, stateful_step_count=30, deadline=None,
+                    suppress_health_check=[HealthCheck.too_slow])
+FAR = torch.randint(0, 256, (L, E, LAYOUT.blob_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def consistent(pool, used: set[int]) -> None:
+    """A slot holds at most one object, an object is in at most one slot, free slots are free, used ones are near."""
+    held = {slot: item for slot, item in enumerate(pool.object_of.tolist()) if item >= 0}
+    assert len(set(held.values())) == len(held)
+    slot_of = pool.slot_of.tolist()
+    assert {item: slot for slot, item in held.items()} == {i: s for i, s in enumerate(slot_of) if s >= 0}
+    free = pool.free[:int(pool.n_free)].tolist()
+    assert len(set(free)) == len(free) and set(free) | set(held) == set(range(len(pool.object_of)))
+    assert not set(free) & set(held)
+    assert all(slot_of[item] >= 0 for item in used), "used in this token and gone"
+
+
+class Sparse(RuleBasedStateMachine):
+    """Sketches and records as levels `quality` to `floe` use them."""
+
+    @initialize(spare=st.integers(0, 40 * LAYOUT.record))
+    def start(self, spare: int) -> None:
+        smallest = K * LAYOUT.sketch_bytes + max(BUDGETS) * LAYOUT.record
+        self.limit = smallest + spare
+        self.cache = SparseCache(LAYOUT, L, E, K, BUDGETS, self.limit, "cpu")
+        self.cache.preload(self.sketches)
+        self.clock, self.sketches_used, self.records_used = 1, set(), set()
+
+    def sketches(self, layer: int) -> torch.Tensor:
+        return FAR[layer][:, None, :LAYOUT.sketch_bytes]
+
+    def records(self, layer: int) -> torch.Tensor:
+        return FAR[layer][:, LAYOUT.sketch_bytes:].unflatten(1, (N, LAYOUT.record))
+
+    @rule(layer=st.integers(0, L - 1), ids=st.permutations(range(E)), n=st.integers(1, K), ahead=st.booleans())
+    def take_sketches(self, layer: int, ids: list[int], n: int, ahead: bool) -> None:
+        ids = torch.tensor(ids[:n], dtype=torch.int32)
+        near = self.cache.sketch_pool.slot_of[ids.long() + layer * E] >= 0
+        place, fetched, needed = self.cache.take_sketches(layer, ids, self.sketches(layer), self.clock, ahead)
+        assert needed == n * LAYOUT.sketch_bytes
+        assert fetched == int((~near & (place >= 0)).sum()) * LAYOUT.sketch_bytes
+        assert ahead or (place >= 0).all()
+        assert ahead is False or (place < len(self.cache.sketch_pool.object_of)).all()
+        for e, where in zip(ids.tolist(), place.tolist(), strict=True):
+            assert where < 0 or torch.equal(self.cache.sketches[where], FAR[layer, e, :LAYOUT.sketch_bytes])
+        if not ahead:
+            found = self.cache.sketch_pool.slot_of[ids.long() + layer * E] >= 0
+            self.sketches_used |= {int(e) + layer * E for e in ids[found]}
+
+    @rule(layer=st.integers(0, L - 1), data=st.data())
+    def take_records(self, layer: int, data: st.DataObject) -> None:
+        items = data.draw(st.lists(st.integers(0, E * N - 1), min_size=1, max_size=BUDGETS[layer], unique=True))
+        need = torch.tensor([data.draw(st.sampled_from((LAYOUT.prefix, LAYOUT.record))) for _ in items]).int()
+        rows = torch.tensor(items, dtype=torch.int32)
+        pool = self.cache.record_pool
+        slots = pool.slot_of[rows.long() + layer * E * N].long()
+        held = torch.zeros(len(items), dtype=torch.int32)
+        held[slots >= 0] = pool.held[slots[slots >= 0]]
+        place, fetched, needed = self.cache.take_records(layer, rows, need, self.records(layer), self.clock)
+        assert needed == int(need.sum()) and fetched == int((need - held).clamp_min(0).sum())
+        assert len(set(place.tolist())) == len(items)
+        for item, where, n in zip(items, place.tolist(), need.tolist(), strict=True):
+            assert torch.equal(self.cache.records[where, :n], self.records(layer)[item // N, item % N, :n])
+        self.records_used |= {i + layer * E * N for i in items if int(pool.slot_of[i + layer * E * N]) >= 0}
+
+    @rule()
+    def end_token(self) -> None:
+        wasted = self.cache.end_token(self.clock)
+        assert wasted >= 0 and wasted % LAYOUT.sketch_bytes == 0
+        self.holds()  # the token that just ended keeps what it used
+        self.clock += 1
+        self.sketches_used, self.records_used = set(), set()
+
+    @invariant()
+    def holds(self) -> None:
+        cache = self.cache
+        consistent(cache.sketch_pool, self.sketches_used)
+        consistent(cache.record_pool, self.records_used)
+        arenas = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (cache.sketches, cache.records)}
+        assert sum(arenas.values()) == cache.near_bytes <= self.limit and cache.used_bytes() <= cache.near_bytes
+        pool = cache.record_pool  # everything that is near, not only what was just read
+        for slot, item in enumerate(pool.object_of.tolist()):
+            if item >= 0:
+                layer, rest, n = item // (E * N), item % (E * N), int(pool.held[slot])
+                assert torch.equal(cache.records[slot, :n], self.records(layer)[rest // N, rest % N, :n])
+
+
+class Whole(RuleBasedStateMachine):
+    """Decoded experts as levels `full` and `exact` use them; a read may fail."""
+
+    weights = torch.randn(L * E, 3, N, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+    @initialize(rows=st.integers(1, L * E + 2), rest=st.integers(0, 100))
+    def start(self, rows: int, rest: int) -> None:
+        self.limit = rows * whole_row_bytes(N, HIDDEN) + rest
+        self.cache = WholeCache(L, E, K, N, HIDDEN, self.limit, "cpu")
+        self.clock, self.used = 1, set()
+
+    def fill(self, item: int, row: int) -> None:
+        self.cache.gate_up[row] = self.weights[item, :2].flatten(0, 1)
+        self.cache.down[row] = self.weights[item, 2]
+
+    def is_there(self, item: int, row: int) -> None:
+        assert torch.equal(self.cache.gate_up[row], self.weights[item, :2].flatten(0, 1))
+        assert torch.equal(self.cache.down[row], self.weights[item, 2])
+
+    @rule(item=st.integers(0, L * E - 1), broken=st.booleans())
+    def need(self, item: int, broken: bool) -> None:
+        row = self.cache.near(item)
+        if row < 0:
+            row = self.cache.place(item, self.clock)
+            assert row >= 0
+            if broken:
+                self.cache.gate_up[row] = float("nan")
+                self.cache.forget(item)
+                assert self.cache.near(item) < 0
+                return
+            self.fill(item, row)
+        self.is_there(item, row)
+        if int(self.cache.pool.slot_of[item]) >= 0:
+            self.used.add(item)
+
+    @rule(item=st.integers(0, L * E - 1))
+    def ahead(self, item: int) -> None:
+        if int(self.cache.pool.slot_of[item]) < 0:
+            row = self.cache.place(item, self.clock, ahead=True)
+            if row >= 0:
+                self.fill(item, row)
+
+    @rule()
+    def end_token(self) -> None:
+        assert self.cache.end_token(self.clock) >= 0
+        self.holds()
+        self.clock, self.used = self.clock + 1, set()
+
+    @invariant()
+    def holds(self) -> None:
+        consistent(self.cache.pool, self.used)
+        tensors = self.cache.gate_up.untyped_storage().nbytes() + self.cache.down.untyped_storage().nbytes()
+        assert tensors == self.cache.near_bytes <= self.limit and self.cache.used_bytes() <= self.cache.near_bytes
+        for slot, item in enumerate(self.cache.pool.object_of.tolist()):
+            if item >= 0:
+                self.is_there(item, slot)
+
+
+Sparse.TestCase.settings = Whole.TestCase.settings = SETTINGS
+TestSparseCache, TestWholeCache = Sparse.TestCase, Whole.TestCase

@@ -1,0 +1,222 @@
+"""The runtime behind the experts: results never depend on what is near, bytes are counted as they move, limits hold."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.experts.cache
+from engine.core import Options, UserError
+from engine.experts.cache import whole_row_bytes
+from engine.experts.host import LevelPlan, Runtime
+from engine.model import load
+from kernels.fill import fill
+from tests.support.folders import compressed
+
+L, E, K, N, HIDDEN = 3, 8, 2, 48, 64
+EVERYTHING = L * E * whole_row_bytes(N, HIDDEN)
+PROMPT = torch.randint(3, 128, (1, 10), generator=torch.Generator().manual_seed(2))
+N_TOKENS = 10
+PLANS = {
+    "balanced": LevelPlan(((20, 30), (0, 25), (48, 0))),
+    "fast": LevelPlan(((5, 10), (8, 0), (3, 20))),
+    "floe": LevelPlan((), tuple(tuple(0.2 + 0.05 * e for e in range(E)) for _ in range(L))),
+}
+SPARSE = tuple(PLANS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return compressed("qwen3_moe", tmp_path_factory.mktemp("experts"), num_hidden_layers=L)[2]
+
+
+@pytest.fixture
+def loaded(folder):
+    """A freshly opened model whose sparse levels have budgets."""
+    opened = load.load(folder, Options("exact", device="cpu"))
+    opened.runtime.plans.update(PLANS)
+    return opened
+
+
+def answer(loaded) -> list[int]:
+    """Greedy tokens, the cache warming up as it goes."""
+    out, state, found = loaded.model(PROMPT, use_cache=True), None, []
+    for _ in range(N_TOKENS):
+        state, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        found.append(int(token))
+        out = loaded.model(token, past_key_values=state, use_cache=True)
+    return found
+
+
+def smallest(runtime: Runtime, level: str) -> int:
+    runtime.set_level(level)
+    return runtime.smallest_bytes()
+
+
+@pytest.mark.parametrize("level", ["exact", "balanced"])
+def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level, monkeypatch):
+    """Without fading it counts: every decode token chooses K experts of each layer, prefill does not count."""
+    monkeypatch.setattr(engine.experts.host, "FADE", 1.0)
+    loaded.runtime.set_level(level)
+    assert sum(map(sum, loaded.runtime.activity())) == 0
+    chosen = torch.zeros(L, E)
+    forward = loaded.runtime.forward
+
+    def noted(layer, x, ids, weights):
+        if len(x) == 1:
+            chosen[layer.index, ids[0]] += 1
+        return forward(layer, x, ids, weights)
+    monkeypatch.setattr(loaded.runtime, "forward", noted)
+    answer(loaded)
+    assert torch.tensor(loaded.runtime.activity()) == pytest.approx(chosen / N_TOKENS, abs=1e-3)
+
+
+def resident_bytes(runtime: Runtime) -> int:
+    """Of the arenas, by the storage behind the tensors."""
+    cache = runtime.sparse or runtime.whole
+    arenas = (cache.sketches, cache.records) if runtime.sparse else (cache.gate_up, cache.down)
+    storages = [tensor.untyped_storage() for tensor in arenas]  # sketches and records share one
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("level", ["exact", *SPARSE])
+@torch.no_grad()
+def test_the_answer_does_not_depend_on_near_memory_nor_on_prediction(level, loaded):
+    runtime = loaded.runtime
+    least = smallest(runtime, level)
+    everything = runtime.everything_bytes()
+    answers, far = {}, {}
+    for near in (everything, (everything + least) // 2, (everything + 7 * least) // 8, least):
+        for predict in (False, True):
+            runtime.predict = predict
+            runtime.set_level(level, near)
+            before = runtime.counters()
+            answers[near, predict] = answer(loaded)
+            used = runtime.counters() - before
+            far[near, predict] = used.far_bytes
+            assert resident_bytes(runtime) == runtime.near_bytes <= near
+            assert runtime.near_used_bytes() <= runtime.near_bytes and max(runtime.residency()) <= 1
+            assert used.needed_bytes == used.hit_bytes + used.far_bytes and used.dropped_weight == 0
+            assert used.wasted_bytes <= used.speculative_bytes and (predict or not used.speculative_bytes)
+    assert len(set(map(tuple, answers.values()))) == 1 and len(set(answers[least, True])) > 2
+    fewest, *_, most = by_near = [far[near, False] for near in sorted({near for near, _ in far}, reverse=True)]
+    assert by_near == sorted(by_near) and fewest < most
+
+
+@torch.no_grad()
+def test_far_bytes_of_exact_are_misses_times_the_blob(loaded, monkeypatch):
+    runtime, reads = loaded.runtime, []
+    decode = runtime.far.decode
+    monkeypatch.setattr(runtime.far, "decode", lambda *args: (reads.append(args[:2]), decode(*args))[1])
+    for predict in (False, True):
+        runtime.predict = predict
+        runtime.set_level(runtime.level, EVERYTHING // 2)
+        start, prefill = runtime.counters(), runtime.prefill_far_bytes
+        reads.clear()
+        answer(loaded)
+        used = runtime.counters() - start
+        blob = runtime.far.layout.blob_bytes
+        assert used.needed_bytes == N_TOKENS * L * K * blob
+        assert len(reads) * blob == used.far_bytes + used.speculative_bytes + runtime.prefill_far_bytes - prefill
+        assert used.far_bytes % blob == used.wasted_bytes % blob == 0 and (used.speculative_bytes > 0) == predict
+
+
+@pytest.mark.parametrize("level", SPARSE)
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
+@torch.no_grad()
+def test_far_bytes_of_sparse_levels_are_the_bytes_that_fill_moved(level, share, loaded, monkeypatch):
+    runtime = loaded.runtime
+    least = smallest(runtime, level)
+    moved = [0]
+
+    def counting(far, source, near, place, have, need, misses=None):
+        before = near.clone()
+        fill(far, source, near, place, have, need, misses)
+        rows = (place >= 0) & (have < need)
+        for where, low, high in zip(place[rows].tolist(), have[rows].tolist(), need[rows].tolist(), strict=True):
+            before[where, low:high] = near[where, low:high]
+            moved[0] += high - low
+        assert torch.equal(before, near), "bytes moved that were not counted"
+
+    runtime.set_level(level, int(least + share * (runtime.everything_bytes() - least)))
+    monkeypatch.setattr(engine.experts.cache, "fill", counting)
+    start = runtime.counters()
+    answer(loaded)
+    used = runtime.counters() - start
+    assert moved[0] == used.far_bytes + used.speculative_bytes
+    layout, needed = runtime.far.layout, N_TOKENS * L * K * runtime.far.layout.sketch_bytes
+    if level != "floe":
+        budgets = PLANS[level].budgets
+        needed += N_TOKENS * sum(r * layout.record + d * layout.prefix for r, d in budgets)
+        assert used.needed_bytes == needed
+    assert used.needed_bytes > needed or level != "floe"
+
+
+@pytest.mark.parametrize("level", ["exact", *SPARSE])
+def test_a_byte_too_few_is_a_sentence_and_changes_nothing(level, loaded):
+    runtime = loaded.runtime
+    least = smallest(runtime, level)
+    runtime.set_level(level, least)
+    runtime.set_level("exact", EVERYTHING // 2)
+    cache, near = runtime.whole, runtime.near_bytes
+    with pytest.raises(UserError, match=f"give at least {least:,}") as caught:
+        runtime.set_level(level, least - 1)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    assert (runtime.level, runtime.near_bytes, runtime.near_wish) == ("exact", near, EVERYTHING // 2)
+    assert runtime.whole is cache and runtime.sparse is None
+
+
+def test_no_near_memory_at_all_is_refused_not_taken_for_the_default(folder):
+    with pytest.raises(UserError, match="0 bytes of near memory"):
+        load.load(folder, Options("exact", near_bytes=0, device="cpu"))
+
+
+@torch.no_grad()
+def test_levels_change_between_answers(loaded):
+    runtime = loaded.runtime
+    alone = {}
+    for level in ("exact", *SPARSE):
+        runtime.set_level(level)
+        alone[level] = answer(loaded)
+    assert len(set(map(tuple, alone.values()))) > 2  # the levels do differ here
+    for level in ("fast", "exact", "floe", "balanced", "exact", "fast"):
+        runtime.set_level(level, runtime.near_wish)
+        assert runtime.level == level and answer(loaded) == alone[level]
+    before = runtime.counters()
+    runtime.reset()
+    assert runtime.counters() == before and answer(loaded) == alone["fast"]
+
+
+def test_a_level_that_is_not_calibrated(folder):
+    said = []
+    opened = load.load(folder, Options("balanced", device="cpu"), lambda text, share: said.append((text, share)))
+    assert opened.runtime.level == "exact" and opened.runtime.levels == ("exact",)
+    assert any("Not calibrated for balanced" in text for text, _ in said)
+    assert [share for _, share in said] == sorted(share for _, share in said) and said[-1][1] == 1.0
+    for level, way in (("balanced", ".*calibrate it"), ("floe", ".*calibrate it"), ("full", "")):
+        with pytest.raises(UserError, match=f"cannot run at level {level}: it offers exact{way}") as caught:
+            opened.runtime.set_level(level)
+        assert str(caught.value).endswith(".") and opened.runtime.level == "exact"
+
+
+@torch.no_grad()
+def test_half_precision_inputs_come_back_in_their_type(loaded):
+    runtime, layer = loaded.runtime, loaded.runtime.layers[1]
+    x, ids = torch.randn(1, HIDDEN), torch.tensor([[3, 5]])
+    weights = torch.tensor([[0.7, 0.3]])
+    expected = runtime.forward(layer, x, ids, weights)
+    found = runtime.forward(layer, x.bfloat16(), ids, weights.bfloat16())
+    assert found.dtype == torch.bfloat16 and (found.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_decode_and_prefill_give_the_same_at_whole_levels(loaded):
+    runtime, layer = loaded.runtime, loaded.runtime.layers[0]
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[0, 1], [1, 2], [7, 0], [3, 4], [4, 3]])
+    weights = torch.rand(5, K, generator=torch.Generator().manual_seed(4))
+    runtime.phase = "prefill"
+    dense = runtime.forward(layer, x, ids, weights)
+    runtime.phase = "decode"
+    assert torch.allclose(runtime.forward(layer, x, ids, weights), dense, rtol=1e-5, atol=1e-6)

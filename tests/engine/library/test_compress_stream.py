@@ -1,0 +1,214 @@
+"""Compress while downloading: the same folder as compress makes, little disk, and on again after any stop."""
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from engine.core import MachineError, UserError
+from engine.files.compressed import TRUNK, Manifest, MappedFile, experts_name
+from engine.library.compress import compress
+from engine.library.download import download
+from engine.library.hub import Hub, Stopped
+from engine.library.installed import Source, models, partial, size_of
+from engine.library.transfer import Choice
+from tests.support.architectures import build
+from tests.support.folders import write_tokenizer
+from tests.support.killed import CHUNK, Nursery
+from tests.support.loopback_hub import LoopbackHub
+
+NAME = "me/Small"
+SHAPE = dict(num_hidden_layers=10, vocab_size=512, hidden_size=128, moe_intermediate_size=64)
+LEAN = Choice(trunk_bits=16, device="cpu", keep_original=False)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A sharded checkpoint; the shards are the size of the trunk, roughly a layer and a half."""
+    folder = tmp_path_factory.mktemp("original")
+    build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500KB")
+    write_tokenizer(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(original, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "made"
+    compress(original, folder, trunk_bits=16, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def loopback(original, monkeypatch):
+    with LoopbackHub() as hub:
+        hub.add_folder(NAME, original)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Experts files byte by byte; the trunk tensor by tensor, its order is that of arrival."""
+    a, b = Manifest.load(found), Manifest.load(expected)
+    a.check_sizes(found)
+    assert {entry.path for entry in a.files} == {entry.path for entry in b.files}
+    for layer in range(b.layers):
+        assert (found / experts_name(layer)).read_bytes() == (expected / experts_name(layer)).read_bytes()
+    one, other = MappedFile(found / TRUNK), MappedFile(expected / TRUNK)
+    assert one.header.keys() == other.header.keys()
+    for key in one.header.keys() - {"__metadata__"}:
+        assert torch.equal(one.tensor(key), other.tensor(key)), key
+    names = {path.name for path in found.iterdir()} - {"floe.source.json"}
+    assert names == {path.name for path in expected.iterdir()}
+
+
+class Watch:
+    """The most bytes that a folder has held, looked at all the time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most, self.stop = folder, 0, Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self.stop.wait(0.0005):
+            self.most = max(self.most, size_of(self.folder))
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def test_same_folder_as_compress_and_no_more_than_three_shards_beside_it(loopback, original, made, tmp_path):
+    loopback.pause = 0.002
+    texts = []
+    with Watch(tmp_path) as watch:
+        folder = download(NAME, folder=tmp_path / "Small", choice=LEAN, report=lambda progress: texts.append(progress))
+    assert_same(folder, made)
+    assert os.listdir(tmp_path) == ["Small"]
+    shards = sorted((path.stat().st_size for path in original.glob("*.safetensors")), reverse=True)
+    small = size_of(original) - sum(shards)
+    assert watch.most <= size_of(folder) + sum(shards[:3]) + 2 * small
+    assert watch.most < size_of(original)                       # else the bound above says nothing
+    assert any("Compressing layer 10 of 10" in progress.text for progress in texts)
+    assert texts[-1].done_bytes == texts[-1].total_bytes == size_of(original)
+    assert sum(loopback.served.values()) == size_of(original)
+
+
+def test_the_original_stays_if_it_is_to_stay(loopback, original, made, tmp_path):
+    folder = download(NAME, data=tmp_path, choice=Choice(16, "cpu", keep_original=True))
+    assert_same(folder, made)
+    kept = tmp_path / "models" / "Small-original"
+    assert {p.name: p.read_bytes() for p in kept.iterdir() if p.name != "floe.source.json"} == {
+        p.name: p.read_bytes() for p in original.iterdir()}
+    assert [(model.name, model.kind) for model in models(tmp_path)] == [("Small", "compressed"),
+                                                                       ("Small-original", "checkpoint")]
+
+
+def test_a_pause_anywhere_goes_on(loopback, made, tmp_path):
+    """Stopped at every piece of news in turn: while fetching, while compressing, between the two."""
+    dest = tmp_path / "Small"
+    for n in range(1, 60):
+        stop, news = Event(), []
+
+        def report(progress, n=n, stop=stop, news=news) -> None:
+            news.extend([progress.text] if progress.text else [])
+            if len(news) > n % 7:
+                stop.set()
+        try:
+            download(NAME, folder=dest, choice=LEAN, hub=Hub(loopback.endpoint, chunk_bytes=CHUNK), report=report,
+                     stop=stop)
+            break
+        except Stopped:
+            assert not dest.exists() and partial(dest).is_dir()
+    assert n > 5
+    assert_same(dest, made)
+
+
+def test_single_file_without_an_index(made, tmp_path):
+    build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "one")
+    write_tokenizer(tmp_path / "one")
+    with LoopbackHub() as loopback:
+        loopback.add_folder(NAME, tmp_path / "one")
+        assert_same(download(NAME, folder=tmp_path / "Small", choice=LEAN, hub=Hub(loopback.endpoint)), made)
+
+
+def test_disk_check_counts_the_result_and_the_shards_that_lie_together(loopback, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=204_000_000))
+    with pytest.raises(UserError, match="needed; make room, let each part of the original be deleted"):
+        download(NAME, data=tmp_path, choice=Choice(16, "cpu"))
+    assert not any(name.endswith(".safetensors") for name in loopback.served)
+
+
+@pytest.mark.parametrize("when", ["Fetching model-00003", "Compressing layer 3"])
+def test_a_disk_that_fills_up_meanwhile(loopback, original, made, tmp_path, when):
+    """A limit on the size of files makes the system refuse writes, as a full disk does."""
+    before, dest = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "Small"
+
+    def report(progress) -> None:
+        if progress.text.startswith(when):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(MachineError, match="cannot hold a file|cannot be written .File too large") as caught:
+            download(NAME, folder=dest, choice=LEAN, hub=Hub(loopback.endpoint, chunk_bytes=CHUNK), report=report)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value) and not dest.exists()
+    assert_same(download(NAME, folder=dest, choice=LEAN), made)
+    assert sum(loopback.served.values()) <= size_of(original) + 2 * CHUNK
+
+
+def test_a_branch_that_moves_on_does_not_mix_shards(loopback, made, tmp_path):
+    stop, dest = Event(), tmp_path / "Small"
+
+    def report(progress) -> None:
+        if progress.text.startswith("Compressing layer 2"):
+            stop.set()
+    with pytest.raises(Stopped):
+        download(NAME, folder=dest, choice=LEAN, report=report, stop=stop)
+    begun = Source.load(partial(dest)).commit
+    build("qwen3_moe", seed=5, **SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "new", max_shard_size="500KB")
+    assert loopback.add_folder(NAME, tmp_path / "new") != begun
+    assert_same(download(NAME, folder=dest, choice=LEAN), made)
+    assert Source.load(dest).commit == begun
+
+
+def test_a_repository_that_lacks_a_shard(loopback, original, tmp_path):
+    files = {path.name: path.read_bytes() for path in original.iterdir()}
+    files.pop("model-00002-of-" + sorted(original.glob("*.safetensors"))[0].name[-17:])
+    loopback.add(NAME, files)
+    with pytest.raises(UserError, match="lacks model-00002-of-.*which its"):
+        download(NAME, data=tmp_path, choice=LEAN)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_points(loopback, original, made, tmp_path):
+    """kill -9, also while a layer is compressed or the trunk grows: no shard comes twice, nothing half is taken."""
+    loopback.pause, loopback.piece = 0.002, 16 << 10
+    dest, total, rng = tmp_path / "Small", size_of(original), random.Random(2)
+
+    def served() -> int:
+        return sum(loopback.served.values())
+
+    def somewhere() -> Callable[[], bool]:
+        goal, delay = served() + rng.randrange(total // 6), rng.random() * 0.3
+        return lambda: served() > goal and not Event().wait(delay)
+    with Nursery("engine.library.compress_stream", "huggingface_hub.hf_api",
+                 "transformers.models.qwen3_moe.modeling_qwen3_moe",
+                 "transformers.models.qwen3_moe.configuration_qwen3_moe") as nursery:
+        whole = nursery.killed_often(20, somewhere, loopback, lambda folder: assert_same(folder, made), dest,
+                                     model=NAME, trunk_bits=16, device="cpu", keep_original=False)
+    assert_same(download(NAME, folder=dest, choice=LEAN), made)
+    assert served() <= (whole + 1) * total + 20 * CHUNK

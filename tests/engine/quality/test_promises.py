@@ -1,0 +1,176 @@
+"""What the embedded model promises, on held-out chat and on held-out stories, each.
+
+Losses are taken many tokens at once (the simulation that calibration uses); that the cache one token a step gives the
+same loss, and which bytes it moves, is measured on a shorter piece of the same texts. The embedded model was calibrated
+on the second halves of these files; only their first halves are read here.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.core import PROMISES, Options
+from engine.experts.host import LevelPlan
+from engine.library.compress import compress
+from engine.model import load
+from engine.quality.evaluate import evaluate, longest
+from engine.quality.sparse_forward import Decoded, Seen, Simulation
+from engine.quality.texts import read_tokens
+
+pytestmark = pytest.mark.slow
+TEXTS = ("heldout_chat.jsonl.xz", "heldout_tinystories.txt.xz")
+TOKENS, FEW_TOKENS = 20_000, 160
+FP16 = 2  # bytes a weight
+
+
+@dataclass
+class Texts:
+    """Documents of each text, and the loss of the uncompressed checkpoint on them."""
+
+    documents: dict[str, list[list[int]]]
+    checkpoint: dict[str, float]
+
+
+def mean_loss(model, documents: list[list[int]]) -> float:
+    """Nats per predicted token, each document in one forward."""
+    total = 0.0
+    with torch.inference_mode():
+        for ids in documents:
+            logp = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0].float().log_softmax(-1)
+            total -= float(logp[range(len(ids) - 1), ids[1:]].sum())
+    return total / sum(len(ids) - 1 for ids in documents)
+
+
+def open_at_best(folder: Path) -> load.Loaded:
+    return load.load(folder, Options(level="exact", device="cpu", predict=False))
+
+
+class Model:
+    """A compressed folder whose losses and bytes are asked for; a loss is computed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.loaded = open_at_best(folder)
+        self.runtime, self.decoded, self._losses = self.loaded.runtime, Decoded(self.loaded.runtime), {}
+
+    def loss(self, plan: LevelPlan | None, texts: Texts, name: str, see=None) -> float:
+        key = (plan, name)
+        if key not in self._losses or see is not None:
+            with Simulation(self.runtime, self.decoded, plan, see):
+                self._losses[key] = mean_loss(self.loaded.model, texts.documents[name])
+        return self._losses[key]
+
+    def rise(self, level: str, texts: Texts, name: str) -> float:
+        """Perplexity over `exact`, as a fraction."""
+        plan = self.runtime.plans[level]
+        return math.expm1(self.loss(plan, texts, name) - self.loss(None, texts, name))
+
+
+@pytest.fixture(scope="module")
+def demo(repository: Path) -> Model:
+    return Model(repository / "assets" / "demo")
+
+
+@pytest.fixture(scope="module")
+def texts(shared: Path, demo: Model) -> Texts:
+    longest_piece = longest(demo.loaded)
+    documents = {name: read_tokens(shared / "data" / name, demo.loaded.tokenizer, TOKENS, longest_piece)
+                 for name in TEXTS}
+    model = load.load(shared / "models" / "tiny-chat", Options(level="full", device="cpu")).model
+    return Texts(documents, {name: mean_loss(model, found) for name, found in documents.items()})
+
+
+@pytest.fixture(scope="module")
+def sixteen(shared: Path, tmp_path_factory: pytest.TempPathFactory, demo: Model) -> Path:
+    """The checkpoint compressed with its trunk as it is."""
+    folder = tmp_path_factory.mktemp("sixteen") / "model"
+    compress(shared / "models" / "tiny-chat", folder, demo.runtime.far.layout.group, 16)
+    return folder
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_exact_and_the_trunk(demo: Model, sixteen: Path, texts: Texts, name: str) -> None:
+    with_trunk = mean_loss(open_at_best(sixteen).model, texts.documents[name])
+    assert math.expm1(with_trunk - texts.checkpoint[name]) <= 0.015
+    assert math.expm1(demo.loss(None, texts, name) - with_trunk) <= 0.003
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("level", PROMISES)
+def test_a_level_keeps_its_promise(demo: Model, texts: Texts, level: str, name: str) -> None:
+    rise = demo.rise(level, texts, name)
+    assert rise <= PROMISES[level]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_far_bytes_with_sketches_near_and_nothing_kept(demo: Model, texts: Texts, name: str) -> None:
+    """And that bytes are misses times the sizes of what is missed."""
+    far, levels = demo.runtime.far, ["exact", "quality", "balanced", "fast"]
+    found = evaluate(demo.loaded, [texts.documents[name][0][:FEW_TOKENS]], levels, "sketches")
+    exact, quality, balanced, fast = (row.far_bytes_per_token for row in found.levels)
+    routed = far.layers * demo.runtime.top_k
+    assert exact == routed * far.layout.blob_bytes
+    for level, seen in (("quality", quality), ("balanced", balanced), ("fast", fast)):
+        refined, down_only = map(sum, zip(*demo.runtime.plans[level].budgets, strict=True))
+        assert seen == refined * far.layout.record + down_only * far.layout.prefix
+    assert balanced <= 0.4 * exact
+    assert fast <= 0.25 * exact
+    assert fast <= routed * 3 * far.neurons * far.hidden * FP16 / 16
+
+
+@pytest.mark.parametrize("level", ["exact", "balanced", "fast"])
+def test_one_token_a_step_through_the_cache_loses_the_same(demo: Model, texts: Texts, level: str) -> None:
+    document = texts.documents[TEXTS[0]][1][:FEW_TOKENS]
+    plan = demo.runtime.plans.get(level)
+    with Simulation(demo.runtime, demo.decoded, plan):
+        together = mean_loss(demo.loaded.model, [document])
+    for near in ("all", "sketches"):
+        row, = evaluate(demo.loaded, [document], [level], near).levels
+        assert math.log(row.perplexity) == pytest.approx(together, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_balanced_against_floe_at_the_same_bytes(demo: Model, texts: Texts, name: str) -> None:
+    layout = demo.runtime.far.layout
+    refined, down_only = map(sum, zip(*demo.runtime.plans["balanced"].budgets, strict=True))
+    wanted = refined * layout.record + down_only * layout.prefix
+    floe, loss = matched(demo, texts, name, wanted)
+    balanced = demo.loss(demo.runtime.plans["balanced"], texts, name)
+    lost, floe_lost = (math.expm1(found - texts.checkpoint[name]) for found in (balanced, loss))
+    assert abs(floe / wanted - 1) <= 0.02
+    assert lost <= 0.2 * floe_lost, (lost, floe_lost)
+
+
+def matched(demo: Model, texts: Texts, name: str, wanted: float) -> tuple[float, float]:
+    """FloE's thresholds times one factor, so that it asks for `wanted` bytes a token: (bytes found, loss).
+
+    Secants of log bytes over log factor; the first slope is a guess.
+    """
+    slope, at, before = -1.0, 0.0, None
+    for _ in range(8):
+        found, loss = floe_at(math.exp(at), demo, texts, name)
+        off = math.log(found / wanted)
+        if abs(off) <= 0.01:
+            break
+        if before is not None:
+            slope = (off - before[1]) / (at - before[0])
+        before = (at, off)
+        at -= off / slope
+    return found, loss
+
+
+def floe_at(factor: float, demo: Model, texts: Texts, name: str) -> tuple[float, float]:
+    """Record bytes a token and loss of FloE's rule with its thresholds times `factor`."""
+    kept = n_tokens = 0
+
+    def see(seen: Seen) -> None:
+        nonlocal kept, n_tokens
+        kept += int((seen.fidelity >= 0).sum())
+        n_tokens += len(seen.ids) if seen.layer == 0 else 0
+    rows = demo.runtime.plans["floe"].thresholds
+    plan = LevelPlan(thresholds=tuple(tuple(factor * t for t in row) for row in rows))
+    loss = demo.loss(plan, texts, name, see)
+    return kept * demo.runtime.far.layout.record / n_tokens, loss

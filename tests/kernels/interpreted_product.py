@@ -1,0 +1,108 @@
+"""Cases for Triton's interpreter (run by test_kernels_triton.py): the sparse and the dense expert product."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.activation import KINDS, Gate
+from kernels.apply import apply
+from kernels.dense import dense
+from kernels.gpu import activation as gpu_activation
+from kernels.gpu import apply as gpu_apply
+from kernels.layout import Layout, default_group_size
+from kernels.select import DOWN_ONLY, FLOE, REFINED
+from tests.support.random_experts import SEEDS, random_blobs, random_shape
+
+
+def random_case(seed: int) -> tuple[int, ...]:
+    """A third, two thirds or all of the neurons are chosen, at most 4,096."""
+    hidden, neurons, k, n_tokens = random_shape(seed)
+    return hidden, neurons, k, n_tokens, min(4096, k * neurons) * (seed % 3 + 1) // 3
+
+
+SHAPES = [(256, 100, 3, 4, 80), (2880, 30, 2, 1, 60), (256, 32, 2, 1, 0)]      # H, I, k, T, chosen
+SLOW = [(256, 512, 10, 1, 1000), (2048, 40, 3, 3, 50), (256, 14_336, 1, 1, 4000), *map(random_case, SEEDS)]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter's time goes by operations, not by their width."""
+    monkeypatch.setattr(gpu_apply, "PRODUCT_ROWS", 512)
+    monkeypatch.setattr(gpu_apply, "DOWN_ROWS", 256)
+
+
+def records_of(blobs: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """uint8 [E * I, record] of whole blobs."""
+    return blobs[:, layout.sketch_bytes:].reshape(-1, layout.record)
+
+
+def choice(layout: Layout, k: int, n_tokens: int, n: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Ascending neurons with padding at the end of the last token's list, any fidelity."""
+    neurons = torch.stack([torch.randperm(k * layout.neurons, generator=generator)[:n].sort().values
+                           for _ in range(n_tokens)]).int()
+    neurons[-1, n - n // 4:] = -1
+    fidelity = torch.tensor([DOWN_ONLY, REFINED, FLOE], dtype=torch.int8)
+    return neurons, fidelity[torch.randint(0, 3, neurons.shape, generator=generator)]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("hidden,neurons,k,n_tokens,n",
+                         SHAPES + [pytest.param(*shape, marks=pytest.mark.slow) for shape in SLOW])
+def test_apply(hidden, neurons, k, n_tokens, n, biased):
+    generator = torch.Generator().manual_seed(hidden)
+    layout = Layout(hidden, neurons, default_group_size(hidden))
+    n_experts = k + 1
+    blobs = random_blobs(n_experts, layout, generator)
+    place = torch.stack([torch.randperm(n_experts, generator=generator)[:k] for _ in range(n_tokens)]).int()
+    chosen, fidelity = choice(layout, k, n_tokens, n, generator)
+    shuffled = torch.randperm(n_experts * neurons, generator=generator)
+    expert = torch.stack([place[t][(chosen[t].clamp_min(0) // neurons).long()] for t in range(n_tokens)])
+    record_place = shuffled.argsort()[(expert * neurons + chosen.clamp_min(0) % neurons).long()].int()
+    record_place[chosen < 0] = -1
+    records = records_of(blobs, layout)[shuffled]
+    x = torch.randn(n_tokens, layout.padded, generator=generator)
+    bias = torch.randn(2, n_tokens, k, neurons, generator=generator) if biased else ()
+    gate = Gate("clamped_swiglu") if biased else Gate("silu")
+    arguments = (x, blobs, place, records, record_place, chosen, fidelity, layout, gate, *bias)
+    expected = apply.reference(*arguments)
+    found = gpu_apply.apply(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
+    assert bool(expected.any()) == (n > 0)
+
+
+def test_apply_of_nothing_is_zero():
+    layout = Layout(256, 32, 128)
+    blobs = random_blobs(1, layout, torch.Generator().manual_seed(0))
+    nothing = torch.full((1, 9), -1, dtype=torch.int32)
+    found = gpu_apply.apply(torch.ones(1, 256), blobs, torch.zeros(1, 1, dtype=torch.int32),
+                               records_of(blobs, layout), nothing, nothing, nothing.to(torch.int8), layout, Gate())
+    assert not found.any()
+
+
+@pytest.mark.parametrize("hidden,neurons,k,n_tokens,biased,kind", [
+    *((256, 80, 2, 1, False, kind) for kind in KINDS), (256, 40, 2, 4, True, "clamped_swiglu"),
+    *(pytest.param(*shape, marks=pytest.mark.slow) for shape in (
+        (256, 300, 2, 3, False, "silu"), (2880, 20, 1, 1, True, "clamped_swiglu"), (2048, 24, 3, 2, False, "gelu"),
+        (4096, 20, 1, 1, True, "relu"), (5120, 20, 1, 1, False, "gelu_tanh")))])
+def test_dense(monkeypatch, hidden, neurons, k, n_tokens, biased, kind):
+    monkeypatch.setattr(gpu_apply, "RANKS_OF_BLOCK", 70)       # several blocks an expert, summed in order
+    generator = torch.Generator().manual_seed(hidden)
+    layout = Layout(hidden, neurons, default_group_size(hidden))
+    blobs = random_blobs(3, layout, generator)
+    place = torch.randint(0, 3, (n_tokens, k), generator=generator).int()
+    x = torch.randn(n_tokens, layout.padded, generator=generator)
+    bias = torch.randn(2, n_tokens, k, neurons, generator=generator) if biased else ()
+    expected = dense.reference(x, blobs, place, layout, Gate(kind), *bias)
+    found = gpu_apply.dense(x, blobs, place, layout, Gate(kind), *bias)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_fixed_point(group):
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(group)) * torch.logspace(-3, 3, 512)
+    fixed = gpu_activation.fixed_point(x, group)
+    code = fixed.high.int() * 256 + fixed.low.int()
+    grouped = code.unflatten(1, (-1, group)) * fixed.scale[..., None]
+    largest = x.unflatten(1, (-1, group)).abs().amax(-1, keepdim=True)
+    assert ((grouped - x.unflatten(1, (-1, group))).abs() <= largest / 2 ** 15).all()
+    torch.testing.assert_close(fixed.sums, grouped.sum(-1), rtol=1e-5, atol=1e-5 * float(largest.max()))

@@ -1,0 +1,76 @@
+"""The device's own step of the experts, with the Triton kernels in place of their references: run by
+tests/engine/experts/test_device.py in a process whose Triton interprets.
+
+The kernels themselves are compared elsewhere; here it is what the step hands them: dtypes, strides, padding, empty
+places, tables changed in place.
+"""
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from engine.core import Options
+from engine.experts import device as device_runtime
+from engine.experts.device import take_over
+from engine.experts.host import LevelPlan
+from engine.model import load
+from kernels.gpu import apply as gpu_apply
+from kernels.gpu import fill as gpu_fill
+from kernels.gpu import score as gpu_score
+from tests.support.folders import compressed
+
+OF = {"age": "age", "apply": "apply", "dense": "apply", "fill": "fill", "quantize_activation": "activation",
+      "score": "score", "score_up": "score", "select": "select", "select_above": "select", "resolve_experts": "take",
+      "resolve_neurons": "take"}
+LEVELS = ("exact", "fast", "floe")
+
+
+QUICK = [("qwen3_moe", "fast", 1), ("gpt_oss", "exact", 2)]
+SLOW = [(name, level, tokens) for name in ("qwen3_moe", "gpt_oss") for level in LEVELS for tokens in (1, 3)]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter's time goes by operations, not by their width."""
+    monkeypatch.setattr(gpu_score, "ROWS", 64)
+    monkeypatch.setattr(gpu_apply, "PRODUCT_ROWS", 128)
+    monkeypatch.setattr(gpu_apply, "DOWN_ROWS", 128)
+    monkeypatch.setattr(gpu_fill, "WARPS", 2)
+
+
+def run(folder, level: str, tokens: int, far=None, device: str = "cpu") -> tuple[list, list[int], list]:
+    """Outputs, counters and tables of a few steps through all layers, near memory for about half. far: locked, for a
+    card."""
+    loaded = load.load(folder, Options("exact", device="cpu"))
+    far, plans = far or loaded.runtime.far, loaded.runtime.plans
+    wanted = {"fast": LevelPlan(((9, 14),) * far.layers), "floe": LevelPlan((), ((0.4,) * far.experts,) * far.layers)}
+    plans.update({name: plan for name, plan in wanted.items() if name == level})
+    runtime = take_over(loaded.model.to(device), far, device, tokens)
+    runtime.set_level(level)
+    runtime.set_level(level, (2 * runtime.smallest_bytes() + runtime.everything_bytes()) // 3)
+    runtime.phase = "decode"
+    draw, out = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        x = torch.randn(tokens, far.hidden, generator=draw)
+        for layer in runtime.layers:
+            ids = torch.stack([torch.randperm(far.experts, generator=draw)[:runtime.top_k] for _ in range(tokens)])
+            weights = torch.rand(tokens, runtime.top_k, generator=draw)
+            out.append(runtime.forward(layer, x.to(device), ids.to(device), weights.to(device)).cpu())
+    tables = [table.cpu() for pool in runtime._pools() for name, table in pool._asdict().items() if name != "free"]
+    return out, runtime.counts.tolist(), tables
+
+
+@pytest.mark.parametrize("name, level, tokens", QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
+@torch.no_grad()
+def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, tmp_path, monkeypatch):
+    folder = compressed(name, tmp_path)[2]
+    expected = run(folder, level, tokens)
+    for kernel, module in OF.items():
+        monkeypatch.setattr(device_runtime, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
+    found = run(folder, level, tokens)
+    for a, b in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert found[1] == expected[1] and found[1][2] > 0
+    assert all(map(torch.equal, found[2], expected[2]))

@@ -1,0 +1,181 @@
+"""The machine code of every device kernel for every card, compiled without one: no spills, wide loads, little work.
+
+The launches are caught from the real wrappers with the shapes of real models, so what is compiled is what would run.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
+
+from kernels.activation import Gate
+from kernels.gpu import activation as gpu_activation
+from kernels.gpu import apply as gpu_apply
+from kernels.gpu import dequantize as gpu_dequantize
+from kernels.gpu import evict as gpu_evict
+from kernels.gpu import fill as gpu_fill
+from kernels.gpu import pool as gpu_pool
+from kernels.gpu import score as gpu_score
+from kernels.gpu import select as gpu_select
+from kernels.layout import Layout, default_group_size
+from kernels.pool import new_pool
+from tests.support import aot
+
+QUICK_CARD, QUICK_HIDDEN = 86, 2048
+
+
+def cards() -> list:
+    return [card if card == QUICK_CARD else pytest.param(card, marks=pytest.mark.slow) for card in aot.CAPABILITIES]
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+def bytes_(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
+def layout_of(hidden: int) -> Layout:
+    return Layout(hidden, 512, default_group_size(hidden))
+
+
+def score_call(hidden: int, biased: bool = False) -> Callable:
+    layout, k = layout_of(hidden), 8
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    return lambda: gpu_score.score(torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups),
+                                      bytes_(9, layout.sketch_bytes), integers(1, k), torch.zeros(1, k), layout,
+                                      Gate("clamped_swiglu" if biased else "silu"), *bias,
+                                      histogram=integers(1, 4096))
+
+
+def score_up_call(hidden: int) -> Callable:
+    layout = layout_of(hidden)
+    return lambda: gpu_score.score_up(torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups),
+                                         bytes_(9, layout.sketch_bytes), integers(1, 8), layout)
+
+
+def apply_call(hidden: int, n: int = 1229, biased: bool = False) -> Callable:
+    layout, k = layout_of(hidden), 4
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    return lambda: gpu_apply.apply(torch.zeros(1, layout.padded), bytes_(9, layout.sketch_bytes), integers(1, k),
+                                      bytes_(9, layout.record), integers(1, n), integers(1, n),
+                                      integers(1, n).to(torch.int8), layout,
+                                      Gate("clamped_swiglu" if biased else "silu"), *bias)
+
+
+def dense_call(hidden: int, biased: bool = False) -> Callable:
+    layout, k = layout_of(hidden), 8
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    return lambda: gpu_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, k),
+                                      layout, Gate("clamped_swiglu" if biased else "gelu_tanh"), *bias)
+
+
+def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
+    layout = layout_of(hidden)
+    return lambda: gpu_dequantize.dequantize(bytes_(1, layout.blob_bytes), torch.zeros(1, 1024, hidden, dtype=dtype),
+                                                torch.zeros(1, 512, hidden, dtype=dtype), layout)
+
+
+def select_call(n: int, counted: bool) -> Callable:
+    return lambda: gpu_select.select(torch.zeros(1, n), integers(1), integers(1), n // 2,
+                                        integers(1, 4096) if counted else None)
+
+
+def take_call(n: int, ahead: bool, rows: int = 1) -> Callable:
+    return lambda: gpu_pool.take(new_pool(5000, 999), integers(rows, n), integers(rows, n), integers(1), ahead,
+                                    integers(rows * n + 1))
+
+
+def resolve_call(ahead: bool) -> Callable:
+    rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
+    return lambda: gpu_pool.resolve_experts(new_pool(5000, 999), integers(1, 8).long(), 256, 589_824, *rest,
+                                               integers(1) if ahead else None)
+
+
+def resolve_neurons_call(n: int) -> Callable:
+    rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
+    return lambda: gpu_pool.resolve_neurons(new_pool(5000, 999), integers(1, n), integers(1, n).to(torch.int8),
+                                               integers(1, 8).long(), 131_072, layout_of(2048), *rest)
+
+
+def fill_call(n_bytes: int, listed: bool) -> Callable:
+    return lambda: gpu_fill.fill(bytes_(3, 512, n_bytes), integers(99), bytes_(9, n_bytes), integers(99),
+                                    integers(99), integers(99), integers(100) if listed else None)
+
+
+CALLS = {
+    "quantize": lambda: gpu_activation.quantize_activation(torch.zeros(1, 2048), 128),
+    "score biased": score_call(2880, biased=True),
+    "score up": score_up_call(2048),
+    "select 4096": select_call(4096, True),
+    "select 8192": select_call(8192, True),
+    "select 28672": select_call(28_672, True),
+    "select uncounted": select_call(28_672, False),
+    "select above": lambda: gpu_select.select_above(torch.zeros(1, 9000), torch.zeros(1, 9000), 4096),
+    "take": take_call(1229, False),
+    "take four tokens": take_call(1229, False, rows=4),
+    "take ahead": take_call(8, True),
+    "resolve experts": resolve_call(False),
+    "resolve ahead": resolve_call(True),
+    "resolve neurons": resolve_neurons_call(1229),
+    "fill records": fill_call(2304, True),
+    "fill sketches": fill_call(589_824, False),
+    "age": lambda: gpu_evict.age(new_pool(5000, 4999), integers(1), integers(1)),
+    "apply": apply_call(2048),
+    "apply biased": apply_call(2880, biased=True),
+    "apply 4096": apply_call(4096, n=4300),
+    "apply 5120": apply_call(5120),
+    "dense": dense_call(2048),
+    "dense biased": dense_call(2880, biased=True),
+    "dequantize": dequantize_call(2048, torch.bfloat16),
+    "dequantize 2880": dequantize_call(2880, torch.float16),
+}
+
+
+SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "take four tokens", "take ahead",
+              "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880"}
+
+
+@pytest.mark.parametrize("card", cards())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_CALLS else ())
+                                  for name in CALLS])
+def test_nothing_spills_and_shared_memory_fits(monkeypatch, name, card):
+    launches = aot.recorded(CALLS[name], monkeypatch)
+    assert launches
+    for launch in launches:
+        machine = aot.compiled(launch, card)
+        assert machine.instructions, launch.kernel.__name__
+        assert not machine.count(r"\b(STL|LDL)\b"), (launch.kernel.__name__, machine.registers)
+        assert machine.shared <= aot.SHARED_LIMIT[card], launch.kernel.__name__
+
+
+@pytest.mark.parametrize("card", cards())
+@pytest.mark.parametrize("hidden", [pytest.param(h, marks=() if h == QUICK_HIDDEN else pytest.mark.slow)
+                                    for h in (2048, 2816, 2880, 4096, 5120)])
+def test_score_takes_few_instructions_a_code(monkeypatch, hidden, card):
+    launch, = aot.recorded(score_call(hidden), monkeypatch)
+    machine = aot.compiled(launch, card)
+    # No loop is left in the kernel, so a lane executes every instruction at most once: all of its codes, start and end.
+    codes_of_a_lane = gpu_score.ROWS * layout_of(hidden).padded * 2 / (32 * machine.n_warps)
+    assert len(machine.instructions) / codes_of_a_lane <= 1.6
+    assert machine.count(r"\bIDP") >= codes_of_a_lane / 4
+    assert not machine.count(r"\b(STL|LDL)\b")
+    assert machine.count(r"\bLDG\.E\S*\.128") >= codes_of_a_lane / 64
+
+
+@pytest.mark.parametrize("card", cards())
+@pytest.mark.parametrize("name", ["fill records", "fill sketches"])
+def test_fill_moves_16_bytes_a_lane(monkeypatch, name, card):
+    launch, = aot.recorded(CALLS[name], monkeypatch)
+    machine = aot.compiled(launch, card)
+    data = launch.arguments["CHUNK"] // (32 * 4)                  # wide loads that cover a chunk
+    assert machine.count(r"\bLDG\.E\S*\.128") == data and machine.count(r"\bSTG\.E\S*\.128") == data
+    assert machine.count(r"\bLDG\.E\.128\.STRONG\.GPU") == data   # past the first cache
+    assert not machine.count(r"\bLDG\.E\S*\.(U8|U16|S8|S16)")
+    wide = [text for text in machine.instructions if re.search(r"\b(LDG|STG)\.E\S*\.128", text)]
+    assert all("LDG" in text for text in wide[:data])             # a whole chunk is on its way before any is stored

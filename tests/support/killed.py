@@ -1,0 +1,113 @@
+"""Downloads in processes of their own that a test can kill -9: forked from one that has imported everything already.
+
+Run as a script it is that process: each line it reads is the arguments of one download; it answers with the child's
+pid, and with its exit status when it has ended.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+from engine.library.download import download
+from engine.library.hub import Hub
+from engine.library.installed import partial
+from engine.library.transfer import Choice
+from tests.support.loopback_hub import LoopbackHub
+
+CHUNK = 64 << 10
+
+
+class Nursery:
+    """Use as a context manager. preload: modules that the downloads will need."""
+
+    def __init__(self, *preload: str) -> None:
+        self.preload = preload
+
+    def __enter__(self) -> Nursery:
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.support.killed", *self.preload], text=True,
+                                        bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        cwd=Path(__file__).resolve().parents[2])
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+    def killed_when(self, ready: Callable[[], bool], **arguments) -> bool:
+        """Start a download, kill -9 when `ready()`; -> whether it was in time. AssertionError if it failed by itself.
+
+        arguments: model, source, folder, endpoint and those of `Choice`.
+        """
+        print(json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}),
+              file=self.process.stdin)
+        pid = int(self.process.stdout.readline())
+        while not ready() and _alive(pid):
+            Event().wait(0.001)
+        _kill(pid)
+        status = int(self.process.stdout.readline())
+        assert status in (0, -signal.SIGKILL), f"the download failed by itself: {status}"
+        return status != 0
+
+    def killed_often(self, times: int, when: Callable[[], Callable[[], bool]], loopback: LoopbackHub,
+                     whole: Callable[[Path], None], folder: Path, **arguments) -> int:
+        """Kill so many downloads to `folder`, each at a point of its own that `when` makes. -> how many came to be
+        whole in between: those are looked at by `whole` and removed, and the next begins anew."""
+        kills = finished = 0
+        while kills < times:
+            killed = self.killed_when(when(), folder=folder, endpoint=loopback.endpoint, **arguments)
+            loopback.settle()
+            kills += killed
+            assert killed or folder.exists()
+            if folder.exists():
+                whole(folder)
+                finished += 1
+                shutil.rmtree(folder)
+                shutil.rmtree(partial(folder), ignore_errors=True)
+        return finished
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def run(model: str, folder: str, endpoint: str, source: str | None = None, **choice) -> None:
+    download(model, source, folder, hub=Hub(endpoint, chunk_bytes=CHUNK), choice=Choice(**choice))
+
+
+def serve() -> None:
+    for name in sys.argv[1:]:
+        __import__(name)
+    while line := sys.stdin.readline():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run(**json.loads(line))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
