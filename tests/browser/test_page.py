@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests import bench_page import busy_share, long_conversation
 
+from tests.bench_page import busy_share, long_conversation
 from tests.support import browser
 from tests.support.browser import STOP_AT, ask, bring, expect, settled, wait_ready
 
