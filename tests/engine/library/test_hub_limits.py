@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from engine import hub as hub_module
-from engine.fetch import download
-from engine.hub import Hub, RemoteFile, Stopped
-from engine.spec import MachineError, UserError
-from tests.loopback_hub import LoopbackHub, cut, passes, status
+from engine.core import MachineError, UserError
+from engine.library import hub as hub_module
+from engine.library.download import download
+from engine.library.hub import Hub, RemoteFile, Stopped
+from tests.support.loopback_hub import LoopbackHub, cut, passes, status
 
 DATA = bytes(range(256)) * 2000
 NAME = "weights.safetensors"
