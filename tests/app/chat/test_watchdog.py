@@ -10,7 +10,6 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from test_app_jobs import Opened, say
 
 from app.chat import answers as jobs_module
 from app.chat.answers import Jobs
@@ -21,6 +20,7 @@ from app.library.machine_status import Surroundings
 from app.library.open_model import Models
 from app.strings import TEXT
 from engine import CardMeter, Engine, MachineError, Options, UserError, demo_model
+from tests.app.chat.test_answers import Opened, say
 from tests.support import waiting
 
 until = waiting.until
