@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from app.chats import Chats
-from app.jobs import CHECKPOINT_SECONDS
+from app.chat.answers import CHECKPOINT_SECONDS
+from app.chat.chats import Chats
 from engine import Options, demo_model
 
 KILLS = 20
@@ -65,7 +65,7 @@ def nursery() -> None:
 def program():
     process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                bufsize=1, env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                                                            "PYTHONPATH": str(Path(__file__).parents[1])})
+                                                            "PYTHONPATH": str(Path(__file__).parents[3])})
     yield process
     process.stdin.close()
     process.wait(60)
