@@ -10,8 +10,7 @@ import torch
 from engine.chat.engine import Engine
 from engine.core import Options, Sampling
 from engine.decode.cuda_graph import Graphs
-from engine.decode.device_sampling import DeviceSampler
-from engine.decode.step import Decoder, Step
+from engine.decode.decoder import DeviceDecoder
 from engine.experts.device import DeviceRuntime, take_over
 from engine.experts.far_locked import FarLocked
 from engine.experts.host import LevelPlan
@@ -93,17 +92,17 @@ def test_a_captured_step_replays_past_every_window(name, tmp_path):
     loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
     model = loaded.model.to("cuda")
     runtime = take_over(model, locked(folder), "cuda")
-    step = Step(model, runtime, StepCache(model.config, N_TOKENS + 8, "cuda"), DeviceSampler(128, N_TOKENS + 8, "cuda"))
+    decoder = DeviceDecoder(model, runtime, StepCache(model.config, N_TOKENS + 8, "cuda"), adapts=False)
     for level in ("exact", "fast"):
         runtime.set_level(level, (runtime.smallest_bytes() + runtime.everything_bytes()) // 2)
-        graphs, answers = Graphs(step), []
-        for launch, headroom in ((None, True), (graphs.launch, True), (graphs.launch, False)):
+        graphs, answers = Graphs(decoder.step), []
+        for decoder.graphs, headroom in ((None, True), (graphs, True), (graphs, False)):
             runtime.headroom = headroom  # a graph with the branch of look-ahead, and one without
-            step.cache.reset()
+            decoder.prefix.reset()
             runtime.reset()
-            step.sampler.start(Sampling(4.0, 60, 0.98, seed=3), None, [])
-            answers.append([drawn.token for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), N_TOKENS)])
-        assert graphs.sentence == "" and answers[0] == answers[1] == answers[2] and len(set(answers[0])) > 10
+            steps = decoder.tokens([1], Sampling(4.0, 60, 0.98, seed=3), None, frozenset(), N_TOKENS)
+            answers.append([drawn.token for drawn in steps])
+        assert decoder.reason == "" and answers[0] == answers[1] == answers[2] and len(set(answers[0])) > 10
 
 
 def test_the_embedded_model_says_what_it_says_on_the_cpu(repository):

@@ -13,8 +13,9 @@ from engine.bench.step_profile import Decoded, Row
 from engine.bench.synthetic import Shape
 from engine.core import Machine, Options, Sampling, UserError
 from engine.decode.cuda_graph import Capture, Graphs
-from engine.decode.device_sampling import DeviceSampler
-from engine.decode.step import Decoder, Step
+from engine.decode.decoder import DeviceDecoder
+from engine.decode.step import Drawn
+from engine.experts.device import DeviceRuntime
 from engine.library import catalogue
 from engine.machine.pinned_memory import Driver
 from engine.model import load
@@ -64,51 +65,46 @@ def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,
     loaded = synthetic_model.open_on_card(shape, calibration, options, driver, say, device)
     try:
         with torch.inference_mode():
-            step = _step(loaded, case, calibration["synthetic"]["repeat"], device)
-            yield from _rows(step, Graphs(step, capture), loaded, case, speeds, held_bytes)
+            cache = StepCache(loaded.model.config, case.context, device)
+            repeating.follow(loaded.runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
+            decoder = DeviceDecoder(loaded.model, loaded.runtime, cache, adapts=False)
+            yield from _rows(decoder, capture, loaded, case, speeds, held_bytes)
     finally:
         loaded.runtime.close()
 
 
-def _step(loaded: load.Loaded, case: Case, repeat: float, device: str) -> Step:
-    cache = StepCache(loaded.model.config, case.context, device)
-    repeating.follow(loaded.runtime, repeat, cache.clock.pos)
-    sampler = DeviceSampler(loaded.spec.vocabulary, case.context, device)
-    return Step(loaded.model, loaded.runtime, cache, sampler)
-
-
-def _rows(step: Step, graphs: Graphs, loaded: load.Loaded, case: Case, speeds: Speeds,
+def _rows(decoder: DeviceDecoder, capture: Capture | None, loaded: load.Loaded, case: Case, speeds: Speeds,
           held_bytes: int) -> Iterator[Row]:
+    runtime = loaded.runtime
     known = {"model": f"synthetic {case.name}", "level": case.level, "layers": loaded.spec.layers,
-             "near_bytes": step.runtime.near_bytes}
-    eager, _ = _answer(step, None, case)
-    replayed, decoded = _answer(step, graphs.launch, case)
-    yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": graphs.sentence}
-    on_card = torch.device(step.runtime.device).type == "cuda"
+             "near_bytes": runtime.near_bytes}
+    decoder.graphs = None
+    eager, _ = _answer(decoder, runtime, case)
+    decoder.graphs = Graphs(decoder.step, capture)
+    replayed, decoded = _answer(decoder, runtime, case)
+    yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": decoder.reason}
+    on_card = torch.device(runtime.device).type == "cuda"
     yield decoded.row("step", known) | {
         "vram_peak": torch.cuda.max_memory_allocated() - held_bytes if on_card else 0}
     n = min(PROFILED, case.n_tokens - 1)
-    watched = step_profile.profiled(_tokens(step, graphs.launch, n + 1), n, step.runtime, case.context)
-    yield from step_profile.explained(decoded, *watched, step.model, step.runtime, loaded.spec, known, speeds,
-                                      case.card)
+    watched = step_profile.profiled(_tokens(decoder, n + 1), n, runtime, case.context)
+    yield from step_profile.explained(decoded, *watched, loaded.model, runtime, loaded.spec, known, speeds, case.card)
     yield from step_profile.whole_experts(
-        step.runtime, lambda: _answer(step, graphs.launch, case)[1].row("whole experts", known | {"level": "exact"}))
+        runtime, lambda: _answer(decoder, runtime, case)[1].row("whole experts", known | {"level": "exact"}))
 
 
-def _answer(step: Step, launch, case: Case) -> tuple[list[int], Decoded]:
+def _answer(decoder: DeviceDecoder, runtime: DeviceRuntime, case: Case) -> tuple[list[int], Decoded]:
     """All tokens of an answer from an empty near memory; seconds and bytes of its second half, when it has filled."""
-    step.runtime.reset()
+    runtime.reset()
     found, half = [], case.n_tokens // 2
-    for token in _tokens(step, launch, case.n_tokens):
-        found.append(token)
+    for drawn in _tokens(decoder, case.n_tokens):
+        found.append(drawn.token)
         if len(found) == half:
-            before, start = step.runtime.counters(), time.perf_counter()
+            before, start = runtime.counters(), time.perf_counter()
     seconds = time.perf_counter() - start
-    return found, Decoded(case.n_tokens - half, seconds, step.runtime.counters() - before, case.context)
+    return found, Decoded(case.n_tokens - half, seconds, runtime.counters() - before, case.context)
 
 
-def _tokens(step: Step, launch, n_tokens: int) -> Iterator[int]:
-    step.cache.reset()
-    step.sampler.start(Sampling(0.7, 20, 0.95, seed=0), None, [])
-    for drawn in Decoder(step, launch).tokens(1, 0, frozenset(), n_tokens):
-        yield drawn.token
+def _tokens(decoder: DeviceDecoder, n_tokens: int) -> Iterator[Drawn]:
+    decoder.prefix.reset()
+    return decoder.tokens([1], Sampling(0.7, 20, 0.95, seed=0), None, frozenset(), n_tokens)

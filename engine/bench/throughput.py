@@ -26,9 +26,8 @@ from engine.bench.projection import Speeds
 from engine.bench.step_profile import Decoded, Profile, Row
 from engine.chat.tokenizer import Tokens
 from engine.core import Counters, Machine, Options, Sampling, UserError
-from engine.decode.decoder import Stepping, begin
-from engine.decode.prefix_cache import Prefix
-from engine.decode.sampling import Sampler
+from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps
+from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
 from engine.machine import benchmark
 from engine.model.load import FloeExperts, Loaded
@@ -86,7 +85,7 @@ class Bench:
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
         self.context = context_for(loaded, self.sizes)
-        self.prefix, self.stepping = begin(loaded.model, loaded.runtime, self.context)
+        self.decoder = decoder_for(loaded.model, loaded.runtime, self.context)
 
     @torch.inference_mode()
     def document(self) -> dict:
@@ -115,7 +114,7 @@ class Bench:
     @property
     def note(self) -> str:
         """Why a device does less than it might (no graph, experts on the processor), else ""."""
-        return self.loaded.runtime.note or (self.stepping.sentence if self.stepping else "")
+        return self.loaded.runtime.note or self.decoder.reason
 
     @cached_property
     def random(self) -> Run:
@@ -151,7 +150,7 @@ class Bench:
 
     def _warm_up(self) -> None:
         """Everything that is made or compiled at first use; a device's graphs, with look-ahead and without."""
-        for headroom in (False, True) if self.stepping else ():
+        for headroom in (False, True) if self.decoder.on_device else ():
             self.loaded.runtime.headroom = headroom
             self._read(self.ids[:1])
             for _ in self._decode(self.ids[-2:]):
@@ -178,20 +177,17 @@ class Bench:
 
     def _read(self, ids: list[int]) -> None:
         """Prefill from an empty cache."""
-        self.prefix.reset()
-        self.loaded.runtime.phase = "prefill" if self.stepping else "auto"
+        self.decoder.prefix.reset()
+        self.loaded.runtime.phase = "prefill" if self.decoder.on_device else "auto"
         for at in range(0, len(ids), self.chunk):
-            self.prefix.feed(ids[at:at + self.chunk])
+            self.decoder.prefix.feed(ids[at:at + self.chunk])
 
-    def _decode(self, ids: list[int]) -> Iterator[None]:
+    def _decode(self, ids: list[int]) -> Iterator[Drawn]:
         """A step for each of the tokens; on a device the first of them is given, the others are drawn."""
-        if self.stepping:
-            for _ in self.stepping.tokens([*self.prefix.ids, ids[0]], RANDOM, None, frozenset(), len(ids)):
-                yield
-            return
-        for token in ids:
-            self.prefix.feed([token])
-            yield
+        prefix = self.decoder.prefix
+        if self.decoder.on_device:
+            return self.decoder.tokens([*prefix.ids, ids[0]], RANDOM, None, frozenset(), len(ids))
+        return steps(prefix, ids[:1], given([*ids[1:], 0]), len(ids))
 
     @staticmethod
     def _median_of(runs: list[Run]) -> Run:
@@ -219,21 +215,12 @@ class Bench:
         runtime, n = self.loaded.runtime, self.sizes.decode
         self._read(prompt[:-1])
         self._wait()
+        recommended = getattr(self.loaded.model, "generation_config", None)
         before, start = runtime.counters(), time.perf_counter()
-        for _ in self._drawn(prompt, n):
+        for _ in self.decoder.tokens(prompt, Sampling(seed=0), recommended, frozenset(), n):
             pass
         seconds = time.perf_counter() - start
         return {"decode_tokens_per_second": n / seconds, **_per_token(runtime.counters() - before, n)}
-
-    def _drawn(self, prompt: list[int], n_tokens: int) -> Iterator[int]:
-        recommended, sampling = getattr(self.loaded.model, "generation_config", None), Sampling(seed=0)
-        if self.stepping:
-            yield from self.stepping.tokens(prompt, sampling, recommended, frozenset(), n_tokens)
-            return
-        sampler, token = Sampler(sampling, recommended, self.device), prompt[-1]
-        for _ in range(n_tokens):
-            token = sampler(self.prefix.feed([token]), self.prefix.ids)
-            yield token
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -297,19 +284,16 @@ def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambd
     prompt = torch.randint(loaded.model.config.vocab_size, (sizes.prefill,),
                            generator=torch.Generator().manual_seed(0)).tolist()
     theirs = uncompressed(source or loaded)
-    models = {"floe": loaded.model} | {name: theirs for name in _implementations(theirs, prompt, report)}
-    stepping = begin(loaded.model, runtime, context_for(loaded, sizes))[1]
-    runtime.phase = "auto"
-    runs: dict[str, list[Run]] = {name: [] for name in models}
+    decoders = {name: HostDecoder(theirs) for name in _implementations(theirs, prompt, report)}
+    decoders = {"floe": decoder_for(loaded.model, runtime, context_for(loaded, sizes))} | decoders
+    runs: dict[str, list[Run]] = {name: [] for name in decoders}
     for i in range(rounds + 1):  # the first warms up and does not count
         report(f"comparison: round {i} of {rounds}" if i else "comparison: warming up")
-        for name, model in models.items():
-            if model is theirs:
-                model.set_experts_implementation(name)
-            if stepping and name == "floe":
-                run = _device_greedy(stepping, runtime, prompt, sizes.decode)
-            else:
-                run = _greedy(model, prompt, sizes.decode)
+        for name, decoder in decoders.items():
+            if name != "floe":
+                theirs.set_experts_implementation(name)
+            runtime.phase = "auto"
+            run = _greedy(decoder, prompt, sizes.decode)
             if i:
                 runs[name].append(run)
     return [{"implementation": name,
@@ -324,7 +308,7 @@ def _implementations(model: nn.Module, prompt: list[int], report: Report) -> lis
     for name in ("eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != "floe")):
         try:
             model.set_experts_implementation(name)
-            _greedy(model, prompt[:8], 1)
+            _greedy(HostDecoder(model), prompt[:8], 1)
         except Exception as error:  # whatever a package that is missing or a device that is too old raises
             report(f"{name} does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         else:
@@ -332,26 +316,11 @@ def _implementations(model: nn.Module, prompt: list[int], report: Report) -> lis
     return working
 
 
-def _greedy(model: nn.Module, prompt: list[int], n_decode: int) -> Run:
-    """The one loop for everybody: the prompt in one forward, then the best token, one at a time.
-
-    Reading the best token waits for the device.
-    """
-    prefix, start = Prefix(model), time.perf_counter()
-    token = int(prefix.feed(prompt).argmax())
-    prefilled = time.perf_counter()
-    for _ in range(n_decode):
-        token = int(prefix.feed([token]).argmax())
-    return Run(prefilled - start, prefilled - start, time.perf_counter() - prefilled)
-
-
-def _device_greedy(stepping: Stepping, runtime: DeviceRuntime, prompt: list[int], n_decode: int) -> Run:
-    """The same answer as a device gives it: its own cache, its own sampler, a step ahead of its reader."""
-    stepping.prefix.reset()
-    runtime.phase = "prefill"
+def _greedy(decoder: Decoder, prompt: list[int], n_decode: int) -> Run:
+    """The prompt in one forward (a device reads its last token as a step), then the best token, one at a time."""
+    decoder.prefix.reset()
     start = time.perf_counter()
-    stepping.prefix.feed(prompt[:-1])
-    tokens = stepping.tokens(prompt, GREEDY, None, frozenset(), n_decode + 1)
+    tokens = decoder.tokens(prompt, GREEDY, None, frozenset(), n_decode + 1)
     next(tokens)
     prefilled = time.perf_counter()
     for _ in tokens:

@@ -197,7 +197,7 @@ class Engine:
         live, runtime, far = turns.live, turns.runtime, turns.runtime.far
         return {
             "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
-            "note": runtime.note or (turns.stepping.sentence if turns.stepping else ""),
+            "note": runtime.note or turns.decoder.reason,
             "phase": live.phase, "tokens_per_second": live.tokens_per_second,
             "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
             "answer": asdict(live.answer) | {"tokens": live.answer_tokens, "seconds": live.answer_seconds},

@@ -28,7 +28,7 @@ MOST_SAID = 300                       # characters of what a template says itsel
 SECONDS = 10.0                        # of a processor; a long conversation takes milliseconds
 LOOK_SECONDS = 0.02                   # how often we look whether it takes too much or was stopped
 PATIENCE = 12                         # times as long by the clock: other programs may have the processor
-_PROGRAM = Path(__file__).with_name("template_process.py")
+_PROGRAM = Path(__file__).with_name("template_worker.py")
 
 
 class ChatTemplate:

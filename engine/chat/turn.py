@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from engine.chat.reasoning_parser import ANSWER, Sections
 from engine.chat.tokenizer import Prompt, Tokens
 from engine.core import Counters, Event, Sampling, Stopped, UserError
-from engine.decode.decoder import begin
+from engine.decode.decoder import HostDecoder, decoder_for
 from engine.decode.prefix_cache import Prefix, common_length
-from engine.decode.sampling import Sampler, end_tokens, most_tokens
+from engine.decode.sampling import end_tokens, most_tokens
 
 MARKED_MESSAGES = 4                   # ends of the last messages where uncuttable state is remembered
 CONTEXT_TOKENS = 4                    # of an answer that goes on: some tokens decode differently at the start of a text
@@ -58,24 +58,28 @@ class Turns:
     def __init__(self, model, tokenizer, runtime, context: int, chunk: int):
         self.model, self.runtime = model, runtime
         self.tokens = Tokens(tokenizer)
-        self.prefix, self.stepping = begin(model, runtime, context)
+        self.decoder = decoder_for(model, runtime, context)
         self.context, self.chunk = context, chunk
         self.live = Live()
         self._recommended = getattr(model, "generation_config", None)
         self._ends = end_tokens(self._recommended, tokenizer)
         self._residency_at = 0.0
 
+    @property
+    def prefix(self) -> Prefix:
+        return self.decoder.prefix
+
     def beside(self, context: int) -> Turns:
         """For one short job, a title: the same model with a small cache of its own, which goes when the job is over."""
         side = copy.copy(self)
-        side.prefix, side.stepping, side.live = Prefix(self.model), None, Live()
+        side.decoder, side.live = HostDecoder(self.model), Live()
         side.context = min(context, self.context)
         return side
 
     def set_context(self, context: int, chunk: int) -> None:
         """Between answers; what was read is read again where the device's cache has to be made anew."""
-        if self.stepping and context != self.context:
-            self.prefix, self.stepping = begin(self.model, self.runtime, context)
+        if self.decoder.on_device and context != self.context:
+            self.decoder = decoder_for(self.model, self.runtime, context)
         self.context, self.chunk = context, chunk
 
     def answer(self, messages: list[dict], sampling: Sampling, stopped: Callable[[], bool],
@@ -155,14 +159,14 @@ class Turns:
         before = self.runtime.counters()
         self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")
         kind, reason = ANSWER, None
-        with closing(self._tokens(prompt.ids, sampling, limit)) as tokens:
+        with closing(self.decoder.tokens(prompt.ids, sampling, self._recommended, self._ends, limit)) as tokens:
             while reason is None:
                 if stopped():
                     reason = "stopped"
                 elif n == limit:
                     reason = "length"
                 else:
-                    token, n = next(tokens), n + 1
+                    token, n = next(tokens).token, n + 1
                     pieces = [] if token in self._ends else sections.push(token)
                     event = self._count(n, start, before)
                     reason = "stop" if token in self._ends or sections.stopped else None
@@ -172,16 +176,6 @@ class Turns:
         for kind, text in sections.flush():
             yield _with(event, kind, text)
         yield Event("end", "", n, event.tokens_per_second, event.counters, reason)
-
-    def _tokens(self, ids: list[int], sampling: Sampling, limit: int) -> Iterator[int]:
-        """Token after token behind the prompt `ids`; on a device the next one is on its way meanwhile."""
-        if self.stepping:
-            yield from self.stepping.tokens(ids, sampling, self._recommended, self._ends, limit)
-            return
-        sampler, token = Sampler(sampling, self._recommended, self.model.device), ids[-1]
-        while True:
-            token = sampler(self.prefix.feed([token]), self.prefix.ids)
-            yield token
 
     def _count(self, n_tokens: int, start: float, before: Counters) -> Event:
         """The numbers after one more token, for the panel and for the events of this token."""

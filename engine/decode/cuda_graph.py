@@ -4,7 +4,7 @@ One graph for the sparse levels and one for `exact` (and one for `floe`), each w
 switched, in one memory pool. A capture runs every
 kernel first, because compiling and loading are not allowed inside it, and puts back whatever those runs changed. Then
 the graph has to prove itself: one replay must give the logits that running the step gave. A model that cannot be
-captured runs the same kernels one by one, and `sentence` says so.
+captured runs the same kernels one by one, and `reason` says so.
 """
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ class CudaCapture:
 
 
 class Graphs:
-    """Its `launch` is what engine.decode.step.Decoder wants. sentence: "" while graphs work, else why they do not."""
+    """One graph a kind of near memory, made at its first launch. reason: "" while graphs work, else why they do not."""
 
     def __init__(self, step: Step, capture: Capture | None = None) -> None:
-        self.step, self.sentence = step, ""
+        self.step, self.reason = step, ""
         self._capture = capture or CudaCapture()
         self._graphs: dict[tuple, Run] = {}
 
     def launch(self, position: int) -> None:
         """Compute the logits behind `position` tokens; returns before they are there."""
         key = self._key()
-        if not self.sentence and key not in self._graphs:
+        if not self.reason and key not in self._graphs:
             self._make(key, position)
         self._graphs.get(key, self.step.compute)()
 
@@ -82,7 +82,7 @@ class Graphs:
         return runtime.n_arenas, runtime.kind, runtime.looks_ahead
 
     def _make(self, key: tuple, position: int) -> None:
-        """A graph under `key`, or a sentence; either way the sequence is where it was."""
+        """A graph under `key`, or a reason why not; either way the sequence is where it was."""
         self._graphs = {old: graph for old, graph in self._graphs.items() if old[0] == key[0]}  # others' arena is gone
         before = self.step.save(position)
         try:
@@ -90,14 +90,14 @@ class Graphs:
             if agrees:
                 self._graphs[key] = graph
             else:
-                self.sentence = "A captured step gave other numbers than the same step run anew"
+                self.reason = "A captured step gave other numbers than the same step run anew"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AttributeError, ValueError) as error:  # whatever a model does in a capture
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            self.sentence = f"This model's step cannot be captured ({reason[0]})"
-        if self.sentence:
-            self.sentence += "; its kernels are launched one by one, which is slower."
+            self.reason = f"This model's step cannot be captured ({reason[0]})"
+        if self.reason:
+            self.reason += "; its kernels are launched one by one, which is slower."
         self.step.restore(before)
 
     def _prove(self, before: tuple) -> tuple[Run, bool]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from engine.model.static_cache import FullLayer, Snapshot, StepCache, forward
+
 MAX_MARKS = 8
 MAX_MARK_BYTES = 1 << 30              # in host memory; a mark of a 35B hybrid model is about 65 MB
 # Model types whose forward, given a state and several tokens at once, loses the state (transformers 5.17 to 5.23).
@@ -32,33 +34,28 @@ class Mark:
 
 
 class Prefix:
-    """The live token ids of one model and the cache that belongs to them."""
+    """The live token ids of one model and the cache that belongs to them. A kind of cache brings `wants_marks`
+    (some layer can only go back to a mark), one forward, and how it is emptied, cut (False, with nothing changed, where
+    a layer cannot be), copied and restored."""
 
-    def __init__(self, model: torch.nn.Module):
-        self._model = model
-        self._device = next(model.parameters()).device
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self._device = model, next(model.parameters()).device
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._cache: Cache | None = None
-        self._marks: list[Mark] = []
-        self._needs_marks = _has_states(DynamicCache(config=model.config))
+        self._marks: list[Mark | Snapshot] = []
         self.ids: list[int] = []
-
-    @property
-    def wants_marks(self) -> bool:
-        """Whether this model can only restart at marked positions."""
-        return self._needs_marks
-
-    @property
-    def mark_bytes(self) -> int:
-        return sum(mark.n_bytes for mark in self._marks)
 
     @property
     def marks(self) -> list[int]:
         return [mark.position for mark in self._marks]
 
+    @property
+    def mark_bytes(self) -> int:
+        return sum(mark.n_bytes for mark in self._marks)
+
     def reset(self) -> None:
-        self._cache, self._marks, self.ids = None, [], []
+        self._empty()
+        self._marks, self.ids = [], []
 
     def reuse(self, ids: list[int]) -> int:
         """Go back to the longest common part with `ids` that can be had; the number of tokens kept.
@@ -66,17 +63,52 @@ class Prefix:
         At least the last token of `ids` is left to read, because its logits are wanted.
         """
         n_common = common_length(self.ids, ids[:-1])
-        if n_common < len(self.ids) and not self._cut(n_common):
-            self._restart(n_common)
+        if n_common < len(self.ids):
+            self._go_back(n_common)
         return len(self.ids)
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Read more tokens; logits [V] after the last one."""
-        one_by_one = self._cache is not None and self._model.config.model_type in ONE_BY_ONE
+        one_by_one = self.ids and self._model.config.model_type in ONE_BY_ONE
         for part in ([[token] for token in ids] if one_by_one else [ids]):
             logits = self._forward(part)
             self.ids += part
         return logits
+
+    def _go_back(self, position: int) -> None:
+        """To `position`, else to the nearest mark before it, else to the beginning."""
+        if not self._cut(position):
+            mark = max((m for m in self._marks if m.position <= position), key=lambda m: m.position, default=None)
+            if mark is None:
+                self.reset()
+                return
+            self._restore(mark)
+            position = mark.position
+        self.ids = self.ids[:position]
+        self._marks = [mark for mark in self._marks if mark.position <= position]
+
+    def mark(self) -> None:
+        """Remember the state here, if this model needs it and it is not remembered yet."""
+        if not self.ids or not self.wants_marks or len(self.ids) in self.marks:
+            return
+        self._marks.append(self._copy())
+        self._marks.sort(key=lambda mark: mark.position)
+        while len(self._marks) > 1 and (len(self._marks) > MAX_MARKS or self.mark_bytes > MAX_MARK_BYTES):
+            # The first one often ends the system message, which a new conversation shares: it goes last.
+            del self._marks[1 if len(self._marks) > 2 else 0]
+
+
+class DynamicPrefix(Prefix):
+    """Over the cache that transformers makes for the model; it grows."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self._cache: Cache | None = None
+        self._needs_marks = _has_states(DynamicCache(config=model.config))
+
+    @property
+    def wants_marks(self) -> bool:
+        return self._needs_marks
 
     def _forward(self, ids: list[int]) -> torch.Tensor:
         positions = torch.arange(len(self.ids), len(self.ids) + len(ids), device=self._device)[None]
@@ -88,59 +120,67 @@ class Prefix:
         self._needs_marks = not self._is_plain() or _has_states(self._cache)
         return out.logits[0, -1]
 
-    def mark(self) -> None:
-        """Remember the state here, if this model needs it and it is not remembered yet."""
-        position = len(self.ids)
-        if self._cache is None or not self.wants_marks or position in self.marks:
-            return
+    def _is_plain(self) -> bool:
+        return type(self._cache) is DynamicCache
+
+    def _empty(self) -> None:
+        self._cache = None
+
+    def _cut(self, position: int) -> bool:
+        if not position:
+            self._empty()
+            return True
+        if not self._is_plain() or not all(map(_can_be_cut, self._cache.layers)):
+            return False
+        self._crop(self._cache.layers, position)
+        return True
+
+    def _copy(self) -> Mark:
         if self._is_plain():
             state = {i: copied(layer, "cpu") for i, layer in enumerate(self._cache.layers)
                      if type(layer).__name__ not in _CUT_ANYWHERE}
         else:
             state = copied(self._cache, "cpu")
-        self._marks.append(Mark(position, state, tensor_bytes(state)))
-        self._marks.sort(key=lambda mark: mark.position)
-        while len(self._marks) > 1 and (len(self._marks) > MAX_MARKS or self.mark_bytes > MAX_MARK_BYTES):
-            # The first one often ends the system message, which a new conversation shares: it goes last.
-            del self._marks[1 if len(self._marks) > 2 else 0]
+        return Mark(len(self.ids), state, tensor_bytes(state))
 
-    def _is_plain(self) -> bool:
-        return type(self._cache) is DynamicCache
+    def _restore(self, mark: Mark) -> None:
+        if not self._is_plain():
+            self._cache = copied(mark.state, self._device)
+            return
+        self._crop([layer for i, layer in enumerate(self._cache.layers) if i not in mark.state], mark.position)
+        for i, layer in mark.state.items():
+            self._cache.layers[i] = copied(layer, self._device)
+
+    def _crop(self, layers: list, position: int) -> None:
+        for layer in layers:
+            layer.crop(position - len(self.ids))
+
+
+class StepPrefix(Prefix):
+    """Over a cache of fixed shape, which a recorded step can run with."""
+
+    def __init__(self, model: torch.nn.Module, cache: StepCache) -> None:
+        super().__init__(model)
+        self.cache = cache
+
+    @property
+    def wants_marks(self) -> bool:
+        return not all(isinstance(layer, FullLayer) for layer in self.cache.layers)
+
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        return forward(self._model, torch.tensor([ids], device=self._device), self.cache, **self._last_only)[0, -1]
+
+    def _empty(self) -> None:
+        self.cache.reset()
 
     def _cut(self, position: int) -> bool:
-        """Cut every layer back to `position`; False, with nothing changed, when one of them cannot."""
-        if position == 0 or self._cache is None:
-            self.reset()
-            return True
-        if not self._is_plain() or not all(map(_can_be_cut, self._cache.layers)):
-            return False
-        self._crop(self._cache.layers, len(self.ids) - position)
-        self._keep(position)
-        return True
+        return self.cache.cut(position, len(self.ids))
 
-    def _restart(self, position: int) -> None:
-        """Go to the nearest mark at or before `position`, or to the beginning."""
-        mark = max((m for m in self._marks if m.position <= position), key=lambda m: m.position, default=None)
-        if mark is None:
-            self.reset()
-            return
-        if self._is_plain():
-            plain = [layer for i, layer in enumerate(self._cache.layers) if i not in mark.state]
-            self._crop(plain, len(self.ids) - mark.position)
-            for i, layer in mark.state.items():
-                self._cache.layers[i] = copied(layer, self._device)
-        else:
-            self._cache = copied(mark.state, self._device)
-        self._keep(mark.position)
+    def _copy(self) -> Snapshot:
+        return self.cache.snapshot(len(self.ids))
 
-    @staticmethod
-    def _crop(layers: list, n_tokens: int) -> None:
-        for layer in layers:
-            layer.crop(-n_tokens)
-
-    def _keep(self, position: int) -> None:
-        self.ids = self.ids[:position]
-        self._marks = [mark for mark in self._marks if mark.position <= position]
+    def _restore(self, mark: Snapshot) -> None:
+        self.cache.restore(mark)
 
 
 def common_length(a: list[int], b: list[int]) -> int:

@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from engine.core import MachineError, Sampling, UserError
 
+NOT_NUMBERS = "The model computed values that are not numbers; open it again, and check its files if this comes back."
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -63,8 +64,7 @@ class Sampler:
         """The next token after `ids` (prompt and answer so far). MachineError when the logits are not numbers."""
         scores = logits[None].float()  # [1, V]
         if torch.isnan(scores).any():
-            raise MachineError("The model computed values that are not numbers; open it again, "
-                               "and check its files if this comes back.")
+            raise MachineError(NOT_NUMBERS)
         if self._processors:
             history = torch.tensor([ids if self._needs_history else []], dtype=torch.long, device=scores.device)
             scores = self._processors(history, scores)

@@ -1,34 +1,36 @@
-"""One token after another without waiting for any: the step, and the loop that runs one step ahead of its reader.
+"""One decode step on the device: the model's forward of one token, the sampler, the flag that ends the answer.
 
-A step is the model's forward of one token, the sampler, and the flag that ends the answer, all on the device, all state
-changed in place; so it can be recorded and replayed (engine/decode/cuda_graph.py) or run as it is. The loop launches
-the next step before it looks at the last one's token: when the answer had ended, `done` has made that step a no-op.
-What a step has to say comes back in one copy of eight numbers.
+All state is changed in place, so a step can be recorded and replayed (engine/decode/cuda_graph.py) or run as it is.
+Once `done`, a step changes nothing. What a step has to say comes back in one copy of eight numbers.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from engine.core import MachineError
 from engine.decode.device_sampling import DeviceSampler
+from engine.decode.sampling import NOT_NUMBERS
 from engine.experts.device import DeviceRuntime
 from engine.model.static_cache import Snapshot, StepCache, forward
 
 Tensor = torch.Tensor
 MOST_ENDS = 16  # tokens that may end an answer
-NOT_NUMBERS = ("The model computed values that are not numbers; open it again, and check its files if this comes back.")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token of the answer; ended: it is the last. counts: the first five fields of Counters, totals so far."""
+    """A token of the answer; ended: it is the last.
+
+    counts: the first five fields of Counters, totals so far, from a device. logits [V]: what it was drawn from, on the
+    host.
+    """
 
     token: int
     ended: bool
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] = ()
+    logits: Tensor | None = None
 
 
 class Step:
@@ -84,58 +86,20 @@ class Packets:
     """Two places in host memory that steps' packets come back to by turns; an event tells when one has arrived."""
 
     def __init__(self, packet: Tensor) -> None:
-        self._packet, self._on_card = packet, packet.is_cuda
-        self._host = [torch.zeros(packet.shape, dtype=packet.dtype, pin_memory=self._on_card) for _ in range(2)]
-        self._arrived = [torch.cuda.Event() for _ in range(2)] if self._on_card else []
+        self._packet, self._on_gpu = packet, packet.is_cuda
+        self._host = [torch.zeros(packet.shape, dtype=packet.dtype, pin_memory=self._on_gpu) for _ in range(2)]
+        self._arrived = [torch.cuda.Event() for _ in range(2)] if self._on_gpu else []
 
     def send(self, turn: int) -> None:
         self._host[turn % 2].copy_(self._packet, non_blocking=True)
-        if self._on_card:
+        if self._on_gpu:
             self._arrived[turn % 2].record()
 
     def read(self, turn: int) -> Drawn:
         """Waits for this packet alone. MachineError when the model computed no numbers."""
-        if self._on_card:
+        if self._on_gpu:
             self._arrived[turn % 2].synchronize()
         token, ended, broken, *counts = self._host[turn % 2].tolist()
         if broken:
             raise MachineError(NOT_NUMBERS)
         return Drawn(token, bool(ended), tuple(counts))
-
-
-class Decoder:
-    """Answers of one model, token by token. launch(position): runs or replays the step's compute.
-
-    fed: the tokens that the cache holds since `tokens` began, the one it was started with first.
-    """
-
-    def __init__(self, step: Step, launch: Callable[[int], None] | None = None) -> None:
-        self.step, self.fed = step, []
-        self._launch = launch or (lambda position: step.compute())
-        self._packets = Packets(step.packet)
-
-    def tokens(self, token: int, position: int, ends: frozenset[int], limit: int) -> Iterator[Drawn]:
-        """The answer behind `position` tokens that the cache holds, and `token`, which it does not hold yet."""
-        self.step.start(token, ends, limit)
-        self.fed, turn = [token], 0
-        try:
-            self._one(position, turn)
-            while True:
-                self._one(position + turn + 1, turn + 1)
-                drawn = self._packets.read(turn)
-                self.step.runtime.counted = list(drawn.counts)
-                if not drawn.ended:
-                    self.fed.append(drawn.token)  # the step ahead has read it
-                yield drawn
-                if drawn.ended:
-                    return
-                turn += 1
-        finally:
-            # Behind the step ahead. What is read, computed and counted next is not of this answer.
-            self.step.done.zero_()
-            self.step.runtime.counted = None
-
-    def _one(self, position: int, turn: int) -> None:
-        self._launch(position)
-        self.step.choose()
-        self._packets.send(turn)

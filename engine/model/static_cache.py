@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from engine.core import UserError
 
 Tensor = torch.Tensor
+OWN_CACHE = {"minimax"}  # model types that refuse every cache class but their own (transformers 5.23)
 UNSEEN = 1 << 40  # the position of a slot that was never written: later than any query, so every causal mask hides it
 
 
@@ -229,6 +230,8 @@ class StepCache(Cache):
     """The cache of one model for `context` tokens. NotCapturable for kinds of layer that have no fixed form here."""
 
     def __init__(self, config, context: int, device: torch.device | str = "cpu") -> None:
+        if config.model_type in OWN_CACHE:
+            raise NotCapturable(f"{config.model_type} takes no cache but its own; it runs step by step.")
         self.clock = Clock(context, device)
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         super().__init__(layers=[self._layer(kind, given) for kind, given in zip(kinds, arguments, strict=True)])

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from engine.core import SPARSE_LEVELS, Counters, UserError
-from engine.decode.prefix_cache import Prefix
+from engine.decode.decoder import given, steps
+from engine.decode.prefix_cache import DynamicPrefix
 from engine.experts.cache import whole_row_bytes
 from engine.model.load import Loaded
 
@@ -132,11 +133,11 @@ def _run(loaded: Loaded, ids: list[int], reference: Tensor, tally: _Tally) -> No
     """One document, one token a step, from what the runtime was just set to."""
     runtime = loaded.runtime
     runtime.phase, runtime.predict = "decode", False
-    prefix, start = Prefix(loaded.model), runtime.counters()
-    for t, row in enumerate(reference):
-        logits = prefix.feed([ids[t]])
-        if logits.shape != row.shape:
-            raise UserError(f"The reference has {len(row):,} tokens in its vocabulary and this model {len(logits):,}; "
-                            "give the checkpoint that it was made from.")
-        tally.add(logits, ids[t + 1], row.to(logits.device))
+    start = runtime.counters()
+    drawn = steps(DynamicPrefix(loaded.model), ids[:1], given(ids[1:]), len(reference))
+    for step, row in zip(drawn, reference, strict=True):
+        if step.logits.shape != row.shape:
+            raise UserError(f"The reference has {len(row):,} tokens in its vocabulary and this model "
+                            f"{len(step.logits):,}; give the checkpoint that it was made from.")
+        tally.add(step.logits, step.token, row.to(step.logits.device))
     tally.counters += runtime.counters() - start

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict:
     measured = throughput.Bench(loaded, report=_say, copy_bytes_per_second=speeds and speeds.link)
     document = measured.document()
     _print(document)
-    if speeds and measured.stepping:
+    if speeds and measured.decoder.on_device:
         document |= _on_card(measured, speeds, card, args.table)
     if args.compare:
         source = args.source and load.load(args.source, Options(level="full", device=device))

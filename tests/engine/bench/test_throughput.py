@@ -11,6 +11,7 @@ from engine.__main__ import main
 from engine.bench import projection, throughput
 from engine.bench.projection import Speeds
 from engine.core import Options, UserError
+from engine.decode.decoder import DeviceDecoder
 from engine.experts.device import take_over
 from engine.experts.host import LevelPlan
 from engine.library.compress import compress
@@ -66,8 +67,8 @@ def test_a_device_is_measured_as_it_is_used(folders, monkeypatch) -> None:
     loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
     loaded.runtime.set_level("fast", loaded.runtime.everything_bytes() // 2)
     measured, asked = throughput.Bench(loaded, sizes=throughput.Sizes(24, 8)), []
-    tokens = measured.stepping.tokens
-    monkeypatch.setattr(measured.stepping, "tokens", lambda *given: asked.append(given[-1]) or tokens(*given))
+    tokens = measured.decoder.tokens
+    monkeypatch.setattr(measured.decoder, "tokens", lambda *given: asked.append(given[-1]) or tokens(*given))
     document = measured.document()
     assert asked == [2, 2, 2, 8, 8, 8, 8, 8] and json.loads(json.dumps(document)) == document
     layout = loaded.runtime.far.layout
@@ -135,11 +136,16 @@ def test_with_all_near_ours_is_no_slower_than_transformers_fastest(repository: P
 def test_a_device_is_compared_by_its_own_step(folders, monkeypatch) -> None:
     loaded = load.load(folders[1], Options(level="exact", device="cpu"))
     loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
-    ours = []
-    greedy = throughput._device_greedy
-    monkeypatch.setattr(throughput, "_device_greedy", lambda *given: ours.append(greedy(*given)) or ours[-1])
+    ours, made = [], throughput.decoder_for
+
+    def counted(*given):
+        decoder = made(*given)
+        tokens = decoder.tokens
+        decoder.tokens = lambda *asked: ours.append(type(decoder)) or tokens(*asked)
+        return decoder
+    monkeypatch.setattr(throughput, "decoder_for", counted)
     rows = throughput.compare(loaded, rounds=1, sizes=throughput.Sizes(16, 4))
-    assert rows[0]["implementation"] == "floe" and len(rows) > 1 and len(ours) == 2
+    assert rows[0]["implementation"] == "floe" and len(rows) > 1 and ours == [DeviceDecoder] * 2
     n_bytes = small_model.LAYERS * small_model.TOP_K * loaded.runtime.far.layout.blob_bytes
     assert loaded.runtime.counters().needed_bytes == 2 * (4 + 1) * n_bytes  # every token a step of the device
 

@@ -9,18 +9,15 @@ import torch
 
 from engine.chat.engine import Engine
 from engine.core import MachineError, Options, UserError
-from engine.decode.decoder import StepPrefix, begin
-from engine.decode.prefix_cache import Prefix
+from engine.decode.decoder import HostDecoder, decoder_for
 from engine.experts import device as device_runtime
 from engine.experts.device import DeviceRuntime
 from engine.machine.detect import described
 from engine.model import load
 from engine.model.placement import experts_on_card
-from engine.model.static_cache import StepCache
 from engine.policies import prefetch
 from tests.engine.chat.test_engine import DRAWN, GREEDY, LONG, TALK, chat, finish, told
 from tests.engine.experts.test_far_locked import Ledger
-from tests.support.architectures import build
 from tests.support.folders import compressed
 
 OPTIONS = Options("exact", device="cpu", chunk=16, context=400)
@@ -40,7 +37,7 @@ def engines(demo_checkpoint):
     """The same model by either path."""
     with Engine(load.load(demo_checkpoint, OPTIONS), OPTIONS) as host:
         with Engine(on_device(demo_checkpoint), OPTIONS) as device:
-            assert isinstance(device._turns.runtime, DeviceRuntime) and device._turns.stepping
+            assert isinstance(device._turns.runtime, DeviceRuntime) and device._turns.decoder.on_device
             yield host, device
 
 
@@ -177,7 +174,7 @@ class _Small:
 def test_a_card_that_is_lost_leaves_the_answer_so_far(demo_checkpoint):
     """The words that CUDA uses; after them the engine is closed and opened again."""
     with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
-        step, calls = engine._turns.stepping._decoder.step, [0]
+        step, calls = engine._turns.decoder.step, [0]
         draw = step.sampler.draw
 
         def lost(logits):
@@ -227,12 +224,14 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
     assert found[0] == found[1] and fetched
 
 
-def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(tmp_path):
-    folder = compressed("lfm2_moe", tmp_path)[2]
+@pytest.mark.parametrize("name", ["lfm2_moe", "minimax"])
+def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(name, tmp_path):
+    folder = compressed(name, tmp_path)[2]
     loaded = load.load(folder, replace(OPTIONS, context=64))
     runtime = experts_on_card(loaded.model, folder, "exact", 1 << 20, lambda text, share: None, Ledger(), "cpu")
-    prefix, stepping = begin(loaded.model, runtime, 64)
-    assert type(prefix) is Prefix and stepping is None and "runs step by step" in runtime.note
+    decoder = decoder_for(loaded.model, runtime, 64)
+    prefix = decoder.prefix
+    assert isinstance(decoder, HostDecoder) and "runs step by step" in runtime.note
     with torch.no_grad():
         assert prefix.feed([3, 4, 5]).isfinite().all() and prefix.feed([6]).isfinite().all()
     assert runtime.counters().needed_bytes > 0
@@ -280,22 +279,6 @@ def test_closing_gives_locked_memory_back(demo_checkpoint):
     with Engine(on_device(demo_checkpoint, ledger), OPTIONS):
         assert ledger.registered
     assert not ledger.registered
-
-
-@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gpt_oss", "glm4_moe"])
-@torch.no_grad()
-def test_going_back_gives_the_logits_of_reading_anew(name):
-    model = build(name)
-    prefix, fresh = (StepPrefix(model, StepCache(model.config, 64)) for _ in range(2))
-    first, other = list(range(3, 33)), [*range(3, 23), *range(60, 80)]
-    prefix.feed(first[:12])
-    prefix.mark()
-    prefix.feed(first[12:])
-    kept = prefix.reuse(other)
-    assert kept == (12 if prefix.wants_marks else 20) and prefix.ids == other[:kept]
-    expected = fresh.feed(other)
-    torch.testing.assert_close(prefix.feed(other[kept:]), expected, rtol=1e-4, atol=1e-4)
-    assert prefix.reuse([99, 98]) == 0 and prefix.ids == [] and prefix.marks == []
 
 
 def test_a_context_beyond_the_model_is_refused(demo_checkpoint):

@@ -1,4 +1,4 @@
-"""Reading in parts, going back and reading on gives what reading the whole gives, on every kind of layer."""
+"""Reading in parts, going back and reading on gives what reading the whole gives, on every kind of layer and cache."""
 from __future__ import annotations
 
 import pytest
@@ -7,14 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.decode import prefix_cache as prefix_module
-from engine.decode.prefix_cache import Prefix, common_length, copied, tensor_bytes
+from engine.decode.prefix_cache import DynamicPrefix, Prefix, StepPrefix, common_length, copied, tensor_bytes
+from engine.model.static_cache import NotCapturable, StepCache
 from tests.support.architectures import SMALL, build
 
+CACHES = ["dynamic", "step"]
 UNCUTTABLE = ["gpt_oss", "qwen3_next", "qwen3_5_moe_text", "jamba", "lfm2_moe", "minimax", "granitemoehybrid"]
 
 
 def text(n_tokens: int, seed: int) -> list[int]:
     return torch.randint(3, 128, (n_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def prefix_of(model, cache: str) -> Prefix:
+    if cache == "dynamic":
+        return DynamicPrefix(model)
+    try:
+        return StepPrefix(model, StepCache(model.config, 96))
+    except NotCapturable as error:
+        pytest.skip(str(error))
 
 
 @torch.inference_mode()
@@ -44,13 +55,14 @@ def check(prefix: Prefix, model, ids: list[int], **how) -> int:
     return kept
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", SMALL)
-def test_parts_equal_the_whole(name):
+def test_parts_equal_the_whole(name, cache):
     model = build(name)
     for module in model.modules():  # random indexers score many tokens exactly 0, and the order of ties is not defined
         if hasattr(module, "index_topk"):
             module.index_topk = 64
-    prefix = Prefix(model)
+    prefix = prefix_of(model, cache)
     first = text(30, 1)
     assert check(prefix, model, first, marks=(6, 20)) == 0
     longer = first + text(9, 2)                                   # the next question
@@ -61,10 +73,11 @@ def test_parts_equal_the_whole(name):
     assert check(prefix, model, text(11, 4)) == 0                 # another conversation
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", UNCUTTABLE)
-def test_layers_that_cannot_be_cut_restart_at_the_nearest_mark(name):
+def test_layers_that_cannot_be_cut_restart_at_the_nearest_mark(name, cache):
     model = build(name)
-    prefix = Prefix(model)
+    prefix = prefix_of(model, cache)
     ids = text(40, 1)
     check(prefix, model, ids, marks=(10, 24))
     assert prefix.wants_marks and prefix.marks == [10, 24, 39]
@@ -75,10 +88,10 @@ def test_layers_that_cannot_be_cut_restart_at_the_nearest_mark(name):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 45), st.integers(2, 16), st.integers(0, 99)), min_size=1, max_size=8),
-       st.sampled_from(["qwen3_moe", "gpt_oss", "qwen3_next"]))
-def test_any_walk_of_edits_gives_the_logits_of_the_whole(steps, name):
+       st.sampled_from(["qwen3_moe", "gpt_oss", "qwen3_next"]), st.sampled_from(CACHES))
+def test_any_walk_of_edits_gives_the_logits_of_the_whole(steps, name, cache):
     model = _models.setdefault(name, build(name))
-    prefix, ids = Prefix(model), []
+    prefix, ids = prefix_of(model, cache), []
     for cut, n_new, seed in steps:
         ids = ids[:cut] + text(n_new, seed)
         check(prefix, model, ids, marks=(5, 13, 21))
@@ -88,14 +101,16 @@ def test_any_walk_of_edits_gives_the_logits_of_the_whole(steps, name):
 _models: dict[str, torch.nn.Module] = {}
 
 
-def test_plain_attention_needs_no_marks():
-    prefix = Prefix(build("qwen3_moe"))
+@pytest.mark.parametrize("cache", CACHES)
+def test_plain_attention_needs_no_marks(cache):
+    prefix = prefix_of(build("qwen3_moe"), cache)
     read(prefix, text(20, 1), marks=(5,))
     assert not prefix.wants_marks and prefix.marks == [] and prefix.mark_bytes == 0
 
 
-def test_marks_are_bounded_in_number_and_bytes(monkeypatch):
-    prefix = Prefix(build("qwen3_next"))
+@pytest.mark.parametrize("cache", CACHES)
+def test_marks_are_bounded_in_number_and_bytes(cache, monkeypatch):
+    prefix = prefix_of(build("qwen3_next"), cache)
     read(prefix, text(60, 1), marks=tuple(range(4, 60, 3)))
     assert len(prefix.marks) == prefix_module.MAX_MARKS
     assert prefix.marks[0] == 4 and prefix.marks[-1] == 59
@@ -107,7 +122,7 @@ def test_marks_are_bounded_in_number_and_bytes(monkeypatch):
 
 
 def test_a_mark_is_a_copy_and_its_bytes_are_counted():
-    prefix = Prefix(build("gpt_oss"))
+    prefix = DynamicPrefix(build("gpt_oss"))
     read(prefix, text(20, 1))
     cache = prefix._cache
     twin = copied(cache, "cpu")
@@ -117,13 +132,17 @@ def test_a_mark_is_a_copy_and_its_bytes_are_counted():
     assert tensor_bytes(cache) >= sum(tensor.numel() * 4 for tensor in pairs)
 
 
-def test_after_a_reset_everything_is_read_again():
+@pytest.mark.parametrize("cache", CACHES)
+@torch.inference_mode()
+def test_after_a_reset_everything_is_read_again(cache):
     model = build("qwen3_next")
-    prefix = Prefix(model)
+    prefix = prefix_of(model, cache)
+    prefix.mark()
+    assert prefix.marks == [], "there is nothing to remember yet"
     ids = text(20, 1)
     check(prefix, model, ids)
     prefix.reset()
-    assert check(prefix, model, ids) == 0
+    assert prefix.marks == [] and check(prefix, model, ids) == 0
 
 
 @given(st.lists(st.integers(0, 2), max_size=6), st.lists(st.integers(0, 2), max_size=6))
