@@ -1,8 +1,9 @@
-"""What decides the design on a card, without a model: bandwidths, `fill` against the copy engine, nodes of a graph.
+"""What decides the design on a graphics card, without a model: bandwidths, `fill`, nodes of a graph, single kernels.
 
 Each measurement yields rows (plain dictionaries) for tests/bench/<card>.csv. `fill` is held against the copy engine by
 record size, burst, blocks, page-locked size and page size; a graph's node is timed in chains of empty and of working
-kernels. Single kernels: engine/bench/kernel_times.py; whole steps: engine/bench/step.py. Needs a card.
+kernels. `score`, `apply` and `dense` run at a catalogue model's shape, on the whole card and on 28 multiprocessors (an
+RTX 3060's): a large card hides what costs a small one its time, arithmetic. Whole steps: engine/bench/step.py.
 """
 from __future__ import annotations
 
@@ -12,18 +13,26 @@ import mmap
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from engine.bench.projection import Speeds
+from engine.bench.step_profile import Row, Speeds
+from engine.bench.synthetic import SHARES, Blobs, Shape
 from engine.core import MachineError, UserError
 from engine.machine.pinned_memory import CudaDriver, HostMemory
 from engine.units import size
+from kernels.activation import Gate, quantize_activation
+from kernels.apply import apply
+from kernels.dense import dense
 from kernels.fill import fill
 from kernels.gpu import fill as gpu_fill
+from kernels.layout import Layout
+from kernels.score import score
+from kernels.select import BINS, DOWN_ONLY, REFINED
 
 MIB = 2**20
 RECORDS = (1152, 2304, 4608, 9216)              # bytes; multiples of 128
@@ -33,10 +42,12 @@ CHAIN = (100, 1000, 4000)
 REPEATS = 20
 SLEEP_CYCLES = 10**7    # some milliseconds
 VRAM_BYTES, LINK_BYTES = 256 * MIB, 64 * MIB    # several times the largest cache of a card
-Row = dict[str, object]
+SMALL = 28              # multiprocessors
+PLACES = 16             # different sets of experts, one after the other: together more than a cache holds
+Run = Callable[[], object]
 
 
-def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
+def milliseconds(run: Run, repeats: int = REPEATS) -> float:
     """Median time of `run` on the card, after a first call that does not count.
 
     The card sleeps first, so that everything is queued by the time it begins: what the host needs for a launch is more
@@ -55,25 +66,22 @@ def milliseconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
     return median(times)
 
 
-def occupied(vram_bytes: int | None) -> torch.Tensor | None:
-    """Take what the card has above `vram_bytes`, so that it is a smaller one for as long as the result lives.
+def reserve_vram(left_bytes: int | None) -> torch.Tensor | None:
+    """Take what the card has above `left_bytes`, so that it is a smaller one for as long as the result lives.
 
     UserError: the card has less. MachineError: others have taken some of it.
     """
-    if vram_bytes is None:
+    if left_bytes is None:
         return None
-    free, total = torch.cuda.mem_get_info()
-    spare = above(vram_bytes, free, total)
-    return torch.empty(spare, dtype=torch.uint8, device="cuda")
+    return torch.empty(bytes_above(left_bytes, *torch.cuda.mem_get_info()), dtype=torch.uint8, device="cuda")
 
 
-def above(vram_bytes: int, free: int, total: int) -> int:
-    """Bytes to occupy of a card with so many."""
-    if vram_bytes > total:
-        raise UserError(f"This card has {size(total)} of memory; give --vram at most that, not {size(vram_bytes)}.")
-    if total - vram_bytes > free:
+def bytes_above(left_bytes: int, free: int, total: int) -> int:
+    if left_bytes > total:
+        raise UserError(f"This card has {size(total)} of memory; give --vram at most that, not {size(left_bytes)}.")
+    if total - left_bytes > free:
         raise MachineError(f"Other programs use {size(total - free)} of the card, more than --vram leaves; close them.")
-    return total - vram_bytes
+    return total - left_bytes
 
 
 def speeds() -> Speeds:
@@ -170,7 +178,88 @@ def _chain(x: torch.Tensor, y: torch.Tensor, n: int, fork: bool) -> torch.cuda.C
     return graph
 
 
-def told(row: Row) -> str:
+def must_read(layout: Layout, top_k: int, refined: int, down_only: int) -> dict[str, int]:
+    """Bytes of near memory that one call cannot do without."""
+    return {"score": top_k * layout.neurons * layout.sketch_row,
+            "apply": refined * layout.record + down_only * layout.prefix + (refined + down_only) * layout.sketch_row,
+            "dense": top_k * layout.neurons * (layout.sketch_row + layout.record)}
+
+
+def single_kernels(shape: Shape, device: str = "cuda", time: Callable[[Run], float] = milliseconds) -> Iterator[Row]:
+    """Rows for level `fast`'s shares of a layer's neurons. time: milliseconds of a run."""
+    spec, layout = shape.spec, shape.layout
+    refined, down_only = (int(share * spec.top_k * spec.neurons) for share in SHARES["fast"])
+    n_bytes = must_read(layout, spec.top_k, refined, down_only)
+    runs = _runs(shape, refined, down_only, device)
+    for sms in (None, SMALL):
+        known = {"model": shape.name, "hidden": spec.hidden, "sms": sms or "all"}
+        try:
+            with few_multiprocessors(sms):
+                for name, run in runs.items():
+                    took = time(run)
+                    yield {"measured": "kernels", **known, "name": name, "us": 1e3 * took, "bytes": n_bytes[name],
+                           "gb_per_second": n_bytes[name] / took / 1e6}
+        except (RuntimeError, AttributeError, TypeError) as error:  # whatever a version without them raises
+            if sms is None:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            yield {"measured": "kernels", **known, "sentence": "Green contexts do not work with this PyTorch and "
+                   f"driver ({reason}); only the whole card was measured."}
+
+
+@contextmanager
+def few_multiprocessors(n: int | None) -> Iterator[None]:
+    """Inside, kernels run on n multiprocessors (compute capability 9.0 and later round up to 8); None: on all."""
+    if n is None:
+        yield
+        return
+    from torch.cuda.green_contexts import GreenContext
+    context = GreenContext.create(num_sms=n)
+    context.set_context()
+    try:
+        yield
+    finally:
+        context.pop_context()
+
+
+def _runs(shape: Shape, refined: int, down_only: int, device: str) -> dict[str, Run]:
+    """One call of each kernel, on other experts every time."""
+    spec, layout, draw, gate = shape.spec, shape.layout, torch.Generator().manual_seed(0), Gate()
+    blobs = _blobs(layout, min(spec.experts, PLACES * spec.top_k)).to(device)
+    sketches = blobs[:, :layout.sketch_bytes].contiguous()
+    records = blobs[:, layout.sketch_bytes:].reshape(-1, layout.record)
+    x = torch.randn(1, layout.padded, generator=draw).to(device)
+    codes, scales = quantize_activation(x, layout.group)
+    weight = torch.full((1, spec.top_k), 1 / spec.top_k, device=device)
+    histogram = torch.zeros(1, BINS, dtype=torch.int32, device=device)
+    neurons = torch.randperm(spec.top_k * spec.neurons, generator=draw)[:refined + down_only].sort().values.int()[None]
+    fidelity = torch.full_like(neurons, DOWN_ONLY, dtype=torch.int8)
+    fidelity[0, torch.randperm(refined + down_only, generator=draw)[:refined]] = REFINED
+    picks = [torch.randperm(len(blobs), generator=draw)[:spec.top_k].int()[None] for _ in range(PLACES)]
+    where = [_record_places(place[0], neurons[0], layout.neurons)[None].to(device) for place in picks]
+    places, chosen = [place.to(device) for place in picks], (neurons.to(device), fidelity.to(device))
+    scored, applied, whole = cycle(places), cycle(zip(places, where, strict=True)), cycle(places)
+
+    def sparse() -> torch.Tensor:
+        place, record_place = next(applied)
+        return apply(x, sketches, place, records, record_place, *chosen, layout, gate)
+    return {"score": lambda: score(codes, scales, sketches, next(scored), weight, layout, gate, histogram=histogram),
+            "apply": sparse, "dense": lambda: dense(x, blobs, next(whole), layout, gate)}
+
+
+def _blobs(layout: Layout, n: int) -> torch.Tensor:
+    blobs, random = torch.empty(n, layout.blob_bytes, dtype=torch.uint8), Blobs(layout, 0.0, seed=0)
+    for blob in blobs:
+        random.fill(blob)
+    return blobs
+
+
+def _record_places(experts: torch.Tensor, neurons: torch.Tensor, n_neurons: int) -> torch.Tensor:
+    """Records lie expert after expert: int32 [K] for neurons 0..k*I-1 of the routed experts [k]."""
+    return experts[(neurons // n_neurons).long()] * n_neurons + neurons % n_neurons
+
+
+def row_text(row: Row) -> str:
     return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in row.items())
 

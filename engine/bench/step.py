@@ -1,4 +1,4 @@
-"""A synthetic model's decode step on a card: captured, replayed against the step run anew, timed, split by kernel."""
+"""A synthetic model's decode step on a graphics card: captured, compared with the step run anew, timed by kernel."""
 from __future__ import annotations
 
 import time
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.bench import repeating, step_profile, synthetic, synthetic_model
-from engine.bench.projection import Speeds
-from engine.bench.step_profile import Decoded, Row
+from engine.bench import step_profile, synthetic, synthetic_model
+from engine.bench.step_profile import Row, Speeds, TimedAnswer
 from engine.bench.synthetic import Shape
 from engine.core import Machine, Options, Sampling, UserError
 from engine.decode.cuda_graph import Capture, Graphs
@@ -28,7 +27,7 @@ PROFILED = 20  # tokens
 class Case:
     """What is measured: a model of the catalogue and its first layers, at a level, with near memory, for some tokens.
 
-    None: all layers; near memory as planned. card: the one that the token is projected onto.
+    None: all layers; near memory as planned. gpu: the one that the token is projected onto.
     """
 
     name: str
@@ -36,7 +35,7 @@ class Case:
     level: str = "fast"
     near_bytes: int | None = None
     n_tokens: int = 300
-    card: Machine | None = None
+    gpu: Machine | None = None
 
     def __post_init__(self) -> None:
         if self.n_tokens < 2:
@@ -56,17 +55,17 @@ class Case:
 
 
 def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,
-          say: Callable[[str, float], None] = lambda text, share: None, device: str = "cuda",
+          report: Callable[[str, float], None] = lambda text, share: None, device: str = "cuda",
           capture: Capture | None = None, held_bytes: int = 0) -> Iterator[Row]:
     """Rows: replay against eager, a token's milliseconds and bytes, kernels, what is left beside the bytes, another
-    card, and whole experts in the same near bytes. held_bytes: of the card that are not the model's."""
+    card, and whole experts in the same near bytes. held_bytes: what others than the model hold of the card."""
     calibration = synthetic.calibration_of(shape)
     options = Options(case.level, case.near_bytes, device=device)
-    loaded = synthetic_model.open_on_card(shape, calibration, options, driver, say, device)
+    loaded = synthetic_model.open_on_gpu(shape, calibration, options, driver, report, device)
     try:
         with torch.inference_mode():
             cache = StepCache(loaded.model.config, case.context, device)
-            repeating.follow(loaded.runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
+            synthetic_model.follow_picks(loaded.runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
             decoder = DeviceDecoder(loaded.model, loaded.runtime, cache, adapts=False)
             yield from _rows(decoder, capture, loaded, case, speeds, held_bytes)
     finally:
@@ -81,19 +80,19 @@ def _rows(decoder: DeviceDecoder, capture: Capture | None, loaded: load.Loaded, 
     decoder.graphs = None
     eager, _ = _answer(decoder, runtime, case)
     decoder.graphs = Graphs(decoder.step, capture)
-    replayed, decoded = _answer(decoder, runtime, case)
+    replayed, timed = _answer(decoder, runtime, case)
     yield {"measured": "capture", **known, "equal": eager == replayed, "sentence": decoder.reason}
-    on_card = torch.device(runtime.device).type == "cuda"
-    yield decoded.row("step", known) | {
-        "vram_peak": torch.cuda.max_memory_allocated() - held_bytes if on_card else 0}
+    on_gpu = torch.device(runtime.device).type == "cuda"
+    yield timed.row("step", known) | {
+        "vram_peak": torch.cuda.max_memory_allocated() - held_bytes if on_gpu else 0}
     n = min(PROFILED, case.n_tokens - 1)
     watched = step_profile.profiled(_tokens(decoder, n + 1), n, runtime, case.context)
-    yield from step_profile.explained(decoded, *watched, loaded.model, runtime, loaded.spec, known, speeds, case.card)
+    yield from step_profile.explained(timed, *watched, loaded.model, runtime, loaded.spec, known, speeds, case.gpu)
     yield from step_profile.whole_experts(
         runtime, lambda: _answer(decoder, runtime, case)[1].row("whole experts", known | {"level": "exact"}))
 
 
-def _answer(decoder: DeviceDecoder, runtime: DeviceRuntime, case: Case) -> tuple[list[int], Decoded]:
+def _answer(decoder: DeviceDecoder, runtime: DeviceRuntime, case: Case) -> tuple[list[int], TimedAnswer]:
     """All tokens of an answer from an empty near memory; seconds and bytes of its second half, when it has filled."""
     runtime.reset()
     found, half = [], case.n_tokens // 2
@@ -102,7 +101,7 @@ def _answer(decoder: DeviceDecoder, runtime: DeviceRuntime, case: Case) -> tuple
         if len(found) == half:
             before, start = runtime.counters(), time.perf_counter()
     seconds = time.perf_counter() - start
-    return found, Decoded(case.n_tokens - half, seconds, runtime.counters() - before, case.context)
+    return found, TimedAnswer(case.n_tokens - half, seconds, runtime.counters() - before, case.context)
 
 
 def _tokens(decoder: DeviceDecoder, n_tokens: int) -> Iterator[Drawn]:

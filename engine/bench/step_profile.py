@@ -1,7 +1,9 @@
-"""What one token costs on a card: its kernels by time, the bytes it reads, and whole experts in the same near memory.
+"""What one token costs on a graphics card: kernels by time, bytes, whole experts in the same near memory, another card.
 
 Shared by `bench`, for a folder as it is used, and by `card step`, for a synthetic model. What reads a clock or a
-profile is apart from what is made of it.
+profile is apart from what is made of it. On another card the token's bytes go over its bandwidths; what the measured
+time has left beside its own bytes (launches, arithmetic, waiting) is taken over as it is. Nothing overlaps: that is how
+a step runs today.
 """
 from __future__ import annotations
 
@@ -12,17 +14,64 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.bench.projection import Needs, Speeds, projected
 from engine.core import SPARSE_LEVELS, Counters, Machine, ModelSpec, UserError
 from engine.experts.device import DeviceRuntime
+from engine.machine import detect
 
 Row = dict[str, object]
-# Kernels of kernels/triton_*.py as a profile names them; everything else is transformers', the sampler's or a copy.
+# Kernels of kernels/gpu/ as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
                   "_products", "_down", "_add_splits", "_decide", "_free", "_dequantize"})
-# Not of an event: so a finished token is read. The profiler's own at its end counts as well.
+# Waits for a stream or the device; a finished token is read by waiting for an event, which is none of these. The
+# profiler's own wait at its end counts as well.
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
 MOST_KERNELS = 25
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes per second that a card reaches: of its own memory, and of a copy from page-locked memory."""
+
+    vram: float
+    link: float
+
+    def __post_init__(self) -> None:
+        assert self.vram > 0 and self.link > 0, self
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one token takes: bytes of the card's own memory, bytes over the link, seconds."""
+
+    vram_bytes: float
+    link_bytes: float
+    seconds: float
+
+    def memory_seconds(self, speeds: Speeds) -> float:
+        """The least that the bytes alone take, one after the other."""
+        return self.vram_bytes / speeds.vram + self.link_bytes / speeds.link
+
+    def outside_seconds(self, speeds: Speeds) -> float:
+        """What was measured beside the bytes; none where the bytes, some of them cached, took less than they should."""
+        return max(0.0, self.seconds - self.memory_seconds(speeds))
+
+
+def gpu_named(name: str) -> Machine:
+    """The card of assets/machines.toml. UserError for a name that is not there, or is no card that could run this."""
+    found = detect.described(name)
+    if found.device != "cuda":
+        raise UserError(f"{found.name} is no card that runs this; choose another name, such as rtx-3060-12gb.")
+    return found
+
+
+def projected(needs: Needs, measured: Speeds, gpu: Machine) -> Row:
+    """The token on another card, from its `measured` needs. bound: its bytes alone."""
+    speeds = Speeds(gpu.vram_bytes_per_second, gpu.link_bytes_per_second)
+    memory, outside = needs.memory_seconds(speeds), needs.outside_seconds(measured)
+    return {"measured": "projection", "card": gpu.name, "vram_bytes": int(needs.vram_bytes),
+            "link_bytes": int(needs.link_bytes), "vram_ms": 1e3 * needs.vram_bytes / speeds.vram,
+            "link_ms": 1e3 * needs.link_bytes / speeds.link, "outside_ms": 1e3 * outside,
+            "tokens_per_second": 1 / (memory + outside), "bound_tokens_per_second": 1 / memory}
 
 
 @dataclass(frozen=True)
@@ -48,7 +97,7 @@ class Profile:
 
 
 def summed(events: Iterable, n_tokens: int) -> Profile:
-    """Of torch.profiler's events: what ran on the device, and how often the host waited for it."""
+    """Sum torch.profiler's events: what ran on the device, and how often the host waited for it."""
     times, calls, waits = Counter(), Counter(), 0
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -60,8 +109,8 @@ def summed(events: Iterable, n_tokens: int) -> Profile:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """An answer that was timed. seconds: of all its tokens. context: tokens that its cache has room for."""
+class TimedAnswer:
+    """seconds: for all its tokens. context: tokens that its cache has room for."""
 
     n_tokens: int
     seconds: float
@@ -70,7 +119,7 @@ class Decoded:
 
     @property
     def link_bytes(self) -> float:
-        """A token."""
+        """Per token."""
         return self.used.far_bytes / self.n_tokens
 
     def row(self, measured: str, known: Row) -> Row:
@@ -80,7 +129,7 @@ class Decoded:
                 "far_bytes_per_token": self.link_bytes}
 
 
-def profiled(tokens: Iterator, n_tokens: int, runtime: DeviceRuntime, context: int) -> tuple[Profile, Decoded]:
+def profiled(tokens: Iterator, n_tokens: int, runtime: DeviceRuntime, context: int) -> tuple[Profile, TimedAnswer]:
     """The n_tokens behind the first one: until it is there, an answer is being prepared, and the host waits."""
     next(tokens)
     before, start = runtime.counters(), time.perf_counter()
@@ -88,25 +137,26 @@ def profiled(tokens: Iterator, n_tokens: int, runtime: DeviceRuntime, context: i
         for _ in tokens:
             pass
     seconds = time.perf_counter() - start
-    return summed(profile.events(), n_tokens), Decoded(n_tokens, seconds, runtime.counters() - before, context)
+    return summed(profile.events(), n_tokens), TimedAnswer(n_tokens, seconds, runtime.counters() - before, context)
 
 
-def explained(decoded: Decoded, profile: Profile, watched: Decoded, model: torch.nn.Module, runtime: DeviceRuntime,
-              spec: ModelSpec, known: Row, speeds: Speeds, card: Machine | None) -> Iterator[Row]:
+def explained(answer: TimedAnswer, profile: Profile, watched: TimedAnswer, model: torch.nn.Module,
+              runtime: DeviceRuntime, spec: ModelSpec, known: Row, speeds: Speeds, gpu: Machine | None,
+              ) -> Iterator[Row]:
     """Rows: kernels, what is left of them beside the bytes, and the token on another card if one is named.
 
     watched: the answer that the profile was taken of, which a profiler slows down; its bytes belong to the profile.
     """
     yield from profile.rows(known, spec.layers)
     own = Needs(expert_bytes(runtime, watched.used, watched.n_tokens), watched.link_bytes, profile.own() / 1e6)
-    of_experts, link = expert_bytes(runtime, decoded.used, decoded.n_tokens), decoded.link_bytes
-    whole = Needs(vram_bytes(model, spec, decoded.context, of_experts), link, decoded.seconds / decoded.n_tokens)
+    of_experts, link = expert_bytes(runtime, answer.used, answer.n_tokens), answer.link_bytes
+    whole = Needs(vram_bytes(model, spec, answer.context, of_experts), link, answer.seconds / answer.n_tokens)
     yield {"measured": "outside memory", **known, "own_us_per_layer": 1e6 * own.outside_seconds(speeds) / spec.layers,
            "us_per_layer": 1e6 * whole.outside_seconds(speeds) / spec.layers,
            "vram_bytes": int(whole.vram_bytes), "link_bytes": int(link),
            "bound_tokens_per_second": 1 / whole.memory_seconds(speeds)}
-    if card is not None:
-        yield known | projected(whole, speeds, card)
+    if gpu is not None:
+        yield known | projected(whole, speeds, gpu)
 
 
 def expert_bytes(runtime: DeviceRuntime, used: Counters, n_tokens: int) -> float:

@@ -3,7 +3,7 @@
 Names and shapes are those of the catalogue's model, on transformers' meta device. The experts are random bytes of our
 own format, where any bytes are valid codes, with scales that keep the numbers in range: 18 GB take as long as writing
 them. What speed depends on is made to order: how often a token picks an expert of the last one again (a list of picks,
-engine/bench/repeating.py), and how often a neuron is chosen again (some neurons are louder than others).
+engine/bench/synthetic_model.py), and how often a neuron is chosen again (some neurons are louder than others).
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Tensor = torch.Tensor
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Shares of k*I neurons, refined and down-only: what the pilot model needed for about the levels' promises.
 SHARES = {"quality": (0.3, 0.2), "balanced": (0.15, 0.3), "fast": (0.1, 0.2)}
-REPEAT, REPEAT_NEURONS = 0.42, 0.45    # of the pilot model's own text; neurons: of an expert that is picked again
+REPEAT, REPEAT_NEURONS = 0.42, 0.45    # measured on the pilot model's own text; neurons: in an expert picked again
 
 
 @dataclass(frozen=True)
@@ -257,5 +257,5 @@ class FarSynthetic(FarBlobs):
 
 
 def bytes_of(shape: Shape) -> int:
-    """Of all experts, packed."""
+    """Bytes of all experts, packed."""
     return shape.spec.n_experts_total * shape.layout.blob_bytes

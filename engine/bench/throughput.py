@@ -21,9 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from engine.bench import repeating, step_profile
-from engine.bench.projection import Speeds
-from engine.bench.step_profile import Decoded, Profile, Row
+from engine.bench import step_profile, synthetic_model
+from engine.bench.step_profile import Profile, Row, Speeds, TimedAnswer
 from engine.chat.tokenizer import Tokens
 from engine.core import Counters, Machine, Options, Sampling, UserError
 from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps
@@ -80,7 +79,7 @@ class Bench:
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
         self.synthetic = loaded.room.calibration.get("synthetic")  # made-up weights: the picks are made up as well
         if self.synthetic:
-            repeating.follow(loaded.runtime, self.synthetic["repeat"])
+            synthetic_model.follow_picks(loaded.runtime, self.synthetic["repeat"])
         draw = torch.Generator().manual_seed(0)
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
@@ -122,28 +121,28 @@ class Bench:
         return self._median_of([self._random() for _ in range(3)])
 
     @torch.inference_mode()
-    def rows(self, speeds: Speeds, card: Machine | None = None) -> Iterator[Row]:
+    def rows(self, speeds: Speeds, gpu: Machine | None = None) -> Iterator[Row]:
         """What a device's random tokens cost: kernels, what is left beside the bytes, another card, and whole experts
         in the same near bytes."""
         loaded, runtime = self.loaded, self.loaded.runtime
         name = f"synthetic {loaded.spec.name}" if self.synthetic else loaded.spec.name
         known = {"model": name, "level": runtime.level, "layers": loaded.spec.layers, "near_bytes": runtime.near_bytes}
-        decoded = self._decoded(self.random)
-        yield decoded.row("bench", known) | {"note": self.note}
-        yield from step_profile.explained(decoded, *self._profiled(), loaded.model, runtime, loaded.spec, known, speeds,
-                                        card)
+        timed = self._timed(self.random)
+        yield timed.row("bench", known) | {"note": self.note}
+        yield from step_profile.explained(timed, *self._profiled(), loaded.model, runtime, loaded.spec, known, speeds,
+                                          gpu)
         self.report("whole experts in the same near memory")
         yield from step_profile.whole_experts(runtime, lambda: self._whole_experts(known))
 
     def _whole_experts(self, known: Row) -> Row:
         self._warm_up()
-        return self._decoded(self._random()).row("whole experts", known | {"level": "exact"})
+        return self._timed(self._random()).row("whole experts", known | {"level": "exact"})
 
-    def _decoded(self, run: Run) -> Decoded:
-        return Decoded(self.sizes.decode, run.decode, run.counters, self.context)
+    def _timed(self, run: Run) -> TimedAnswer:
+        return TimedAnswer(self.sizes.decode, run.decode, run.counters, self.context)
 
-    def _profiled(self) -> tuple[Profile, Decoded]:
-        """Of a few tokens with what is near by now."""
+    def _profiled(self) -> tuple[Profile, TimedAnswer]:
+        """A profile of a few tokens with what is near by now."""
         n = min(PROFILED, self.sizes.decode - 1)
         self._read(self.ids[:1])
         return step_profile.profiled(self._decode(self.ids[-n - 1:]), n, self.loaded.runtime, self.context)

@@ -29,16 +29,16 @@ def run(args: argparse.Namespace) -> dict:
     if args.source and not args.compare:
         raise UserError("--source is the checkpoint of the comparison; add --compare.")
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    from engine.bench import projection, throughput
+    from engine.bench import step_profile, throughput
     from engine.machine import errors
     from engine.model import load
     vram = None if args.vram is None else parse_bytes(args.vram)
-    card = None if args.project is None else projection.card(args.project)
-    for_card = args.vram or args.project or args.table
-    if for_card and args.device == "cpu":
+    gpu = None if args.project is None else step_profile.gpu_named(args.project)
+    for_gpu = args.vram or args.project or args.table
+    if for_gpu and args.device == "cpu":
         raise UserError("--vram, --project and --table are about a graphics card; leave --device cpu out.")
     load.check_folder(args.folder)
-    device, why = errors.device_for("cuda" if for_card else args.device)
+    device, why = errors.device_for("cuda" if for_gpu else args.device)
     if why:
         _say(why)
     speeds, held = _card(vram) if device == "cuda" else (None, None)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict:
     document = measured.document()
     _print(document)
     if speeds and measured.decoder.on_device:
-        document |= _on_card(measured, speeds, card, args.table)
+        document |= _on_gpu(measured, speeds, gpu, args.table)
     if args.compare:
         source = args.source and load.load(args.source, Options(level="full", device=device))
         document["compare"] = throughput.compare(loaded, source, _say)
@@ -64,15 +64,15 @@ def run(args: argparse.Namespace) -> dict:
 def _card(vram: int | None) -> tuple:
     """The card's speeds while it is empty, and what keeps the rest of it occupied."""
     from engine.bench import gpu_kernels
-    return gpu_kernels.speeds(), gpu_kernels.occupied(vram)
+    return gpu_kernels.speeds(), gpu_kernels.reserve_vram(vram)
 
 
-def _on_card(measured, speeds, card, table: Path | None) -> dict:
+def _on_gpu(measured, speeds, gpu, table: Path | None) -> dict:
     from engine.bench import gpu_kernels
     rows = [gpu_kernels.bandwidth_row(speeds)]
-    for row in measured.rows(speeds, card):
+    for row in measured.rows(speeds, gpu):
         rows.append(row)
-        _say(gpu_kernels.told(row))
+        _say(gpu_kernels.row_text(row))
     saved = {} if table is None else {"table": str(gpu_kernels.save(rows, table))}
     return {"rows": rows, **saved}
 

@@ -28,32 +28,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from engine.bench import gpu_kernels, projection, step
+    from engine.bench import gpu_kernels, step, step_profile
     from engine.machine import errors
     total, vram = parse_bytes(args.total), None if args.vram is None else parse_bytes(args.vram)
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    card = None if args.project is None else projection.card(args.project)
-    case = step.Case(args.model, args.layers, args.level, near, args.tokens, card)
+    gpu = None if args.project is None else step_profile.gpu_named(args.project)
+    case = step.Case(args.model, args.layers, args.level, near, args.tokens, gpu)
     shape = case.shape() if args.what in ("kernels", "step") else None
     errors.check()
     speeds = gpu_kernels.speeds()
-    held = gpu_kernels.occupied(vram)
+    held = gpu_kernels.reserve_vram(vram)
     rows = [gpu_kernels.bandwidth_row(speeds)]
     for row in _measured(args, total, case, shape, speeds, 0 if held is None else held.numel()):
         rows.append(row)
-        _say(gpu_kernels.told(row))
+        _say(gpu_kernels.row_text(row))
     return {"rows": rows, "table": str(gpu_kernels.save(rows, args.folder))}
 
 
 def _measured(args: argparse.Namespace, total: int, case, shape, speeds, held_bytes: int) -> Iterator[dict]:
-    from engine.bench import gpu_kernels, kernel_times, step
+    from engine.bench import gpu_kernels, step
     from engine.machine.pinned_memory import CudaDriver
     if args.what == "fill":
         return gpu_kernels.fills(total, args.small_pages)
     if args.what == "nodes":
         return gpu_kernels.nodes()
     if args.what == "kernels":
-        return kernel_times.measured(shape)
+        return gpu_kernels.single_kernels(shape)
     return step.steps(case, shape, CudaDriver(), speeds, _say, held_bytes=held_bytes)
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.bench import projection
-from engine.bench import step as card_step
-from engine.bench.projection import Speeds
+from engine.bench import step as gpu_step
 from engine.bench.step import Case, steps
+from engine.bench.step_profile import Speeds, gpu_named
 from engine.core import MachineError
 from engine.library import catalogue
 from tests.engine.bench.test_synthetic import tiny
@@ -30,9 +29,9 @@ without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="this comput
     pytest.param("qwen3-30b-a3b", "exact", 200_000, marks=pytest.mark.slow)])
 def test_a_synthetic_step_is_measured(name, level, near_bytes, monkeypatch):
     monkeypatch.setattr(catalogue, "find", tiny)
-    monkeypatch.setattr(card_step, "PROFILED", 3)  # on a processor a profile is long
-    card, speeds, ledger = projection.card("rtx-3060-12gb"), Speeds(1e9, 1e8), Ledger()
-    case = Case(name, None, level, near_bytes, 16, card)
+    monkeypatch.setattr(gpu_step, "PROFILED", 3)  # on a processor a profile is long
+    gpu, speeds, ledger = gpu_named("rtx-3060-12gb"), Speeds(1e9, 1e8), Ledger()
+    case = Case(name, None, level, near_bytes, 16, gpu)
     rows = list(steps(case, case.shape(), ledger, speeds, device="cpu", capture=Recording()))
     found = {row["measured"]: row for row in rows}
     assert found["capture"]["equal"] is True and found["capture"]["sentence"] == ""

@@ -1,4 +1,4 @@
-"""What is made of a profile and of counted bytes; kernels alone and smaller cards, up to where a card is needed."""
+"""What is made of a profile and of counted bytes, and of a token on another card: the arithmetic."""
 from __future__ import annotations
 
 import re
@@ -6,20 +6,23 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.bench import kernel_times, step_profile, synthetic
-from engine.bench.gpu_kernels import above, told
-from engine.core import MachineError, Options, UserError
+from engine.bench import step_profile
+from engine.bench.gpu_kernels import row_text
+from engine.bench.step_profile import Needs, Speeds, gpu_named, projected
+from engine.core import Options, UserError
 from engine.experts.device import take_over
 from engine.experts.host import LevelPlan
+from engine.machine import detect
 from engine.model import load
 from engine.model.host_embedding import leave_on_host
-from kernels.layout import Layout
 from kernels.select import DOWN_ONLY
-from tests.engine.bench.test_synthetic import tiny
 from tests.engine.experts.test_far_locked import Ledger
 from tests.support.folders import compressed
 
+POSITIVE = st.floats(1.0, 1e12)
 CUDA, CPU = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
 
@@ -42,7 +45,7 @@ def test_a_profile_is_summed_by_name_and_token():
     nodes, *kernels = profile.rows({"model": "m"}, 5)
     assert nodes["nodes_per_token"] == 2.0 and nodes["own_us_per_layer"] == 1.4 and nodes["other_us_per_layer"] == 3.0
     assert [row["us_per_layer"] for row in kernels] == [3.0, 1.0, 0.4] and kernels[0]["model"] == "m"
-    assert told(kernels[0]) == ("measured kernel  model m  name gemv  us_per_layer 3  us_per_token 15  "
+    assert row_text(kernels[0]) == ("measured kernel  model m  name gemv  us_per_layer 3  us_per_token 15  "
                                 "calls_per_token 0.5")
 
 
@@ -120,31 +123,32 @@ def test_the_baseline_runs_in_the_same_near_memory_and_leaves_the_level(opened):
     assert not list(step_profile.whole_experts(runtime, measure))
 
 
-def test_kernels_alone_read_what_they_must():
-    layout = Layout(2048, 512, 128)
-    assert kernel_times.must_read(layout, 8, 409, 819) == {
-        "score": 8 * 512 * 1152, "apply": 409 * (2304 + 1152) + 819 * (1088 + 1152), "dense": 8 * 512 * 3456}
-    shape, runs = synthetic.shape_of(tiny("qwen3.6-35b-a3b")), []
-    rows = list(kernel_times.measured(shape, "cpu", lambda run: runs.append([run() for _ in range(3)]) or 0.5))
-    n = shape.spec.top_k * shape.spec.neurons
-    expected = kernel_times.must_read(shape.layout, shape.spec.top_k, int(0.1 * n), int(0.2 * n))
-    found = {row["name"]: row for row in rows if row["sms"] == "all"}
-    assert {name: row["bytes"] for name, row in found.items()} == expected
-    assert all(row["us"] == 500 and row["gb_per_second"] == row["bytes"] / 0.5e6 for row in found.values())
-    for first, *others in runs[:3]:  # other experts every time
-        assert first.isfinite().all() and first.any() and not any(torch.equal(first, other) for other in others)
-    if not torch.cuda.is_available():
-        assert rows[-1]["sms"] == 28 and rows[-1]["sentence"].startswith("Green contexts do not work")
+def test_bytes_go_over_the_other_cards_bandwidths_and_the_rest_stays():
+    measured, other = Speeds(vram=400e9, link=20e9), detect.described("rtx-3060-12gb")
+    needs = Needs(vram_bytes=2e9, link_bytes=40e6, seconds=0.010)  # 5 ms + 2 ms as measured, so 3 ms are something else
+    assert needs.outside_seconds(measured) == pytest.approx(0.003)
+    row = projected(needs, measured, other)
+    assert row["vram_ms"] == pytest.approx(2e9 / (0.88 * 360e9) * 1e3)
+    assert row["link_ms"] == pytest.approx(40e6 / (16 * 1.575e9) * 1e3)
+    assert row["outside_ms"] == pytest.approx(3)
+    assert row["tokens_per_second"] == pytest.approx(1e3 / (row["vram_ms"] + row["link_ms"] + 3))
+    assert row["bound_tokens_per_second"] == pytest.approx(1e3 / (row["vram_ms"] + row["link_ms"]))
 
 
-def test_chosen_records_lie_where_apply_looks():
-    experts, neurons = torch.tensor([5, 2], dtype=torch.int32), torch.tensor([0, 3, 4, 7], dtype=torch.int32)
-    assert kernel_times._record_places(experts, neurons, 4).tolist() == [20, 23, 8, 11]
+@given(POSITIVE, POSITIVE, st.floats(1e-6, 1e3), POSITIVE, POSITIVE)
+def test_onto_itself_a_card_is_what_was_measured(vram_bytes, link_bytes, seconds, vram, link):
+    """Or its bound, where the bytes alone should have taken longer than was measured."""
+    measured, needs = Speeds(vram, link), Needs(vram_bytes, link_bytes, seconds)
+    itself = detect.Machine("itself", 1, 1, 1, 1, vram_bytes_per_second=vram, link_bytes_per_second=link)
+    expected = 1 / max(seconds, needs.memory_seconds(measured))
+    assert projected(needs, measured, itself)["tokens_per_second"] == pytest.approx(expected)
 
 
-def test_a_smaller_card_is_what_is_left_of_a_larger():
-    assert above(11, free=75, total=80) == 69
-    with pytest.raises(UserError, match="give --vram at most"):
-        above(81, free=80, total=80)
-    with pytest.raises(MachineError, match="Other programs"):
-        above(2, free=70, total=80)
+def test_only_cards_that_could_run_it():
+    assert gpu_named("rtx-4070-12gb").name == "GeForce RTX 4070"
+    with pytest.raises(UserError, match="no card that runs this"):
+        gpu_named("gtx-1080-ti-11gb")
+    with pytest.raises(UserError, match="no card that runs this"):
+        gpu_named("cpu-ddr4")
+    with pytest.raises(UserError, match="choose one of"):
+        gpu_named("voodoo")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.bench import repeating, synthetic, synthetic_model
+from engine.bench import synthetic, synthetic_model
 from engine.bench.throughput import Bench, Sizes
 from engine.core import Options, UserError
 from engine.experts.device import DeviceRuntime
@@ -90,7 +90,7 @@ def test_a_device_computes_experts_made_up_in_locked_memory():
     """With a ledger in the driver's place; the memory goes back when the model is closed."""
     shape, ledger = synthetic.shape_of(tiny("qwen3-30b-a3b")), Ledger()
     calibration = synthetic.calibration_of(shape)
-    loaded = synthetic_model.open_on_card(shape, calibration, Options("fast", 100_000), ledger, device="cpu")
+    loaded = synthetic_model.open_on_gpu(shape, calibration, Options("fast", 100_000), ledger, device="cpu")
     embedding = loaded.model.get_input_embeddings()
     assert isinstance(embedding, HostEmbedding)
     assert sum(ledger.registered.values()) == synthetic.bytes_of(shape) + embedding.memory.n_bytes
@@ -124,7 +124,7 @@ def test_neurons_repeat_as_ordered():
 
 @pytest.mark.parametrize("repeat", [0.0, 0.42, 0.9, 1.0])
 def test_picks_repeat_as_ordered(repeat):
-    found = repeating.picks(3, 32, 4, repeat, 400)
+    found = synthetic_model.picks(3, 32, 4, repeat, 400)
     assert found.shape == (400, 3, 4) and int(found.min()) >= 0 and int(found.max()) < 32
     assert bool((found.sort(-1).values.diff(dim=-1) > 0).all())  # no expert twice
     again = (found[1:, :, :, None] == found[:-1, :, None]).any(-1).float().mean()
@@ -140,7 +140,7 @@ def test_a_runtime_follows_its_picks(tmp_path):
         runtime, far = loaded.runtime, loaded.runtime.far
         runtime.predict = False
         runtime.set_level(runtime.level, 3 * runtime.top_k * far.layers * runtime.whole.row_bytes // 2)
-        repeating.follow(runtime, repeat)
+        synthetic_model.follow_picks(runtime, repeat)
         out = loaded.model(torch.tensor([[5]]), use_cache=True)
         before = runtime.counters()
         for _ in range(20):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.bench import projection, throughput
-from engine.bench.projection import Speeds
+from engine.bench import throughput
+from engine.bench.step_profile import Speeds, gpu_named
 from engine.core import Options, UserError
 from engine.decode.decoder import DeviceDecoder
 from engine.experts.device import take_over
@@ -75,7 +75,7 @@ def test_a_device_is_measured_as_it_is_used(folders, monkeypatch) -> None:
     needed = small_model.LAYERS * (7 * layout.record + 4 * layout.prefix + small_model.TOP_K * layout.sketch_bytes)
     assert document["needed_bytes_per_token"] == needed and 0 < document["hit_rate"] < 1
     assert document["near_bytes"] <= loaded.runtime.everything_bytes() // 2 and document["note"] == ""
-    rows = list(measured.rows(Speeds(1e9, 1e8), projection.card("rtx-4070-12gb")))
+    rows = list(measured.rows(Speeds(1e9, 1e8), gpu_named("rtx-4070-12gb")))
     found = {row["measured"]: row for row in rows}
     assert {"bench", "nodes", "outside memory", "projection", "whole experts"} <= set(found)
     assert found["bench"]["tokens_per_second"] == pytest.approx(document["decode_tokens_per_second"])
