@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.core import UserError
 
 CHOSEN = "models-folders"  # in the data folder: where models are kept, a path a line, the one for new models first
+CALIBRATION_LOG = ".calibrating.jsonl"  # in a model's folder: what a calibration has measured, until it has ended
 
 
 def data_dir(override: str | os.PathLike | None = None) -> Path:

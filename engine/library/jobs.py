@@ -16,8 +16,8 @@ from engine.core import UserError
 from engine.library.hub import Stopped
 from engine.library.installed import models, only_one, partial, partial_share, place_of
 from engine.library.transfer import Choice, part_of
+from engine.paths import CALIBRATION_LOG
 from engine.progress import Progress
-from engine.quality.measurement_log import forget
 
 ENDING = "-floe"
 Report = Callable[[Progress], None]
@@ -91,7 +91,7 @@ def drop_calibration(name: str, data: str | Path | None = None) -> None:
     """Throw away what a calibration of the model `name` that was stopped has measured. UserError: no such model."""
     folder = _compressed(name, data)
     with only_one(folder):
-        forget(folder)
+        (folder / CALIBRATION_LOG).unlink(missing_ok=True)
 
 
 def _compressed(name: str, data: str | Path | None) -> Path:

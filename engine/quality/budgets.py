@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.experts.host import Runtime
+from engine.quality.sparse_forward import Seen
 from kernels.layout import Layout
 
 Tensor = torch.Tensor
@@ -79,3 +81,49 @@ def cheapest(tables: list[LayerTable], layout: Layout, loss: float) -> Budgets:
 def record_bytes(budgets: Budgets, layout: Layout) -> int:
     """Bytes of records one token asks for, all layers together."""
     return sum(refined * layout.record + down_only * layout.prefix for refined, down_only in budgets)
+
+
+class OutputErrors:
+    """Squared output errors of every layer, summed over the tokens that were seen, for every pair of the grid."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.edges = edges(runtime.top_k * runtime.far.neurons)
+        self.dropped = torch.zeros(runtime.far.layers, len(self.edges), dtype=torch.float64)
+        self.coarse = torch.zeros(runtime.far.layers, len(self.edges), len(self.edges), dtype=torch.float64)
+        self.tokens = [0] * runtime.far.layers
+
+    def see(self, seen: Seen) -> None:
+        """What each band of ranks adds to the output, and what is missed of it when it is coarse; then every pair."""
+        dropped, coarse = self._bands(seen)                                  # [S-1, T, H]
+        lost = _before(dropped.flip(0)).flip(0)                              # [S, T, H]: bands from j on are dropped
+        missed = _before(coarse)                                             # bands before j are coarse
+        self.dropped[seen.layer] += lost.square().sum((1, 2)).double().cpu()
+        for i in range(len(self.edges)):
+            error = (missed[i:] - missed[i]).square().sum((1, 2))
+            self.coarse[seen.layer, i, i:] += error.double().cpu()
+        self.tokens[seen.layer] += len(seen.ids)
+
+    def _bands(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        rank = seen.scores.argsort(dim=1, descending=True).argsort(dim=1)
+        inner = torch.tensor(self.edges[1:-1], device=rank.device)
+        band = torch.bucketize(rank, inner, right=True).view(seen.refined.shape)
+        whole = seen.refined * seen.weights[..., None]
+        missed = whole - seen.coarse * seen.weights[..., None]
+        hidden = next(iter(seen.downs.values())).shape[1]
+        out = torch.zeros(2, len(self.edges) - 1, len(seen.ids), hidden, device=rank.device)
+        for e, down in seen.downs.items():
+            token, place = (seen.ids == e).nonzero(as_tuple=True)
+            for j in range(len(self.edges) - 1):
+                there = band[token, place] == j
+                out[0, j].index_add_(0, token, (whole[token, place] * there) @ down)
+                out[1, j].index_add_(0, token, (missed[token, place] * there) @ down)
+        return out[0], out[1]
+
+    def tables(self) -> list[LayerTable]:
+        return [LayerTable(tuple(self.edges), dropped / max(1, n), coarse / max(1, n))
+                for dropped, coarse, n in zip(self.dropped, self.coarse, self.tokens, strict=True)]
+
+
+def _before(bands: Tensor) -> Tensor:
+    """[S-1, ...] -> [S, ...]: sum of the bands before each edge."""
+    return torch.cat((torch.zeros_like(bands[:1]), bands.cumsum(0)))

@@ -15,15 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from engine.core import PROMISES, Options, UserError
-from engine.experts.host import LevelPlan, Runtime
+from engine.experts.host import LevelPlan
 from engine.files.compressed import FileEntry, Manifest, SafetensorsWriter, file_entry
 from engine.model.load import Loaded, load
-from engine.quality.budgets import Budgets, LayerTable, cheapest, edges, record_bytes
-from engine.quality.loss_probe import Documents, Rises, log_probabilities
-from engine.quality.measurement_log import Noted, forget
+from engine.paths import CALIBRATION_LOG
+from engine.quality.budgets import Budgets, LayerTable, OutputErrors, cheapest, record_bytes
+from engine.quality.loss_probe import Documents, LossProbe, MeasurementLog, Sums, log_probabilities
 from engine.quality.sparse_forward import Decoded, Seen, Simulation
 from engine.quality.texts import read_tokens
 from engine.quality.traces import Trace, miss_curve
@@ -49,11 +48,11 @@ def documents_of(path: Path, tokenizer, n_tokens: int) -> Documents:
 
 
 class Calibration:
-    """The steps, in order, over one open model. texts: the documents of every text; noted, skipped: see Rises."""
+    """The steps, in order, over one open model. texts: the documents of every text; log, skipped: see LossProbe."""
 
     def __init__(self, loaded: Loaded, texts: Sequence[Documents], reference=None, report: Report = print,
-                 noted: Noted | None = None, skipped: Callable[[int], None] = lambda n_tokens: None) -> None:
-        self._noted, self._skipped = noted, skipped
+                 log: MeasurementLog | None = None, skipped: Callable[[int], None] = lambda n_tokens: None) -> None:
+        self._log, self._skipped = log, skipped
         self.model, self.runtime, self.reference, self.report = loaded.model, loaded.runtime, reference, report
         self.layout = self.runtime.far.layout
         self.fit = [documents[:-(len(documents) // 3)] for documents in texts]
@@ -75,7 +74,7 @@ class Calibration:
     def run(self) -> tuple[dict, dict[str, Tensor]]:
         """-> the manifest's "calibration", and the usage counts."""
         self.report("exact: the loss to compare with")
-        self.rises = Rises(self.model, self._simulating, self.fit, self._noted, self._skipped)
+        self.probe = LossProbe(self.model, self._simulating, self.fit, self._log, self._skipped)
         tables = self._tables()
         for level, promise in PROMISES.items():
             self.plans[level] = LevelPlan(self._budgets(level, promise, tables))
@@ -93,14 +92,14 @@ class Calibration:
     # --- budgets ------------------------------------------------------------------------------------------------
     def _tables(self) -> list[LayerTable]:
         self.report("errors of every layer")
-        errors = _Errors(self.runtime)
+        errors = OutputErrors(self.runtime)
         with self._simulating(None, errors.see):
             for documents in self.fit:
                 for ids in _some(documents, TABLE_TOKENS):
                     self.model(ids)
         bare = errors.tables()
         probes = [self._probe(layer, bare) for layer in range(len(bare))]
-        ratio = _mean(self.rises.ratios(probes))
+        ratio = _mean(self.probe.ratios(probes))
         tables = [replace(table, loss_per_dropped=self._sensitivity(layer, table, probes[layer], ratio))
                   for layer, table in enumerate(bare)]
         coarse = self._coarse_ratio(tables)
@@ -116,7 +115,7 @@ class Calibration:
 
         Half of it from the layer's own loss, which is noisy, half from its divergence, which is not a loss.
         """
-        rises, kept = self.rises.measure(probe), table.nearest(PROBE)
+        rises, kept = self.probe.measure(probe), table.nearest(PROBE)
         own, usual = _mean(rise.loss for rise in rises), ratio * _mean(rise.divergence for rise in rises)
         self.report(f"layer {layer}: {own:+.4f} nats, {usual:+.4f} by divergence, with {kept} of {table.edges[-1]} "
                     "neurons")
@@ -128,7 +127,7 @@ class Calibration:
         Of the loss alone: coarse neurons miss at random, and the same divergence costs less then.
         """
         pairs = tuple((t.nearest(PROBE), t.edges[-1] - t.nearest(PROBE)) for t in tables)
-        coarse = max(1e-6, _mean(rise.loss for rise in self.rises.measure(LevelPlan(pairs))))
+        coarse = max(1e-6, _mean(rise.loss for rise in self.probe.measure(LevelPlan(pairs))))
         weighted = sum(t.loss_per_dropped * float(t.coarse[t.edges.index(r), -1])
                        for t, (r, _) in zip(tables, pairs, strict=True))
         ratio = coarse / max(weighted, 1e-30)
@@ -140,7 +139,7 @@ class Calibration:
         target = math.log1p(promise)
         self._search(level, tables, target)
         everything = tuple((table.edges[-1], 0) for table in tables)
-        good = [budgets for budgets in self.tried if self.rises.worst(LevelPlan(budgets)) <= target]
+        good = [budgets for budgets in self.tried if self.probe.worst(LevelPlan(budgets)) <= target]
         best = min(good, key=lambda budgets: record_bytes(budgets, self.layout), default=everything)
         kept = sum(map(sum, best)) / sum(table.edges[-1] for table in tables)
         self.report(f"{level}: {kept:.0%} of the neurons, {record_bytes(best, self.layout):,} record bytes a token")
@@ -149,7 +148,7 @@ class Calibration:
     def _search(self, level: str, tables: list[LayerTable], target: float) -> None:
         """Narrow the predicted loss whose budgets really lose `target`, from all that was tried so far."""
         for _ in range(STEPS):
-            losses = {predicted: self.rises.worst(LevelPlan(budgets)) for budgets, predicted in self.tried.items()}
+            losses = {predicted: self.probe.worst(LevelPlan(budgets)) for budgets, predicted in self.tried.items()}
             low = max((p for p, loss in losses.items() if loss <= target), default=0.0)
             high = min((p for p, loss in losses.items() if loss > target and p > low), default=math.inf)
             if losses.get(low, 0.0) >= 0.98 * target:
@@ -160,7 +159,7 @@ class Calibration:
             if budgets in self.tried:  # the grid has nothing between
                 return
             self.tried[budgets] = predicted
-            loss = self.rises.worst(LevelPlan(budgets))
+            loss = self.probe.worst(LevelPlan(budgets))
             self.report(f"{level}: {record_bytes(budgets, self.layout):,} record bytes, {math.expm1(loss):+.2%}")
 
     def _thresholds(self) -> tuple:
@@ -189,13 +188,13 @@ class Calibration:
     def _measured(self) -> dict:
         """Perplexity and KL of every level on the text that was held back, with its budgets."""
         plans = {"exact": None, **self.plans}
-        sums = {level: _Sums() for level in plans}
+        sums = {level: Sums() for level in plans}
         self.report("measuring every level on text it was not fitted on")
         for batch in (ids for documents in self.held for ids in documents):
             reference = self._reference(batch)
             for level, plan in plans.items():
                 with self._simulating(plan):
-                    sums[level].add(log_probabilities(self.model, batch), reference, batch)
+                    sums[level].add(log_probabilities(self.model, batch), reference, batch[0, 1:])
         return {level: sums[level].figures() | self._described(plan) for level, plan in plans.items()}
 
     def _described(self, plan: LevelPlan | None) -> dict:
@@ -245,67 +244,6 @@ class Calibration:
                     traces[kind].add(seen.layer, seen.ids[t], torch.ones_like(seen.ids[t]))
 
 
-class _Errors:
-    """Squared output errors of every layer, for every pair of the grid: see engine/quality/budgets.py."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.edges = edges(runtime.top_k * runtime.far.neurons)
-        self.dropped = torch.zeros(runtime.far.layers, len(self.edges), dtype=torch.float64)
-        self.coarse = torch.zeros(runtime.far.layers, len(self.edges), len(self.edges), dtype=torch.float64)
-        self.tokens = [0] * runtime.far.layers
-
-    def see(self, seen: Seen) -> None:
-        """What each band of ranks adds to the output, and what is missed of it when it is coarse; then every pair."""
-        dropped, coarse = self._bands(seen)                                  # [S-1, T, H]
-        lost = _before(dropped.flip(0)).flip(0)                              # [S, T, H]: bands from j on are dropped
-        missed = _before(coarse)                                             # bands before j are coarse
-        self.dropped[seen.layer] += lost.square().sum((1, 2)).double().cpu()
-        for i in range(len(self.edges)):
-            error = (missed[i:] - missed[i]).square().sum((1, 2))
-            self.coarse[seen.layer, i, i:] += error.double().cpu()
-        self.tokens[seen.layer] += len(seen.ids)
-
-    def _bands(self, seen: Seen) -> tuple[Tensor, Tensor]:
-        rank = seen.scores.argsort(dim=1, descending=True).argsort(dim=1)
-        inner = torch.tensor(self.edges[1:-1], device=rank.device)
-        band = torch.bucketize(rank, inner, right=True).view(seen.refined.shape)
-        whole = seen.refined * seen.weights[..., None]
-        missed = whole - seen.coarse * seen.weights[..., None]
-        hidden = next(iter(seen.downs.values())).shape[1]
-        out = torch.zeros(2, len(self.edges) - 1, len(seen.ids), hidden, device=rank.device)
-        for e, down in seen.downs.items():
-            token, place = (seen.ids == e).nonzero(as_tuple=True)
-            for j in range(len(self.edges) - 1):
-                there = band[token, place] == j
-                out[0, j].index_add_(0, token, (whole[token, place] * there) @ down)
-                out[1, j].index_add_(0, token, (missed[token, place] * there) @ down)
-        return out[0], out[1]
-
-    def tables(self) -> list[LayerTable]:
-        return [LayerTable(tuple(self.edges), dropped / max(1, n), coarse / max(1, n))
-                for dropped, coarse, n in zip(self.dropped, self.coarse, self.tokens, strict=True)]
-
-
-def _before(bands: Tensor) -> Tensor:
-    """[S-1, ...] -> [S, ...]: sum of the bands before each edge."""
-    return torch.cat((torch.zeros_like(bands[:1]), bands.cumsum(0)))
-
-
-class _Sums:
-    """Loss and KL(reference || level), summed over batches of log-probabilities [B, R-1, V]."""
-
-    def __init__(self) -> None:
-        self.nll, self.kl, self.tokens = 0.0, 0.0, 0
-
-    def add(self, found: Tensor, reference: Tensor, batch: Tensor) -> None:
-        self.nll += float(F.nll_loss(found.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-        self.kl += float((reference.exp() * (reference - found)).sum())
-        self.tokens += batch[:, 1:].numel()
-
-    def figures(self) -> dict:
-        return {"perplexity": math.exp(self.nll / self.tokens), "kl": self.kl / self.tokens}
-
-
 def _some(documents: Documents, n_tokens: int) -> Documents:
     """The first documents with at most n_tokens together, but one at least."""
     ends = torch.tensor([ids.shape[1] for ids in documents]).cumsum(0)
@@ -339,14 +277,14 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
     loaded = load(folder, Options(level="exact", device=device, predict=False))
     reference = None if reference_folder is None else _reference(reference_folder, loaded, device)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
-    noted, progress = Noted(folder, _subject(manifest, loaded, documents)), _Read(check)
-    calibration = Calibration(loaded, documents, reference, report, noted, progress.skip)
+    log, progress = MeasurementLog(folder, _subject(manifest, loaded, documents)), _Read(check)
+    calibration = Calibration(loaded, documents, reference, report, log, progress.skip)
     progress.watch(loaded.model, calibration.most_tokens)
     found, usage = calibration.run()
     found |= {"texts": [path.name for path in texts],
               "reference": "exact" if reference_folder is None else reference_folder.name}
     _store(folder, manifest, found, usage)
-    forget(folder)
+    (folder / CALIBRATION_LOG).unlink(missing_ok=True)
     return found
 
 

@@ -6,9 +6,8 @@ one document's log-probabilities of the reference are in memory at a time. Knows
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -17,6 +16,7 @@ from engine.decode.decoder import given, steps
 from engine.decode.prefix_cache import DynamicPrefix
 from engine.experts.cache import whole_row_bytes
 from engine.model.load import Loaded
+from engine.quality.loss_probe import Sums, log_probabilities
 
 Tensor = torch.Tensor
 LONGEST = 1024  # tokens of a document that are read together, less for a model with a shorter context
@@ -46,29 +46,6 @@ class Evaluation:
     def document(self) -> dict:
         return {"reference_perplexity": self.reference_perplexity, "tokens": self.tokens,
                 "levels": [asdict(level) for level in self.levels]}
-
-
-@dataclass
-class _Tally:
-    """Sums over predicted tokens."""
-
-    loss: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
-    n: int = 0
-    counters: Counters = field(default_factory=Counters)
-
-    def add(self, logits: Tensor, target: int, reference: Tensor) -> None:
-        """logits [V] of one step; reference [V] log-probabilities."""
-        logp = logits.float().log_softmax(-1)
-        self.loss -= float(logp[target])
-        self.kl += float((reference.exp() * (reference - logp)).sum())
-        self.agreed += int(logp.argmax() == reference.argmax())
-        self.n += 1
-
-    def result(self, level: str) -> LevelResult:
-        return LevelResult(level, math.exp(self.loss / self.n), max(0.0, self.kl / self.n), self.agreed / self.n,
-                           self.counters.far_bytes / self.n, self.counters.hit_rate)
 
 
 def longest(loaded: Loaded) -> int:
@@ -101,43 +78,50 @@ def evaluate(loaded: Loaded, documents: list[list[int]], levels: list[str], near
         if level not in runtime.levels:
             raise UserError(f"This model cannot run at level {level}: it offers {', '.join(runtime.levels)}.")
     before = (runtime.level, runtime.near_wish, runtime.phase, runtime.predict)
-    tallies, reference_loss = {level: _Tally() for level in levels}, 0.0
+    sums, used = {level: Sums() for level in levels}, dict.fromkeys(levels, Counters())
+    reference_sums = Sums()
     try:
         sizes = {level: near_bytes(loaded, level, near) for level in levels}
         with torch.inference_mode():
             for done, ids in enumerate(documents):
                 report(done, len(documents))
-                logp = reference_logp(source, ids)
-                reference_loss -= float(logp[range(len(ids) - 1), ids[1:]].sum())
-                for level, tally in tallies.items():
+                logp = _reference(source, ids)
+                reference_sums.add(logp, logp, torch.tensor(ids[1:], device=logp.device))
+                for level in sums:
                     runtime.set_level(level, sizes[level])
-                    _run(loaded, ids, logp, tally)
+                    used[level] += _run(loaded, ids, logp, sums[level])
     finally:
         runtime.phase, runtime.predict = before[2:]
         runtime.set_level(*before[:2])
     report(len(documents), len(documents))
-    n = sum(len(ids) - 1 for ids in documents)
-    return Evaluation(math.exp(reference_loss / n), n, tuple(tallies[level].result(level) for level in tallies))
+    return Evaluation(reference_sums.figures()["perplexity"], reference_sums.tokens,
+                      tuple(_result(level, sums[level], used[level]) for level in sums))
 
 
-def reference_logp(loaded: Loaded, ids: list[int]) -> Tensor:
+def _result(level: str, sums: Sums, used: Counters) -> LevelResult:
+    perplexity, kl = sums.figures().values()
+    return LevelResult(level, perplexity, max(0.0, kl), sums.agreed / sums.tokens, used.far_bytes / sums.tokens,
+                       used.hit_rate)
+
+
+def _reference(loaded: Loaded, ids: list[int]) -> Tensor:
     """float32 [T-1, V]: log-probabilities of the best level, after each token but the last, in one forward."""
     runtime = loaded.runtime
     runtime.set_level(runtime.levels[0], whole_row_bytes(runtime.far.neurons, runtime.far.hidden))
     runtime.phase = "prefill"
-    out = loaded.model(input_ids=torch.tensor([ids[:-1]], device=loaded.model.device), use_cache=False)
-    return out.logits[0].float().log_softmax(-1)
+    return log_probabilities(loaded.model, torch.tensor([ids], device=loaded.model.device))
 
 
-def _run(loaded: Loaded, ids: list[int], reference: Tensor, tally: _Tally) -> None:
-    """One document, one token a step, from what the runtime was just set to."""
+def _run(loaded: Loaded, ids: list[int], reference: Tensor, sums: Sums) -> Counters:
+    """One document, one token a step, from what the runtime was just set to; what it used."""
     runtime = loaded.runtime
     runtime.phase, runtime.predict = "decode", False
-    start = runtime.counters()
+    before = runtime.counters()
     drawn = steps(DynamicPrefix(loaded.model), ids[:1], given(ids[1:]), len(reference))
     for step, row in zip(drawn, reference, strict=True):
         if step.logits.shape != row.shape:
             raise UserError(f"The reference has {len(row):,} tokens in its vocabulary and this model "
                             f"{len(step.logits):,}; give the checkpoint that it was made from.")
-        tally.add(step.logits, step.token, row.to(step.logits.device))
-    tally.counters += runtime.counters() - start
+        found = step.logits[None].float().log_softmax(-1)
+        sums.add(found, row[None].to(found.device), torch.tensor([step.token], device=found.device))
+    return runtime.counters() - before

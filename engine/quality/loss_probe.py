@@ -1,27 +1,59 @@
-"""How much loss a plan costs over `exact`, on documents, with little noise.
+"""Loss and divergence (KL) on documents, and how much loss a plan costs over `exact`, with little noise.
 
 The difference of two losses on some thousand tokens is mostly chance: +0.3 % on one half of a corpus, +0.6 % on the
 other. Their divergence (KL) hardly differs between halves, but is not what a level promises. Per text their ratio is
 one number for all plans, nearly (0.4 on stories, 0.65 on chats, on the pilot model); it is measured over everything
 that was tried, and a plan's rise is its divergence times that: times its upper bound, where a promise has to hold on
 other texts of the kind.
+
+What was measured is noted a line a document, so that a calibration that was stopped or killed goes on from there.
 """
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from engine.experts.host import LevelPlan
-from engine.quality.measurement_log import Noted
+from engine.paths import CALIBRATION_LOG
 
 Tensor = torch.Tensor
 Documents = list[Tensor]  # int64 [1, n] each: a loss is measured from the start of a document, as in a conversation
 Simulating = Callable[[LevelPlan | None], AbstractContextManager]
 CAUTION = 1.25            # standard errors of the ratio between loss and divergence that a promise allows for
 KEPT = 256                # of a token's probabilities; the others count as one
+
+
+def log_probabilities(model, ids: Tensor) -> Tensor:
+    """float32 [n-1, V] of the tokens 1.. of a document [1, n]."""
+    return model(ids).logits[0, :-1].float().log_softmax(-1)
+
+
+@dataclass
+class Sums:
+    """Over predicted tokens: loss and KL(reference || found) in nats, and how often both name the same best token."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+
+    def add(self, found: Tensor, reference: Tensor, targets: Tensor) -> None:
+        """found, reference: log-probabilities [T, V]; targets [T]."""
+        self.loss += float(F.nll_loss(found, targets, reduction="sum"))
+        self.kl += float((reference.exp() * (reference - found)).sum())
+        self.agreed += int((found.argmax(-1) == reference.argmax(-1)).sum())
+        self.tokens += len(targets)
+
+    def figures(self) -> dict[str, float]:
+        return {"perplexity": math.exp(self.loss / self.tokens), "kl": self.kl / self.tokens}
 
 
 @dataclass(frozen=True)
@@ -43,18 +75,18 @@ class Rise:
         return float(self.divergences.sum()) / self.n_tokens
 
 
-class Rises:
+class LossProbe:
     """Measures plans on texts against `exact`, which is run once; remembers them for the ratio.
 
-    noted: what an earlier run has measured; skipped: is told the tokens that were not read for it.
+    log: what an earlier run has measured; skipped: is told the tokens that were not read for it.
     """
 
-    def __init__(self, model, simulating: Simulating, texts: Sequence[Documents], noted: Noted | None = None,
+    def __init__(self, model, simulating: Simulating, texts: Sequence[Documents], log: MeasurementLog | None = None,
                  skipped: Callable[[int], None] = lambda n_tokens: None) -> None:
         self.model, self.simulating, self.texts = model, simulating, texts
-        self._noted, self._skipped = noted, skipped
+        self._log, self._skipped = log, skipped
         with simulating(None):
-            self._exact = [[_Kept.of(log_probabilities(model, ids)[0], ids[0, 1:]) for ids in documents]
+            self._exact = [[_Kept.of(log_probabilities(model, ids), ids[0, 1:]) for ids in documents]
                            for documents in texts]
         self._measured: dict[LevelPlan, list[Rise]] = {}
 
@@ -74,14 +106,14 @@ class Rises:
     def _of_document(self, plan: LevelPlan, text: int, number: int) -> tuple[float, float]:
         """Loss and divergence, summed over the tokens."""
         ids, exact = self.texts[text][number], self._exact[text][number]
-        known = self._noted.get(plan, text, number) if self._noted else None
+        known = self._log.get(plan, text, number) if self._log else None
         if known is not None:
             self._skipped(ids.numel())
             return known
-        logp = log_probabilities(self.model, ids)[0]
+        logp = log_probabilities(self.model, ids)
         found = exact.loss_over(logp, ids[0, 1:]), exact.divergence_to(logp)
-        if self._noted:
-            self._noted.put(plan, text, number, found)
+        if self._log:
+            self._log.put(plan, text, number, found)
         return found
 
     def ratios(self, plans: Sequence[LevelPlan] | None = None, errors: float = 0.0) -> list[float]:
@@ -106,7 +138,7 @@ def _ratio(rises: Sequence[Rise], errors: float) -> float:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is kept of `exact` on one document of T predicted tokens: its KEPT best, the sum of the rest, the target.
+    """What `exact` gives one document of T predicted tokens: its KEPT best tokens, the sum of the rest, the target.
 
     ids [T, K], logp [T, K], rest [T] and target [T]: log-probabilities.
     """
@@ -140,6 +172,43 @@ def _at(logp: Tensor, targets: Tensor) -> Tensor:
     return logp.gather(1, targets[:, None])[:, 0]
 
 
-def log_probabilities(model, ids: Tensor) -> Tensor:
-    """float32 [1, n-1, V] of the tokens 1.. of a document [1, n]."""
-    return model(ids).logits[:, :-1].float().log_softmax(-1)
+class MeasurementLog:
+    """{(plan, text, document): (loss, divergence)} in a folder; plans are told apart by their repr.
+
+    The lines belong to one subject (this model, these documents, this device); those about another are thrown away, and
+    so is a last line that was not finished. Numbers come back with all their bits, so the end is that of a calibration
+    that never stopped.
+    """
+
+    def __init__(self, folder: Path, subject: str) -> None:
+        self._path, self._known = folder / CALIBRATION_LOG, {}
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
+        if lines and lines[0] == subject:
+            self._known = dict(pair for line in lines[1:] if (pair := _read(line)))
+        lines = [subject, *map(_line, self._known, self._known.values())]
+        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def get(self, plan: object, text: int, document: int) -> tuple[float, float] | None:
+        return self._known.get(_key(plan, text, document))
+
+    def put(self, plan: object, text: int, document: int, measured: tuple[float, float]) -> None:
+        key = _key(plan, text, document)
+        self._known[key] = measured
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(key, measured) + "\n")
+
+
+def _key(plan: object, text: int, document: int) -> str:
+    return f"{hashlib.sha256(repr(plan).encode()).hexdigest()[:24]} {text} {document}"
+
+
+def _line(key: str, measured: tuple[float, float]) -> str:
+    return json.dumps([key, *measured])
+
+
+def _read(line: str) -> tuple[str, tuple[float, float]] | None:
+    try:
+        key, loss, divergence = json.loads(line)
+        return str(key), (float(loss), float(divergence))
+    except (ValueError, TypeError):
+        return None

@@ -17,10 +17,11 @@ from engine.files.skeleton import experts_modules
 from engine.library.compress import compress
 from engine.library.hub import Stopped
 from engine.model import load
+from engine.paths import CALIBRATION_LOG
 from engine.quality import calibrate
-from engine.quality.budgets import LayerTable, cheapest, edges, record_bytes
+from engine.quality.budgets import LayerTable, OutputErrors, cheapest, edges, record_bytes
 from engine.quality.evaluate import evaluate
-from engine.quality.measurement_log import NOTED, Noted, forget
+from engine.quality.loss_probe import MeasurementLog
 from engine.quality.sparse_forward import Decoded, Simulation
 from engine.quality.texts import read_tokens
 from kernels.layout import Layout
@@ -86,7 +87,7 @@ def folder(tmp_path_factory) -> Path:
 def test_errors_of_a_layer_are_those_of_its_output(folder):
     """Every pair of the grid by hand: the output with all refined minus the output of the pair, squared."""
     runtime = load.load(folder, Options("exact", device="cpu")).runtime
-    errors, decoded, draw = calibrate._Errors(runtime), Decoded(runtime), torch.Generator().manual_seed(1)
+    errors, decoded, draw = OutputErrors(runtime), Decoded(runtime), torch.Generator().manual_seed(1)
     layer, n_tokens = runtime.layers[1], 5
     x, weights = torch.randn(n_tokens, 64, generator=draw), torch.rand(n_tokens, K, generator=draw)
     ids = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(n_tokens)])
@@ -205,7 +206,7 @@ def test_stopped_again_and_again_it_goes_on_and_ends_as_if_it_had_not_been(folde
             break
         except Stopped:
             stops += 1
-            with (made / NOTED).open("a", encoding="utf-8") as file:
+            with (made / CALIBRATION_LOG).open("a", encoding="utf-8") as file:
                 file.write('["half a li')
     assert stops == 5 and sum(read) < 1.7 * most[0]
     assert found == calibrated[1]
@@ -240,13 +241,11 @@ def test_the_command_and_a_reference(folder, calibrated, texts, tmp_path, capfd,
 
 
 def test_what_was_measured_on_something_else_is_thrown_away(tmp_path):
-    noted = Noted(tmp_path, "this")
-    noted.put((1, 2), 0, 3, (0.1, 1e-300))
-    noted.put((1, 2), 1, 3, (-0.2, 3.0))
-    again = Noted(tmp_path, "this")
+    log = MeasurementLog(tmp_path, "this")
+    log.put((1, 2), 0, 3, (0.1, 1e-300))
+    log.put((1, 2), 1, 3, (-0.2, 3.0))
+    again = MeasurementLog(tmp_path, "this")
     assert (again.get((1, 2), 0, 3), again.get((1, 2), 1, 3)) == ((0.1, 1e-300), (-0.2, 3.0))
     assert again.get((1, 3), 0, 3) is None
-    assert Noted(tmp_path, "other").get((1, 2), 0, 3) is None and Noted(tmp_path, "this").get((1, 2), 0, 3) is None
-    forget(tmp_path)
-    forget(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    for subject in ("other", "this"):
+        assert MeasurementLog(tmp_path, subject).get((1, 2), 0, 3) is None

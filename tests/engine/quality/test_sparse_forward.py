@@ -7,7 +7,7 @@ import torch
 from engine.core import Options
 from engine.experts.host import LevelPlan
 from engine.model import load
-from engine.quality.loss_probe import Rises, log_probabilities
+from engine.quality.loss_probe import LossProbe, log_probabilities
 from engine.quality.sparse_forward import Decoded, Seen, Simulation
 from engine.quality.traces import SHARES, Trace, miss_curve, replay
 from kernels.select import DOWN_ONLY
@@ -124,7 +124,7 @@ def test_a_token_that_asks_for_nothing_misses_nothing():
     assert replay(trace, 4) == 0 and replay(trace, 1) == 1
 
 
-# --- rises -----------------------------------------------------------------------------------------------------------
+# --- probe -----------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def test_a_rise_is_the_difference_of_losses_and_the_divergence(loaded):
     """Of whole documents, against plain sums over the full distributions (128 tokens: all are kept)."""
@@ -134,23 +134,23 @@ def test_a_rise_is_the_difference_of_losses_and_the_divergence(loaded):
     def simulating(plan: LevelPlan | None) -> Simulation:
         return Simulation(loaded.runtime, decoded, plan)
 
-    rises = Rises(loaded.model, simulating, texts)
-    measured = rises.measure(BUDGETS)
-    assert rises.measure(BUDGETS) is measured
+    probe = LossProbe(loaded.model, simulating, texts)
+    measured = probe.measure(BUDGETS)
+    assert probe.measure(BUDGETS) is measured
     for documents, rise in zip(texts, measured, strict=True):
         assert rise.n_tokens == sum(ids.shape[1] - 1 for ids in documents)
         for i, ids in enumerate(documents):
             with simulating(None):
-                exact = log_probabilities(loaded.model, ids)[0]
+                exact = log_probabilities(loaded.model, ids)
             with simulating(BUDGETS):
-                found = log_probabilities(loaded.model, ids)[0]
+                found = log_probabilities(loaded.model, ids)
             target = ids[0, 1:, None]
             assert float(rise.losses[i]) == pytest.approx(float((exact - found).gather(1, target).sum()), abs=1e-4)
             divergence = float((exact.exp() * (exact - found)).sum())
             assert divergence > 1e-3 and float(rise.divergences[i]) == pytest.approx(divergence, rel=1e-3)
-    ratios, cautious = rises.ratios(), rises.ratios(errors=1.25)
+    ratios, cautious = probe.ratios(), probe.ratios(errors=1.25)
     assert all(0.1 <= ratio <= more for ratio, more in zip(ratios, cautious, strict=True)) and ratios != cautious
-    assert rises.worst(BUDGETS) == max(r * rise.divergence for r, rise in zip(cautious, measured, strict=True))
+    assert probe.worst(BUDGETS) == max(r * rise.divergence for r, rise in zip(cautious, measured, strict=True))
 
 
 def test_what_an_observer_sees_is_one_layer_of_all_tokens(loaded):
