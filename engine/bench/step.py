@@ -15,7 +15,6 @@ from engine.decode.cuda_graph import Capture, Graphs
 from engine.decode.decoder import DeviceDecoder
 from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
-from engine.library import catalogue
 from engine.machine.pinned_memory import Driver
 from engine.model import load
 from engine.model.static_cache import StepCache
@@ -44,14 +43,6 @@ class Case:
     @property
     def context(self) -> int:
         return self.n_tokens + 8
-
-    def shape(self) -> Shape:
-        """UserError for a model that is not in the catalogue, or has fewer layers."""
-        entry = catalogue.find(self.name)
-        if entry is None:
-            raise UserError(f"There is no model {self.name!r} in the catalogue; choose one of "
-                            f"{', '.join(catalogue.entries())}.")
-        return synthetic.shape_of(entry, self.layers)
 
 
 def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,

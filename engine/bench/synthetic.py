@@ -32,7 +32,7 @@ from engine.files.compressed import (
 )
 from engine.files.skeleton import build_skeleton, experts_modules, model_spec, text_config_of
 from engine.files.trunk import CODES, GROUP, SCALES, bits_of
-from engine.library.catalogue import Entry
+from engine.library import catalogue
 from engine.paths import demo_model
 from kernels.layout import Layout, default_group_size
 
@@ -48,6 +48,7 @@ class Shape:
     """The architecture to make up weights for. modules: routed experts on the meta device, by name."""
 
     name: str
+    title: str
     config: object
     skeleton: torch.nn.Module
     modules: dict[str, torch.nn.Module]
@@ -55,7 +56,7 @@ class Shape:
     layout: Layout
 
 
-def shape_of(entry: Entry, layers: int | None = None) -> Shape:
+def shape_of(entry: catalogue.Entry, layers: int | None = None) -> Shape:
     """The catalogue's model, or its first `layers` decoder layers. UserError for more layers than it has."""
     given = dict(entry.config)
     config = text_config_of(AutoConfig.for_model(given.pop("model_type"), **given))
@@ -68,8 +69,17 @@ def shape_of(entry: Entry, layers: int | None = None) -> Shape:
     skeleton = build_skeleton(config, entry.name)
     modules = experts_modules(skeleton, entry.name)
     spec = model_spec(entry.name, config, skeleton, modules)
-    return Shape(entry.name, config, skeleton, modules, spec,
+    return Shape(entry.name, entry.title, config, skeleton, modules, spec,
                  Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden)))
+
+
+def shape_named(name: str, layers: int | None = None) -> Shape:
+    """UserError for a name that is not in the catalogue, or has fewer layers."""
+    entry = catalogue.find(name)
+    if entry is None:
+        raise UserError(f"There is no model {name!r} in the catalogue; choose one of "
+                        f"{', '.join(catalogue.entries())}.")
+    return shape_of(entry, layers)
 
 
 def calibration_of(shape: Shape, repeat: float = REPEAT, repeat_neurons: float = REPEAT_NEURONS) -> dict:
@@ -108,9 +118,9 @@ class Blobs:
 
 
 def spread_for(repeat: float, kept: float, n: int = 4096) -> float:
-    """The spread at which a share `repeat` of the kept neurons was kept by the token before, of inputs unalike.
+    """The spread at which a share `repeat` of the kept neurons was kept by the token before, for unrelated inputs.
 
-    Without any it is `kept`, the share that is kept at all.
+    Without any spread that share is `kept`, the share of neurons that is kept at all.
     """
     draw = np.random.default_rng(0)
     products = np.abs(draw.standard_normal((16, n)) * np.maximum(draw.standard_normal((16, n)), 0.1))
@@ -249,7 +259,7 @@ class FarSynthetic(FarBlobs):
         return self._biases[layer]
 
     def verify(self, layer: int, expert: int) -> None:
-        """Nothing to hold it against."""
+        """Random bytes have no checksum."""
 
     def close(self) -> None:
         self._blobs = None

@@ -148,7 +148,7 @@ class Bench:
         return step_profile.profiled(self._decode(self.ids[-n - 1:]), n, self.loaded.runtime, self.context)
 
     def _warm_up(self) -> None:
-        """Everything that is made or compiled at first use; a device's graphs, with look-ahead and without."""
+        """For what is made or compiled at first use: a device's graphs, with look-ahead and without."""
         for headroom in (False, True) if self.decoder.on_device else ():
             self.loaded.runtime.headroom = headroom
             self._read(self.ids[:1])
@@ -159,7 +159,7 @@ class Bench:
             pass
 
     def _random(self) -> Run:
-        """Prefill and decode random tokens from an empty near memory."""
+        """From an empty near memory."""
         runtime, n = self.loaded.runtime, self.sizes.prefill
         runtime.reset()
         before, start = runtime.counters(), time.perf_counter()
@@ -302,7 +302,7 @@ def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambd
 
 
 def _implementations(model: nn.Module, prompt: list[int], report: Report) -> list[str]:
-    """Those of transformers' own that run here."""
+    """The names of transformers' experts implementations that run on this machine."""
     working = []
     for name in ("eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != "floe")):
         try:

@@ -1,10 +1,9 @@
 """The decode step as a CUDA graph: captured once for each kind of near memory, replayed for every token.
 
-One graph for the sparse levels and one for `exact` (and one for `floe`), each with and without look-ahead where that is
-switched, in one memory pool. A capture runs every
-kernel first, because compiling and loading are not allowed inside it, and puts back whatever those runs changed. Then
-the graph has to prove itself: one replay must give the logits that running the step gave. A model that cannot be
-captured runs the same kernels one by one, and `reason` says so.
+One graph for the sparse levels, one for `exact` and one for `floe`, each with and without look-ahead where that is
+switched, in one memory pool. A capture runs every kernel first, because compiling and loading are not allowed inside
+it, and puts back whatever those runs changed. Then the graph has to prove itself: one replay must give the logits that
+running the step gave. A model that cannot be captured runs the same kernels one by one, and `reason` says so.
 """
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ import torch
 from engine.decode.step import Step
 
 WARM_UPS = 3        # torch's own advice: libraries pick their algorithms in the first runs
-AGREEMENT = 2e-2    # of the largest logit: a library may choose another algorithm inside a graph
+AGREEMENT = 2e-2    # share of the largest logit: a library may choose another algorithm inside a graph
 Run = Callable[[], None]
 
 
@@ -24,15 +23,15 @@ class Capture(Protocol):
     """How a run becomes a graph."""
 
     def beside(self, run: Run, strictly: bool) -> None:
-        """Run it as the recording will, without recording. strictly: RuntimeError where it waits for the device, which
+        """Run as the recording will, without recording. strictly: RuntimeError where the run waits for the device: that
         would break a recording, and a broken one leaves torch's allocator waiting for its end."""
 
     def record(self, run: Run) -> Run:
-        """-> the graph's replay. The run itself need not have any effect."""
+        """-> the graph's replay. Recording need not compute anything."""
 
 
 class CudaCapture:
-    """One pool and one side stream for all graphs of a model."""
+    """For all graphs of one model: they share a memory pool and a stream."""
 
     def __init__(self) -> None:
         # Above the priority of what runs beside it (engine/experts/side_stream.py).
@@ -62,7 +61,7 @@ class CudaCapture:
 
 
 class Graphs:
-    """One graph a kind of near memory, made at its first launch. reason: "" while graphs work, else why they do not."""
+    """A graph for each kind of near memory, made at its first launch. reason: why graphs do not work, else ""."""
 
     def __init__(self, step: Step, capture: Capture | None = None) -> None:
         self.step, self.reason = step, ""
@@ -83,7 +82,7 @@ class Graphs:
 
     def _make(self, key: tuple, position: int) -> None:
         """A graph under `key`, or a reason why not; either way the sequence is where it was."""
-        self._graphs = {old: graph for old, graph in self._graphs.items() if old[0] == key[0]}  # others' arena is gone
+        self._graphs = {old: graph for old, graph in self._graphs.items() if old[0] == key[0]}  # older arenas are gone
         before = self.step.save(position)
         try:
             graph, agrees = self._prove(before)

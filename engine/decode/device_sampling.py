@@ -22,7 +22,7 @@ class DeviceSampler:
 
     def __init__(self, vocabulary: int, longest: int, device: torch.device | str = "cpu") -> None:
         self.device, self.best = device, min(BEST, vocabulary)
-        self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)  # of prompt and answer
+        self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)  # tokens of prompt and answer
         self.uniform = torch.zeros(longest, device=device)
         self.n_drawn = torch.zeros(1, dtype=torch.int64, device=device)
         self.broken = torch.zeros((), dtype=torch.bool, device=device)        # a logit was not a number
@@ -86,6 +86,6 @@ class DeviceSampler:
 
 
 def _only(scores: Tensor, kept: Tensor) -> Tensor:
-    """The best one is always kept."""
+    """-inf for what is not kept; the best score always is."""
     kept = torch.cat((torch.ones_like(kept[:1]), kept[1:]))
     return torch.where(kept, scores, -torch.inf)

@@ -99,7 +99,7 @@ class Prefix:
 
 
 class DynamicPrefix(Prefix):
-    """Over the cache that transformers makes for the model; it grows."""
+    """With the cache that transformers makes for the model, which grows."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
@@ -157,7 +157,7 @@ class DynamicPrefix(Prefix):
 
 
 class StepPrefix(Prefix):
-    """Over a cache of fixed shape, which a recorded step can run with."""
+    """With a cache of fixed shape, which a recorded step can run with."""
 
     def __init__(self, model: torch.nn.Module, cache: StepCache) -> None:
         super().__init__(model)
@@ -184,7 +184,7 @@ class StepPrefix(Prefix):
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences share at the start."""
+    """The number of tokens that two sequences share at the start."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -39,7 +39,7 @@ def merged(sampling: Sampling, recommended: GenerationConfig | None) -> dict:
 
 
 def _possible(name: str, value: object) -> object:
-    """What a model's folder recommends, where it can be: the file was downloaded, and some write -1 for none."""
+    """The folder's recommendation, None where no setting can have that value: some files write -1 for none."""
     try:
         Sampling(**{name: value})
     except UserError:
@@ -48,7 +48,7 @@ def _possible(name: str, value: object) -> object:
 
 
 class Sampler:
-    """Draws one token from logits [V] after another. device: where the logits are."""
+    """Draws token after token from logits [V] on `device`."""
 
     def __init__(self, sampling: Sampling, recommended: GenerationConfig | None, device: torch.device | str = "cpu"):
         self.settings = merged(sampling, recommended)
@@ -96,13 +96,12 @@ def processors(settings: dict) -> LogitsProcessorList:
 
 
 def end_tokens(recommended: GenerationConfig | None, tokenizer) -> frozenset[int]:
-    """The ids that end an answer."""
     listed = getattr(recommended, "eos_token_id", None)
     listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if isinstance(i, int))
 
 
 def most_tokens(recommended: GenerationConfig | None) -> int | None:
-    """How long an answer the model's folder recommends at most; None where it says nothing that can be."""
+    """The longest answer that the model's folder recommends; None where it names no usable number."""
     most = getattr(recommended, "max_new_tokens", None)
     return most if isinstance(most, int) and most > 0 else None

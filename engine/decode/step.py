@@ -34,7 +34,7 @@ class Drawn:
 
 
 class Step:
-    """The state of one decode step, and the two halves of it: `compute` to the logits [V], `choose` the token."""
+    """The tensors of one decode step, and its two halves: `compute` gives the logits [V], `choose` draws the token."""
 
     def __init__(self, model: torch.nn.Module, runtime: DeviceRuntime, cache: StepCache,
                  sampler: DeviceSampler) -> None:
@@ -48,7 +48,7 @@ class Step:
         self.packet = torch.zeros(8, dtype=torch.int64, device=device)
 
     def start(self, token: int, ends: frozenset[int], limit: int) -> None:
-        """The last token of the prompt, the tokens that end the answer, the most tokens it may have."""
+        """token: the prompt's last. ends: tokens that end the answer. limit: the most tokens that it may have."""
         assert len(ends) <= MOST_ENDS and limit >= 1, (len(ends), limit)
         self.runtime.phase, self.runtime.counted = "decode", None
         self.token.fill_(token)
@@ -68,7 +68,7 @@ class Step:
         self.packet.copy_(torch.cat((drawn, flags, self.runtime.counts)))
 
     def save(self, position: int) -> tuple[list[Tensor], Snapshot]:
-        """What a step changes, apart from near memory, which is right after any step. position: tokens read."""
+        """A copy of what a step changes; near memory is left out, it is right after any step. position: tokens read."""
         return [tensor.clone() for tensor in self._changed()], self.cache.snapshot(position)
 
     def restore(self, saved: tuple[list[Tensor], Snapshot]) -> None:
@@ -83,7 +83,7 @@ class Step:
 
 
 class Packets:
-    """Two places in host memory that steps' packets come back to by turns; an event tells when one has arrived."""
+    """Brings steps' packets to two places in host memory by turns; an event tells when one has arrived."""
 
     def __init__(self, packet: Tensor) -> None:
         self._packet, self._on_gpu = packet, packet.is_cuda

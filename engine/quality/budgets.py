@@ -25,7 +25,7 @@ SHARES = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25
 
 
 def edges(n: int) -> list[int]:
-    """The sampled numbers of neurons, of n."""
+    """The sampled numbers of neurons, from 0 to n."""
     return sorted({round(share * n) for share in SHARES})
 
 
@@ -49,11 +49,9 @@ class LayerTable:
         return self.loss_per_dropped * self.dropped[None] + self.loss_per_coarse * self.coarse
 
     def nearest(self, share: float) -> int:
-        """The number of neurons on the grid nearest to a share of all."""
         return min(self.edges, key=lambda n: abs(n - share * self.edges[-1]))
 
     def loss(self, refined: int, down_only: int) -> float:
-        """Predicted loss in nats of a pair on the grid."""
         return float(self.losses[self.edges.index(refined), self.edges.index(refined + down_only)])
 
     def best(self, layout: Layout, price: float) -> tuple[int, int]:
@@ -125,5 +123,5 @@ class OutputErrors:
 
 
 def _before(bands: Tensor) -> Tensor:
-    """[S-1, ...] -> [S, ...]: sum of the bands before each edge."""
+    """[S-1, ...] -> [S, ...]: the sum of the bands before each edge."""
     return torch.cat((torch.zeros_like(bands[:1]), bands.cumsum(0)))

@@ -63,7 +63,7 @@ class Calibration:
 
     @property
     def most_tokens(self) -> int:
-        """What the model reads in all of `run`, at most: a search may end before its last trial."""
+        """The most that the model reads in `run`: a search may end before its last trial."""
         fit, held = _n_tokens(self.fit), _n_tokens(self.held)
         tables = sum(_n_tokens([_some(text, n) for text in self.fit]) for n in (TABLE_TOKENS, 2 * TABLE_TOKENS))
         traces = _n_tokens([_some(text, TRACE_TOKENS // len(self.held)) for text in self.held])
@@ -98,15 +98,15 @@ class Calibration:
                 for ids in _some(documents, TABLE_TOKENS):
                     self.model(ids)
         bare = errors.tables()
-        probes = [self._probe(layer, bare) for layer in range(len(bare))]
+        probes = [self._thin(layer, bare) for layer in range(len(bare))]
         ratio = _mean(self.probe.ratios(probes))
         tables = [replace(table, loss_per_dropped=self._sensitivity(layer, table, probes[layer], ratio))
                   for layer, table in enumerate(bare)]
         coarse = self._coarse_ratio(tables)
         return [replace(t, loss_per_coarse=t.loss_per_dropped * coarse) for t in tables]
 
-    def _probe(self, layer: int, tables: list[LayerTable]) -> LevelPlan:
-        """One layer with a part of its neurons, the others exact."""
+    def _thin(self, layer: int, tables: list[LayerTable]) -> LevelPlan:
+        """A plan of one layer with a part of its neurons, the others exact."""
         everything, kept = tables[layer].edges[-1], tables[layer].nearest(PROBE)
         return LevelPlan(tuple((kept if i == layer else everything, 0) for i in range(len(tables))))
 
@@ -289,7 +289,7 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
 
 
 def _subject(manifest: Manifest, loaded: Loaded, texts: Sequence[Documents]) -> str:
-    """What measurements hold for: these files, these tokens, this kind of device."""
+    """A hash of what measurements hold for: these files, these tokens, this kind of device."""
     files = [(entry.path, entry.sha256) for entry in manifest.files if entry.path != USAGE]
     tokens = [[ids.tolist() for ids in documents] for documents in texts]
     return hashlib.sha256(repr((files, tokens, loaded.model.device.type)).encode()).hexdigest()
@@ -305,7 +305,7 @@ def _reference(folder: Path, loaded: Loaded, device: str | None):
 
 
 class _Read:
-    """How far it is, in tokens."""
+    """Tells `check` how many tokens have been read."""
 
     def __init__(self, check: Check) -> None:
         self._check, self._read, self._skipped = check, 0, 0

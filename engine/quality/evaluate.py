@@ -49,7 +49,6 @@ class Evaluation:
 
 
 def longest(loaded: Loaded) -> int:
-    """Tokens of a document that this model reads together."""
     return min(LONGEST, getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST)
 
 

@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 Documents = list[Tensor]  # int64 [1, n] each: a loss is measured from the start of a document, as in a conversation
 Simulating = Callable[[LevelPlan | None], AbstractContextManager]
 CAUTION = 1.25            # standard errors of the ratio between loss and divergence that a promise allows for
-KEPT = 256                # of a token's probabilities; the others count as one
+KEPT = 256                # probabilities of a token that are kept one by one; the others count as one
 
 
 def log_probabilities(model, ids: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ class Sums:
 
 @dataclass(frozen=True)
 class Rise:
-    """Over `exact`, nats of each document of one text: the loss, and the divergence KL(exact || plan), float64 [D]."""
+    """What a plan loses over `exact` on one text, in nats summed over each document, float64 [D]: the loss, and the
+    divergence KL(exact || plan). As single numbers both are means per predicted token."""
 
     losses: Tensor
     divergences: Tensor
@@ -66,12 +67,10 @@ class Rise:
 
     @property
     def loss(self) -> float:
-        """Mean per predicted token."""
         return float(self.losses.sum()) / self.n_tokens
 
     @property
     def divergence(self) -> float:
-        """Mean per predicted token."""
         return float(self.divergences.sum()) / self.n_tokens
 
 
@@ -91,20 +90,19 @@ class LossProbe:
         self._measured: dict[LevelPlan, list[Rise]] = {}
 
     def measure(self, plan: LevelPlan) -> list[Rise]:
-        """One for each text; a plan is run once."""
+        """A rise for each text; a plan is run once."""
         if plan not in self._measured:
             with self.simulating(plan):
-                self._measured[plan] = [self._of_text(plan, text) for text in range(len(self.texts))]
+                self._measured[plan] = [self._rise(plan, text) for text in range(len(self.texts))]
         return self._measured[plan]
 
-    def _of_text(self, plan: LevelPlan, text: int) -> Rise:
+    def _rise(self, plan: LevelPlan, text: int) -> Rise:
         documents = self.texts[text]
-        found = [self._of_document(plan, text, number) for number in range(len(documents))]
+        found = [self._document(plan, text, number) for number in range(len(documents))]
         losses, divergences = torch.tensor(found, dtype=torch.float64).T
         return Rise(losses, divergences, sum(ids.shape[1] - 1 for ids in documents))
 
-    def _of_document(self, plan: LevelPlan, text: int, number: int) -> tuple[float, float]:
-        """Loss and divergence, summed over the tokens."""
+    def _document(self, plan: LevelPlan, text: int, number: int) -> tuple[float, float]:
         ids, exact = self.texts[text][number], self._exact[text][number]
         known = self._log.get(plan, text, number) if self._log else None
         if known is not None:
@@ -123,7 +121,7 @@ class LossProbe:
         return [max(0.1, _ratio(text, errors)) for text in zip(*measured, strict=True)]
 
     def worst(self, plan: LevelPlan) -> float:
-        """What a plan's rise of the loss may be, in nats, on the text where it is largest."""
+        """The upper bound of a plan's rise of the loss, in nats, on the text where it is largest."""
         ratios = self.ratios(errors=CAUTION)
         return max(ratio * rise.divergence for ratio, rise in zip(ratios, self.measure(plan), strict=True))
 
@@ -154,7 +152,6 @@ class _Kept:
         return _Kept(best.indices, best.values, _rest(best.values), _at(logp, targets))
 
     def loss_over(self, found: Tensor, targets: Tensor) -> float:
-        """Sum over tokens of what the plan loses more."""
         return float((self.target - _at(found, targets)).sum())
 
     def divergence_to(self, found: Tensor) -> float:

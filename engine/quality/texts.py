@@ -19,7 +19,7 @@ DOCUMENT_END = "<|endoftext|>"
 MAX_CHARACTERS = 1 << 16
 OWN_TEXTS = Path(__file__).resolve().parents[2] / "assets" / "texts"
 CALIBRATION_TEXT = OWN_TEXTS / "calibration.jsonl"
-CALIBRATION_TOKENS = 16_384  # of all texts together, unless somebody wishes otherwise
+CALIBRATION_TOKENS = 16_384  # all texts together, unless somebody wishes otherwise
 EVALUATION_TEXT = OWN_TEXTS / "evaluation.jsonl"
 
 

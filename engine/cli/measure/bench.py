@@ -5,9 +5,9 @@ On a graphics card also what a token costs kernel by kernel, on a smaller card (
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from engine.cli import report
 from engine.core import LEVELS, Options, UserError
 from engine.units import parse_bytes, rate
 
@@ -40,23 +40,23 @@ def run(args: argparse.Namespace) -> dict:
     load.check_folder(args.folder)
     device, why = errors.device_for("cuda" if for_gpu else args.device)
     if why:
-        _say(why)
+        report(why)
     speeds, held = _card(vram) if device == "cuda" else (None, None)
     options = Options(level=args.level or Options.level, near_bytes=near, device=device)
-    loaded = load.load(args.folder, options, lambda text, share: _say(text))
+    loaded = load.load(args.folder, options, report)
     if args.level and loaded.runtime.level != args.level:
         raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
-    measured = throughput.Bench(loaded, report=_say, copy_bytes_per_second=speeds and speeds.link)
+    measured = throughput.Bench(loaded, report=report, copy_bytes_per_second=speeds and speeds.link)
     document = measured.document()
     _print(document)
     if speeds and measured.decoder.on_device:
         document |= _on_gpu(measured, speeds, gpu, args.table)
     if args.compare:
         source = args.source and load.load(args.source, Options(level="full", device=device))
-        document["compare"] = throughput.compare(loaded, source, _say)
+        document["compare"] = throughput.compare(loaded, source, report)
         for row in document["compare"]:
-            _say(f"{row['implementation']:12} prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
-                 f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
+            report(f"{row['implementation']:12} prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
+                   f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
     del held
     return document
 
@@ -72,7 +72,7 @@ def _on_gpu(measured, speeds, gpu, table: Path | None) -> dict:
     rows = [gpu_kernels.bandwidth_row(speeds)]
     for row in measured.rows(speeds, gpu):
         rows.append(row)
-        _say(gpu_kernels.row_text(row))
+        report(gpu_kernels.row_text(row))
     saved = {} if table is None else {"table": str(gpu_kernels.save(rows, table))}
     return {"rows": rows, **saved}
 
@@ -80,17 +80,14 @@ def _on_gpu(measured, speeds, gpu, table: Path | None) -> dict:
 def _print(document: dict) -> None:
     own = document["own_text"]
     kind = "a synthetic model, " if document.get("synthetic") else ""
-    _say(f"{kind}{document['device']}, level {document['level']}, {document['near_bytes']:,} bytes near\n"
-         f"prefill {document['prefill_tokens']}: {document['prefill_tokens_per_second']:.1f} tokens/s   "
-         f"first token after {document['time_to_first_token_ms']:.0f} ms\n"
-         f"decode {document['decode_tokens']}: {document['decode_tokens_per_second']:.1f} tokens/s, "
-         f"{document['far_bytes_per_token']:,.0f} far bytes a token, {document['hit_rate']:.1%} hits; copying alone "
-         f"would allow {document['bound_tokens_per_second']:,.0f}\n"
-         f"own text: {own['cold']['decode_tokens_per_second']:.1f} tokens/s cold ({own['cold']['hit_rate']:.1%} hits), "
-         f"{own['warm']['decode_tokens_per_second']:.1f} warm ({own['warm']['hit_rate']:.1%} hits)")
+    report(f"{kind}{document['device']}, level {document['level']}, {document['near_bytes']:,} bytes near\n"
+           f"prefill {document['prefill_tokens']}: {document['prefill_tokens_per_second']:.1f} tokens/s   "
+           f"first token after {document['time_to_first_token_ms']:.0f} ms\n"
+           f"decode {document['decode_tokens']}: {document['decode_tokens_per_second']:.1f} tokens/s, "
+           f"{document['far_bytes_per_token']:,.0f} far bytes a token, {document['hit_rate']:.1%} hits; copying alone "
+           f"would allow {document['bound_tokens_per_second']:,.0f}\n"
+           f"own text: {own['cold']['decode_tokens_per_second']:.1f} tokens/s cold "
+           f"({own['cold']['hit_rate']:.1%} hits), "
+           f"{own['warm']['decode_tokens_per_second']:.1f} warm ({own['warm']['hit_rate']:.1%} hits)")
     if document["note"]:
-        _say(document["note"])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+        report(document["note"])

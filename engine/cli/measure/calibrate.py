@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from engine.cli import report
 from engine.core import UserError
 from engine.quality.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
 
@@ -24,8 +24,7 @@ def run(args: argparse.Namespace) -> dict:
     from engine.quality.calibrate import calibrate
 
     texts = args.text or [CALIBRATION_TEXT]
-    found = calibrate(args.folder, texts, args.tokens, args.reference, args.device,
-                      lambda line: print(line, file=sys.stderr))
+    found = calibrate(args.folder, texts, args.tokens, args.reference, args.device, report)
     for level, measured in found["levels"].items():
-        print(f"{level:9} perplexity {measured['perplexity']:.3f}  KL {measured['kl']:.4f}", file=sys.stderr)
+        report(f"{level:9} perplexity {measured['perplexity']:.3f}  KL {measured['kl']:.4f}")
     return found

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.cli import report
 from engine.core import LEVELS
 from engine.units import parse_bytes
 
@@ -28,20 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from engine.bench import gpu_kernels, step, step_profile
+    from engine.bench import gpu_kernels, step, step_profile, synthetic
     from engine.machine import errors
     total, vram = parse_bytes(args.total), None if args.vram is None else parse_bytes(args.vram)
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
     gpu = None if args.project is None else step_profile.gpu_named(args.project)
     case = step.Case(args.model, args.layers, args.level, near, args.tokens, gpu)
-    shape = case.shape() if args.what in ("kernels", "step") else None
+    shape = synthetic.shape_named(case.name, case.layers) if args.what in ("kernels", "step") else None
     errors.check()
     speeds = gpu_kernels.speeds()
     held = gpu_kernels.reserve_vram(vram)
     rows = [gpu_kernels.bandwidth_row(speeds)]
     for row in _measured(args, total, case, shape, speeds, 0 if held is None else held.numel()):
         rows.append(row)
-        _say(gpu_kernels.row_text(row))
+        report(gpu_kernels.row_text(row))
     return {"rows": rows, "table": str(gpu_kernels.save(rows, args.folder))}
 
 
@@ -54,8 +54,4 @@ def _measured(args: argparse.Namespace, total: int, case, shape, speeds, held_by
         return gpu_kernels.nodes()
     if args.what == "kernels":
         return gpu_kernels.single_kernels(shape)
-    return step.steps(case, shape, CudaDriver(), speeds, _say, held_bytes=held_bytes)
-
-
-def _say(text: str, share: float | None = 1.0) -> None:
-    print(text, file=sys.stderr)
+    return step.steps(case, shape, CudaDriver(), speeds, report, held_bytes=held_bytes)

@@ -5,6 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from engine.cli import report
 from engine.core import LEVELS, Options, UserError
 from engine.units import parse_bytes
 
@@ -29,18 +30,18 @@ def run(args: argparse.Namespace) -> dict:
     from engine.quality import evaluate
     from engine.quality.texts import EVALUATION_TEXT, read_tokens
 
-    loaded = load.load(args.folder, Options(level="exact", device=args.device, predict=False), _say)
+    loaded = load.load(args.folder, Options(level="exact", device=args.device, predict=False), report)
     reference = args.reference and load.load(args.reference, Options(level="exact", device=args.device, predict=False))
     documents = read_tokens(args.text or EVALUATION_TEXT, loaded.tokenizer, args.tokens, evaluate.longest(loaded))
     try:
         found = evaluate.evaluate(loaded, documents, wished or list(loaded.runtime.levels), near, reference, _progress)
     finally:
         print(file=sys.stderr)  # the line of the progress ends
-    print(f"{found.tokens:,} tokens, reference perplexity {found.reference_perplexity:.4f}\n"
-          "level     perplexity      KL   top-1   far bytes/token   hits", file=sys.stderr)
+    report(f"{found.tokens:,} tokens, reference perplexity {found.reference_perplexity:.4f}\n"
+           "level     perplexity      KL   top-1   far bytes/token   hits")
     for row in found.levels:
-        print(f"{row.level:9}{row.perplexity:11.4f}{row.kl:8.4f}{row.top1_agreement:8.1%}"
-              f"{row.far_bytes_per_token:18,.0f}{row.hit_rate:7.1%}", file=sys.stderr)
+        report(f"{row.level:9}{row.perplexity:11.4f}{row.kl:8.4f}{row.top1_agreement:8.1%}"
+               f"{row.far_bytes_per_token:18,.0f}{row.hit_rate:7.1%}")
     return found.document()
 
 
@@ -51,10 +52,6 @@ def levels_of(text: str | None) -> list[str]:
         if name not in LEVELS:
             raise UserError(f"There is no level {name!r}; choose from {', '.join(LEVELS)}.")
     return names
-
-
-def _say(text: str, share: float) -> None:
-    print(text, file=sys.stderr)
 
 
 def _progress(done: int, total: int) -> None:

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from engine.cli import report
 from engine.core import LEVELS, MachineError, Options, UserError
 from engine.units import parse_bytes, size
 
@@ -25,22 +25,17 @@ def run(args: argparse.Namespace) -> dict:
     if bool(args.dest) == args.in_memory:
         raise UserError("Give a folder to make, or --in-memory.")
     from engine.bench import synthetic
-    from engine.library import catalogue
-    entry = catalogue.find(args.model)
-    if entry is None:
-        raise UserError(f"There is no model {args.model!r} in the catalogue; choose one of "
-                        f"{', '.join(catalogue.entries())}.")
-    shape = synthetic.shape_of(entry, args.layers)
+    shape = synthetic.shape_named(args.model, args.layers)
     calibration = synthetic.calibration_of(shape, _rate(args.repeat, synthetic.REPEAT),
                                            _rate(args.repeat_neurons, synthetic.REPEAT_NEURONS))
-    document = {"synthetic": True, "model": entry.name, "layers": shape.spec.layers, "experts": shape.spec.experts,
+    document = {"synthetic": True, "model": shape.name, "layers": shape.spec.layers, "experts": shape.spec.experts,
                 "experts_bytes": synthetic.bytes_of(shape), **calibration["synthetic"]}
     if args.in_memory:
         return document | _measured(args, shape, calibration)
-    manifest = synthetic.write(shape, args.dest, args.trunk_bits, calibration, report=_say)
+    manifest = synthetic.write(shape, args.dest, args.trunk_bits, calibration, report=report)
     n_bytes = sum(file.bytes for file in manifest.files)
-    _say(f"{args.dest}: a synthetic {entry.title}, {size(n_bytes)}, {shape.spec.layers} layers; its answers mean "
-         "nothing, its speed does", 1.0)
+    report(f"{args.dest}: a synthetic {shape.title}, {size(n_bytes)}, {shape.spec.layers} layers; its answers mean "
+           "nothing, its speed does")
     return document | {"folder": str(args.dest), "bytes": n_bytes}
 
 
@@ -48,16 +43,17 @@ def _measured(args: argparse.Namespace, shape, calibration: dict) -> dict:
     from engine.bench import synthetic_model, throughput
     near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
     try:
-        loaded = synthetic_model.open_in_memory(shape, calibration, Options(args.level, near, device=args.device), _say)
+        options = Options(args.level, near, device=args.device)
+        loaded = synthetic_model.open_in_memory(shape, calibration, options, report)
     except RuntimeError as error:
         raise MachineError(f"The model cannot be made up in memory ({str(error).splitlines()[0]}); take fewer "
                            "--layers.") from error
     try:
-        found = throughput.Bench(loaded, report=lambda text: _say(text, 1.0)).document()
+        found = throughput.Bench(loaded, report=report).document()
     finally:
         loaded.runtime.close()
-    _say(f"synthetic {shape.name}, level {found['level']}: {found['decode_tokens_per_second']:.1f} tokens/s, "
-         f"{found['hit_rate']:.1%} hits", 1.0)
+    report(f"synthetic {shape.name}, level {found['level']}: {found['decode_tokens_per_second']:.1f} tokens/s, "
+           f"{found['hit_rate']:.1%} hits")
     return found
 
 
@@ -65,7 +61,3 @@ def _rate(given: float | None, default: float) -> float:
     if given is not None and not 0 <= given <= 1:
         raise UserError(f"A repeat rate is a share between 0 and 1, not {given}.")
     return default if given is None else given
-
-
-def _say(text: str, share: float) -> None:
-    print(text, file=sys.stderr)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
+from engine.cli import report
 from engine.core import Options, UserError
 
 KEPT = (0.5, 0.3, 0.2, 0.1)
@@ -64,7 +64,7 @@ class Tables:
         from engine.quality.ablation import Setting
         self.texts, self.comparison, self.setting = texts, comparison, Setting
         self.losses = [comparison.loss(rows, Setting()) for rows in texts]
-        _say("perplexity " + " / ".join(f"{math.exp(loss):.3f}" for loss in self.losses))
+        report("perplexity " + " / ".join(f"{math.exp(loss):.3f}" for loss in self.losses))
 
     def masks(self) -> list[dict]:
         rules = {"FloE, |u| per expert": dict(score="up", joint=False),
@@ -95,9 +95,5 @@ class Tables:
     def _change(self, shown: str, **setting) -> list[float]:
         losses = [self.comparison.loss(rows, self.setting(**setting)) for rows in self.texts]
         change = [math.exp(loss - before) - 1 for loss, before in zip(losses, self.losses, strict=True)]
-        _say(f"{shown:55} " + " / ".join(f"{value:+.1%}" for value in change))
+        report(f"{shown:55} " + " / ".join(f"{value:+.1%}" for value in change))
         return change
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

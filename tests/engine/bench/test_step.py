@@ -12,6 +12,7 @@ from engine.__main__ import main
 from engine.bench import step as gpu_step
 from engine.bench.step import Case, steps
 from engine.bench.step_profile import Speeds, gpu_named
+from engine.bench.synthetic import shape_named
 from engine.core import MachineError
 from engine.library import catalogue
 from tests.engine.bench.test_synthetic import tiny
@@ -32,7 +33,7 @@ def test_a_synthetic_step_is_measured(name, level, near_bytes, monkeypatch):
     monkeypatch.setattr(gpu_step, "PROFILED", 3)  # on a processor a profile is long
     gpu, speeds, ledger = gpu_named("rtx-3060-12gb"), Speeds(1e9, 1e8), Ledger()
     case = Case(name, None, level, near_bytes, 16, gpu)
-    rows = list(steps(case, case.shape(), ledger, speeds, device="cpu", capture=Recording()))
+    rows = list(steps(case, shape_named(case.name, case.layers), ledger, speeds, device="cpu", capture=Recording()))
     found = {row["measured"]: row for row in rows}
     assert found["capture"]["equal"] is True and found["capture"]["sentence"] == ""
     step, outside, other = found["step"], found["outside memory"], found["projection"]
@@ -55,7 +56,7 @@ def test_too_little_locked_memory_is_a_sentence(monkeypatch):
     monkeypatch.setattr(catalogue, "find", tiny)
     case, ledger = Case("qwen3-30b-a3b", n_tokens=24), Ledger(limit=0)
     with pytest.raises(MachineError, match="page-locks only"):
-        list(steps(case, case.shape(), ledger, Speeds(1e9, 1e8), device="cpu"))
+        list(steps(case, shape_named(case.name, case.layers), ledger, Speeds(1e9, 1e8), device="cpu"))
     assert not ledger.registered
 
 
