@@ -103,8 +103,9 @@ def test_a_seed_repeats_the_answer_and_another_one_does_not(engine):
     assert told(finish(engine.chat(TALK, DRAWN))[0]) == first
     others = {told(finish(engine.chat(TALK, replace(DRAWN, seed=seed)))[0]) for seed in range(3)}
     assert others != {first}
-    unseeded = {told(finish(engine.chat(TALK, replace(DRAWN, seed=None)))[0]) for _ in range(3)}
-    assert len(unseeded) > 1
+    unseeded = (told(finish(engine.chat(TALK, replace(DRAWN, seed=None)))[0]) for _ in range(40))
+    one = next(unseeded)
+    assert any(another != one for another in unseeded)  # three may well be alike
 
 
 def test_limits_end_the_answer(engine):
