@@ -7,14 +7,13 @@ import re
 import secrets
 from collections.abc import Iterator
 
-import browser
 import httpx
 import pytest
-import waiting
 
-from app.guard import SHELL, SHELL_BELOW
+from app.http.request_guard import SHELL, SHELL_BELOW
 from app.server import Parts, build
 from engine import Options, demo_model
+from tests.support import browser, waiting
 
 app = browser.app
 PLANTED = "the-planted-secret-of-a-conversation"
