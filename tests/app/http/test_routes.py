@@ -105,6 +105,8 @@ def test_afterwards_the_same_program_answers(app, client, routes):
                 assert reply.status_code in (200, 400, 422), path
     made = client.post("/api/conversations", json={"draft": "a"}).json()["id"]
     client.post(f"/api/conversations/{made}/send", json={"text": "Hello!"}).raise_for_status()
-    waiting.until(lambda: not client.get("/api/state").json()["live"])
-    answer = client.get(f"/api/conversations/{made}").json()["messages"][-1]
-    assert answer["role"] == "assistant" and answer["html"]
+
+    def newest() -> dict:
+        return client.get(f"/api/conversations/{made}").json()["messages"][-1]
+    waiting.until(lambda: newest()["role"] == "assistant" and newest()["status"] != "running")
+    assert newest()["status"] == "done" and newest()["html"]
