@@ -16,8 +16,9 @@ from transformers import AutoConfig
 
 from engine.core import Options, UserError
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import TRUNK, Manifest, MappedFile
-from engine.files.gguf_tokenizer import config_of
+from engine.files.compressed import MappedFile
+from engine.files.gguf.tokenizer import config_of
+from engine.files.manifest import TRUNK, Manifest
 from engine.files.skeleton import read_config
 from engine.library.compress import compress
 from engine.library.gguf_import import cost, import_gguf, parts_of
@@ -29,7 +30,7 @@ from tests.support.folders import logits_by_steps, stored_experts, write_tokeniz
 gguf = pytest.importorskip("gguf")
 from gguf.quants import dequantize  # noqa: E402
 
-from engine.files.gguf import TYPES, GgufSource  # noqa: E402
+from engine.files.gguf.source import TYPES, GgufSource  # noqa: E402
 from tests.support.gguf_files import ARCHITECTURES, finish, like, write  # noqa: E402
 
 CHANGES = {"qwen3_moe": dict(moe_intermediate_size=64, num_experts=4)}

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from engine.__main__ import main
 from engine.core import MachineError, UserError
-from engine.files.compressed import Manifest, experts_name
-from engine.files.gguf_names import MODEL_TYPES
-from engine.files.gguf_tokenizer import completed, rebuild_tokenizer
+from engine.files.gguf.names import MODEL_TYPES
+from engine.files.gguf.tokenizer import completed, rebuild_tokenizer
+from engine.files.manifest import Manifest, experts_name
 from engine.library import catalogue
 from engine.library.download import download
 from engine.library.gguf_import import import_gguf
@@ -30,7 +30,8 @@ from tests.support.killed import CHUNK, Nursery
 from tests.support.loopback_hub import LoopbackHub, status
 
 gguf = pytest.importorskip("gguf")
-from engine.files.gguf import TEXTS, reader, text  # noqa: E402
+from engine.files.gguf.header import read_header  # noqa: E402
+from engine.files.gguf.source import TEXTS  # noqa: E402
 from tests.support.gguf_files import add_tokenizer, finish, like, write  # noqa: E402
 
 SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, num_experts=4)
@@ -246,7 +247,7 @@ def vocabulary_file(path: Path, tokenizer: Path, split: str = "gpt-2") -> Path:
 
 
 def texts_of(file: Path) -> dict[str, str]:
-    return {key: text(reader(file), key) for key in TEXTS}
+    return {key: str(read_header(file).fields.get(key, "")) for key in TEXTS}
 
 
 def test_a_tokenizer_out_of_the_file_is_the_original_s(demo_checkpoint, tmp_path):

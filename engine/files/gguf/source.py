@@ -1,8 +1,8 @@
 """A GGUF file (or its parts) as a source of named tensors, like a checkpoint folder: decoded one tensor at a time.
 
-Reads with the `gguf` package, an extra; the file is memory-mapped, of stacked experts only the wanted ones are decoded,
-and a large matrix is decoded some rows at a time. Keys are the parameters of the transformers model
-(engine/files/gguf_names.py). The configuration comes from the original's config.json; the file's own numbers must
+Decodes with the `gguf` package, an extra; the file is memory-mapped, of stacked experts only the wanted ones are
+decoded, and a large matrix is decoded some rows at a time. Keys are the parameters of the transformers model
+(engine/files/gguf/names.py). The configuration comes from the original's config.json; the file's own numbers must
 agree.
 """
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from engine.core import UserError
-from engine.files.gguf_names import ARCHITECTURES, Shape, recipes
+from engine.files.gguf.header import read_header
+from engine.files.gguf.names import ARCHITECTURES, Shape, recipes
 
 Tensor = torch.Tensor
-MAGIC = b"GGUF"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
@@ -33,8 +33,7 @@ DECODED_AT_ONCE = 1 << 24       # weights; their float32 and the package's tempo
 
 class GgufSource:
     """`TensorSource` over the parts of one GGUF model, in order. config: transformers' configuration of the language
-    model. left_out: tensors of the file that the model has no place for. texts: some of the metadata, see TEXTS; the
-    rest is let go, a large vocabulary is half a gigabyte of small objects in the package's reader.
+    model. left_out: tensors of the file that the model has no place for. texts: some of the metadata, see TEXTS.
 
     UserError for another architecture, an unknown kind of quantisation, a damaged file, a configuration of another
     model, the missing package.
@@ -42,13 +41,14 @@ class GgufSource:
 
     def __init__(self, paths: Iterable[Path], config) -> None:
         paths = list(paths)
-        readers = [reader(path) for path in paths]
+        headers = [read_header(path) for path in paths]
+        fields = headers[0].fields
         self.name = paths[0].name
-        self.texts = {key: text(readers[0], key) for key in TEXTS}
-        self.architecture = self.texts["general.architecture"]
-        _check(self.name, self.architecture, readers[0], config)
-        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
-        self._check_tensors(readers[0].get_field("split.tensors.count"))
+        self.texts = {key: str(fields.get(key, "")) for key in TEXTS}
+        self.architecture = self.texts["general.architecture"][:40]
+        _check(self.name, self.architecture, fields, config)
+        self._tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
+        self._check_tensors(fields.get("split.tensors.count"))
         self._stacks = _stacks(self._tensors)
         stacked = {name for names in self._stacks.values() for name in names}
         names = [name for name in self._tensors if name not in stacked]
@@ -64,7 +64,7 @@ class GgufSource:
         return self._empty(key).dtype
 
     def stored_bytes(self, key: str) -> int:
-        return sum(int(self._tensors[own].n_bytes) for name in self._recipes[key].parts
+        return sum(self._tensors[own].data.nbytes for name in self._recipes[key].parts
                    for own in self._stacks.get(name, (name,)))
 
     def get(self, key: str) -> Tensor:
@@ -95,12 +95,12 @@ class GgufSource:
         return torch.float32 if self._recipes[key].by_expert else torch.bfloat16
 
     def _kind(self, name: str) -> str:
-        return self._tensors[self._stacks.get(name, (name,))[0]].tensor_type.name
+        return self._tensors[self._stacks.get(name, (name,))[0]].kind
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self._stacks:
             return len(self._stacks[name]), *self._shape(self._stacks[name][0])
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape[::-1]
 
     def _read(self, name: str, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows of one tensor of the file; dtype: of what has to be decoded."""
@@ -108,48 +108,19 @@ class GgufSource:
             return torch.stack([self._read(own, dtype) for own in self._stacks[name][start:stop]])
         tensor = self._tensors[name]
         try:
-            return _decoded(tensor.data[start:stop], tensor.tensor_type, dtype)
+            return _decoded(tensor.data[start:stop], tensor.kind, dtype)
         except (ValueError, IndexError) as error:
             raise UserError(f"The tensor {name} of {self.name} cannot be decoded ({error}); get the file "
                             "again.") from error
 
     def _check_tensors(self, promised) -> None:
-        if promised and int(promised.contents()) != len(self._tensors):
-            raise UserError(f"The parts of {self.name} hold {len(self._tensors)} tensors instead of "
-                            f"{int(promised.contents())}; they do not belong together, get them again.")
+        if isinstance(promised, int) and promised not in (0, len(self._tensors)):
+            raise UserError(f"The parts of {self.name} hold {len(self._tensors)} tensors instead of {promised}; they "
+                            "do not belong together, get them again.")
         for name, tensor in self._tensors.items():
-            if tensor.tensor_type.name not in TYPES:
-                raise UserError(f"{self.name} holds {name} as {tensor.tensor_type.name}, which is not imported; get a "
+            if tensor.kind not in TYPES:
+                raise UserError(f"{self.name} holds {name} as {tensor.kind}, which is not imported; get a "
                                 "file in Q4_K_M, Q5_K_M, Q6_K, Q8_0, MXFP4, F16 or BF16.")
-
-
-def require_package() -> None:
-    """UserError, in one sentence, where GGUF files cannot be read."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("Reading GGUF files needs the package gguf: pip install gguf.") from error
-
-
-def reader(path: Path):
-    """The package's reader of one file: metadata and memory-mapped tensors. UserError if it is no whole GGUF file."""
-    require_package()
-    from gguf import GGUFReader
-    try:
-        with Path(path).open("rb") as file:
-            if file.read(4) != MAGIC:
-                raise UserError(f"{path} is not a GGUF file.")
-        return GGUFReader(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-        raise UserError(f"{path} is damaged or incomplete ({error}); get it again.") from error
-
-
-def text(reader, key: str) -> str:
-    """A text of the metadata, "" where there is none."""
-    field = reader.get_field(key)
-    return str(field.contents()) if field else ""
 
 
 def refuse_unknown(name: str, architecture: str) -> None:
@@ -159,15 +130,14 @@ def refuse_unknown(name: str, architecture: str) -> None:
                         f"{known}. Take the original checkpoint instead.")
 
 
-def _check(name: str, architecture: str, reader, config) -> None:
+def _check(name: str, architecture: str, fields: dict, config) -> None:
     """UserError for an architecture without a table, or numbers that are not the configuration's."""
     refuse_unknown(name, architecture)
     if config.model_type not in ARCHITECTURES[architecture]:
         raise UserError(f"{name} is of the architecture {architecture}, but the configuration describes "
                         f"{config.model_type}; give the original that the file was made from.")
     for key, attribute in NUMBERS.items():
-        field, wanted = reader.get_field(f"{architecture}.{key}"), getattr(config, attribute, None)
-        found = field.contents() if field else None
+        found, wanted = fields.get(f"{architecture}.{key}"), getattr(config, attribute, None)
         if isinstance(found, int) and wanted and found != int(wanted):
             raise UserError(f"{name} says {key} is {found}, the configuration says {wanted}; give the original that "
                             "the file was made from.")
@@ -183,13 +153,14 @@ def _stacks(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {stack: tuple(own[e] for e in sorted(own)) for stack, own in found.items()}
 
 
-def _decoded(data: np.ndarray, kind, dtype: torch.dtype) -> Tensor:
+def _decoded(data: np.ndarray, kind: str, dtype: torch.dtype) -> Tensor:
     """data: what the file holds, quantised rows as bytes -> floats as they are, all else in `dtype`."""
-    if kind.name in FLOATS:
-        bits = data.view(np.int16) if kind.name == "BF16" else data
-        return torch.from_numpy(bits.copy()).view(FLOATS[kind.name])
-    from gguf import GGML_QUANT_SIZES
+    if kind in FLOATS:
+        bits = data.view(np.int16) if kind == "BF16" else data
+        return torch.from_numpy(bits.copy()).view(FLOATS[kind])
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
+    kind = GGMLQuantizationType[kind]
     block, n_bytes = GGML_QUANT_SIZES[kind]
     width = data.shape[-1] // n_bytes * block
     rows = data.reshape(-1, data.shape[-1])

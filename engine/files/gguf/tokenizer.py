@@ -6,17 +6,17 @@ converter knows; the chat template then is the file's as well.
 """
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from engine.core import UserError
-from engine.files.compressed import COPIED
-from engine.files.gguf_names import MODEL_TYPES
+from engine.disk import read_json
+from engine.files.gguf.names import MODEL_TYPES
+from engine.files.manifest import CONFIG, COPIED
 from engine.files.skeleton import read_config, text_config_of
 
-CONFIG, TEMPLATE = "config.json", "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SPLIT_OF_GPT2 = ("gpt-2",)      # the split that a byte-level vocabulary has where the file names no other
 
@@ -81,6 +81,6 @@ def _has_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in (TEMPLATE, "chat_template.json")):
         return True
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+        return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False

@@ -1,0 +1,1 @@
+"""GGUF files: their header, their tensors under our names, their vocabulary."""

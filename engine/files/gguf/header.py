@@ -1,0 +1,154 @@
+"""The header of a GGUF file, read within limits: what it says of itself, and where its tensors lie.
+
+The gguf package makes an object of every word of a vocabulary, and of as many words as a file claims to have; here
+arrays are stepped over, and whatever a file claims must fit into it. Only the kinds of quantisation are the package's.
+"""
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.core import UserError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of a field's type
+STRING, ARRAY = 8, 9
+MOST_WORDS = 1 << 22    # texts in all arrays together; the largest vocabulary and its merges have a fifth of that
+MOST_FIELDS = 1 << 16
+LONGEST_NAME = 200
+MOST_TENSORS = 1 << 20
+DATA = {"F32": np.float32, "F16": np.float16}
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """kind: the package's name of its quantisation. shape: its own, last axis first as the file has it. data: a view of
+    the file; of what is quantised, rows of bytes."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """fields: its single numbers and texts."""
+
+    fields: dict[str, int | float | bool | str]
+    tensors: tuple[GgufTensor, ...]
+
+
+def require_package() -> None:
+    """UserError, in one sentence, where GGUF files cannot be read."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("Reading GGUF files needs the package gguf: pip install gguf.") from error
+
+
+def read_header(path: Path) -> GgufHeader:
+    """UserError if it is no whole GGUF file."""
+    require_package()
+    try:
+        if not path.is_file():
+            raise UserError(f"There is no file {path}.")
+        data = np.memmap(path, mode="r")
+        if bytes(data[:4]) != MAGIC:
+            raise UserError(f"{path} is not a GGUF file.")
+        return _Reader(data).header()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, IndexError, struct.error) as error:
+        raise UserError(f"{path} is damaged or incomplete ({error}); get it again.") from error
+
+
+class _Reader:
+    """One pass over the header. ValueError, KeyError, IndexError, struct.error: it is none."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.bytes, self.at, self.words = data, memoryview(data), len(MAGIC), MOST_WORDS
+
+    def header(self) -> GgufHeader:
+        if self.number("I") not in VERSIONS:
+            raise ValueError("another version of the format, or another order of bytes")
+        n_tensors, n_fields = self.number("Q"), self.number("Q")
+        if n_tensors > MOST_TENSORS or n_fields > MOST_FIELDS:
+            raise ValueError(f"{n_tensors:,} tensors, {n_fields:,} fields")
+        found = [(self.text(), self.value()) for _ in range(n_fields)]
+        infos = [self.info() for _ in range(n_tensors)]
+        fields = {name: value for name, value in found if value is not None}
+        start = _aligned(self.at, fields.get("general.alignment", 32))
+        tensors = tuple(self.tensor(start, *info) for info in infos)
+        if len({name for name, _ in found}) < n_fields or len({tensor.name for tensor in tensors}) < n_tensors:
+            raise ValueError("one name for two things")
+        return GgufHeader(fields, tensors)
+
+    def number(self, kind: str):
+        (value,) = struct.unpack_from("<" + kind, self.bytes, self.at)
+        self.at += struct.calcsize(kind)
+        return value
+
+    def text(self) -> str:
+        n = self.skip_text()
+        return str(self.bytes[self.at - n:self.at], "utf-8")
+
+    def skip_text(self) -> int:
+        n = self.number("Q")
+        self.at += n
+        if self.at > len(self.bytes):
+            raise ValueError("a text that is longer than the file")
+        return n
+
+    def value(self) -> int | float | bool | str | None:
+        """None for an array."""
+        kind = self.number("I")
+        if kind == STRING:
+            return self.text()
+        if kind == ARRAY:
+            return self.skip_array()
+        return self.number(SCALARS[kind])
+
+    def skip_array(self) -> None:
+        kind, n = self.number("I"), self.number("Q")
+        if kind == STRING:
+            self.words -= n
+            if self.words < 0:
+                raise ValueError(f"a list of {n:,} texts")
+            for _ in range(n):
+                self.skip_text()
+        elif SCALARS[kind]:
+            self.at += n * struct.calcsize(SCALARS[kind])
+            if self.at > len(self.bytes):
+                raise ValueError("a list that is longer than the file")
+        else:
+            raise ValueError("a list of lists")
+
+    def info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, n = self.text(), self.number("I")
+        if not 1 <= n <= 4 or len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(f"a tensor of {n} axes, or without a name")
+        return name, tuple(self.number("Q") for _ in range(n)), self.number("I"), self.number("Q")
+
+    def tensor(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        kind = GGMLQuantizationType(kind)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[0] % block:
+            raise ValueError(f"{name} has the shape {shape}")
+        n_bytes = math.prod(shape) // block * block_bytes
+        if start + offset + n_bytes > len(self.data):
+            raise ValueError(f"{name} ends behind the end of the file")
+        data = self.data[start + offset:start + offset + n_bytes].view(DATA.get(kind.name, np.uint8))
+        return GgufTensor(name, kind.name, shape, data.reshape(*reversed(shape[1:]), -1))
+
+
+def _aligned(at: int, alignment) -> int:
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError("an alignment that is none")
+    return -(-at // alignment) * alignment
