@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from engine.core import PROMISES
-from engine.files.compressed import TRUNK, ExpertsFile, Manifest, MappedFile, experts_name, file_entry
+from engine.files.compressed import ExpertsFile, MappedFile
+from engine.files.manifest import TRUNK, Manifest, experts_name, file_entry
 from engine.library.compress import compress
 
 MOST_BYTES = 16 << 20

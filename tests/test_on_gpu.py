@@ -15,7 +15,7 @@ from engine.experts.device import DeviceRuntime, take_over
 from engine.experts.far_locked import FarLocked
 from engine.experts.host import LevelPlan
 from engine.experts.prefill import Staging
-from engine.files.compressed import Manifest
+from engine.files.manifest import Manifest
 from engine.machine.pinned_memory import CudaDriver, HostMemory
 from engine.model import load
 from engine.model.static_cache import StepCache

@@ -209,7 +209,11 @@ class Shelf:
     def _demo(self) -> dict:
         folder = demo_model()
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
-        return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(self._levels(look_up(str(folder)))),
+        try:
+            levels = self._levels(look_up(str(folder)))
+        except UserError:  # opening it says what is wrong
+            levels = ()
+        return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(levels),
                 "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder)}
 
 

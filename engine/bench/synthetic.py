@@ -20,16 +20,10 @@ import torch
 from transformers import AutoConfig
 
 from engine.core import ModelSpec, UserError
+from engine.disk import write_text_atomically
 from engine.experts.store import FarBlobs
-from engine.files.compressed import (
-    TRUNK,
-    FileEntry,
-    Manifest,
-    SafetensorsWriter,
-    experts_name,
-    file_entry,
-    write_text_atomically,
-)
+from engine.files.compressed import SafetensorsWriter
+from engine.files.manifest import TRUNK, FileEntry, Manifest, experts_name, file_entry, texts_of
 from engine.files.skeleton import build_skeleton, experts_modules, model_spec, text_config_of
 from engine.files.trunk import CODES, GROUP, SCALES, bits_of
 from engine.library import catalogue
@@ -203,7 +197,7 @@ def write(shape: Shape, dest: Path, trunk_bits: int = 4, calibration: dict | Non
     entries.append(file_entry(dest / TRUNK))
     _write_config(shape, dest, trunk_bits)
     manifest = Manifest(shape.layout.group, trunk_bits, spec.layers, spec.experts, spec.top_k, spec.neurons,
-                        spec.hidden, tuple(entries), calibration)
+                        spec.hidden, (*entries, *texts_of(dest)), calibration)
     manifest.save(dest)
     return manifest
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.chat.template import ChatTemplate
 from engine.core import MachineError, Sampling, UserError
 from engine.decode.sampling import merged
-from engine.files.compressed import Manifest, is_compressed
+from engine.files.manifest import Manifest, is_compressed
 from engine.paths import demo_model
 
 

@@ -13,7 +13,7 @@ import torch
 
 from engine.core import UserError
 from engine.experts.store import FarBlobs
-from engine.files.compressed import Manifest
+from engine.files.manifest import Manifest
 from engine.machine.pinned_memory import Driver, HostMemory
 
 Tensor = torch.Tensor

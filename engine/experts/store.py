@@ -15,7 +15,8 @@ import torch
 
 from engine.core import UserError
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import MANIFEST, ExpertsFile, Manifest, experts_name
+from engine.files.compressed import ExpertsFile
+from engine.files.manifest import MANIFEST, Manifest, experts_name
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_up
 
@@ -49,8 +50,12 @@ class FarBlobs:
         self.neurons, self.hidden = manifest.neurons, manifest.hidden
         self.expert_bytes = self.layout.blob_bytes
         self._files = [ExpertsFile(folder / experts_name(i)) for i in range(manifest.layers)]
+        matrix = ["F32", [self.experts, self.neurons]]
+        shapes = {"blobs": ["U8", [self.experts, self.expert_bytes]], "checksums": ["I64", [self.experts]],
+                  "gate_bias": matrix, "up_bias": matrix, "down_bias": ["F32", [self.experts, self.hidden]]}
         for file in self._files:
-            if file.blobs.shape != (self.experts, self.expert_bytes) or len(file.checksums) != self.experts:
+            if any([entry["dtype"], entry["shape"]] != shapes.get(name)
+                   for name, entry in file.header.items() if name != "__metadata__"):
                 raise UserError(f"{file.path} holds other experts than {MANIFEST} says; download or compress the model "
                                 "again.")
 

@@ -74,6 +74,7 @@ class Checkpoint:
         folder = Path(folder)
         checkpoint = cls(read_config(folder), SafetensorsFolder(folder), folder.name)
         checkpoint.check_shapes()
+        checkpoint.read_expert(0, 0)
         return checkpoint
 
     def check_shapes(self) -> None:

@@ -7,13 +7,22 @@ the meta device. What it does not know: vision and audio towers, multi-token-pre
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.core import ModelSpec, UserError
+from engine.disk import read_json
+from engine.files.manifest import CONFIG
 
 KV_BYTES = 2       # 16-bit keys and values
-MOST_LAYERS = 1000  # anybody can write a configuration, and every layer is walked over
+# Anybody can write a configuration; transformers makes a list, or a layer, of as many as it says.
+MOST_LAYERS = 512
+MOST = 1 << 15
+MOST_NUMBER = 1 << 62
+MOST_BYTES = 2 << 20  # of config.json
+_LAYERS, _COUNTS = re.compile(r"(layers?|depth|blocks)$"), re.compile(r"(labels|experts|heads|groups?)$")
 STATE_BYTES = 4    # recurrent states stay float32
 
 # What the key names do not say. gate: a second query projection gates attention's output. qk_norm: weights of the
@@ -76,6 +85,43 @@ class _Sizes:
     def __add__(self, other: _Sizes) -> _Sizes:
         return _Sizes(self.params + other.params, self.token_bytes + other.token_bytes,
                       self.state_bytes + other.state_bytes)
+
+
+def read_config_json(folder: Path) -> dict:
+    """The folder's config.json. UserError where it is missing, damaged, or has numbers that no model has."""
+    path = folder / CONFIG
+    try:
+        config = read_json(path, MOST_BYTES)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no model: it has no {CONFIG}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}); download the model again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a model's configuration; download the model again.")
+    for name, value in _values(config):
+        if _too_much(name, value):
+            raise UserError(f"{path} has a {name!r} that no model has; download the model again.")
+    return config
+
+
+def _values(config: dict) -> Iterator[tuple[str, object]]:
+    """Every key with its value, however deep."""
+    parts: list = [config]
+    while parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else (("list", each) for each in part):
+            yield str(name)[:60], value
+            if isinstance(value, list | dict):
+                parts.append(value)
+
+
+def _too_much(name: str, value) -> bool:
+    if isinstance(value, list | dict | str):
+        return len(value) > MOST
+    most = (MOST_LAYERS if _LAYERS.search(name) else MOST if _COUNTS.search(name)
+            else MOST_NUMBER if isinstance(value, int) else float("inf"))
+    return isinstance(value, int | float) and abs(value) > most
 
 
 def spec_from_config(config: Mapping, name: str = "") -> ModelSpec:

@@ -6,14 +6,14 @@ those that went through transformers' experts interface; their flags say how gat
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from engine.core import ModelSpec, UserError
-from engine.files.model_spec import KV_BYTES, spec_from_config
+from engine.disk import ordinary_files
+from engine.files.model_spec import KV_BYTES, read_config_json, spec_from_config
 
 DECODED = ("mxfp4", "fp8")
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -24,13 +24,15 @@ UNKNOWN_CONTEXT = 4096    # for configurations that state no maximum
 
 def read_config(folder: Path):
     """The folder's transformers configuration without its quantisation. UserError where there is none to use."""
-    written = _config_json(folder)
+    written = read_config_json(folder)
+    ordinary_files(folder)
     _refuse_quantised(folder, written)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        parts = config, text_config_of(config)
     except Exception as error:          # transformers raises many kinds for configurations it does not know
         raise UserError(_unknown(folder, written, error)) from error
-    for part in (config, config.get_text_config()):
+    for part in parts:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config
@@ -114,22 +116,10 @@ def _top_k(text_config, name: str) -> int:
     raise UserError(f"{name}: config.json does not say how many experts a token uses.")
 
 
-def _config_json(folder: Path) -> dict:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no config.json.")
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not valid JSON; download it again.") from error
-    if not isinstance(written, dict):
-        raise UserError(f"{path} is not a model configuration.")
-    return written
-
-
 def _refuse_quantised(folder: Path, written: dict) -> None:
-    quantisation = written.get("quantization_config") or (written.get("text_config") or {}).get("quantization_config")
-    method = (quantisation or {}).get("quant_method")
+    inner = written.get("text_config")
+    quantisation = written.get("quantization_config") or isinstance(inner, dict) and inner.get("quantization_config")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
     if method == "floe":
         raise UserError(f"{folder} is already compressed; open it directly, or download it again if floe.json is "
                         "missing.")

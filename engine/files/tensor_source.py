@@ -7,7 +7,6 @@ Pickles are refused by name and by content: nothing downloaded is ever executed.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.core import UserError
+from engine.disk import read_json
 
 Tensor = torch.Tensor
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -111,9 +111,9 @@ def open_safetensors(path: Path) -> safe_open:
 
 def _index(folder: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         names = {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder / INDEX} is damaged; download it again.") from error
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):

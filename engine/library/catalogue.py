@@ -6,7 +6,6 @@ disk, a catalogue name, or a Hub id of which only config.json is read. The folde
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from engine.core import MachineError, ModelSpec, Sampling, UserError
-from engine.files.model_spec import spec_from_config
+from engine.files.manifest import Manifest, is_compressed
+from engine.files.model_spec import read_config_json, spec_from_config
 from engine.library.hub import Hub
 from engine.paths import data_dir, demo_model, models_dirs
 
@@ -128,26 +128,12 @@ def look_up(text: str, data: str | Path | None = None) -> Known:
 
 
 def _from_folder(folder: Path, name: str = "") -> Known:
-    config = _read_json(folder / "config.json")
-    spec = spec_from_config(config, name or folder.name)
-    if not (folder / "floe.json").is_file():
+    spec = spec_from_config(read_config_json(folder), name or folder.name)
+    if not is_compressed(folder):
         return Known(spec, folder, entry=find(folder.name))
-    manifest = _read_json(folder / "floe.json")
-    bits, group, calibration = (manifest.get(key) for key in ("trunk_bits", "group_size", "calibration"))
-    if not (isinstance(bits, int | None) and isinstance(group, int | None) and isinstance(calibration, dict | None)):
-        raise UserError(f"{folder / 'floe.json'} is damaged; download or compress the model again.")
-    return Known(spec, folder, compressed=True, trunk_bits=bits, group_size=group, calibration=calibration or {},
-                 entry=find(folder.name))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is not a model's configuration.")
-    return document
+    manifest = Manifest.load(folder)
+    return Known(spec, folder, compressed=True, trunk_bits=manifest.trunk_bits, group_size=manifest.group_size,
+                 calibration=manifest.calibration, entry=find(folder.name))
 
 
 def _from_hub(repository: str, cache_folder: Path) -> Known:

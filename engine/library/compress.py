@@ -17,20 +17,10 @@ from pathlib import Path
 import torch
 
 from engine.core import ModelSpec, UserError
+from engine.disk import read_json, write_text_atomically, writing
 from engine.files.checkpoint import Checkpoint, ExpertLayer
-from engine.files.compressed import (
-    COPIED,
-    MANIFEST,
-    MTP,
-    TRUNK,
-    FileEntry,
-    Manifest,
-    SafetensorsWriter,
-    experts_name,
-    file_entry,
-    write_text_atomically,
-    writing,
-)
+from engine.files.compressed import SafetensorsWriter
+from engine.files.manifest import COPIED, MANIFEST, MTP, TRUNK, FileEntry, Manifest, experts_name, file_entry, texts_of
 from engine.files.quantize import nested
 from engine.files.trunk import bits_of, encode
 from engine.machine import errors
@@ -160,7 +150,7 @@ class Making:
         spec = self.checkpoint.spec
         _write_config(self.checkpoint, source, self.dest, self.layout, self.trunk_bits)
         manifest = Manifest(self.layout.group, self.trunk_bits, spec.layers, spec.experts, spec.top_k, spec.neurons,
-                            spec.hidden, tuple(self.done[name] for name in sorted(self.done)))
+                            spec.hidden, (*(self.done[name] for name in sorted(self.done)), *texts_of(self.dest)))
         manifest.save(self.dest)
         (self.dest / PARTIAL).unlink(missing_ok=True)
         return manifest
@@ -225,9 +215,9 @@ def _resume(dest: Path, settings: dict) -> dict[str, FileEntry]:
         _save_state(dest, settings, {})
         return {}
     try:
-        state = json.loads((dest / PARTIAL).read_text(encoding="utf-8"))
+        state = read_json(dest / PARTIAL)
         begun, entries = state["settings"], [FileEntry(**entry) for entry in state["files"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{dest / PARTIAL} is damaged; delete {dest} and start again.") from error
     if begun != settings:
         raise UserError(f"{dest} was begun with other settings ({begun}); choose another folder or delete it first.")

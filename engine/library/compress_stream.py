@@ -21,16 +21,10 @@ from threading import Event
 import torch
 
 from engine.core import UserError
+from engine.disk import read_json, write_text_atomically, writing
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import (
-    MTP,
-    TRUNK,
-    SafetensorsWriter,
-    experts_name,
-    is_compressed,
-    write_text_atomically,
-    writing,
-)
+from engine.files.compressed import SafetensorsWriter
+from engine.files.manifest import MTP, TRUNK, experts_name, is_compressed
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors
 from engine.files.trunk import CODES, bits_of, encode
@@ -307,9 +301,9 @@ def _trunk_group(making: Making, trunk: GrowingFile, group) -> None:
 def names_in_index(folder: Path, weights: dict[str, RemoteFile]) -> dict[str, str]:
     """Key -> shard. UserError for an index that is damaged or names what the repository does not have."""
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         names = {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"The {INDEX} of the repository is damaged; choose another source.") from error
     for name in sorted(set(names.values())):
         if name not in weights:

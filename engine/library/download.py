@@ -7,7 +7,6 @@ compress.
 """
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import unicodedata
@@ -17,9 +16,10 @@ from pathlib import Path
 from threading import Event
 
 from engine.core import UserError
+from engine.files.manifest import MANIFEST, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile
-from engine.library.installed import MANIFEST, SOURCE, Source, only_one, partial, place_of
+from engine.library.installed import SOURCE, Source, only_one, partial, place_of
 from engine.library.transfer import INDEX, SINGLE, Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
 from engine.progress import Meter, Progress
 
@@ -78,16 +78,14 @@ def fetch_ready(hub: Hub, source: Source, work: Path, report: Callable[[Progress
     begin(work, source)
     fetch_all(hub, source, source.files, work, Meter(source.bytes, here, report), stop)
     try:
-        entries = json.loads((work / MANIFEST).read_text(encoding="utf-8"))["files"]
-        promised = [(entry["path"], entry["bytes"], entry["sha256"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The {MANIFEST} of {source.repository} is damaged; ask its maker or choose another "
-                        "source.") from error
+        promised = Manifest.load(work).files
+    except UserError as error:
+        raise UserError(f"{source.repository} cannot be used: {error}") from error
     fetched = {file.path: file for file in source.files}
-    for path, n_bytes, sha256 in promised:
-        file = fetched.get(path)
-        if file is None or file.bytes != n_bytes or file.sha256 not in (None, sha256):
-            raise UserError(f"{source.repository} is not whole: {path} is missing or is not the file that its "
+    for entry in promised:
+        file = fetched.get(entry.path)
+        if file is None or file.bytes != entry.bytes or file.sha256 not in (None, entry.sha256):
+            raise UserError(f"{source.repository} is not whole: {entry.path} is missing or is not the file that its "
                             f"{MANIFEST} describes; choose another source.")
 
 

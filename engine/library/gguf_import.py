@@ -1,6 +1,6 @@
 """GGUF files to a compressed folder, and what quantising twice costs.
 
-Configuration and tokenizer are the original's (engine/files/gguf_tokenizer.py). Groups of a GGUF file run along another
+Configuration and tokenizer are the original's (engine/files/gguf/tokenizer.py). Groups of a GGUF file run along another
 axis than ours, so its codes cannot be kept: every weight is decoded and quantised again, and `cost` measures what that
 adds, matrix kind by matrix kind. Stopped anywhere it goes on at the first layer that is not whole.
 """
@@ -16,9 +16,10 @@ from threading import Event
 
 from engine.core import UserError
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import COPIED, Manifest, is_compressed
-from engine.files.gguf import FLOATS, GgufSource, require_package
-from engine.files.gguf_tokenizer import CONFIG, completed, config_of, copy_small
+from engine.files.gguf.header import require_package
+from engine.files.gguf.source import FLOATS, GgufSource
+from engine.files.gguf.tokenizer import completed, config_of, copy_small
+from engine.files.manifest import CONFIG, COPIED, Manifest, is_compressed
 from engine.files.model_spec import spec_from_config
 from engine.files.quantize import nested
 from engine.library import catalogue

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.core import MachineError, UserError
+from engine.disk import read_json
+from engine.files.manifest import Manifest, is_compressed
 from engine.library.hub import RemoteFile
 from engine.paths import models_dir, models_dirs
 
 PARTIAL = ".partial"
 SOURCE = "floe.source.json"
-MANIFEST = "floe.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Source:
     commit: str
     kind: str
     files: tuple[RemoteFile, ...]
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.endpoint, self.repository, self.commit, self.kind)):
+            raise ValueError("no model comes from there")
 
     @property
     def bytes(self) -> int:
@@ -47,7 +52,7 @@ class Source:
     def load(folder: Path) -> Source | None:
         """None where there is none that can be read."""
         try:
-            raw = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+            raw = read_json(folder / SOURCE)
             return Source(files=tuple(RemoteFile(**file) for file in raw.pop("files")), **raw)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
@@ -72,7 +77,7 @@ class Installed:
 def models(data: str | Path | None = None) -> list[Installed]:
     """What the folders for models hold, by name; of two with one name that in the first."""
     there = [path for folder in reversed(models_dirs(data)) if folder.is_dir() for path in folder.iterdir()]
-    folders = {path.name: path for path in there if path.is_dir()}
+    folders = {path.name: path for path in there}
     return [found for _, path in sorted(folders.items()) if (found := _installed(path))]
 
 
@@ -158,13 +163,21 @@ def _plain(name: str) -> str:
 
 
 def _installed(folder: Path) -> Installed | None:
+    """None for what is no model, and for what this user may not look into."""
+    try:
+        return _described(folder) if folder.is_dir() else None
+    except OSError:
+        return None
+
+
+def _described(folder: Path) -> Installed | None:
     source = Source.load(folder)
     repository = source.repository if source else ""
     if folder.name.endswith(PARTIAL):
         here = size_of(folder)
         share = min(max(here / max(1, source.bytes), _noted_share(folder)), 0.999) if source else 0.0
         return Installed(folder.name.removesuffix(PARTIAL), folder, "unfinished", here, (), share, repository)
-    if (folder / MANIFEST).is_file():
+    if is_compressed(folder):
         return Installed(folder.name, folder, "compressed", size_of(folder), _levels(folder), 1.0, repository)
     if (folder / "config.json").is_file():
         return Installed(folder.name, folder, "checkpoint", size_of(folder), ("full",), 1.0, repository)
@@ -173,19 +186,16 @@ def _installed(folder: Path) -> Installed | None:
 
 def _noted_share(work: Path) -> float:
     try:
-        return float(partial_share(work).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return float(read_json(partial_share(work)))
+    except (OSError, ValueError, TypeError):
         return 0.0
 
 
 def _levels(folder: Path) -> tuple[str, ...]:
-    """`exact` always, and whatever has been calibrated."""
     try:
-        calibration = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("calibration") or {}
-        measured = tuple(calibration.get("levels", {}))
-    except (OSError, ValueError, AttributeError):
-        measured = ()
-    return ("exact", *(level for level in measured if level != "exact"))
+        return Manifest.load(folder).levels
+    except UserError:  # opening it says what is wrong
+        return ("exact",)
 
 
 def _remove(folder: Path) -> None:

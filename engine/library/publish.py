@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.core import MachineError, UserError
-from engine.files.compressed import Manifest, file_entry, is_compressed
+from engine.files.manifest import Manifest, file_entry, is_compressed
 from engine.library import catalogue
 from engine.library.hub import Hub, RemoteFile
 from engine.library.installed import SOURCE, Source

@@ -7,10 +7,11 @@ trunk read by engine/files/checkpoint.py. Hub kernels stay off: nothing that was
 """
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.core import MachineError, ModelSpec, Options, UserError
+from engine.disk import ordinary_files
 from engine.experts.host import LayerExperts, LevelPlan, Runtime
 from engine.experts.store import Far, FarBlobs, FarCheckpoint
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import TRUNK, Manifest, is_compressed
+from engine.files.manifest import TRUNK, Manifest, is_compressed
+from engine.files.model_spec import read_config_json
+from engine.files.proof import proving
 from engine.files.skeleton import experts_modules, model_spec
 from engine.files.trunk import CODES, SCALES, decode
 from engine.machine import detect, errors, failures
 from engine.machine.pinned_memory import CudaDriver, Driver
 from engine.model.host_embedding import leave_on_host
 from engine.model.placement import experts_on_card
+from engine.model.tokenizer_trial import what_is_wrong
 from engine.planning import explain
 from engine.planning.room import Room, machine_for, own_bytes, own_vram_bytes, return_freed
 
@@ -77,11 +82,13 @@ class FloeExperts(nn.Module):
 
 @register_quantization_config("floe")
 class FloeConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed folder. from_checkpoint: experts are bound by `load` instead."""
+    """The `quantization_config` of a compressed folder."""
 
-    def __init__(self, group_size: int = 128, trunk_bits: int = 16, from_checkpoint: bool = False, **_: Any) -> None:
+    from_checkpoint = False  # experts are bound by `load` instead; no file says so
+
+    def __init__(self, group_size: int = 128, trunk_bits: int = 16, **_: Any) -> None:
         self.quant_method = "floe"
-        self.group_size, self.trunk_bits, self.from_checkpoint = group_size, trunk_bits, from_checkpoint
+        self.group_size, self.trunk_bits = group_size, trunk_bits
 
 
 class DecodeTrunk(ConversionOps):
@@ -116,6 +123,8 @@ class FloeQuantizer(HfQuantizer):
         model.floe_machine = machine_for("cpu", Path.cwd())  # its memory before the weights take theirs
         experts = experts_modules(model, name)
         model.floe_spec = model_spec(name, model.config, model, experts)
+        if not self.quantization_config.from_checkpoint:
+            self.manifest = _manifest_of(model)
         for path, module in experts.items():
             model.set_submodule(path, FloeExperts(module))
         model.set_experts_implementation("floe")
@@ -123,15 +132,24 @@ class FloeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.quantization_config.from_checkpoint:
             return
-        folder = Path(model.config.name_or_path)
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder on this machine; download the model first.")
-        manifest, spec = Manifest.load(folder), model.floe_spec
-        if any(getattr(manifest, name) != getattr(spec, name) for name in SIZES):
-            raise UserError(f"{folder} is damaged (config.json and floe.json are of different models); download or "
-                            "compress the model again.")
-        room = Room(spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
-        bind(model, FarBlobs(folder, manifest), "exact", room)
+        folder, manifest = Path(model.config.name_or_path), self.manifest
+        room = Room(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
+        with proving(folder):
+            bind(model, FarBlobs(folder, manifest), "exact", room)
+
+
+def _manifest_of(model: nn.Module) -> Manifest:
+    """The manifest of the folder that a model without weights comes from. UserError where they are of different
+    models: transformers would make up what is missing, however large."""
+    folder, spec = Path(model.config.name_or_path), model.floe_spec
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder on this machine; download the model first.")
+    manifest = Manifest.load(folder)
+    trunk_bytes = next(entry.bytes for entry in manifest.files if entry.path == TRUNK)
+    if spec.trunk_params > 2 * trunk_bytes or any(getattr(manifest, name) != getattr(spec, name) for name in SIZES):
+        raise UserError(f"{folder} is damaged (config.json and floe.json are of different models); download or "
+                        "compress the model again.")
+    return manifest
 
 
 def level_plans(calibration: dict) -> dict[str, LevelPlan]:
@@ -179,13 +197,29 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
     for a card that cannot be used.
     """
     folder, report = Path(folder), progress or (lambda text, share: None)
+    check_folder(folder)
+    loaded = None
+    try:
+        with proving(folder, report) as changed:
+            loaded = _loaded(folder, options, report)
+    except BaseException:
+        if loaded:
+            loaded.runtime.close()
+        raise
+    for sentence in changed:
+        report(sentence, 1.0)
+    loaded.runtime.note = " ".join((loaded.runtime.note, *changed)).strip()
+    report(f"Ready. {loaded.memory_check}", 1.0)
+    return loaded
+
+
+def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     return_freed()  # of a model that was open before
     no_card = options.device == "cpu" or torch.version.cuda is None
     found = detect.without_cards(folder) if no_card else detect.survey(folder, own_vram_bytes=own_vram_bytes())
     if not torch.cuda.is_initialized():
         detect.choose_card(found)
     device, why_not_the_card = errors.device_for(options.device)
-    check_folder(folder)
     machine = detect.machine(found, device)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
@@ -205,7 +239,6 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
         runtime = _onto_card(model, folder, level, room, options, report, CudaDriver())
     return_freed()
     check = explain.compare(room.plan(level, options), _taken_bytes(runtime, before)) if device == "cpu" else ""
-    report(f"Ready. {check}", 1.0)
     return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, room, check)
 
 
@@ -261,9 +294,10 @@ def _damaged(folder: Path) -> str:
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
     checkpoint = Checkpoint.open(folder)
     trunk = {name: tensor for name, tensor in checkpoint.trunk()}
-    config = checkpoint.text_config
+    config, quantization = checkpoint.text_config, FloeConfig()
+    quantization.from_checkpoint = True
     model = type(checkpoint.skeleton).from_pretrained(
-        None, config=config, state_dict=trunk, dtype=dtype, quantization_config=FloeConfig(from_checkpoint=True))
+        None, config=config, state_dict=trunk, dtype=dtype, quantization_config=quantization)
     bind(model, FarCheckpoint(checkpoint), "full", Room(model.floe_spec, model.floe_machine))
     return model
 
@@ -272,22 +306,33 @@ def check_folder(folder: Path) -> None:
     """What can be seen without reading weights. UserError for a folder that is missing, cut short or incomplete."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
+    ordinary_files(folder)
     if is_compressed(folder):
         Manifest.load(folder).check_sizes(folder)
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no usable config.json; download the model again.") from error
+    read_config_json(folder)
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise UserError(f"{folder} has no tokenizer (tokenizer.json); download the model again.")
 
 
 def load_tokenizer(folder: Path):
     """The folder's own tokenizer. UserError when it has none that works."""
+    path, wrong = folder / "tokenizer.json", ""
+    if path.is_file():
+        with path.open("rb") as file:
+            wrong = _tried(path, hashlib.file_digest(file, "sha256").digest())
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        raise UserError(f"{folder} has no usable tokenizer (tokenizer.json); download the model again.") from error
+        if not wrong:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except BaseException as error:  # the tokenizers library raises bare exceptions, and panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        wrong = "it is damaged"
+    raise UserError(f"{folder} has no usable tokenizer (tokenizer.json: {wrong}); download the model again.")
+
+
+@lru_cache(16)
+def _tried(path: Path, content: bytes) -> str:
+    return what_is_wrong(path)
 
 
 def usable_level(wish: str, runtime: Runtime) -> str:

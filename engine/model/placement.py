@@ -9,7 +9,7 @@ import torch
 from engine.experts.device import DeviceRuntime, NoDevicePath, take_over
 from engine.experts.far_locked import FarLocked
 from engine.experts.host import Runtime
-from engine.files.compressed import Manifest, is_compressed
+from engine.files.manifest import Manifest, is_compressed
 from engine.machine.pinned_memory import Driver
 
 Report = Callable[[str, float], None]

@@ -18,7 +18,8 @@ import torch
 
 from engine.core import PROMISES, Options, UserError
 from engine.experts.host import LevelPlan
-from engine.files.compressed import FileEntry, Manifest, SafetensorsWriter, file_entry
+from engine.files.compressed import SafetensorsWriter
+from engine.files.manifest import FileEntry, Manifest, file_entry
 from engine.model.load import Loaded, load
 from engine.paths import CALIBRATION_LOG
 from engine.quality.budgets import Budgets, LayerTable, OutputErrors, cheapest, record_bytes
@@ -321,8 +322,9 @@ class _Read:
 
 
 def _store(folder: Path, manifest: Manifest, found: dict, usage: dict[str, Tensor]) -> None:
+    entries: list[FileEntry] = [e for e in manifest.files if e.path != USAGE]
+    replace(manifest, files=tuple(entries)).save(folder)  # a kill behind this leaves no file of another calibration
     with SafetensorsWriter(folder / USAGE, len(usage)) as writer:
         for name, counts in usage.items():
             writer.add(name, counts)
-    entries: list[FileEntry] = [e for e in manifest.files if e.path != USAGE] + [file_entry(folder / USAGE)]
-    replace(manifest, files=tuple(entries), calibration=found).save(folder)
+    replace(manifest, files=(*entries, file_entry(folder / USAGE)), calibration=found).save(folder)

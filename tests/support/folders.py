@@ -1,6 +1,8 @@
 """Folders for the tests: a small random model saved as a checkpoint with a tokenizer, and the same compressed."""
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from engine.files.compressed import ExpertsFile, Manifest, experts_name
+from engine.files.compressed import ExpertsFile
+from engine.files.manifest import MANIFEST, Manifest, experts_name, file_entry
 from engine.library.compress import compress
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from tests.support.architectures import build
@@ -35,6 +38,28 @@ def compressed(name: str, folder: Path, trunk_bits: int = 16, seed: int = 0, **c
     model = checkpoint(name, folder / "source", seed, **changes)
     compress(folder / "source", folder / "made", trunk_bits=trunk_bits, device="cpu")
     return model, folder / "source", folder / "made"
+
+
+def edit(path: Path, **changes) -> None:
+    """Other values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_format_1(folder: Path) -> Path:
+    """As compressed folders were before their texts were listed: what stands in them is believed."""
+    path = folder / MANIFEST
+    raw = json.loads(path.read_text())
+    raw.pop("checksum", None)
+    listed = [entry for entry in raw["files"] if entry["path"].endswith(".safetensors")]
+    path.write_text(json.dumps(raw | {"format_version": 1, "files": listed}))
+    return folder
+
+
+def listed_anew(folder: Path) -> Path:
+    """The manifest for the files as they lie there now, as somebody would make it who made them so."""
+    manifest = Manifest.load(folder)
+    replace(manifest, files=tuple(file_entry(folder / entry.path) for entry in manifest.files)).save(folder)
+    return folder
 
 
 def stored_experts(folder: Path, layer: int, view: str = "fine") -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 LAYERS, EXPERTS, TOP_K, NEURONS, HIDDEN = 2, 4, 2, 32, 64
 
 
-def make(folder: Path, tokenizer_from: Path, vocabulary: int | None = None) -> tuple[Path, Path]:
+def make(folder: Path, tokenizer_from: Path, vocabulary: int | None = None, seed: int = 0) -> tuple[Path, Path]:
     """-> checkpoint folder, compressed folder, both under `folder`."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vocabulary = vocabulary or len(AutoTokenizer.from_pretrained(tokenizer_from))
     config = Qwen3MoeConfig(
         vocab_size=vocabulary, hidden_size=HIDDEN, intermediate_size=64, moe_intermediate_size=NEURONS,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from engine.core import MachineError, Options, UserError
+from engine.files import proof
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import ExpertsFile, Manifest, MappedFile, SafetensorsWriter, experts_name
+from engine.files.compressed import ExpertsFile, MappedFile, SafetensorsWriter
+from engine.files.manifest import Manifest, experts_name
 from engine.model import load
 from kernels.layout import Layout
 from kernels.planes import pack2, pack4, unpack2, unpack4
-from tests.support.folders import compressed
+from tests.support.folders import as_format_1, compressed, edit, listed_anew
 
 GROUP = 64
 
@@ -135,12 +138,13 @@ def test_a_neuron_by_hand(made, layer, expert, neuron):
 def test_names_and_manifest(made):
     _, folder = made
     raw = json.loads((folder / "floe.json").read_text())
-    assert {key: raw[key] for key in raw if key not in ("files", "calibration")} == {
-        "format_version": 1, "group_size": 64, "trunk_bits": 16, "layers": 2, "experts": 8, "top_k": 2, "neurons": 48,
+    assert {key: raw[key] for key in raw if key not in ("files", "calibration", "checksum")} == {
+        "format_version": 2, "group_size": 64, "trunk_bits": 16, "layers": 2, "experts": 8, "top_k": 2, "neurons": 48,
         "hidden": 64}
-    on_disk = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    on_disk = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "floe.json"}
     assert {entry["path"]: entry["bytes"] for entry in raw["files"]} == on_disk
-    assert set(on_disk) == {"trunk.safetensors", "experts-00000.safetensors", "experts-00001.safetensors"}
+    assert set(on_disk) == {"trunk.safetensors", "experts-00000.safetensors", "experts-00001.safetensors",
+                            "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "floe"
 
 
@@ -192,20 +196,17 @@ def refuse(folder: Path, *words: str, run: bool = False) -> None:
 
 def test_a_newer_format(folder):
     raw = json.loads((folder / "floe.json").read_text())
-    (folder / "floe.json").write_text(json.dumps(raw | {"format_version": 2, "something": "new"}))
-    refuse(folder, "newer Floe Chat", "format 2", "update")
+    (folder / "floe.json").write_text(json.dumps(raw | {"format_version": 3, "something": "new"}))
+    refuse(folder, "newer Floe Chat", "format 3", "update")
     with pytest.raises(UserError, match="newer"):
         Manifest.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "\x00", '{"format_version": "x"}'])
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "\x00", '{"format_version": "x"}', "[" * 100_000,
+                                  '{"a": ' * 50_000, " " * 5_000_000])
 def test_a_damaged_manifest(folder, text):
     (folder / "floe.json").write_text(text)
     refuse(folder, "floe.json is damaged")
-
-
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("changes", [
@@ -213,18 +214,25 @@ def edit(path: Path, **changes) -> None:
     {"group_size": 0}, {"trunk_bits": 5}, {"calibration": []}, {"calibration": {"levels": 3}},
     {"calibration": {"levels": {"fast": []}}},
     *({"calibration": {"levels": {"fast": {"budgets": budgets}}}} for budgets in (
-        "x", [[1, 1]], [[1, 1, 1]] * 2, [[1, -1]] * 2, [[90, 7]] * 2, [["1", "1"]] * 2)),
+        "x", [[1, 1]], [[1, 1, 1]] * 2, [[1, -1]] * 2, [[90, 7]] * 2, [["1", "1"]] * 2, [[0, 0]] * 2, [[1.5, 1]] * 2,
+        [[True, 1]] * 2, [[2**70, 1]] * 2)),
+    {"calibration": {"levels": [1]}}, {"calibration": {"levels": {"faster": {}}}},
+    {"calibration": {"levels": {"floe": {"thresholds": [[1e30] * 8] * 2}}}},
+    {"calibration": {"miss_curves": {"blob": [[float("inf"), 1]]}}}, {"layers": 10**9}, {"experts": 2**60},
+    {"files": []}, {"files": {"a": 1}}, {"files": [[1]]}, {"format_version": None}, {"format_version": True},
     {"calibration": {"levels": {"floe": {"thresholds": [[0.1] * 8]}}}},
     {"calibration": {"levels": {"floe": {"thresholds": [[0.1] * 7] * 2}}}},
 ])
 def test_a_manifest_with_numbers_that_no_model_has(folder, changes):
+    as_format_1(folder)
     edit(folder / "floe.json", **changes)
     refuse(folder, "floe.json is damaged")
 
 
 @pytest.mark.parametrize("name, changes, word", [
     *(("floe.json", {name: value}, "different models") for name, value in (
-        ("layers", 1), ("layers", 3), ("experts", 4), ("top_k", 1), ("neurons", 64), ("hidden", 128))),
+        ("layers", 1), ("experts", 4), ("top_k", 1), ("neurons", 64), ("hidden", 128))),
+    ("floe.json", {"layers": 3}, "floe.json is damaged"),
     ("config.json", {"moe_intermediate_size": 64}, "different models"),
     ("config.json", {"num_hidden_layers": 1}, "damaged"), ("config.json", {"num_hidden_layers": 3}, "damaged"),
     ("config.json", {"vocab_size": 100}, "damaged"), ("config.json", {"hidden_size": 128}, "damaged"),
@@ -232,25 +240,42 @@ def test_a_manifest_with_numbers_that_no_model_has(folder, changes):
     ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "damaged"),
 ])
 def test_configuration_manifest_and_weights_of_different_models(folder, name, changes, word):
+    as_format_1(folder)
     edit(folder / name, **changes)
     refuse(folder, word)
 
 
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/b", "", ".", ".x", "a\nb", "C:\\x", None, 7, "config.json"])
+def test_a_manifest_names_plain_files_once(folder, path):
+    raw = json.loads((as_format_1(folder) / "floe.json").read_text())
+    entry = {"path": path, "bytes": 0, "sha256": "0" * 64}
+    edit(folder / "floe.json", files=[*raw["files"], entry] + [entry] * (path == "config.json"))
+    refuse(folder, "floe.json is damaged")
+
+
+@pytest.mark.parametrize("name, entry", [
+    ("blobs", {"dtype": "BOOL"}), ("blobs", {"dtype": "I8"}), ("blobs", {"shape": [1, 8 * 48 * 544]}),
+    ("checksums", {"dtype": "F64"}), ("checksums", {"shape": [4, 2]})])
+def test_experts_of_another_type_or_shape(folder, name, entry):
+    """Made so, and listed so: the file is whole, and holds no experts of this model."""
+    path = folder / experts_name(1)
+    header, start = plain_header(path)
+    raw = json.dumps(header | {name: header[name] | entry}).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + path.read_bytes()[start:])
+    refuse(listed_anew(folder), experts_name(1), "other experts")
+
+
 def test_experts_of_another_model(folder, tmp_path):
-    """Sizes agree with a manifest that was made for them; the model's own numbers do not."""
+    """The manifest was made for these files; the model's own numbers are not theirs."""
     other = compressed("qwen3_moe", tmp_path / "other", moe_intermediate_size=32)[2]
-    entries = json.loads((folder / "floe.json").read_text())["files"]
     shutil.copyfile(other / experts_name(1), folder / experts_name(1))
-    size = (folder / experts_name(1)).stat().st_size
-    edit(folder / "floe.json",
-         files=[entry | {"bytes": size} if entry["path"] == experts_name(1) else entry for entry in entries])
-    refuse(folder, experts_name(1), "other experts")
+    refuse(listed_anew(folder), experts_name(1), "other experts")
 
 
 def test_a_weight_of_the_trunk_under_another_name_is_not_made_up(folder):
     path = folder / "trunk.safetensors"
     path.write_bytes(path.read_bytes().replace(b"layers.0.self_attn.q_proj", b"layers.0.self_attn.q_prox"))
-    refuse(folder, "trunk.safetensors cannot be used")
+    refuse(listed_anew(folder), "trunk.safetensors cannot be used")
 
 
 @pytest.mark.parametrize("name", ["trunk.safetensors", "experts-00001.safetensors"])
@@ -264,8 +289,12 @@ def test_a_truncated_or_missing_file_is_seen_at_open(folder, name):
 
 
 @pytest.mark.parametrize("expert", [0, 5])
-def test_a_flipped_bit_is_seen_at_first_use_and_not_before(folder, expert):
+def test_a_bit_that_the_disk_lost_behind_the_proof_is_seen_at_first_use(folder, expert, monkeypatch):
+    """Size, time and inode are as they were: only the checksum of the expert can tell."""
+    monkeypatch.setattr(proof, "SMALL", 0)
+    load.load(folder, Options("exact", device="cpu"))
     path = folder / experts_name(1)
+    before = path.stat()
     header, start = plain_header(path)
     low, high = header["blobs"]["data_offsets"]
     at = start + low + int((expert + 0.5) * (high - low) / 8)
@@ -274,6 +303,7 @@ def test_a_flipped_bit_is_seen_at_first_use_and_not_before(folder, expert):
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 0x10]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     experts = ExpertsFile(path)
     for other in set(range(8)) - {expert}:
         experts.verify(other)
@@ -296,6 +326,7 @@ def test_a_damaged_header(folder, at):
     ("floe.json", None, "floe.json"),
 ])
 def test_a_missing_or_damaged_text_file(folder, name, text, word):
+    as_format_1(folder)
     (folder / name).unlink()
     if text is not None:
         (folder / name).write_text(text)
@@ -304,6 +335,7 @@ def test_a_missing_or_damaged_text_file(folder, name, text, word):
 
 def test_no_tokenizer_at_all(folder):
     """transformers would make an empty one of the model's usual class."""
+    as_format_1(folder)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     refuse(folder, "no tokenizer")

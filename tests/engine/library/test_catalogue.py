@@ -14,6 +14,7 @@ from engine.library import catalogue
 from engine.machine import detect
 from engine.planning.planner import plan
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.manifests import manifest
 
 NAMES = list(catalogue.entries())
 # The geometry that others have published: decoder layers, MoE layers, experts, picks, hidden, neurons; weights of one
@@ -236,7 +237,7 @@ def test_look_up_reads_a_folder(tmp_path):
     (folder / "config.json").write_text(json.dumps(dict(catalogue.entries()["mixtral-8x7b"].config)))
     known = catalogue.look_up("mine", tmp_path)
     assert known.folder == folder and not known.compressed and known.spec.experts == 8
-    (folder / "floe.json").write_text(json.dumps({"trunk_bits": 8, "calibration": {"levels": {}}}))
+    (folder / "floe.json").write_bytes(manifest(trunk_bits=8))
     known = catalogue.look_up(str(folder))
     assert known.compressed and known.trunk_bits == 8
     (folder / "config.json").write_text("{")
@@ -260,11 +261,11 @@ def test_look_up_explains_what_is_nothing(tmp_path, monkeypatch):
 
 def test_look_up_reads_the_configuration_of_a_hub_id_and_nothing_else(tmp_path, monkeypatch):
     config = json.dumps(dict(catalogue.entries()["mixtral-8x7b"].config)).encode()
-    manifest = json.dumps({"trunk_bits": 4, "group_size": 128, "calibration": {"levels": {"fast": {}}}}).encode()
+    listed = manifest(trunk_bits=4, calibration={"levels": {"fast": {}}})
     with LoopbackHub() as loopback:
         monkeypatch.setenv("HF_ENDPOINT", loopback.endpoint)
         loopback.add("me/original", {"config.json": config, "model.safetensors": b"x" * 99})
-        loopback.add("me/ready", {"config.json": config, "floe.json": manifest, "trunk.safetensors": b"x"})
+        loopback.add("me/ready", {"config.json": config, "floe.json": listed, "trunk.safetensors": b"x"})
         loopback.add("me/other", {"model.gguf": b"x"})
         known, ready = (catalogue.look_up(name, tmp_path) for name in ("me/original", "me/ready"))
         assert known.spec.experts == 8 and known.spec.name == "me/original" and not known.compressed

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from engine.core import MachineError, UserError
-from engine.files.compressed import TRUNK, Manifest, MappedFile, experts_name
+from engine.files.compressed import MappedFile
+from engine.files.manifest import TRUNK, Manifest, experts_name
 from engine.library.compress import compress
 from engine.library.download import download
 from engine.library.hub import Hub, Stopped

@@ -21,7 +21,8 @@ from engine.library.hub import Hub, Stopped
 from engine.library.installed import Source, delete, models, only_one, partial
 from engine.progress import Meter, Progress
 from tests.support.killed import CHUNK, Nursery
-from tests.support.loopback_hub import LoopbackHub, sha256
+from tests.support.loopback_hub import LoopbackHub
+from tests.support.manifests import manifest
 from tests.support.waiting import until
 
 NAME = "me/Small-Floe"
@@ -31,9 +32,8 @@ def published(extra: int = 1_200_000) -> dict[str, bytes]:
     """A repository shaped like a compressed folder; its weights are noise, nobody opens them here."""
     random.seed(1)
     files = {"trunk.safetensors": random.randbytes(extra // 4), "experts-00000.safetensors": random.randbytes(extra)}
-    entries = [{"path": path, "bytes": len(data), "sha256": sha256(data)} for path, data in files.items()]
-    manifest = {"format_version": 1, "files": entries, "calibration": {"levels": {"balanced": {}, "exact": {}}}}
-    return files | {"floe.json": json.dumps(manifest).encode(), "config.json": b'{"model_type": "qwen3_moe"}',
+    listed = manifest(files, calibration={"levels": {"balanced": {}, "exact": {}}})
+    return files | {"floe.json": listed, "config.json": b'{"model_type": "qwen3_moe"}',
                     "tokenizer.json": b"{}", "LICENSE": b"free", "README.md": b"# hello", "run.py": b"import os",
                     "model.bin": b"pickle", "onnx/config.json": b"{}", ".gitattributes": b"* lfs"}
 

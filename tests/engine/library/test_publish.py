@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.core import MachineError, Options, Sampling, UserError
-from engine.files.compressed import Manifest
+from engine.files.manifest import Manifest
 from engine.library import catalogue
 from engine.library.download import download
 from engine.library.hub import Hub

@@ -12,7 +12,8 @@ import torch
 
 from engine.__main__ import main
 from engine.core import PROMISES, Options, UserError
-from engine.files.compressed import Manifest, MappedFile, file_entry
+from engine.files.compressed import MappedFile
+from engine.files.manifest import Manifest, file_entry
 from engine.files.skeleton import experts_modules
 from engine.library.compress import compress
 from engine.library.hub import Stopped
