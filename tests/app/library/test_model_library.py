@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from app.library import model_library
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
 from engine import Options, UserError, calibrate_installed, demo_model
@@ -306,3 +307,31 @@ def test_a_gguf_file_is_imported_and_a_cancelled_import_leaves_nothing(shelf, tm
     shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
     shelf.cancel("Tiny")
     assert works(shelf) == {} and not (tmp_path / "models" / "Tiny.partial").exists()
+
+
+BAD = {"deep": ("floe.json", "[" * 100_000), "list": ("floe.json", '{"calibration": {"levels": [1]}}'),
+       "pipe": ("floe.json", None), "configuration": ("config.json", '{"num_hidden_layers": 1000000000}'),
+       "source": ("floe.source.json", '{"files": [{"path": 7, "bytes": "x"}]}'),
+       "source pipe": ("floe.source.json", None),
+       "source list": ("floe.source.json", '{"endpoint": 1, "repository": [1], "commit": 2, "kind": 3, "files": []}')}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes among files")
+def test_one_bad_folder_hides_no_other(shelf, tmp_path, monkeypatch):
+    """They are listed and planned beside it, the good one as if they were not there."""
+    models = tmp_path / "models"
+    shutil.copytree(demo_model(), models / "Good-floe")
+    good, plan = on_disk(shelf)["Good-floe"], shelf.plan("Good-floe")
+    for name, (file, text) in BAD.items():
+        (models / f"Half {name}.partial").mkdir()
+        for folder in (shutil.copytree(demo_model(), models / f"Bad {name}"), models / f"Half {name}.partial"):
+            (folder / file).unlink(missing_ok=True)
+            os.mkfifo(folder / file) if text is None else (folder / file).write_text(text)
+    (models / "Loop").symlink_to("Loop")
+    assert on_disk(shelf)["Good-floe"] == good and shelf.plan("Good-floe") == plan
+    assert {"Bad deep", "Bad list", "Bad source", "Bad configuration", "Half source"} <= set(on_disk(shelf))
+    for name in ("Bad deep", "Bad list", "Bad configuration"):
+        with pytest.raises(UserError, match=r"(floe|config)\.json.*\.$"):
+            shelf.plan(name)
+    monkeypatch.setattr(model_library, "demo_model", lambda: models / "Bad deep")
+    assert on_disk(shelf)["demo"]["levels"] == [] and on_disk(shelf)["Good-floe"] == good
