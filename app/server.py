@@ -4,7 +4,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sqlite3
 from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.panel import Panel
-from engine import Options, UserError
+from engine import Options
 
 PAGE_FIRST_SECONDS = 3.0
 UI = Path(__file__).resolve().parents[1] / "assets" / "ui"
@@ -73,8 +72,7 @@ def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
     from app.page import HEAD, build_page, theme
 
     app = FastAPI(lifespan=_lifespan(parts), docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(UserError, api.user_error)
-    app.add_exception_handler(sqlite3.OperationalError, api.disk_error)
+    api.speak_in_sentences(app)
     app.include_router(api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf,
                                   parts.stream.changed))
     app.mount("/ui", StaticFiles(directory=UI))

@@ -23,6 +23,30 @@ TEXT = {
     "export_all": "Export all",
     "import": "Import",
     "imported": "Imported {n} conversation(s).",
+    "import_foreign": "This file is no exported conversation; choose a .json or .md file that Floe Chat has written.",
+    "import_newer": "This file was exported by a newer Floe Chat: update Floe Chat to import it.",
+    "import_long": "Nothing was imported, because this file is too long; export the conversations one by one, and "
+                   "import those.",
+    "import_wrong": "Nothing was imported: {what}. Choose a file that Floe Chat has written, or export it again.",
+    "request_wrong": "This cannot be done: {what}. Correct it, or reload the page and try again.",
+    "request_unread": "This cannot be done, because the request could not be read; reload the page and try again.",
+    "request_large": "This is too large to be taken at once; shorten it, or send it in parts.",
+    "wrong_missing": "{where} is missing",
+    "wrong_unknown": "{where} is not known here",
+    "wrong_length": "{where} is too long (at most {most})",
+    "wrong_value": "in {where}, {what}",
+    "wrong_whole": "the whole",
+    "wrong_tree": "message {id} is there twice or stands before the one above it",
+    "database_mended": "The chat database was damaged. What could be read of it is here, with what was missing from "
+                       "its last backup; the damaged file is kept as {kept}.",
+    "database_unusable": "The chat database {path} cannot be opened ({error}); see that its disk has room and its "
+                         "folder may be written to.",
+    "database_newer": "The chat database {path} was written by a newer Floe Chat (version {version}; this one knows "
+                      "{known}): update Floe Chat.",
+    "database_lost": "The chat database {path} is damaged ({error}), nothing in it can be read, and it has no backup; "
+                     "move it away to start with an empty one.",
+    "database_failed": "The chat database could not be used ({error}); try again, and start the program again if that "
+                       "does not help.",
     "you": "You",
     "assistant": "Assistant",
     "message": "Message",

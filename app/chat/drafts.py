@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from app.chat.chat_settings import usable
 from app.chat.chats import Chats, Conversation
 from engine import UserError
 
@@ -33,13 +34,13 @@ class Drafts:
 
     def conversation(self, name: str) -> int | None:
         """The conversation that is meant; None while there is only the draft of it."""
-        return int(name) if name.isdecimal() else self._begun.get(name)
+        return int(name) if name.isdecimal() and len(name) < 19 else self._begun.get(name)
 
     def settings(self, name: str) -> dict:
         """Nothing for a conversation that has been deleted meanwhile."""
         number = self.conversation(name)
         try:
-            return self._all().get(name, {}) if number is None else self._chats.conversation(number).settings
+            return usable(self._all().get(name, {}) if number is None else self._chats.conversation(number).settings)
         except UserError:
             return {}
 
@@ -56,4 +57,5 @@ class Drafts:
         return settings
 
     def _all(self) -> dict[str, dict]:
-        return self._chats.preference("drafts", {})
+        kept = self._chats.preference("drafts", {})
+        return {name: settings for name, settings in kept.items() if isinstance(settings, dict)}

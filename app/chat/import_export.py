@@ -1,18 +1,71 @@
 """Conversations as files: JSON keeps everything (all versions), Markdown keeps what is shown and can be read by anyone.
 
-Both can be read back. In Markdown a comment line marks who speaks, so headings inside a message are harmless.
+Both can be read back: a file is looked at whole before anything of it is stored, and stored in one step. In Markdown a
+comment line marks who speaks, so headings inside a message are harmless.
 """
 from __future__ import annotations
 
 import json
 import re
+import time
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from app.chat.chats import ROLES, STATUSES, Chats, Conversation, Message
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+
+from app.chat.chat_settings import checked
+from app.chat.chats import ROLES, STATUSES, Chats, Conversation, Message, usable_stats
+from app.incoming import TEXT_CHARACTERS, Attachments, Id, Title, Words, what_is_wrong
+from app.strings import TEXT
 from engine import UserError
 
 FORMAT = "floechat-conversations"
 VERSION = 1
+IMPORT_BYTES = 60 << 20
+PARTS = 4_000_000  # strings, commas and brackets of a document: what is parsed takes some hundred times its few bytes
+MESSAGES = 100_000  # of one conversation
+_PART = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
 _MARK = re.compile(r"^<!-- floe:(user|assistant) -->\n(?:\*\*.*\*\*\n\n?)?", re.MULTILINE)
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)  # names that are not known are ignored
+
+
+class _Message(_Document):
+    id: Id
+    parent_id: Id | None
+    role: Literal[ROLES]
+    text: Words
+    thinking: Words = ""
+    status: Literal[STATUSES] = "done"
+    created_at: float = Field(default_factory=time.time)
+    stats: Annotated[dict[str, Any], AfterValidator(usable_stats)] = {}
+    attachments: Attachments = []
+
+
+class _Conversation(_Document):
+    title: Title
+    messages: Annotated[list[_Message], FailFast(), Field(max_length=MESSAGES)]
+    pinned: bool = False
+    settings: Annotated[dict[str, Any], AfterValidator(checked)] = {}
+    leaf: Id | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _Conversation:
+        """Every message stands below one that comes before it, so no path is endless."""
+        seen: set[int | None] = {None}
+        for message in self.messages:
+            if message.id in seen or message.parent_id not in seen:
+                raise ValueError(TEXT["wrong_tree"].format(id=message.id))
+            seen.add(message.id)
+        return self
+
+
+class _File(_Document):
+    format: Literal[FORMAT]
+    version: int = Field(ge=1, le=VERSION)
+    conversations: Annotated[list[_Conversation], FailFast()]
 
 
 def export_json(chats: Chats, conversation_ids: list[int]) -> str:
@@ -33,76 +86,51 @@ def export_markdown(chats: Chats, conversation_id: int) -> str:
 
 
 def import_text(chats: Chats, text: str) -> list[Conversation]:
-    """New conversations from an exported JSON or Markdown text; UserError if it is neither."""
-    if text.lstrip().startswith("{"):
-        return _import_json(chats, text)
-    if _MARK.search(text):
-        return [_import_markdown(chats, text)]
-    raise UserError("This file is no exported conversation; choose a .json or .md file that Floe Chat has written.")
+    """New conversations from an exported JSON or Markdown text; UserError, and nothing is stored, if it is neither."""
+    if text.lstrip()[:1] == "{":
+        copies = _read_json(text)
+    elif _MARK.search(text):
+        copies = [_read_markdown(text)]
+    else:
+        raise UserError(TEXT["import_foreign"])
+    return chats.bring_in(copies)
 
 
 def _to_dict(chats: Chats, conversation: Conversation) -> dict:
-    messages = [chats.message(i) for i in sorted(chats.versions(conversation.id))]
+    messages = [{n: v for n, v in asdict(m).items() if n != "conversation_id"} for m in chats.messages(conversation.id)]
+    numbers = {message["id"] for message in messages}
+    for message in messages:  # what is above a damaged one may be gone
+        above = message["parent_id"]
+        message["parent_id"] = above if above in numbers and above < message["id"] else None
     return {"title": conversation.title, "created_at": conversation.created_at, "pinned": conversation.pinned,
-            "settings": conversation.settings, "leaf": conversation.leaf_id,
-            "messages": [_message_dict(message) for message in messages]}
+            "settings": conversation.settings, "leaf": conversation.leaf_id, "messages": messages}
 
 
-def _message_dict(message: Message) -> dict:
-    names = ("id", "parent_id", "role", "text", "thinking", "status", "created_at", "stats", "attachments")
-    return {name: getattr(message, name) for name in names}
-
-
-def _import_json(chats: Chats, text: str) -> list[Conversation]:
+def _read_json(text: str) -> list[tuple[Conversation, list[Message]]]:
+    if any(count == PARTS for count, _ in enumerate(_PART.finditer(text))):
+        raise UserError(TEXT["import_long"])
     try:
-        document = json.loads(text)
-        if document["format"] != FORMAT:
-            raise KeyError("format")
-        if document["version"] > VERSION:
-            raise UserError("This file was exported by a newer Floe Chat: update Floe Chat to import it.")
-        checked = [_check(conversation) for conversation in document["conversations"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("This file is no exported conversation, or it is damaged; export it again.") from error
-    return [_insert(chats, conversation) for conversation in checked]
+        file = _File.model_validate_json(text)
+    except UserError as error:  # settings and attachments have sentences of their own
+        raise UserError(TEXT["import_wrong"].format(what=str(error).rstrip("."))) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        newer = first["loc"] == ("version",) and first["type"] == "less_than_equal"
+        raise UserError(TEXT["import_newer"] if newer else
+                        TEXT["import_wrong"].format(what=what_is_wrong(first))) from error
+    return [_copy(conversation) for conversation in file.conversations]
 
 
-def _check(conversation: dict) -> dict:
-    """Everything `_insert` relies on, looked at before anything is written."""
-    seen: set[int] = set()
-    for message in conversation["messages"]:
-        good = message["role"] in ROLES and isinstance(message["text"], str) and message["id"] not in seen
-        good = good and (message["parent_id"] is None or message["parent_id"] in seen)
-        good = good and message.get("status", "done") in STATUSES and isinstance(message.get("thinking", ""), str)
-        good = good and isinstance(message.get("stats", {}), dict) and isinstance(message.get("attachments", []), list)
-        if not good:
-            raise ValueError(message)
-        seen.add(message["id"])
-    if not isinstance(conversation["title"], str) or not isinstance(conversation.get("settings", {}), dict):
-        raise ValueError(conversation["title"])
-    return conversation
+def _copy(source: _Conversation) -> tuple[Conversation, list[Message]]:
+    conversation = Conversation(0, source.title, False, 0.0, 0.0, source.pinned, source.leaf, source.settings)
+    return conversation, [Message(conversation_id=0, **message.model_dump()) for message in source.messages]
 
 
-def _insert(chats: Chats, source: dict) -> Conversation:
-    new = chats.create(source["title"], source.get("settings"))
-    ids: dict[int | None, int | None] = {None: None}
-    for message in source["messages"]:
-        status = message.get("status", "done")
-        ids[message["id"]] = chats.add(
-            new.id, ids[message["parent_id"]], message["role"], message["text"], thinking=message.get("thinking", ""),
-            status="interrupted" if status == "running" else status, stats=message.get("stats"),
-            attachments=message.get("attachments")).id
-    if ids.get(source.get("leaf")):
-        chats.show(ids[source["leaf"]])
-    if source.get("pinned"):
-        chats.pin(new.id, True)
-    return chats.conversation(new.id)
-
-
-def _import_markdown(chats: Chats, text: str) -> Conversation:
+def _read_markdown(text: str) -> tuple[Conversation, list[Message]]:
     head, *rest = _MARK.split(text)
-    title = re.search(r"^# (.+)$", head, re.MULTILINE)
-    new = chats.create(title.group(1).strip() if title else "")
-    parent = None
-    for role, body in zip(rest[::2], rest[1::2], strict=True):
-        parent = chats.add(new.id, parent, role, body.strip("\n")).id
-    return chats.conversation(new.id)
+    title, now = re.search(r"^# (.+)$", head, re.MULTILINE), time.time()
+    if len(rest) > 2 * MESSAGES or any(len(body) > TEXT_CHARACTERS for body in rest):
+        raise UserError(TEXT["import_long"])
+    messages = [Message(i, 0, i - 1 or None, role, body.strip("\n"), "", "done", now, {}, [])
+                for i, (role, body) in enumerate(zip(rest[::2], rest[1::2], strict=True), 1)]
+    return Conversation(0, title.group(1) if title else "", False, now, now, False, None), messages

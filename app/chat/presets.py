@@ -5,7 +5,7 @@ prompt included, and replaces everything. Kept among the preferences of the chat
 """
 from __future__ import annotations
 
-from app.chat.chat_settings import SAMPLING_NAMES
+from app.chat.chat_settings import SAMPLING_NAMES, usable
 from app.chat.chats import Chats
 from app.strings import TEXT
 from engine import UserError
@@ -61,4 +61,5 @@ class Presets:
         self._chats.set_preference("presets", {n: v for n, v in own.items() if n != name})
 
     def _own(self) -> dict[str, dict]:
-        return self._chats.preference("presets", {})
+        kept = self._chats.preference("presets", {})
+        return {name: usable(settings) for name, settings in kept.items() if isinstance(settings, dict)}

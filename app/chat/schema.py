@@ -2,6 +2,7 @@
 
 The version is SQLite's own `user_version`, written from the first day. Each migration runs in one transaction, after a
 whole copy of the file beside it (`chats.db.v1.backup`). A file from a newer version is refused, never guessed at.
+A damaged one is for recovery.py.
 WAL with synchronous=NORMAL: a killed process loses nothing that was committed.
 """
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from app.strings import TEXT
 from engine import UserError
 
 _V1 = """
@@ -67,29 +69,33 @@ MIGRATIONS = [_version_1]
 
 
 def open_database(path: Path, migrations: list | None = None) -> sqlite3.Connection:
-    """The open database at the newest version; UserError if it is damaged, newer than this program, or unwritable."""
-    migrations = MIGRATIONS if migrations is None else migrations
+    """The open database at the newest version; UserError if it is newer than this program or cannot be written,
+    DatabaseError if it is damaged."""
+    db = None
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         db.row_factory = sqlite3.Row
+        db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # one damaged letter harms nothing else
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("PRAGMA foreign_keys=ON")
-        _migrate(db, path, migrations)
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"The chat database {path} cannot be opened ({error}); move it away to start with an empty "
-                        "one, or put its newest .backup file in its place.") from error
+        _migrate(db, path, MIGRATIONS if migrations is None else migrations)
+    except (sqlite3.Error, UserError) as error:
+        if db:
+            db.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise UserError(TEXT["database_unusable"].format(path=path, error=error)) from error
+        raise
     return db
 
 
 def _migrate(db: sqlite3.Connection, path: Path, migrations: list) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(migrations):
-        raise UserError(f"The chat database {path} was written by a newer Floe Chat (version {version}; this one knows "
-                        f"{len(migrations)}): update Floe Chat.")
+        raise UserError(TEXT["database_newer"].format(path=path, version=version, known=len(migrations)))
     for number in range(version + 1, len(migrations) + 1):
         if number > 1:
-            _backup(db, path.with_name(f"{path.name}.v{number - 1}.backup"))
+            copy_whole(db, path.with_name(f"{path.name}.v{number - 1}.backup"))
         db.execute("BEGIN IMMEDIATE")
         try:
             migrations[number - 1](db)
@@ -100,10 +106,25 @@ def _migrate(db: sqlite3.Connection, path: Path, migrations: list) -> None:
             raise
 
 
-def _backup(db: sqlite3.Connection, target: Path) -> None:
-    part = target.with_suffix(".part")
+class Damaged(sqlite3.DatabaseError):
+    """What a whole look at a database has found."""
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return isinstance(error, Damaged) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def copy_whole(db: sqlite3.Connection, target: Path) -> None:
+    """One file with all of it, in place of an older copy; Damaged, and no new copy, where something is wrong."""
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
     with closing(sqlite3.connect(part)) as copy:
         db.backup(copy)
+        found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        part.unlink()
+        raise Damaged(found)
     part.replace(target)
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
 
+from app import incoming
 from app.chat.answers import Jobs
 from app.chat.chat_settings import Wishes
 from app.chat.chats import Chats, Conversation, Message
 from app.chat.context_window import to_prompt
 from app.chat.drafts import Drafts
-from app.chat.import_export import export_json, export_markdown, import_text
+from app.chat.import_export import IMPORT_BYTES, export_json, export_markdown, import_text
+from app.incoming import BODY_BYTES, Context, Id, Name, Place, what_is_wrong
 from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.markdown import render
 from app.strings import TEXT
 from engine import UserError
 
-Wish = Annotated[dict, Body()]
 WINDOW = 40  # messages a page shows at first: its cost follows their number
-ATTACHMENT_BYTES = 1_000_000
 
 
 def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
@@ -37,12 +39,12 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
             "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],
             "conversations": [_listed(conversation) for conversation in chats.conversations()],
             "works": shelf.works.shown(), "finished": shelf.works.finished, "graphics": models.around.graphics(device),
-            "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble}
+            "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble or chats.mended}
 
 
 def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
     """All routes below /api. `changed` tells every open page to look again."""
-    router = APIRouter(prefix="/api")
+    router = APIRouter(prefix="/api", max_body_size=BODY_BYTES)
 
     @router.get("/strings")
     def strings():
@@ -58,8 +60,8 @@ def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shel
     _model_routes(router, shelf)
 
     @router.post("/welcomed")
-    def welcomed(wish: Wish):
-        chats.set_preference("welcomed", bool(wish["done"]))
+    def welcomed(wish: incoming.Welcomed):
+        chats.set_preference("welcomed", wish.done)
         changed()
         return {}
 
@@ -68,17 +70,17 @@ def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shel
 
 def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, changed) -> None:
     @router.post("/conversations")
-    def create(wish: Wish):
-        conversation = drafts.begin(str(wish["draft"]))
+    def create(wish: incoming.Begin):
+        conversation = drafts.begin(wish.draft)
         changed()
         return _listed(conversation)
 
     @router.get("/conversations/{conversation_id}")
-    def read(conversation_id: int, limit: int = WINDOW):
+    def read(conversation_id: Id, limit: int = WINDOW):
         return _document(chats, jobs, conversation_id, max(1, min(limit, 10_000)))
 
     @router.get("/conversations/{conversation_id}/context")
-    def context(conversation_id: int):
+    def context(conversation_id: Id):
         """How full the model's context is: {"used": tokens, None where that is unknown, "total"}."""
         wishes = Wishes.of(chats.conversation(conversation_id).settings)
         path = chats.path(conversation_id)
@@ -86,17 +88,17 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
         return {"used": models.used(prompt, wishes.template()) if path else 0, "total": models.info().get("context", 0)}
 
     @router.patch("/conversations/{conversation_id}")
-    def change(conversation_id: int, wish: Wish):
+    def change(conversation_id: Id, wish: incoming.Change):
         chats.conversation(conversation_id)
-        if "title" in wish:
-            chats.rename(conversation_id, str(wish["title"]))
-        if "pinned" in wish:
-            chats.pin(conversation_id, bool(wish["pinned"]))
+        if wish.title is not None:
+            chats.rename(conversation_id, wish.title)
+        if wish.pinned is not None:
+            chats.pin(conversation_id, wish.pinned)
         changed()
         return _listed(chats.conversation(conversation_id))
 
     @router.delete("/conversations/{conversation_id}")
-    def delete(conversation_id: int):
+    def delete(conversation_id: Id):
         if jobs.live and jobs.live.conversation_id == conversation_id:
             jobs.stop()
         chats.delete(conversation_id)
@@ -104,46 +106,46 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
         return {}
 
     @router.post("/conversations/{conversation_id}/restore")
-    def restore(conversation_id: int):
+    def restore(conversation_id: Id):
         chats.restore(conversation_id)
         changed()
         return {}
 
     @router.get("/search")
-    def search(q: str):
+    def search(q: Annotated[str, Query(max_length=1000)]):
         return chats.search(q)
 
 
 def _message_routes(router: APIRouter, chats: Chats, jobs: Jobs, changed) -> None:
     @router.post("/conversations/{conversation_id}/send")
-    def send(conversation_id: int, wish: Wish):
-        return jobs.send(conversation_id, str(wish.get("text", "")), _attachments(wish.get("attachments") or []))
+    def send(conversation_id: Id, wish: incoming.Question):
+        return jobs.send(conversation_id, wish.text, [file.model_dump() for file in wish.attachments])
 
     @router.get("/messages/{message_id}")
-    def read_message(message_id: int):
+    def read_message(message_id: Id):
         message = chats.message(message_id)
         return {"text": message.text, "thinking": message.thinking}
 
     @router.post("/messages/{message_id}/edit")
-    def edit(message_id: int, wish: Wish):
-        return jobs.edit(message_id, str(wish["text"]))
+    def edit(message_id: Id, wish: incoming.Written):
+        return jobs.edit(message_id, wish.text)
 
     @router.post("/messages/{message_id}/regenerate")
-    def regenerate(message_id: int):
+    def regenerate(message_id: Id):
         return jobs.regenerate(message_id)
 
     @router.post("/messages/{message_id}/continue")
-    def resume(message_id: int):
+    def resume(message_id: Id):
         return jobs.resume(message_id)
 
     @router.post("/messages/{message_id}/show")
-    def show(message_id: int):
+    def show(message_id: Id):
         chats.show(message_id)
         changed()
         return {}
 
     @router.post("/messages/{message_id}/branch")
-    def branch(message_id: int):
+    def branch(message_id: Id):
         conversation = chats.branch(message_id)
         changed()
         return _listed(conversation)
@@ -154,7 +156,7 @@ def _message_routes(router: APIRouter, chats: Chats, jobs: Jobs, changed) -> Non
         return {}
 
     @router.delete("/waiting/{waiting_id}")
-    def unwait(waiting_id: int):
+    def unwait(waiting_id: Id):
         taken = chats.unwait(waiting_id)
         changed()
         return {"text": taken["text"] if taken else ""}
@@ -166,25 +168,25 @@ def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> No
         return _download(export_json(chats, [c.id for c in chats.conversations()]), "floe-chat.json")
 
     @router.get("/conversations/{conversation_id}/export.{kind}")
-    def export(conversation_id: int, kind: str):
+    def export(conversation_id: Id, kind: str):
         name = _file_name(chats.conversation(conversation_id).title)
         if kind == "md":
             return _download(export_markdown(chats, conversation_id), f"{name}.md")
         return _download(export_json(chats, [conversation_id]), f"{name}.json")
 
-    @router.post("/import")
+    @router.post("/import", max_body_size=IMPORT_BYTES)
     async def import_file(request: Request):
         try:
             text = (await request.body()).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError("This file is not text; choose a .json or .md file that Floe Chat has written.") from error
-        conversations = import_text(chats, text)
+            raise UserError(TEXT["import_foreign"]) from error
+        conversations = await run_in_threadpool(import_text, chats, text)
         changed()
         return [_listed(conversation) for conversation in conversations]
 
     @router.post("/count")
-    def count(wish: Wish):
-        return {"tokens": models.used([{"role": "user", "content": str(wish["text"])}], {})}
+    def count(wish: incoming.Written):
+        return {"tokens": models.used([{"role": "user", "content": wish.text}], {})}
 
 
 def _model_routes(router: APIRouter, shelf: Shelf) -> None:
@@ -193,63 +195,63 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
         return shelf.shown()
 
     @router.get("/models/plan")
-    def plan(name: str, level: str = "", context: int | None = None):
+    def plan(name: Name, level: Annotated[str, Query(max_length=40)] = "", context: Context | None = None):
         return shelf.plan(name, level or None, context)
 
     @router.get("/models/files")
-    def files(path: str = "", kind: Literal["gguf", "text", "folder"] = "gguf"):
+    def files(path: Place = "", kind: Literal["gguf", "text", "folder"] = "gguf"):
         return shelf.suggest(path, kind)
 
     @router.post("/models/open")
-    def open_model(wish: Wish):
-        shelf.open(str(wish["name"]), wish.get("level") or None, wish.get("context") or None)
+    def open_model(wish: incoming.Opening):
+        shelf.open(wish.name, wish.level or None, wish.context)
         return {}
 
     @router.post("/models/folder")
-    def show_folder(wish: Wish):
-        return {"folder": shelf.show_folder(str(wish["name"]))}
+    def show_folder(wish: incoming.Named):
+        return {"folder": shelf.show_folder(wish.name)}
 
     @router.post("/models/keep")
-    def keep_in(wish: Wish):
-        return {"folder": shelf.keep_in(str(wish["folder"]))}
+    def keep_in(wish: incoming.Keeping):
+        return {"folder": shelf.keep_in(wish.folder)}
 
     @router.post("/models/compress")
-    def compress(wish: Wish):
-        shelf.compress(str(wish["name"]))
+    def compress(wish: incoming.Named):
+        shelf.compress(wish.name)
         return {}
 
     @router.post("/models/import")
-    def bring_in(wish: Wish):
-        shelf.bring_in(str(wish["file"]), str(wish.get("like") or ""))
+    def bring_in(wish: incoming.Importing):
+        shelf.bring_in(wish.file, wish.like)
         return {}
 
     @router.post("/models/measure")
-    def measure(wish: Wish):
-        shelf.measure(str(wish["name"]), str(wish.get("text") or ""))
+    def measure(wish: incoming.Measuring):
+        shelf.measure(wish.name, wish.text)
         return {}
 
     @router.post("/models/cancel")
-    def cancel(wish: Wish):
-        return {"freed": shelf.cancel(str(wish["name"]))}
+    def cancel(wish: incoming.Named):
+        return {"freed": shelf.cancel(wish.name)}
 
     @router.post("/models/download")
-    def fetch(wish: Wish):
-        shelf.fetch(str(wish["name"]).strip())
+    def fetch(wish: incoming.Named):
+        shelf.fetch(wish.name.strip())
         return {}
 
     @router.post("/models/resume")
-    def go_on(wish: Wish):
-        shelf.works.go_on(str(wish["name"]))
+    def go_on(wish: incoming.Named):
+        shelf.works.go_on(wish.name)
         return {}
 
     @router.post("/models/pause")
-    def pause(wish: Wish):
-        shelf.pause(str(wish["name"]))
+    def pause(wish: incoming.Named):
+        shelf.pause(wish.name)
         return {}
 
     @router.post("/models/delete")
-    def remove(wish: Wish):
-        return {"freed": shelf.remove(str(wish["name"]))}
+    def remove(wish: incoming.Named):
+        return {"freed": shelf.remove(wish.name)}
 
 
 async def user_error(request: Request, error: UserError) -> JSONResponse:
@@ -257,8 +259,26 @@ async def user_error(request: Request, error: UserError) -> JSONResponse:
     return JSONResponse({"error": str(error)}, status_code=400)
 
 
-async def disk_error(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
-    return JSONResponse({"error": TEXT["not_saved"].format(error=error)}, status_code=507)
+async def database_error(request: Request, error: sqlite3.Error) -> JSONResponse:
+    full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    return JSONResponse({"error": TEXT["not_saved" if full else "database_failed"].format(error=error)}, 507)
+
+
+async def wrong_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    return JSONResponse({"error": TEXT["request_wrong"].format(what=what_is_wrong(error.errors()[0]))}, 422)
+
+
+async def refused_request(request: Request, error: HTTPException) -> JSONResponse:
+    """What FastAPI refuses before a route is asked."""
+    said = TEXT["request_large" if error.status_code == 413 else "request_unread"]
+    return JSONResponse({"error": said}, error.status_code)
+
+
+def speak_in_sentences(app: FastAPI) -> None:
+    """Whatever is wrong with a request, its answer says what to do."""
+    for kind, answer in ((UserError, user_error), (sqlite3.Error, database_error), (HTTPException, refused_request),
+                         (RequestValidationError, wrong_request)):
+        app.add_exception_handler(kind, answer)
 
 
 def _shown_info(models: Models) -> dict:
@@ -272,7 +292,7 @@ def _listed(conversation: Conversation) -> dict:
             "updated_at": conversation.updated_at}
 
 
-def _document(chats: Chats, jobs: Jobs, conversation_id: int, limit: int) -> dict:
+def _document(chats: Chats, jobs: Jobs, conversation_id: Id, limit: int) -> dict:
     conversation = chats.conversation(conversation_id)
     path = chats.path(conversation_id)
     versions = chats.versions(conversation_id)
@@ -291,14 +311,6 @@ def _shown(message: Message, versions: list[int], jobs: Jobs) -> dict:
                                                   for a in message.attachments]}
 
 
-def _attachments(wished: list) -> list[dict]:
-    files = [{"name": Path(str(a["name"])).name, "text": str(a["text"])} for a in wished]
-    for file in files:
-        if len(file["text"].encode()) > ATTACHMENT_BYTES:
-            raise UserError(TEXT["too_large"].format(name=file["name"]))
-        if "\0" in file["text"]:
-            raise UserError(TEXT["not_text"].format(name=file["name"]))
-    return files
 
 
 def _file_name(title: str) -> str:

@@ -1,0 +1,112 @@
+"""What comes from outside: the bodies of requests, and how large anything may be. What is wrong is said in a sentence.
+
+Strict: a number is no text, and a name that is not known is refused instead of ignored. Limits come before any work.
+"""
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+
+from app.strings import TEXT
+from engine import UserError
+
+BODY_BYTES = 16 << 20  # of a request; an imported file may be larger
+TEXT_CHARACTERS = 1_000_000  # of one message: more than any context holds
+TITLE_CHARACTERS = 200
+ATTACHMENTS = 10
+ATTACHMENT_BYTES = 1_000_000
+
+Id = Annotated[int, Field(ge=1, lt=1 << 63)]  # what SQLite can count
+Name = Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Title = Annotated[str, Field(max_length=TITLE_CHARACTERS)]
+Words = Annotated[str, Field(max_length=TEXT_CHARACTERS)]
+Place = Annotated[str, Field(max_length=4096)]  # a path of this computer
+Context = Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Attachment(Body):
+    name: Annotated[str, Field(max_length=1000), AfterValidator(lambda name: PurePath(name).name)]
+    text: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Attachment:
+        if len(self.text.encode()) > ATTACHMENT_BYTES:
+            raise UserError(TEXT["too_large"].format(name=self.name))
+        if "\0" in self.text:
+            raise UserError(TEXT["not_text"].format(name=self.name))
+        return self
+
+
+Attachments = Annotated[list[Attachment], FailFast(), Field(max_length=ATTACHMENTS)]
+
+
+class Begin(Body):
+    """draft: the name of the settings that were made before the first message."""
+
+    draft: Name
+
+
+class Change(Body):
+    title: Title | None = None
+    pinned: bool | None = None
+
+
+class Question(Body):
+    text: Words = ""
+    attachments: Attachments = []
+
+
+class Written(Body):
+    text: Words
+
+
+class Named(Body):
+    """A model: a name of the disk, of the catalogue or of the Hub."""
+
+    name: Name
+
+
+class Opening(Named):
+    level: Annotated[str, Field(max_length=40)] | None = None
+    context: Context | None = None
+
+
+class Measuring(Named):
+    text: Place = ""
+
+
+class Keeping(Body):
+    folder: Place
+
+
+class Importing(Body):
+    file: Place
+    like: Place = ""
+
+
+class Welcomed(Body):
+    done: bool
+
+
+def what_is_wrong(error: dict) -> str:
+    """The first of pydantic's errors as a person reads it; no sentence yet."""
+    where = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
+    if error["type"] == "missing":
+        return TEXT["wrong_missing"].format(where=where or TEXT["wrong_whole"])
+    if error["type"] == "extra_forbidden":
+        return TEXT["wrong_unknown"].format(where=where[:100])
+    if error["type"] in ("string_too_long", "too_long"):
+        return TEXT["wrong_length"].format(where=where, most=error["ctx"]["max_length"])
+    what = error["msg"].removeprefix("Value error, ").rstrip(".")
+    return TEXT["wrong_value"].format(where=where or TEXT["wrong_whole"], what=what[:1].lower() + what[1:])
+
+
+def refused(error: ValidationError) -> UserError:
+    return UserError(TEXT["request_wrong"].format(
+        what=what_is_wrong(error.errors(include_url=False, include_input=False)[0])))
