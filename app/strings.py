@@ -31,6 +31,7 @@ TEXT = {
     "request_wrong": "This cannot be done: {what}. Correct it, or reload the page and try again.",
     "request_unread": "This cannot be done, because the request could not be read; reload the page and try again.",
     "request_large": "This is too large to be taken at once; shorten it, or send it in parts.",
+    "setting_wrong": "This setting cannot be kept: {what}.",
     "wrong_missing": "{where} is missing",
     "wrong_unknown": "{where} is not known here",
     "wrong_length": "{where} is too long (at most {most})",

@@ -61,7 +61,7 @@ def checked(settings: dict) -> dict:
     try:
         Wishes(**clean)
     except ValidationError as error:
-        raise UserError(TEXT["request_wrong"].format(what=what_is_wrong(error.errors()[0]))) from error
+        raise UserError(TEXT["setting_wrong"].format(what=what_is_wrong(error.errors()[0]))) from error
     return clean
 
 

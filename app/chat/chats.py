@@ -86,9 +86,9 @@ class Chats:
     def _back_up(self) -> None:
         while True:
             with self._copying:
-                error = back_up(self.file)
-            if error:
-                with self._lock, suppress(sqlite3.Error, UserError, OSError):  # who needs what is lost is told then
+                known, error = self.mended, back_up(self.file)
+            with self._lock, suppress(sqlite3.Error, UserError, OSError):  # who needs what is lost is told then
+                if error and self.mended == known:
                     self._mend(error)
             if self._closed.wait(LOOK_SECONDS):
                 return

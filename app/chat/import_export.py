@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
-from app.chat.chat_settings import checked
+from app.chat.chat_settings import checked, usable
 from app.chat.chats import ROLES, STATUSES, Chats, Conversation, Message, usable_stats
 from app.incoming import TEXT_CHARACTERS, Attachments, Id, Title, Words, what_is_wrong
 from app.strings import TEXT
@@ -103,7 +103,7 @@ def _to_dict(chats: Chats, conversation: Conversation) -> dict:
         above = message["parent_id"]
         message["parent_id"] = above if above in numbers and above < message["id"] else None
     return {"title": conversation.title, "created_at": conversation.created_at, "pinned": conversation.pinned,
-            "settings": conversation.settings, "leaf": conversation.leaf_id, "messages": messages}
+            "settings": usable(conversation.settings), "leaf": conversation.leaf_id, "messages": messages}
 
 
 def _read_json(text: str) -> list[tuple[Conversation, list[Message]]]:
@@ -112,7 +112,8 @@ def _read_json(text: str) -> list[tuple[Conversation, list[Message]]]:
     try:
         file = _File.model_validate_json(text)
     except UserError as error:  # settings and attachments have sentences of their own
-        raise UserError(TEXT["import_wrong"].format(what=str(error).rstrip("."))) from error
+        said = str(error).rstrip(".")
+        raise UserError(TEXT["import_wrong"].format(what=said[:1].lower() + said[1:])) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         newer = first["loc"] == ("version",) and first["type"] == "less_than_equal"

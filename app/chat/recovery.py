@@ -17,7 +17,7 @@ from app.strings import TEXT
 from engine import UserError
 
 BACKUP_SECONDS = 24 * 3600
-MOST_ROWS = 1_000_000  # looked for in a table that does not say how many it has
+ROWS = 20_000  # looked for in a table that does not say how many it has
 _TABLES = ("conversations", "messages", "waiting", "preferences")
 _WHOLE_AGAIN = (
     "INSERT INTO conversations(id, created_at, updated_at) SELECT conversation_id, min(created_at), max(created_at) "
@@ -56,6 +56,7 @@ def recover(path: Path, error: sqlite3.Error, even_empty: bool) -> Path:
     for ending in ("", "-wal"):
         with suppress(FileNotFoundError):
             shutil.copyfile(f"{path}{ending}", f"{kept}{ending}")
+    _lengthen(kept)
     begun = _begin(part, newest_backup(path))
     with closing(open_database(part)) as new, closing(sqlite3.connect(kept)) as old:
         found = _merge(new, old)
@@ -67,6 +68,15 @@ def recover(path: Path, error: sqlite3.Error, even_empty: bool) -> Path:
         Path(f"{path}{ending}").unlink(missing_ok=True)
     part.replace(path)
     return kept
+
+
+def _lengthen(file: Path) -> None:
+    """SQLite reads nothing of a file that is shorter than its first page says: what was cut off counts as zeros."""
+    with open(file, "r+b") as opened:
+        head, size = opened.read(32), file.stat().st_size
+        wanted = int.from_bytes(head[16:18], "big") * int.from_bytes(head[28:32], "big")
+        if size < wanted < 1000 * size:
+            opened.truncate(wanted)
 
 
 def _begin(part: Path, backup: Path | None) -> bool:
@@ -107,9 +117,13 @@ def _merge(new: sqlite3.Connection, old: sqlite3.Connection) -> int:
 
 def _readable(old: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
     """One by one: a damaged page takes only its own rows along."""
-    highest = MOST_ROWS
-    with suppress(sqlite3.DatabaseError):
-        highest = min(highest, old.execute(f"SELECT max(rowid) FROM {table}").fetchone()[0] or 0)
-    for number in range(1, highest + 1):
+    for number in range(1, _highest(old, table) + 1):
         with suppress(sqlite3.DatabaseError):
             yield from old.execute(f"SELECT * FROM {table} WHERE rowid=?", (number,)).fetchall()
+
+
+def _highest(old: sqlite3.Connection, table: str) -> int:
+    for query in (f"SELECT max(rowid) FROM {table}", f"SELECT seq FROM sqlite_sequence WHERE name='{table}'"):
+        with suppress(sqlite3.DatabaseError, TypeError):  # nothing there, or nonsense
+            return min(int(old.execute(query).fetchone()[0]), 1000 * ROWS)
+    return ROWS
