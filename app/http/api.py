@@ -10,6 +10,7 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from app import incoming
@@ -24,9 +25,24 @@ from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.markdown import render
 from app.strings import TEXT
-from engine import UserError
+from engine import MachineError, UserError
 
+IMPORT = "/import"
 WINDOW = 40  # messages a page shows at first: its cost follows their number
+
+
+class _Sized(APIRoute):
+    """Refuses a body that is too large before any of it is read. (FastAPI's own limit answers without our sentence.)"""
+
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+        most = IMPORT_BYTES if self.path.endswith(IMPORT) else BODY_BYTES
+
+        async def sized(request: Request) -> Response:
+            if int(request.headers.get("content-length", 0)) > most:
+                raise HTTPException(413)
+            return await handle(request)
+        return sized
 
 
 def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
@@ -44,7 +60,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
 
 def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
     """All routes below /api. `changed` tells every open page to look again."""
-    router = APIRouter(prefix="/api", max_body_size=BODY_BYTES)
+    router = APIRouter(prefix="/api", route_class=_Sized)
 
     @router.get("/strings")
     def strings():
@@ -174,7 +190,7 @@ def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> No
             return _download(export_markdown(chats, conversation_id), f"{name}.md")
         return _download(export_json(chats, [conversation_id]), f"{name}.json")
 
-    @router.post("/import", max_body_size=IMPORT_BYTES)
+    @router.post(IMPORT)
     async def import_file(request: Request):
         try:
             text = (await request.body()).decode("utf-8-sig")
@@ -259,6 +275,10 @@ async def user_error(request: Request, error: UserError) -> JSONResponse:
     return JSONResponse({"error": str(error)}, status_code=400)
 
 
+async def machine_error(request: Request, error: MachineError) -> JSONResponse:
+    return JSONResponse({"error": str(error)}, 503)
+
+
 async def database_error(request: Request, error: sqlite3.Error) -> JSONResponse:
     full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
     return JSONResponse({"error": TEXT["not_saved" if full else "database_failed"].format(error=error)}, 507)
@@ -276,7 +296,7 @@ async def refused_request(request: Request, error: HTTPException) -> JSONRespons
 
 def speak_in_sentences(app: FastAPI) -> None:
     """Whatever is wrong with a request, its answer says what to do."""
-    for kind, answer in ((UserError, user_error), (sqlite3.Error, database_error), (HTTPException, refused_request),
+    for kind, answer in ((UserError, user_error), (MachineError, machine_error), (sqlite3.Error, database_error), (HTTPException, refused_request),
                          (RequestValidationError, wrong_request)):
         app.add_exception_handler(kind, answer)
 
