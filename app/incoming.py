@@ -19,10 +19,11 @@ ATTACHMENTS = 10
 ATTACHMENT_BYTES = 1_000_000
 
 Id = Annotated[int, Field(ge=1, lt=1 << 63)]  # what SQLite can count
-Name = Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
+ONE_LINE = r"^[^\x00-\x1f\x7f]*$"
+Name = Annotated[str, Field(min_length=1, max_length=250, pattern=ONE_LINE)]
 Title = Annotated[str, Field(max_length=TITLE_CHARACTERS)]
 Words = Annotated[str, Field(max_length=TEXT_CHARACTERS)]
-Place = Annotated[str, Field(max_length=4096)]  # a path of this computer
+Place = Annotated[str, Field(max_length=4096, pattern=ONE_LINE)]  # a path of this computer
 Context = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
@@ -103,6 +104,8 @@ def what_is_wrong(error: dict) -> str:
         return TEXT["wrong_unknown"].format(where=where[:100])
     if error["type"] in ("string_too_long", "too_long"):
         return TEXT["wrong_length"].format(where=where, most=error["ctx"]["max_length"])
+    if error["type"] == "string_pattern_mismatch":
+        return TEXT["wrong_line"].format(where=where)
     what = error["msg"].removeprefix("Value error, ").rstrip(".")
     return TEXT["wrong_value"].format(where=where or TEXT["wrong_whole"], what=what[:1].lower() + what[1:])
 

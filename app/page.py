@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import gradio as gr
 
-from app.chat.chat_settings import EFFORTS, SAMPLING_NAMES, checked
-from app.chat.presets import Presets
+from app.chat.chat_settings import EFFORTS, SAMPLING_NAMES, Presets, checked
 from app.chat.titles import MODEL_TITLES
 from app.strings import TEXT
 from engine import LEVELS, UserError

@@ -17,8 +17,8 @@ from fastapi.responses import StreamingResponse
 from starlette.staticfiles import StaticFiles
 
 from app.chat.answers import Jobs
+from app.chat.chat_settings import Drafts
 from app.chat.chats import Chats
-from app.chat.drafts import Drafts
 from app.http import api
 from app.http.connection import HEADER_BYTES, Connection
 from app.http.events import Stream

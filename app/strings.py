@@ -35,6 +35,7 @@ TEXT = {
     "wrong_missing": "{where} is missing",
     "wrong_unknown": "{where} is not known here",
     "wrong_length": "{where} is too long (at most {most})",
+    "wrong_line": "{where} is more than one line of text",
     "wrong_value": "in {where}, {what}",
     "wrong_whole": "the whole",
     "wrong_tree": "message {id} is there twice or stands before the one above it",

@@ -26,6 +26,7 @@ from engine import UserError
 ROLES = ("user", "assistant")
 STATUSES = ("running", "done", "length", "stopped", "error", "interrupted")
 UNDO_SECONDS = 7 * 24 * 3600
+SEARCHED = 32  # words: each is looked up by its beginning
 LOOK_SECONDS = 3600  # whether a backup is due
 _STATS_IN_WORDS = ("model", "level", "error")  # the others are numbers
 T = TypeVar("T")
@@ -171,7 +172,7 @@ class Chats:
 
     def search(self, text: str, limit: int = 50) -> list[dict]:
         """Conversations whose title or messages contain the words: id, title and a snippet, best first."""
-        words = text.replace('"', "").replace("\0", " ").split()
+        words = list(dict.fromkeys(text.replace('"', "").replace("\0", " ").split()))[:SEARCHED]
         if not words:
             return []
         found = {row["id"]: dict(row) for row in self._rows(

@@ -15,10 +15,9 @@ from starlette.exceptions import HTTPException
 
 from app import incoming
 from app.chat.answers import Jobs
-from app.chat.chat_settings import Wishes
+from app.chat.chat_settings import Drafts, Wishes
 from app.chat.chats import Chats, Conversation, Message
 from app.chat.context_window import to_prompt
-from app.chat.drafts import Drafts
 from app.chat.import_export import IMPORT_BYTES, export_json, export_markdown, import_text
 from app.incoming import BODY_BYTES, Context, Id, Name, Place, what_is_wrong
 from app.library.model_library import Shelf
@@ -281,7 +280,8 @@ async def machine_error(request: Request, error: MachineError) -> JSONResponse:
 
 async def database_error(request: Request, error: sqlite3.Error) -> JSONResponse:
     full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
-    return JSONResponse({"error": TEXT["not_saved" if full else "database_failed"].format(error=error)}, 507)
+    said = TEXT["not_saved"] if full else TEXT["database_failed"]
+    return JSONResponse({"error": said.format(error=error)}, 507)
 
 
 async def wrong_request(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -290,14 +290,14 @@ async def wrong_request(request: Request, error: RequestValidationError) -> JSON
 
 async def refused_request(request: Request, error: HTTPException) -> JSONResponse:
     """What FastAPI refuses before a route is asked."""
-    said = TEXT["request_large" if error.status_code == 413 else "request_unread"]
+    said = TEXT["request_large"] if error.status_code == 413 else TEXT["request_unread"]
     return JSONResponse({"error": said}, error.status_code)
 
 
 def speak_in_sentences(app: FastAPI) -> None:
     """Whatever is wrong with a request, its answer says what to do."""
-    for kind, answer in ((UserError, user_error), (MachineError, machine_error), (sqlite3.Error, database_error), (HTTPException, refused_request),
-                         (RequestValidationError, wrong_request)):
+    for kind, answer in ((UserError, user_error), (MachineError, machine_error), (sqlite3.Error, database_error),
+                         (HTTPException, refused_request), (RequestValidationError, wrong_request)):
         app.add_exception_handler(kind, answer)
 
 

@@ -11,12 +11,10 @@ from dataclasses import asdict
 import pytest
 
 from app.chat import recovery
-from app.chat.chat_settings import Wishes
+from app.chat.chat_settings import Drafts, Presets, Wishes
 from app.chat.chats import Chats
 from app.chat.context_window import to_prompt
-from app.chat.drafts import Drafts
 from app.chat.import_export import export_json, import_text
-from app.chat.presets import Presets
 from engine import UserError
 from tests.support.waiting import until
 
