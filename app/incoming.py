@@ -15,8 +15,9 @@ from engine import UserError
 BODY_BYTES = 16 << 20  # of a request; an imported file may be larger
 TEXT_CHARACTERS = 1_000_000  # of one message: more than any context holds
 TITLE_CHARACTERS = 200
-ATTACHMENTS = 10
+ATTACHMENTS = 100
 ATTACHMENT_BYTES = 1_000_000
+ATTACHED_CHARACTERS = 2_000_000  # of all together
 
 Id = Annotated[int, Field(ge=1, lt=1 << 63)]  # what SQLite can count
 ONE_LINE = r"^[^\x00-\x1f\x7f]*$"
@@ -44,7 +45,13 @@ class Attachment(Body):
         return self
 
 
-Attachments = Annotated[list[Attachment], FailFast(), Field(max_length=ATTACHMENTS)]
+def _bounded(files: list[Attachment]) -> list[Attachment]:
+    if sum(len(file.text) for file in files) > ATTACHED_CHARACTERS:
+        raise UserError(TEXT["too_much"].format(most=ATTACHED_CHARACTERS))
+    return files
+
+
+Attachments = Annotated[list[Attachment], FailFast(), Field(max_length=ATTACHMENTS), AfterValidator(_bounded)]
 
 
 class Begin(Body):

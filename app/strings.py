@@ -60,6 +60,7 @@ TEXT = {
     "remove": "Remove",
     "not_text": "{name} is not a text file; attach plain text such as .txt, .md, .py or .csv.",
     "too_large": "{name} is larger than 1 MB; attach a shorter text.",
+    "too_much": "The attached files hold more than {most} characters together; attach fewer.",
     "file_head": "File {name}:",
     "copy": "Copy",
     "copied": "Copied",

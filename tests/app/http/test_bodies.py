@@ -30,7 +30,7 @@ BODIES = {  # whole bodies that no route takes
 }
 VALUES = [None, True, 0, 2**63, 1.5, float("nan"), float("inf"), "", "x" * 1_000_001, "\0", "a\nb", "\ud800", [], [1],
           {}, {"a": {}}, [{"name": "a"}], [{"name": "a", "text": 1}], [{"name": "a", "text": "\0"}],
-          [{"name": "n", "text": "x"}] * 11, [{"name": "a", "text": "x" * 1_000_001}], [None] * 100_000]
+          [{"name": "n", "text": "x"}] * 101, [{"name": "a", "text": "x" * 1_000_001}], [None] * 100_000]
 BROWSER = {"content-type": "application/json"}
 
 
@@ -181,6 +181,8 @@ def test_a_message_is_measured_before_any_work(client, parts):
     assert parts.chats.path(made["id"]) == []
     said = client.post(place, json={"attachments": [{"name": "/a/b.txt", "text": "x" * 1_000_001}]}).json()["error"]
     assert said.startswith("b.txt is larger")
+    is_refused(client.post(place, json={"attachments": [{"name": "a", "text": "x" * 1_000_000}] * 3}))
+    assert parts.chats.path(made["id"]) == []
 
 
 def test_titles_have_an_end(client):
@@ -188,3 +190,16 @@ def test_titles_have_an_end(client):
     place = f"/api/conversations/{made['id']}"
     is_refused(client.patch(place, json={"title": "x" * 201}))
     assert client.patch(place, json={"title": " a\n b ", "pinned": True}).json()["title"] == "a b"
+
+
+def test_a_database_that_is_damaged_under_a_running_program(client, parts):
+    """What is asked next is answered, and the page is told where the damaged file is kept."""
+    answers(client, parts)
+    file = parts.chats.file
+    parts.chats._rows("PRAGMA wal_checkpoint(TRUNCATE)")
+    with open(file, "r+b") as opened:
+        opened.seek(4096)
+        opened.write(b"\xa5" * (file.stat().st_size - 4096))
+    parts.chats._rows("PRAGMA shrink_memory")
+    answers(client, parts)
+    assert str(file.with_name("chats.db.damaged-1")) in client.get("/api/state").json()["disk_trouble"]
