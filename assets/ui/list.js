@@ -1,9 +1,11 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
 import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
 
+const MOST_BYTES = 60 << 20; // of a file to import
+
 export async function mount(root) {
   await ready;
-  const search = h("input", { type: "search", placeholder: TEXT.search, "aria-label": TEXT.search, id: "search",
+  const search = h("input", { type: "search", placeholder: TEXT.search, "aria-label": TEXT.search, id: "search", maxlength: 1000,
     oninput: () => { clearTimeout(search.timer); search.timer = setTimeout(look, 150); },
     onkeydown: (event) => { if (event.key === "Escape") { search.value = ""; look(); } } });
   const list = h("ul", { class: "conversations", "aria-label": TEXT.conversations });
@@ -88,7 +90,7 @@ function menu(conversation, row) {
 }
 
 function rename(conversation, row) {
-  const input = h("input", { value: conversation.title, "aria-label": TEXT.rename, class: "rename" });
+  const input = h("input", { value: conversation.title, maxlength: 200, "aria-label": TEXT.rename, class: "rename" });
   const finish = async (keep) => {
     input.replaceWith(row.shown);
     if (keep && input.value.trim()) await api("PATCH", `/api/conversations/${conversation.id}`, { title: input.value });
@@ -116,10 +118,11 @@ async function remove(conversation) {
 }
 
 async function importFile(file) {
-  if (!file.files.length) return;
-  const text = await file.files[0].text();
+  const [chosen] = file.files;
   file.value = "";
-  const made = await api("POST", "/api/import", text);
+  if (!chosen) return;
+  if (chosen.size > MOST_BYTES) return notice(TEXT.import_long);
+  const made = await api("POST", "/api/import", await chosen.text());
   notice(say("imported", { n: made.length }));
   if (made.length) opened.id = made[0].id;
 }
