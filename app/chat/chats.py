@@ -69,12 +69,10 @@ class Chats:
         self.mended = ""  # what a person has to know of a recovery
         self._lock, self._copying, self._closed = threading.RLock(), threading.Lock(), threading.Event()
         self._db: sqlite3.Connection | None = None
-        try:
-            self._db = open_database(file)
-        except sqlite3.DatabaseError as error:
-            self._mend(error)
+        self._begun = False
         self._rows("UPDATE messages SET status='interrupted' WHERE status='running'")  # when the last process ended
         self._rows("DELETE FROM conversations WHERE deleted_at < ?", time.time() - UNDO_SECONDS)
+        self._begun = True
         self._backups = threading.Thread(target=self._back_up, name="backups", daemon=True)
         self._backups.start()
 
@@ -82,7 +80,8 @@ class Chats:
         self._closed.set()
         self._backups.join()
         with self._lock:
-            self._db.close()
+            if self._db:
+                self._db.close()
 
     def _back_up(self) -> None:
         while True:
@@ -100,19 +99,26 @@ class Chats:
             raise error
         if self._db:
             self._db.close()
-        with self._copying:
-            kept = recover(self.file, error, even_empty=self._db is not None)
-        self._db = open_database(self.file)
+        self._db = None
+        try:
+            with self._copying:
+                kept = recover(self.file, error, even_empty=self._begun)
+        except (sqlite3.Error, OSError) as trouble:
+            raise UserError(TEXT["database_unusable"].format(path=self.file, error=trouble)) from trouble
         self.mended = TEXT["database_mended"].format(kept=kept)
+
+    def _open(self) -> sqlite3.Connection:
+        self._db = self._db or open_database(self.file)
+        return self._db
 
     def _alone(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """No other thread meanwhile; once more where the database had to be mended."""
         with self._lock:
             try:
-                return work(self._db)
+                return work(self._open())
             except sqlite3.DatabaseError as error:
                 self._mend(error)
-                return work(self._db)
+                return work(self._open())
 
     def _rows(self, query: str, *values) -> list[sqlite3.Row]:
         return self._alone(lambda db: db.execute(query, values).fetchall())

@@ -239,3 +239,23 @@ def test_a_message_with_nonsense_in_it_is_shown_as_well_as_can_be(tmp_path, colu
     assert chats.path(conversation.id)[1].text == "the answer"
     read_everything(chats)
     chats.close()
+
+
+def test_without_room_for_a_recovery_that_is_said_and_tried_again(tmp_path, filled, monkeypatch):
+    path = tmp_path / "chats.db"
+    path.write_bytes(filled)
+    chats = Chats(path)
+    with open(path, "r+b") as file:
+        file.seek(PAGE)
+        file.write(b"x" * (len(filled) - PAGE))
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery.shutil, "copyfile", full)
+        for _ in range(2):
+            with pytest.raises(UserError, match="No space left"):
+                use(chats)
+    use(chats)
+    assert "damaged-" in chats.mended
+    chats.close()
