@@ -19,8 +19,6 @@ from engine.machine.pinned_memory import Driver
 from engine.model import load
 from engine.model.static_cache import StepCache
 
-PROFILED = 20  # tokens
-
 
 @dataclass(frozen=True)
 class Case:
@@ -76,11 +74,8 @@ def _rows(decoder: DeviceDecoder, capture: Capture | None, loaded: load.Loaded, 
     on_gpu = torch.device(runtime.device).type == "cuda"
     yield timed.row("step", known) | {
         "vram_peak": torch.cuda.max_memory_allocated() - held_bytes if on_gpu else 0}
-    n = min(PROFILED, case.n_tokens - 1)
-    watched = step_profile.profiled(_tokens(decoder, n + 1), n, runtime, case.context)
-    yield from step_profile.explained(timed, *watched, loaded.model, runtime, loaded.spec, known, speeds, case.gpu)
-    yield from step_profile.whole_experts(
-        runtime, lambda: _answer(decoder, runtime, case)[1].row("whole experts", known | {"level": "exact"}))
+    yield from step_profile.explained(timed, loaded, lambda n: _tokens(decoder, n),
+                                      lambda: _answer(decoder, runtime, case)[1], known, speeds, case.gpu)
 
 
 def _answer(decoder: DeviceDecoder, runtime: DeviceRuntime, case: Case) -> tuple[list[int], TimedAnswer]:

@@ -17,6 +17,7 @@ import torch
 from engine.core import SPARSE_LEVELS, Counters, Machine, ModelSpec, UserError
 from engine.experts.device import DeviceRuntime
 from engine.machine import detect
+from engine.model.load import Loaded
 
 Row = dict[str, object]
 # Kernels of kernels/gpu/ as a profile names them; everything else is transformers', the sampler's or a copy.
@@ -26,6 +27,7 @@ OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_
 # profiler's own wait at its end counts as well.
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
 MOST_KERNELS = 25
+PROFILED = 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -140,23 +142,28 @@ def profiled(tokens: Iterator, n_tokens: int, runtime: DeviceRuntime, context: i
     return summed(profile.events(), n_tokens), TimedAnswer(n_tokens, seconds, runtime.counters() - before, context)
 
 
-def explained(answer: TimedAnswer, profile: Profile, watched: TimedAnswer, model: torch.nn.Module,
-              runtime: DeviceRuntime, spec: ModelSpec, known: Row, speeds: Speeds, gpu: Machine | None,
-              ) -> Iterator[Row]:
-    """Rows: kernels, what is left of them beside the bytes, and the token on another card if one is named.
+def explained(answer: TimedAnswer, loaded: Loaded, tokens: Callable[[int], Iterator], again: Callable[[], TimedAnswer],
+              known: Row, speeds: Speeds, gpu: Machine | None) -> Iterator[Row]:
+    """Rows: kernels, what is left of them beside the bytes, the token on another card if one is named, whole experts in
+    the same near bytes.
 
-    watched: the answer that the profile was taken of, which a profiler slows down; its bytes belong to the profile.
+    tokens(n): n tokens with what is near by now. again(): an answer from an empty near memory. A profiler slows down
+    what it watches, so its bytes belong to the profile alone.
     """
+    runtime, spec, n = loaded.runtime, loaded.spec, min(PROFILED, max(1, answer.n_tokens - 1))
+    profile, watched = profiled(tokens(n + 1), n, runtime, answer.context)
     yield from profile.rows(known, spec.layers)
-    own = Needs(expert_bytes(runtime, watched.used, watched.n_tokens), watched.link_bytes, profile.own() / 1e6)
-    of_experts, link = expert_bytes(runtime, answer.used, answer.n_tokens), answer.link_bytes
-    whole = Needs(vram_bytes(model, spec, answer.context, of_experts), link, answer.seconds / answer.n_tokens)
+    own = Needs(expert_bytes(runtime, watched.used, n), watched.link_bytes, profile.own() / 1e6)
+    of_experts = expert_bytes(runtime, answer.used, answer.n_tokens)
+    whole = Needs(vram_bytes(loaded.model, spec, answer.context, of_experts), answer.link_bytes,
+                  answer.seconds / answer.n_tokens)
     yield {"measured": "outside memory", **known, "own_us_per_layer": 1e6 * own.outside_seconds(speeds) / spec.layers,
            "us_per_layer": 1e6 * whole.outside_seconds(speeds) / spec.layers,
-           "vram_bytes": int(whole.vram_bytes), "link_bytes": int(link),
+           "vram_bytes": int(whole.vram_bytes), "link_bytes": int(whole.link_bytes),
            "bound_tokens_per_second": 1 / whole.memory_seconds(speeds)}
     if gpu is not None:
         yield known | projected(whole, speeds, gpu)
+    yield from whole_experts(runtime, lambda: again().row("whole experts", known | {"level": "exact"}))
 
 
 def expert_bytes(runtime: DeviceRuntime, used: Counters, n_tokens: int) -> float:

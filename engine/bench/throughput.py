@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.bench import step_profile, synthetic_model
-from engine.bench.step_profile import Profile, Row, Speeds, TimedAnswer
+from engine.bench.step_profile import Row, Speeds, TimedAnswer
 from engine.chat.tokenizer import Tokens
 from engine.core import Counters, Machine, Options, Sampling, UserError
 from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps
@@ -34,7 +34,6 @@ from engine.planning.planner import DEFAULT_CHUNK
 
 PREFILL, DECODE = 512, 128  # tokens
 ROUNDS = 5
-PROFILED = 20  # tokens
 RANDOM = Sampling(10.0, 256, 1.0, 0.0, 1.0, seed=0)  # what a device draws in place of random tokens
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0)
 QUESTIONS = ("Tell me a story about a small dog.", "What do you like to do on a rainy day?")
@@ -106,12 +105,12 @@ class Bench:
             "device": self.device.type, "level": runtime.level, "near_bytes": runtime.near_bytes,
             "prefill_tokens": sizes.prefill, "decode_tokens": sizes.decode, "chunk": self.chunk,
             "needed_bytes_per_token": needed, "copy_bytes_per_second": copy,
-            "own_text": {"cold": cold, "warm": warm}, "note": self.note,
+            "own_text": {"cold": cold, "warm": warm}, "note": self.reason,
             **({"synthetic": True} if self.synthetic else {}),
         }
 
     @property
-    def note(self) -> str:
+    def reason(self) -> str:
         """Why a device does less than it might (no graph, experts on the processor), else ""."""
         return self.loaded.runtime.note or self.decoder.reason
 
@@ -128,24 +127,20 @@ class Bench:
         name = f"synthetic {loaded.spec.name}" if self.synthetic else loaded.spec.name
         known = {"model": name, "level": runtime.level, "layers": loaded.spec.layers, "near_bytes": runtime.near_bytes}
         timed = self._timed(self.random)
-        yield timed.row("bench", known) | {"note": self.note}
-        yield from step_profile.explained(timed, *self._profiled(), loaded.model, runtime, loaded.spec, known, speeds,
-                                          gpu)
-        self.report("whole experts in the same near memory")
-        yield from step_profile.whole_experts(runtime, lambda: self._whole_experts(known))
-
-    def _whole_experts(self, known: Row) -> Row:
-        self._warm_up()
-        return self._timed(self._random()).row("whole experts", known | {"level": "exact"})
+        yield timed.row("bench", known) | {"note": self.reason}
+        yield from step_profile.explained(timed, loaded, self._few, self._again, known, speeds, gpu)
 
     def _timed(self, run: Run) -> TimedAnswer:
         return TimedAnswer(self.sizes.decode, run.decode, run.counters, self.context)
 
-    def _profiled(self) -> tuple[Profile, TimedAnswer]:
-        """A profile of a few tokens with what is near by now."""
-        n = min(PROFILED, self.sizes.decode - 1)
+    def _few(self, n: int) -> Iterator[Drawn]:
         self._read(self.ids[:1])
-        return step_profile.profiled(self._decode(self.ids[-n - 1:]), n, self.loaded.runtime, self.context)
+        return self._decode(self.ids[-n:])
+
+    def _again(self) -> TimedAnswer:
+        self.report("whole experts in the same near memory")
+        self._warm_up()
+        return self._timed(self._random())
 
     def _warm_up(self) -> None:
         """For what is made or compiled at first use: a device's graphs, with look-ahead and without."""

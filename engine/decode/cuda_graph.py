@@ -8,7 +8,6 @@ running the step gave. A model that cannot be captured runs the same kernels one
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -19,25 +18,16 @@ AGREEMENT = 2e-2    # share of the largest logit: a library may choose another a
 Run = Callable[[], None]
 
 
-class Capture(Protocol):
-    """How a run becomes a graph."""
-
-    def beside(self, run: Run, strictly: bool) -> None:
-        """Run as the recording will, without recording. strictly: RuntimeError where the run waits for the device: that
-        would break a recording, and a broken one leaves torch's allocator waiting for its end."""
-
-    def record(self, run: Run) -> Run:
-        """-> the graph's replay. Recording need not compute anything."""
-
-
-class CudaCapture:
-    """For all graphs of one model: they share a memory pool and a stream."""
+class Capture:
+    """How a run becomes a graph: all graphs of one model share a memory pool and a stream."""
 
     def __init__(self) -> None:
         # Above the priority of what runs beside it (engine/experts/side_stream.py).
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(priority=-1)
 
     def beside(self, run: Run, strictly: bool) -> None:
+        """Run as the recording will, without recording. strictly: RuntimeError where the run waits for the device: that
+        would break a recording, and a broken one leaves torch's allocator waiting for its end."""
         mode = torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -50,6 +40,7 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, run: Run) -> Run:
+        """-> the graph's replay."""
         graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Only what this thread calls can break the capture.
@@ -65,7 +56,7 @@ class Graphs:
 
     def __init__(self, step: Step, capture: Capture | None = None) -> None:
         self.step, self.reason = step, ""
-        self._capture = capture or CudaCapture()
+        self._capture = capture or Capture()
         self._graphs: dict[tuple, Run] = {}
 
     def launch(self, position: int) -> None:

@@ -23,7 +23,7 @@ from engine.files.manifest import FileEntry, Manifest, file_entry
 from engine.model.load import Loaded, load
 from engine.paths import CALIBRATION_LOG
 from engine.quality.budgets import Budgets, LayerTable, OutputErrors, cheapest, record_bytes
-from engine.quality.loss_probe import Documents, LossProbe, MeasurementLog, Sums, log_probabilities
+from engine.quality.loss_probe import Documents, LossProbe, MeasurementLog, Sums, check_vocabulary, log_probabilities
 from engine.quality.sparse_forward import Decoded, Seen, Simulation
 from engine.quality.texts import read_tokens
 from engine.quality.traces import Trace, miss_curve
@@ -276,7 +276,10 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
     """
     manifest = Manifest.load(folder)
     loaded = load(folder, Options(level="exact", device=device, predict=False))
-    reference = None if reference_folder is None else _reference(reference_folder, loaded, device)
+    reference = None
+    if reference_folder is not None:
+        reference = load(reference_folder, Options(level="full", device=device)).model
+        check_vocabulary(loaded.model, reference)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
     log, progress = MeasurementLog(folder, _subject(manifest, loaded, documents)), _Read(check)
     calibration = Calibration(loaded, documents, reference, report, log, progress.skip)
@@ -294,15 +297,6 @@ def _subject(manifest: Manifest, loaded: Loaded, texts: Sequence[Documents]) -> 
     files = [(entry.path, entry.sha256) for entry in manifest.files if entry.path != USAGE]
     tokens = [[ids.tolist() for ids in documents] for documents in texts]
     return hashlib.sha256(repr((files, tokens, loaded.model.device.type)).encode()).hexdigest()
-
-
-def _reference(folder: Path, loaded: Loaded, device: str | None):
-    found = load(folder, Options(level="full", device=device)).model
-    theirs, ours = found.config.vocab_size, loaded.model.config.vocab_size
-    if theirs != ours:
-        raise UserError(f"{folder} has {theirs:,} tokens in its vocabulary and this model {ours:,}; give the "
-                        "checkpoint that it was made from.")
-    return found
 
 
 class _Read:

@@ -16,7 +16,7 @@ from engine.decode.decoder import given, steps
 from engine.decode.prefix_cache import DynamicPrefix
 from engine.experts.cache import whole_row_bytes
 from engine.model.load import Loaded
-from engine.quality.loss_probe import Sums, log_probabilities
+from engine.quality.loss_probe import Sums, check_vocabulary, log_probabilities
 
 Tensor = torch.Tensor
 LONGEST = 1024  # tokens of a document that are read together, less for a model with a shorter context
@@ -76,6 +76,7 @@ def evaluate(loaded: Loaded, documents: list[list[int]], levels: list[str], near
     for level in levels:
         if level not in runtime.levels:
             raise UserError(f"This model cannot run at level {level}: it offers {', '.join(runtime.levels)}.")
+    check_vocabulary(loaded.model, source.model)
     before = (runtime.level, runtime.near_wish, runtime.phase, runtime.predict)
     sums, used = {level: Sums() for level in levels}, dict.fromkeys(levels, Counters())
     reference_sums = Sums()
@@ -118,9 +119,6 @@ def _run(loaded: Loaded, ids: list[int], reference: Tensor, sums: Sums) -> Count
     before = runtime.counters()
     drawn = steps(DynamicPrefix(loaded.model), ids[:1], given(ids[1:]), len(reference))
     for step, row in zip(drawn, reference, strict=True):
-        if step.logits.shape != row.shape:
-            raise UserError(f"The reference has {len(row):,} tokens in its vocabulary and this model "
-                            f"{len(step.logits):,}; give the checkpoint that it was made from.")
         found = step.logits[None].float().log_softmax(-1)
         sums.add(found, row[None].to(found.device), torch.tensor([step.token], device=found.device))
     return runtime.counters() - before

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from engine.core import UserError
 from engine.experts.host import LevelPlan
 from engine.paths import CALIBRATION_LOG
 
@@ -34,6 +35,14 @@ KEPT = 256                # probabilities of a token that are kept one by one; t
 def log_probabilities(model, ids: Tensor) -> Tensor:
     """float32 [n-1, V] of the tokens 1.. of a document [1, n]."""
     return model(ids).logits[0, :-1].float().log_softmax(-1)
+
+
+def check_vocabulary(model, reference) -> None:
+    """UserError for a reference of other tokens."""
+    ours, theirs = (which.config.get_text_config().vocab_size for which in (model, reference))
+    if ours != theirs:
+        raise UserError(f"The reference has {theirs:,} tokens in its vocabulary and this model {ours:,}; give the "
+                        "checkpoint that it was made from.")
 
 
 @dataclass

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict:
     device, why = errors.device_for("cuda" if for_gpu else args.device)
     if why:
         report(why)
-    speeds, held = _card(vram) if device == "cuda" else (None, None)
+    speeds, held = _empty_gpu(vram) if device == "cuda" else (None, None)
     options = Options(level=args.level or Options.level, near_bytes=near, device=device)
     loaded = load.load(args.folder, options, report)
     if args.level and loaded.runtime.level != args.level:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
     return document
 
 
-def _card(vram: int | None) -> tuple:
+def _empty_gpu(vram: int | None) -> tuple:
     """The card's speeds while it is empty, and what keeps the rest of it occupied."""
     from engine.bench import gpu_kernels
     return gpu_kernels.speeds(), gpu_kernels.reserve_vram(vram)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.bench import step as gpu_step
+from engine.bench import step_profile
 from engine.bench.step import Case, steps
 from engine.bench.step_profile import Speeds, gpu_named
 from engine.bench.synthetic import shape_named
@@ -30,7 +30,7 @@ without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="this comput
     pytest.param("qwen3-30b-a3b", "exact", 200_000, marks=pytest.mark.slow)])
 def test_a_synthetic_step_is_measured(name, level, near_bytes, monkeypatch):
     monkeypatch.setattr(catalogue, "find", tiny)
-    monkeypatch.setattr(gpu_step, "PROFILED", 3)  # on a processor a profile is long
+    monkeypatch.setattr(step_profile, "PROFILED", 3)  # on a processor a profile is long
     gpu, speeds, ledger = gpu_named("rtx-3060-12gb"), Speeds(1e9, 1e8), Ledger()
     case = Case(name, None, level, near_bytes, 16, gpu)
     rows = list(steps(case, shape_named(case.name, case.layers), ledger, speeds, device="cpu", capture=Recording()))
