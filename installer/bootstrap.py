@@ -115,7 +115,7 @@ def _choice(args: argparse.Namespace, app: Path) -> gpu.Choice:
         document = json.loads(memory.read_text(encoding="utf-8"))
         if document["mark"] == mark and not args.repair:
             return gpu.Choice(document["backend"], document["sentence"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     choice = gpu.choose()
     document = {"mark": mark, "backend": choice.backend, "sentence": choice.sentence}

@@ -220,10 +220,10 @@ def _stamps(app: Path) -> list[Path]:
 def _stamped(app: Path, stamp: Path) -> Environment | None:
     try:
         document = json.loads(stamp.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        environment = Environment(app / stamp.stem, document["cc"])
+        whole = environment.python.exists() and _count_files(environment.folder) >= document["n_files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    environment = Environment(app / stamp.stem, document["cc"])
-    whole = environment.python.exists() and _count_files(environment.folder) >= document["n_files"]
     return environment if whole else None
 
 

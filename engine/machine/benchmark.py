@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.core import Machine
+from engine.disk import read_json
 
 RATES = ("copy_bytes_per_second", "gemv_bytes_per_second", "operation_seconds", "decode_weights_per_second",
          "flops_per_second")
@@ -157,11 +158,11 @@ def _key(machine: Machine) -> str:
 
 def _read(path: Path) -> dict[str, float] | None:
     try:
-        rates = json.loads(path.read_text())
-    except (OSError, ValueError):
+        rates = read_json(path)
+        named = rates.keys() in (set(RATES), {"copy_bytes_per_second"})
+        return rates if named and all(0 < rate < float("inf") for rate in rates.values()) else None
+    except (OSError, ValueError, AttributeError, TypeError):  # measured again
         return None
-    good = isinstance(rates, dict) and rates.get("copy_bytes_per_second", 0) > 0
-    return rates if good else None
 
 
 def _write(path: Path, rates: dict[str, float]) -> None:

@@ -71,7 +71,7 @@ class CardMeter:
 
     def _read(self, child: subprocess.Popen) -> None:
         for line in child.stdout:
-            with suppress(ValueError, TypeError):  # a driver may write lines of its own
+            with suppress(ValueError, TypeError, RecursionError):  # a driver may write lines of its own
                 last = dict(json.loads(line))
                 CardNumbers(**({} if "error" in last else last))
                 self._last, self._at = last, time.monotonic()

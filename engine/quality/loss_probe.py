@@ -216,5 +216,5 @@ def _read(line: str) -> tuple[str, tuple[float, float]] | None:
     try:
         key, loss, divergence = json.loads(line)
         return str(key), (float(loss), float(divergence))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None

@@ -106,6 +106,6 @@ def _messages(path: Path, number: int, line: str) -> list[dict]:
         messages = json.loads(line)["messages"]
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             return messages
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f'Line {number} of {path} is no conversation; each line must be {{"messages": [...]}}.')

@@ -229,6 +229,17 @@ def test_a_damaged_environment_is_noticed(whole, tmp_path, lost):
     assert environment.ready(app, whole[1]) is None
 
 
+@pytest.mark.parametrize("written", ["", "{", "[]", "7", "{}", '{"cc": null}', '{"cc": null, "n_files": "many"}',
+                                     "[" * 100_000])
+def test_a_damaged_stamp_counts_as_none(tmp_path, written):
+    stamp = tmp_path / "ready" / "x.json"
+    stamp.parent.mkdir()
+    stamp.write_text(written)
+    (tmp_path / "x" / "bin").mkdir(parents=True)
+    (tmp_path / "x" / "bin" / "python").touch()
+    assert environment._stamped(tmp_path, stamp) is None
+
+
 def test_not_enough_room_is_said_before_anything_is_done(tmp_path, screen, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=200_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -238,7 +238,8 @@ def test_measured_speeds_are_cached_per_machine(tmp_path, speeds):
     assert benchmark.with_rates(other, tmp_path).gemv_bytes_per_second == 2.0
     speeds += [3.0, 3.0]
     assert benchmark.with_rates(machine, tmp_path, refresh=True).gemv_bytes_per_second == 3.0
-    for damaged in ("{", "[]", '{"copy_bytes_per_second": 0}'):
+    for damaged in ("{", "[]", '{"copy_bytes_per_second": 0}', '{"copy_bytes_per_second": "fast"}', "[" * 100_000,
+                    '{"copy_bytes_per_second": Infinity}', '{"gemv_bytes_per_second": 1}', "null", "\0"):
         for path in tmp_path.glob("machine-*.json"):
             path.write_text(damaged)
         speeds += [4.0, 4.0]

@@ -248,5 +248,9 @@ def test_what_was_measured_on_something_else_is_thrown_away(tmp_path):
     again = MeasurementLog(tmp_path, "this")
     assert (again.get((1, 2), 0, 3), again.get((1, 2), 1, 3)) == ((0.1, 1e-300), (-0.2, 3.0))
     assert again.get((1, 3), 0, 3) is None
+    (written,) = (path for path in tmp_path.iterdir() if path.is_file())
+    with open(written, "a") as file:
+        file.write("[" * 100_000 + "\n7\n")
+    assert MeasurementLog(tmp_path, "this").get((1, 2), 0, 3) == (0.1, 1e-300)
     for subject in ("other", "this"):
         assert MeasurementLog(tmp_path, subject).get((1, 2), 0, 3) is None

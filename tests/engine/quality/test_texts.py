@@ -74,6 +74,7 @@ def test_a_text_without_separators_is_cut(tmp_path: Path, tokenizer) -> None:
     ("a.txt", b"\n<|endoftext|>\n", "no text to measure on"),
     ("a.jsonl", b'{"text": "hello"}\n', "no conversation"),
     ("a.jsonl", b'[1, 2]\n', "no conversation"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "no conversation"),
     ("a.jsonl", b'{"messages": ["hello"]}\n', "no conversation"),
 ])
 def test_a_bad_file_gets_one_sentence(tmp_path: Path, tokenizer, name: str, content: bytes | None, sentence) -> None:
