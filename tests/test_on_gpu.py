@@ -17,9 +17,9 @@ from engine.experts.host import LevelPlan
 from engine.experts.prefill import Staging
 from engine.files.manifest import Manifest
 from engine.machine.pinned_memory import CudaDriver, HostMemory
+from engine.machine.process_memory import return_freed
 from engine.model import load
 from engine.model.static_cache import StepCache
-from engine.planning.room import return_freed
 from kernels.fill import fill
 from tests.engine.chat.test_engine import GREEDY, TALK, chat, finish, told
 from tests.support.folders import compressed

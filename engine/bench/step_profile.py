@@ -16,7 +16,7 @@ import torch
 
 from engine.core import SPARSE_LEVELS, Counters, Machine, ModelSpec, UserError
 from engine.experts.device import DeviceRuntime
-from engine.machine import detect
+from engine.machine import table
 from engine.model.load import Loaded
 
 Row = dict[str, object]
@@ -60,7 +60,7 @@ class Needs:
 
 def gpu_named(name: str) -> Machine:
     """The card of assets/machines.toml. UserError for a name that is not there, or is no card that could run this."""
-    found = detect.described(name)
+    found = table.described(name)
     if found.device != "cuda":
         raise UserError(f"{found.name} is no card that runs this; choose another name, such as rtx-3060-12gb.")
     return found

@@ -18,11 +18,12 @@ from engine.core import MachineError, Options
 from engine.experts.device import take_over
 from engine.experts.host import LayerExperts, Runtime
 from engine.machine import errors
+from engine.machine.detect import machine_for
 from engine.machine.pinned_memory import CudaDriver, Driver, HostMemory
 from engine.model import load
 from engine.model.host_embedding import leave_on_host
 from engine.paths import demo_model
-from engine.planning.room import Room, machine_for
+from engine.planning.planner import Planner
 
 Tensor = torch.Tensor
 Report = Callable[[str, float], None]
@@ -83,7 +84,7 @@ def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
 
 def _loaded(model: torch.nn.Module, shape: Shape, calibration: Mapping, far: FarSynthetic, device: str) -> load.Loaded:
     """The trunk onto the device; the host computes the experts until a device takes over."""
-    room = Room(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
+    room = Planner(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
     runtime = load.bind(model, far, "exact", room)
     model.to(device)
     return load.Loaded(model.eval(), AutoTokenizer.from_pretrained(demo_model()), runtime, shape.spec, room)

@@ -30,7 +30,7 @@ from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
 from engine.machine import benchmark
 from engine.model.load import FloeExperts, Loaded
-from engine.planning.planner import DEFAULT_CHUNK
+from engine.planning.sizes import DEFAULT_CHUNK
 
 PREFILL, DECODE = 512, 128  # tokens
 ROUNDS = 5

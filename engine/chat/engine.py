@@ -26,7 +26,7 @@ from engine.core import Event, Options, Sampling, Stopped, UserError, never
 from engine.machine.failures import sentence
 from engine.model import load
 from engine.planning import explain
-from engine.planning.planner import DEFAULT_CHUNK, SIDE_CONTEXT
+from engine.planning.sizes import DEFAULT_CHUNK, SIDE_CONTEXT
 
 GRACE_SECONDS = 0.5  # that a stopped model has for its last words
 _log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.planning.planner import tile_experts
+from engine.planning.sizes import tile_experts
 from kernels.activation import Gate
 from kernels.dequantize import dequantize
 from kernels.layout import Layout

@@ -33,7 +33,7 @@ from engine.library.hub import Hub, RemoteFile, Stopped
 from engine.library.installed import Source, partial, partial_share
 from engine.library.transfer import INDEX, Choice, arrived, begin, check_disk, fetch_all
 from engine.machine import errors
-from engine.planning.planner import DEFAULT_TRUNK_BITS
+from engine.planning.sizes import DEFAULT_TRUNK_BITS
 from engine.progress import Meter, Progress
 
 Tensor = torch.Tensor

@@ -28,7 +28,7 @@ from engine.library.hub import Hub, Listing, Stopped
 from engine.library.installed import Source, partial
 from engine.library.transfer import Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
 from engine.machine import errors
-from engine.planning.planner import DEFAULT_TRUNK_BITS
+from engine.planning.sizes import DEFAULT_TRUNK_BITS
 from engine.progress import Meter, Progress
 from kernels.layout import Layout, default_group_size
 from kernels.planes import decode_down, decode_gate, decode_up, record_rows, sketch_rows

@@ -110,7 +110,7 @@ def _made(name: str, data: str | Path | None, choice: Choice, report: Report, st
         making = partial(dest)
         report(Progress(0, 1, 0.0, None, "Loading the compressor"))
         from engine.machine.errors import device_for
-        from engine.planning.planner import DEFAULT_TRUNK_BITS
+        from engine.planning.sizes import DEFAULT_TRUNK_BITS
         device, _ = device_for(choice.device)
 
         def check() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from engine.core import Machine, UserError
 from engine.library import catalogue
 from engine.machine import benchmark, detect
+from engine.machine.process_memory import own_bytes, own_vram_bytes
 from engine.paths import data_dir, models_dirs
 from engine.planning import explain
 from engine.planning.plan import Plan, Wishes
 from engine.planning.planner import plan
-from engine.planning.room import own_bytes, own_vram_bytes
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,32 @@
 """What this machine has: cards through NVML, memory and disk through psutil, and why a card is or is not used.
 
-`survey()` looks; `machine()` turns what was seen, or a row of assets/machines.toml, into the one frozen Machine that
-the planner reads. A missing driver, a driver that errs or hangs, several cards, a card half used by another program,
-a card without memory of its own or too old: each leaves a sentence in `notes`, none stops the program. Speeds are
-measured elsewhere (engine.machine.benchmark); here they are only what the hardware's numbers allow. Loads no torch.
+`survey()` looks; `machine()` turns what was seen into the one frozen Machine that the planner reads. A missing driver,
+a driver that errs or hangs, several cards, a card half used by another program, a card without memory of its own or too
+old: each leaves a sentence in `notes`, none stops the program. Speeds are measured elsewhere
+(engine.machine.benchmark); here they are only what the hardware's numbers allow. Loads no torch.
 """
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import re
 import sys
-import tomllib
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 
 import psutil
 
 from engine.core import Machine, UserError
 from engine.machine import nvml
-
-MIN_CAPABILITY = (7, 5)
-GIB = 2**30
-# Of the printed memory bandwidth a matrix-vector kernel reaches about this share (317 of 360 GB/s on an RTX 3060).
-REACHED_BANDWIDTH = 0.88
-# What crosses one PCIe lane in practice, bytes per second by generation (16 lanes: 12.4, 25.2 and 51 GB/s).
-LANE_BYTES_PER_SECOND = {1: 0.2e9, 2: 0.39e9, 3: 0.775e9, 4: 1.575e9, 5: 3.19e9, 6: 6.3e9}
-# 16-bit matrix operations per byte of memory bandwidth, where a card's own figure is not in the table (RTX 3060: 71).
-FLOPS_PER_BYTE = 71
-TABLE = Path(__file__).resolve().parents[2] / "assets" / "machines.toml"
-DEFAULT_RAM = 32 * GIB
-SYSTEM_RAM = 3 * GIB       # what an idle desktop keeps of a machine that is only described
-SYSTEM_VRAM = GIB // 2     # and of its card
+from engine.machine.table import (
+    FLOPS_PER_BYTE,
+    GIB,
+    LANE_BYTES_PER_SECOND,
+    MIN_CAPABILITY,
+    REACHED_BANDWIDTH,
+    capability_of,
+    rows,
+)
 
 SENTENCES = {
     "missing_package": "The nvidia-ml-py package is missing, so no graphics card can be looked for; install it with "
@@ -65,7 +58,7 @@ class Gpu:
 
     @property
     def usable(self) -> bool:
-        return self.vram_total_bytes > 0 and _capability(self.compute_capability) >= MIN_CAPABILITY
+        return self.vram_total_bytes > 0 and capability_of(self.compute_capability) >= MIN_CAPABILITY
 
     @property
     def link_bytes_per_second(self) -> float:
@@ -98,10 +91,6 @@ class Hardware:
         gpus = [{k: v for k, v in asdict(g).items() if k not in own} for g in self.gpus]
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_bytes")}
         return {"gpus": gpus, **sizes, "copy_bytes_per_second": copy_bytes_per_second}
-
-
-def _capability(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")) if re.fullmatch(r"\d+\.\d+", text) else (0, 0)
 
 
 def survey(models_folder: str | os.PathLike | None = None, timeout: float = nvml.TIMEOUT_SECONDS,
@@ -244,7 +233,7 @@ def _processor() -> str:
 
 def _printed_speeds(gpu: Gpu) -> tuple[float, float]:
     """Memory bandwidth and 16-bit operations per second: the table's, else what the driver's clocks say."""
-    for row in table().values():
+    for row in rows().values():
         same_size = abs(row.get("vram_gib", 0) * GIB - gpu.vram_total_bytes) < GIB
         if same_size and row["name"].lower() == gpu.name.lower().removeprefix("nvidia "):
             return row["memory_gb_per_second"] * 1e9, row["tflops"] * 1e12
@@ -252,61 +241,7 @@ def _printed_speeds(gpu: Gpu) -> tuple[float, float]:
     return bandwidth, FLOPS_PER_BYTE * bandwidth
 
 
-@cache
-def table() -> dict[str, dict]:
-    """The rows of assets/machines.toml by their short names."""
-    with open(TABLE, "rb") as file:
-        return tomllib.load(file)
-
-
-def described(name: str, ram: int | None = None, vram: int | None = None, link: float | None = None,
-              disk_free: int | None = None) -> Machine:
-    """A machine of the table, for instance "rtx-3060-12gb", with 32 GiB of RAM unless said otherwise. UserError."""
-    row = table().get(name.lower())
-    if row is None:
-        near = [known for known in table() if name.lower() in known] or difflib.get_close_matches(name.lower(), table())
-        raise UserError(f"There is no machine {name!r} in the table; choose one of {', '.join(near or table())}.")
-    common = {**_of_ram(DEFAULT_RAM), "disk_free_bytes": 10**12 if disk_free is None else disk_free}
-    old = _capability(row.get("compute_capability", "")) < MIN_CAPABILITY
-    return overridden(_without_card(row, common) if old else _with_card(row, common), ram, vram, link)
-
-
-def _of_ram(total: int) -> dict[str, int]:
-    return {"ram_total_bytes": total, "ram_free_bytes": max(0, total - SYSTEM_RAM),
-            "pinned_limit_bytes": max(0, total - 2 * GIB)}
-
-
-def _with_card(row: dict, common: dict) -> Machine:
-    total, lane = int(row["vram_gib"] * GIB), LANE_BYTES_PER_SECOND[row["pcie_generation"]]
-    return Machine(name=row["name"], device="cuda", **common, vram_total_bytes=total,
-                   vram_free_bytes=max(0, total - SYSTEM_VRAM),
-                   vram_bytes_per_second=REACHED_BANDWIDTH * row["memory_gb_per_second"] * 1e9,
-                   link_bytes_per_second=lane * row["pcie_width"], compute_capability=row["compute_capability"],
-                   flops_per_second=row["tflops"] * 1e12)
-
-
-def _without_card(row: dict, common: dict) -> Machine:
-    """A row of the table that runs on its processor; beside a card that is too old, an ordinary one."""
-    name, speeds, capability = row["name"], row, row.get("compute_capability", "")
-    if capability:
-        name, speeds = f"{name} (not used: compute capability {capability}, and 7.5 is the least)", table()["cpu-ddr4"]
-    return Machine(name=name, **common, copy_bytes_per_second=speeds["copy_gb_per_second"] * 1e9,
-                   gemv_bytes_per_second=speeds["gemv_gb_per_second"] * 1e9,
-                   operation_seconds=speeds["operation_microseconds"] * 1e-6,
-                   decode_weights_per_second=speeds["decode_gweights_per_second"] * 1e9,
-                   flops_per_second=speeds["tflops"] * 1e12, compute_capability=capability)
-
-
-def overridden(base: Machine, ram: int | None = None, vram: int | None = None, link: float | None = None) -> Machine:
-    """The same machine with other sizes: what `--ram`, `--vram` and `--link` ask for. UserError where that cannot
-    be."""
-    if base.device == "cpu" and (vram, link) != (None, None):
-        raise UserError(f"{base.name} is planned without a card; leave out the size of its memory and its link.")
-    if link is not None and link <= 0:
-        raise UserError("The link between memory and card must be more than nothing; write it like 12.4GB/s.")
-    changes: dict = {} if ram is None else _of_ram(ram)
-    if vram is not None:
-        changes |= {"vram_total_bytes": vram, "vram_free_bytes": max(0, vram - SYSTEM_VRAM)}
-    if link is not None:
-        changes["link_bytes_per_second"] = float(link)
-    return replace(base, **changes)
+def machine_for(device: str, folder: Path) -> Machine:
+    """This machine for a model on `device` ("cpu" asks no driver). UserError without a usable card for "cuda"."""
+    found = survey(folder) if device == "cuda" else without_cards(folder)
+    return machine(found, device)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.core import MachineError
-from engine.machine.detect import MIN_CAPABILITY
+from engine.machine.table import MIN_CAPABILITY
 
 AGAIN = "start Floe Chat again, or choose the CPU"
 # Errors after which no further call of CUDA works in this process.

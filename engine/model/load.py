@@ -36,12 +36,14 @@ from engine.files.proof import proving
 from engine.files.skeleton import experts_modules, model_spec
 from engine.files.trunk import CODES, SCALES, decode
 from engine.machine import detect, errors, failures
+from engine.machine.detect import machine_for
 from engine.machine.pinned_memory import CudaDriver, Driver
+from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
 from engine.model.host_embedding import leave_on_host
 from engine.model.placement import experts_on_card
 from engine.model.tokenizer_trial import what_is_wrong
 from engine.planning import explain
-from engine.planning.room import Room, machine_for, own_bytes, own_vram_bytes, return_freed
+from engine.planning.planner import Planner
 
 Tensor = torch.Tensor
 SIZES = ("layers", "experts", "top_k", "neurons", "hidden")  # what the manifest repeats of the configuration
@@ -133,7 +135,8 @@ class FloeQuantizer(HfQuantizer):
         if self.quantization_config.from_checkpoint:
             return
         folder, manifest = Path(model.config.name_or_path), self.manifest
-        room = Room(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
+        room = Planner(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size,
+                       manifest.calibration)
         with proving(folder):
             bind(model, FarBlobs(folder, manifest), "exact", room)
 
@@ -160,7 +163,7 @@ def level_plans(calibration: dict) -> dict[str, LevelPlan]:
             for level, found in calibration.get("levels", {}).items() if "budgets" in found or "thresholds" in found}
 
 
-def bind(model: nn.Module, far: Far, level: str, room: Room) -> Runtime:
+def bind(model: nn.Module, far: Far, level: str, room: Planner) -> Runtime:
     """Connect every FloeExperts module of the model, in order of depth, to one runtime over `far`."""
     runtime = Runtime(far, room.spec.top_k, level, level_plans(room.calibration), room.near_bytes(level),
                       str(model.device))
@@ -186,7 +189,7 @@ class Loaded:
     tokenizer: Any
     runtime: Runtime
     spec: ModelSpec
-    room: Room
+    room: Planner
     memory_check: str = ""  # what was planned for opening it and what it took, in one sentence
 
 
@@ -249,7 +252,7 @@ def trunk_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def _onto_card(model: nn.Module, folder: Path, level: str, room: Room, options: Options, report: Report,
+def _onto_card(model: nn.Module, folder: Path, level: str, room: Planner, options: Options, report: Report,
                driver: Driver) -> Runtime:
     """Trunk and experts onto the card. MachineError with the plan's sum when they do not fit."""
     embedding = leave_on_host(model, driver)
@@ -298,7 +301,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
     quantization.from_checkpoint = True
     model = type(checkpoint.skeleton).from_pretrained(
         None, config=config, state_dict=trunk, dtype=dtype, quantization_config=quantization)
-    bind(model, FarCheckpoint(checkpoint), "full", Room(model.floe_spec, model.floe_machine))
+    bind(model, FarCheckpoint(checkpoint), "full", Planner(model.floe_spec, model.floe_machine))
     return model
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine.core import Machine, ModelSpec
 from engine.planning import cost_model, miss_curves
-from engine.planning.planner import WEIGHT_BYTES
+from engine.planning.sizes import WEIGHT_BYTES
 from engine.units import rate, size
 from kernels.layout import Layout, default_group_size
 

@@ -9,29 +9,31 @@ grows. Sizes are bytes; what is assumed and not measured is listed in the plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from engine.core import Machine, ModelSpec, UserError
+from engine.core import Machine, ModelSpec, Options, UserError
+from engine.machine.process_memory import CUDA_CONTEXT_BYTES
 from engine.planning import cost_model, explain, miss_curves
 from engine.planning.plan import Near, Plan, Wishes
+from engine.planning.sizes import (
+    DEFAULT_CHUNK,
+    DEFAULT_CONTEXT,
+    DEFAULT_TRUNK_BITS,
+    FRAGMENTATION_BYTES,
+    GRAPH_POOL_BYTES,
+    PROCESS_BYTES,
+    WEIGHT_BYTES,
+    bounce_bytes,
+    expert_bytes,
+    prefill_bytes,
+    read_params,
+    side_bytes,
+    tile_experts,
+    trunk_bytes,
+)
 from kernels.layout import Layout, default_group_size
 
 CHOICE = ("exact", "quality", "balanced", "fast")      # best to worst; `floe` and `full` only when asked for
-DEFAULT_CONTEXT = 8192
-SIDE_CONTEXT = 512  # tokens of a job beside the conversation, which has a cache of its own: a title
-DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
-DEFAULT_TRUNK_BITS = {"cuda": 4, "cpu": 8}
-MIB = 2**20
-
-# Video memory besides weights, cache and slots.
-CUDA_CONTEXT_BYTES = 400 * 10**6       # the driver's context and the loaded kernels
-GRAPH_POOL_BYTES = 150 * 10**6
-TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
-FRAGMENTATION_BYTES = 200 * 10**6
-# Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
-PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
-# Of a weight of the trunk while it runs, whatever it takes on disk: transformers' own layers hold it unpacked.
-WEIGHT_BYTES = {"cuda": 2, "cpu": 4}
 
 
 def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calibration: Mapping | None = None) -> Plan:
@@ -73,47 +75,30 @@ def _best(tried: list[Plan]) -> Plan:
     return next((p for p in running if p.verdict == "fits"), max(running, key=lambda p: p.decode_tokens_per_second))
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------
-def trunk_bytes(model: ModelSpec, bits: int) -> tuple[int, int]:
-    """(embedding, everything else of the trunk) in bytes as stored: 8-bit weights cost 8.25 with their scales, 4-bit
-    ones 4.5, and with 4 bits the embedding, the head and the first and last layer stay at 8."""
-    head = model.vocabulary * model.hidden
-    rest = max(0, model.trunk_params - model.embedding_params - head)
-    eight, four = 8.25 / 8, 4.5 / 8
-    if bits == 16:
-        return 2 * model.embedding_params, 2 * (head + rest)
-    if bits == 8:
-        return int(eight * model.embedding_params), int(eight * (head + rest))
-    edges = min(1.0, 2 / model.decoder_layers)
-    return int(eight * model.embedding_params), int(eight * head + (eight * edges + four * (1 - edges)) * rest)
+@dataclass(frozen=True)
+class Planner:
+    """How much near memory an open model gets: the plan of its level on the machine as it was before the weights were
+    read; later its free memory has already been spent on them. trunk_bits, group_size: as stored; calibration:
+    floe.json's."""
 
+    spec: ModelSpec
+    machine: Machine
+    trunk_bits: int = 16
+    group_size: int | None = None
+    calibration: Mapping = field(default_factory=dict)
 
-def _expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
-    """One whole expert as it lies far: the blob, or 16-bit weights at `full`."""
-    return 2 * model.expert_params if level == "full" else layout.blob_bytes
+    def plan(self, level: str, options: Options | None = None) -> Plan:
+        """UserError for a context that the model cannot read."""
+        options = options or Options()
+        wishes = Wishes(level, options.context, near_bytes=options.near_bytes, chunk=options.chunk,
+                        trunk_bits=self.trunk_bits, group_size=self.group_size, on_disk=True)
+        return plan(self.spec, self.machine, wishes, self.calibration or None)
 
-
-def tile_experts(experts: int, blob_bytes: int) -> int:
-    """Experts of one staging tile: as many of a layer's as TILE_BYTES hold, one at least."""
-    return min(experts, max(1, TILE_BYTES // blob_bytes))
-
-
-def _prefill_bytes(model: ModelSpec, chunk: int, per_tile: int) -> int:
-    """Activations of a chunk and the 16-bit scratch that one staging tile is decoded into."""
-    rows = chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
-    return 2 * (rows + per_tile * model.expert_params)
-
-
-def _side_bytes(model: ModelSpec, context: int) -> int:
-    """The whole 16-bit cache of a job beside the conversation."""
-    return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
-
-
-def _bounce_bytes(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str) -> int:
-    """Where one layer's misses go when no slot is free."""
-    if level in ("exact", "full"):
-        return model.top_k * _expert_bytes(model, layout, level)
-    return model.top_k * layout.sketch_bytes + cost_model.bounce_records(model, known, level) * layout.record
+    def near_bytes(self, level: str, options: Options | None = None) -> int:
+        """What the user wishes, else what the plan gives the level."""
+        if options is not None and options.near_bytes is not None:
+            return options.near_bytes
+        return self.plan(level, options).near_bytes
 
 
 # --- one level ------------------------------------------------------------------------------------------------
@@ -122,7 +107,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout
     bits = wishes.trunk_bits or (16 if level == "full" else DEFAULT_TRUNK_BITS[machine.device])
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     chunk = min(wishes.chunk or DEFAULT_CHUNK[machine.device], context)
-    disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * _expert_bytes(model, layout, level)
+    disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * expert_bytes(model, layout, level)
     common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
               "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed,
               "n_experts": model.n_experts_total}
@@ -136,24 +121,24 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout
 def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
-    trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (_read(model), model.embedding_params))
+    trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (read_params(model), model.embedding_params))
     kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
     memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
-              ("side jobs' context memory", _side_bytes(model, context)),
+              ("side jobs' context memory", side_bytes(model, context)),
               ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
               ("staging", 2 * per_tile * layout.blob_bytes),
-              ("prefill workspace", _prefill_bytes(model, chunk, per_tile)),
-              ("bounce buffer", _bounce_bytes(model, layout, known, level)), ("reserve", FRAGMENTATION_BYTES))
+              ("prefill workspace", prefill_bytes(model, chunk, per_tile)),
+              ("bounce buffer", bounce_bytes(model, layout, known, level)), ("reserve", FRAGMENTATION_BYTES))
     fixed = sum(size for _, size in memory)
     free = machine.vram_free_bytes - fixed
     room = max(0, free if wishes.near_bytes is None else min(free, wishes.near_bytes))
-    near, stay = _near(model, layout, known, level, room, _expert_bytes(model, layout, level))
-    far = model.n_experts_total * _expert_bytes(model, layout, level)
+    near, stay = _near(model, layout, known, level, room, expert_bytes(model, layout, level))
+    far = model.n_experts_total * expert_bytes(model, layout, level)
     ram = far + embedding + PROCESS_BYTES["cuda"]
     pinned = min(far, machine.pinned_limit_bytes)
     pageable = 1 - pinned / far
     token = cost_model.token_on_gpu(model, machine, layout, known, level, stay, trunk,
-                                    _expert_bytes(model, layout, level), context, pageable)
+                                    expert_bytes(model, layout, level), context, pageable)
     streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
     prefill = cost_model.chunk_on_gpu(model, machine, chunk, streamed, pageable)
     lacking = [("vram", -free)] if free < 0 else []
@@ -183,22 +168,22 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, 
     """First the smallest arena, then the experts file's place in the system's page cache, then a larger arena."""
     level, context, chunk = common["level"], common["context"], common["chunk"]
     kv = model.kv_bytes_per_token * context * WEIGHT_BYTES["cpu"] // 2
-    far_each = _expert_bytes(model, layout, level)
+    far_each = expert_bytes(model, layout, level)
     near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
     far = model.n_experts_total * far_each
     memory = (("trunk", WEIGHT_BYTES["cpu"] * model.trunk_params), ("context memory (KV)", kv),
               ("recurrent and window state", 2 * model.state_bytes),
-              ("side jobs' context memory", 2 * _side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
+              ("side jobs' context memory", 2 * side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
               ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
     fixed = sum(size for _, size in memory)
     free = machine.ram_free_bytes - fixed
-    least = near_each if near_each != far_each else _bounce_bytes(model, layout, known, level)
+    least = near_each if near_each != far_each else bounce_bytes(model, layout, known, level)
     room = max(least, free - far if wishes.near_bytes is None else wishes.near_bytes)
     near, stay = _near_on_cpu(model, layout, known, level, room, far_each, near_each)
     ram = fixed + near.total_bytes
     cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
     token = cost_model.token_on_cpu(model, machine, layout, known, level, stay,
-                                    WEIGHT_BYTES["cpu"] * _read(model), context, cached)
+                                    WEIGHT_BYTES["cpu"] * read_params(model), context, cached)
     prefill = cost_model.chunk_on_cpu(model, machine, chunk, stay)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
     return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,
@@ -219,11 +204,6 @@ def _near_on_cpu(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, 
     if stay.sketch_slots < model.n_experts_total:
         sketch_bytes += model.top_k * layout.sketch_bytes
     return Near(stay.sketch_slots, stay.record_slots, sketch_bytes, used - sketch_bytes), stay
-
-
-def _read(model: ModelSpec) -> int:
-    """Trunk weights that one token reads."""
-    return model.trunk_params - model.embedding_params
 
 
 _BOUNDS = {"trunk": "vram bandwidth", "experts": "vram bandwidth", "attention": "vram bandwidth",

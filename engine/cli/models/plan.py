@@ -6,7 +6,7 @@ import sys
 
 from engine.core import LEVELS, Machine
 from engine.library import catalogue
-from engine.machine import benchmark, detect
+from engine.machine import benchmark, detect, table
 from engine.paths import data_dir, models_dirs
 from engine.planning import explain
 from engine.planning.plan import Wishes
@@ -38,10 +38,10 @@ def _machine(args: argparse.Namespace) -> Machine:
     sizes = {name: None if getattr(args, name) is None else parse_bytes(getattr(args, name))
              for name in ("ram", "vram", "link")}
     if args.machine:
-        return detect.described(args.machine, **sizes)
+        return table.described(args.machine, **sizes)
     data = data_dir(args.data)
     found = detect.survey(models_dirs(data)[0])
     for note in found.notes:
         print(note, file=sys.stderr)
     here = benchmark.with_rates(detect.machine(found, args.device), data / "cache")
-    return detect.overridden(here, **sizes)
+    return table.overridden(here, **sizes)

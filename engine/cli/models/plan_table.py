@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.library import catalogue
-from engine.machine import detect
+from engine.machine import table
 from engine.planning.plan import Plan, Wishes
 from engine.planning.planner import plan
 from engine.units import rate
@@ -30,7 +30,7 @@ def document() -> str:
     """The whole file."""
     entries = catalogue.entries().values()
     lines = ["| machine | " + " | ".join(e.title for e in entries) + " |", "|---" * (len(entries) + 1) + "|"]
-    for name, row in detect.table().items():
+    for name, row in table.rows().items():
         cells = [_cell(entry.spec, name) for entry in entries]
         memory = f" {row['vram_gib']} GB" if "vram_gib" in row else ""
         lines.append(f"| {row['name']}{memory} (`{name}`) | " + " | ".join(cells) + " |")
@@ -40,7 +40,7 @@ def document() -> str:
 def _cell(spec, machine: str) -> str:
     made = None
     for gib in RAM_SIZES:
-        made = plan(spec, detect.described(machine, ram=gib * 2**30), Wishes())
+        made = plan(spec, table.described(machine, ram=gib * 2**30), Wishes())
         if made.bound != "ram":
             return (f"{gib} GiB: " if gib > RAM_SIZES[0] else "") + _said(made)
     return _said(made)

@@ -15,7 +15,7 @@ from engine.bench.step_profile import Needs, Speeds, gpu_named, projected
 from engine.core import Options, UserError
 from engine.experts.device import take_over
 from engine.experts.host import LevelPlan
-from engine.machine import detect
+from engine.machine import table
 from engine.model import load
 from engine.model.host_embedding import leave_on_host
 from kernels.select import DOWN_ONLY
@@ -124,7 +124,7 @@ def test_the_baseline_runs_in_the_same_near_memory_and_leaves_the_level(opened):
 
 
 def test_bytes_go_over_the_other_cards_bandwidths_and_the_rest_stays():
-    measured, other = Speeds(vram=400e9, link=20e9), detect.described("rtx-3060-12gb")
+    measured, other = Speeds(vram=400e9, link=20e9), table.described("rtx-3060-12gb")
     needs = Needs(vram_bytes=2e9, link_bytes=40e6, seconds=0.010)  # 5 ms + 2 ms as measured, so 3 ms are something else
     assert needs.outside_seconds(measured) == pytest.approx(0.003)
     row = projected(needs, measured, other)

@@ -12,7 +12,7 @@ from engine.core import MachineError, Options, UserError
 from engine.decode.decoder import HostDecoder, decoder_for
 from engine.experts import device as device_runtime
 from engine.experts.device import DeviceRuntime
-from engine.machine.detect import described
+from engine.machine.table import described
 from engine.model import load
 from engine.model.placement import experts_on_card
 from engine.policies import prefetch

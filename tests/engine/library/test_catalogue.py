@@ -11,7 +11,7 @@ from engine.cli.models import plan_table
 from engine.core import UserError
 from engine.files.model_spec import spec_from_config
 from engine.library import catalogue
-from engine.machine import detect
+from engine.machine import table
 from engine.planning.planner import plan
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.manifests import manifest
@@ -137,12 +137,12 @@ def test_what_the_table_says_in_words_is_what_the_plans_say():
     assert len(sizes) == 3
     for name, spec in ((name, catalogue.entries()[name].spec) for name in NAMES):
         fits = [gib for gib in plan_table.RAM_SIZES
-                if plan(spec, detect.described("rtx-3060-12gb", ram=gib << 30)).bound != "ram"]
+                if plan(spec, table.described("rtx-3060-12gb", ram=gib << 30)).bound != "ram"]
         assert fits[0] == sizes.get(name, 32), name
     for name, said, least, most in (("gpt-oss-20b", "more than half of it fits a 12 GB card", 0.5, 0.7),
                                     ("deepseek-v2-lite", "fits a 12 GB card whole", 0.99, 1)):
         spec = catalogue.entries()[name].spec
-        near = plan(spec, detect.described("rtx-3060-12gb")).near
+        near = plan(spec, table.described("rtx-3060-12gb")).near
         assert said in words[name] and least < near.expert_slots / spec.n_experts_total <= most
 
 

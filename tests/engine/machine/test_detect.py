@@ -9,7 +9,7 @@ import pytest
 
 from engine.__main__ import main
 from engine.core import Machine, UserError
-from engine.machine import benchmark, detect, nvml
+from engine.machine import benchmark, detect, nvml, table
 from engine.units import parse_bytes
 from tests.support import fake_driver
 from tests.support.fake_driver import RTX_3060
@@ -170,37 +170,37 @@ def test_windows_may_lock_half(monkeypatch):
 
 
 def test_described_machines():
-    for name in detect.table():
-        machine = detect.described(name, ram=64 * 2**30)
+    for name in table.rows():
+        machine = table.described(name, ram=64 * 2**30)
         assert machine.ram_total_bytes == 64 * 2**30
         old = machine.compute_capability == "6.1"
         assert (machine.device == "cpu") == (name.startswith("cpu") or old)
         assert machine.gemv_bytes_per_second if machine.device == "cpu" else machine.flops_per_second
-    changed = detect.described("rtx-3060-12gb", vram=8 * 2**30, link=12.4e9)
+    changed = table.described("rtx-3060-12gb", vram=8 * 2**30, link=12.4e9)
     assert changed.vram_total_bytes == 8 * 2**30 and changed.link_bytes_per_second == 12.4e9
-    assert detect.described("RTX-3060-12GB").ram_total_bytes == 32 * 2**30
+    assert table.described("RTX-3060-12GB").ram_total_bytes == 32 * 2**30
     for typed, offered in (("voodoo-2", "gtx-1080-ti-11gb, .*, cpu-ddr5"), ("rtx-2080ti-11gb", "rtx-2080-ti-11gb"),
                            ("RTX-3060", "rtx-3060-8gb, rtx-3060-12gb, ")):
         with pytest.raises(UserError, match=f"choose one of {offered}"):
-            detect.described(typed)
+            table.described(typed)
 
 
 def test_overrides_that_cannot_be_are_refused():
-    card, without = detect.described("rtx-4070-12gb"), detect.described("cpu-ddr4")
-    assert detect.described("rtx-4070-12gb", vram=0).vram_free_bytes == 0
+    card, without = table.described("rtx-4070-12gb"), table.described("cpu-ddr4")
+    assert table.described("rtx-4070-12gb", vram=0).vram_free_bytes == 0
     with pytest.raises(UserError, match="more than nothing"):
-        detect.overridden(card, link=0)
+        table.overridden(card, link=0)
     for sizes in ({"vram": 8 * 2**30}, {"link": 5e9}):
         with pytest.raises(UserError, match="DDR4-3200 is planned without a card"):
-            detect.overridden(without, **sizes)
+            table.overridden(without, **sizes)
         with pytest.raises(UserError, match="GTX 1080 Ti .not used.* is planned without a card"):
-            detect.described("gtx-1080-ti-11gb", **sizes)
+            table.described("gtx-1080-ti-11gb", **sizes)
 
 
 def test_overrides_change_only_what_they_name():
-    base = detect.described("rtx-4070-12gb")
-    assert detect.overridden(base) == base
-    other = detect.overridden(base, ram=16 * 2**30, vram=11 * 2**30, link=5e9)
+    base = table.described("rtx-4070-12gb")
+    assert table.overridden(base) == base
+    other = table.overridden(base, ram=16 * 2**30, vram=11 * 2**30, link=5e9)
     assert other.ram_total_bytes == 16 * 2**30 and other.vram_total_bytes == 11 * 2**30
     assert other.link_bytes_per_second == 5e9 and other.vram_bytes_per_second == base.vram_bytes_per_second
 
@@ -258,7 +258,7 @@ def test_a_busy_moment_does_not_become_the_machines_speed(tmp_path, speeds):
 
 
 def test_without_torch_the_machine_stays_as_it_is(tmp_path, monkeypatch):
-    machine = detect.described("cpu-ddr4")
+    machine = table.described("cpu-ddr4")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert benchmark.with_rates(machine, tmp_path) == machine
 

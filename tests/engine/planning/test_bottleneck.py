@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from engine.library import catalogue
-from engine.machine import detect
+from engine.machine import table
 from engine.paths import demo_model
 from engine.planning.bottleneck import BOUNDS, what_binds
 from kernels.layout import Layout
 
 MODEL = catalogue.entries()["qwen3.6-35b-a3b"].spec
-CARD = detect.described("rtx-3060-12gb")
-CPU = detect.described("cpu-ddr4")
+CARD = table.described("rtx-3060-12gb")
+CPU = table.described("cpu-ddr4")
 NEEDED = MODEL.layers * MODEL.top_k * Layout(2048, 512, 128).blob_bytes  # of one token at `exact`
 
 

@@ -16,17 +16,18 @@ from engine.cli.models import plan_table
 from engine.core import LEVELS, Machine, UserError
 from engine.library import catalogue
 from engine.library.recommend import fitted
-from engine.machine import detect
+from engine.machine import table
 from engine.planning import cost_model, miss_curves
 from engine.planning.explain import compare, plan_text
 from engine.planning.plan import Wishes
-from engine.planning.planner import CHOICE, plan, trunk_bytes
+from engine.planning.planner import CHOICE, plan
+from engine.planning.sizes import trunk_bytes
 from kernels.layout import Layout
 
 SPECS = {name: entry.spec for name, entry in catalogue.entries().items()}
 GIB = 2**30
-CARD_11 = detect.described("rtx-2080-ti-11gb")
-CARD_12 = detect.described("rtx-3060-12gb")
+CARD_11 = table.described("rtx-2080-ti-11gb")
+CARD_12 = table.described("rtx-3060-12gb")
 
 
 # --- by hand --------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_gpt_oss_on_11_and_12_gb_by_hand():
 
 def test_on_a_cpu_by_hand():
     spec = SPECS["olmoe-1b-7b"]
-    machine = replace(detect.described("cpu-ddr4"), copy_bytes_per_second=10e9, gemv_bytes_per_second=20e9)
+    machine = replace(table.described("cpu-ddr4"), copy_bytes_per_second=10e9, gemv_bytes_per_second=20e9)
     made = plan(spec, machine, Wishes(level="exact", context=1024, near_bytes=100 * 3 * 2048 * 1024 * 4))
     assert made.device == "cpu" and made.vram_bytes == made.pinned_bytes == 0
     assert made.near.expert_slots == 99 and made.near.expert_bytes == 100 * 25_165_824     # one row serves misses
@@ -232,7 +233,7 @@ def tiny():
 def test_more_near_memory_never_costs_speed(name):
     """Every near size from nothing to everything, both devices, every level: the regimes must meet."""
     big = replace(CARD_12, vram_total_bytes=10**12, vram_free_bytes=10**12, ram_free_bytes=10**12)
-    cpu = replace(detect.described("cpu-ddr4"), ram_free_bytes=10**12)
+    cpu = replace(table.described("cpu-ddr4"), ram_free_bytes=10**12)
     for machine in (big, cpu):
         for level in (*CHOICE, "floe"):
             before = 0.0
@@ -247,7 +248,7 @@ def test_more_near_memory_never_costs_speed(name):
 def test_the_cpu_arena_is_the_one_that_the_engine_makes(tiny, level, near):
     """The planned bytes, given to the engine's caches, make exactly the planned slots."""
     from engine.experts.cache import SparseCache, WholeCache
-    made = plan(tiny, detect.described("cpu-ddr4"), Wishes(level=level, near_bytes=near))
+    made = plan(tiny, table.described("cpu-ddr4"), Wishes(level=level, near_bytes=near))
     if level == "exact":
         cache = WholeCache(6, 16, 2, 256, 256, made.near_bytes, "cpu")
         assert (len(cache.pool.object_of), cache.near_bytes) == (made.near.expert_slots, made.near.expert_bytes)
@@ -296,7 +297,7 @@ def test_page_locking_less_slows_the_link():
 
 
 def test_the_text_says_why_and_what_would_help():
-    text = plan_text(plan(SPECS["qwen3-next-80b-a3b"], detect.described("rtx-2080-ti-11gb", ram=64 * GIB)))
+    text = plan_text(plan(SPECS["qwen3-next-80b-a3b"], table.described("rtx-2080-ti-11gb", ram=64 * GIB)))
     assert "RTX 2080 Ti: fits, at level exact (4 bits, nothing left out) about" in text
     assert "What binds: the link" in text and "with a link twice as fast" in text
     assert "Assumed: budgets and hit rates are assumed" in text
@@ -304,7 +305,7 @@ def test_the_text_says_why_and_what_would_help():
     assert "sketches" not in small and "of 2,944 experts" in small and "4 bits, nothing left out" in small
     sparse = plan_text(plan(SPECS["mixtral-8x7b"], CARD_12, Wishes(level="fast")))
     assert "142 of 256 experts' sketches" in sparse and "perplexity at most 3 % above exact" in sparse
-    old = plan_text(plan(SPECS["olmoe-1b-7b"], detect.described("gtx-1080-ti-11gb")))
+    old = plan_text(plan(SPECS["olmoe-1b-7b"], table.described("gtx-1080-ti-11gb")))
     assert "GTX 1080 Ti (not used: compute capability 6.1, and 7.5 is the least)" in old
 
 
@@ -342,7 +343,7 @@ def test_the_warm_up_check_speaks():
     assert compare(made, int(made.vram_bytes * 1.04)).endswith("as planned.")
     assert "10 % more than planned" in compare(made, int(made.vram_bytes * 1.1))
     assert "20 % less than planned" in compare(made, int(made.vram_bytes * 0.8))
-    on_cpu = plan(SPECS["olmoe-1b-7b"], detect.described("cpu-ddr4"), Wishes(near_bytes=10**9))
+    on_cpu = plan(SPECS["olmoe-1b-7b"], table.described("cpu-ddr4"), Wishes(near_bytes=10**9))
     trunk = dict(on_cpu.memory)["trunk"]
     assert compare(on_cpu, int(1.04 * (trunk + on_cpu.near_bytes))).endswith("as planned.")
     assert "30 % more than planned" in compare(on_cpu, int(1.3 * (trunk + on_cpu.near_bytes)))
@@ -401,15 +402,15 @@ def test_the_command_line_refuses_in_one_sentence(capsys, tmp_path, arguments, s
 
 def test_planning_loads_no_torch():
     code = ("import sys, engine.machine.benchmark, engine.cli.models.plan;"
-            "from engine.library import catalogue; from engine.machine import detect;"
+            "from engine.library import catalogue; from engine.machine import table;"
             "from engine.planning import planner;"
-            "planner.plan(catalogue.entries()['mixtral-8x7b'].spec, detect.described('rtx-3060-12gb'));"
+            "planner.plan(catalogue.entries()['mixtral-8x7b'].spec, table.described('rtx-3060-12gb'));"
             "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=detect.TABLE.parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=table.TABLE.parents[1])
 
 
 def test_the_generated_table_is_up_to_date():
     assert plan_table.DOCUMENT.read_text(encoding="utf-8") == plan_table.document(), \
         "run python -m engine.cli.models.plan_table"
     rows = plan_table.document().splitlines()
-    assert sum(row.count("|") == len(SPECS) + 2 for row in rows) == len(detect.table()) + 2
+    assert sum(row.count("|") == len(SPECS) + 2 for row in rows) == len(table.rows()) + 2

@@ -1,0 +1,68 @@
+"""Bytes: what each part of a model takes on disk, in video memory and in main memory, and the defaults behind it."""
+from __future__ import annotations
+
+from engine.core import ModelSpec
+from engine.planning import cost_model, miss_curves
+from kernels.layout import Layout
+
+DEFAULT_CONTEXT = 8192
+SIDE_CONTEXT = 512  # tokens of a job beside the conversation, which has a cache of its own: a title
+DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
+DEFAULT_TRUNK_BITS = {"cuda": 4, "cpu": 8}
+MIB = 2**20
+# Video memory besides weights, cache and slots.
+GRAPH_POOL_BYTES = 150 * 10**6
+TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
+FRAGMENTATION_BYTES = 200 * 10**6
+# Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
+PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
+# Of a weight of the trunk while it runs, whatever it takes on disk: transformers' own layers hold it unpacked.
+WEIGHT_BYTES = {"cuda": 2, "cpu": 4}
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------
+def trunk_bytes(model: ModelSpec, bits: int) -> tuple[int, int]:
+    """(embedding, everything else of the trunk) in bytes as stored: 8-bit weights cost 8.25 with their scales, 4-bit
+    ones 4.5, and with 4 bits the embedding, the head and the first and last layer stay at 8."""
+    head = model.vocabulary * model.hidden
+    rest = max(0, model.trunk_params - model.embedding_params - head)
+    eight, four = 8.25 / 8, 4.5 / 8
+    if bits == 16:
+        return 2 * model.embedding_params, 2 * (head + rest)
+    if bits == 8:
+        return int(eight * model.embedding_params), int(eight * (head + rest))
+    edges = min(1.0, 2 / model.decoder_layers)
+    return int(eight * model.embedding_params), int(eight * head + (eight * edges + four * (1 - edges)) * rest)
+
+
+def expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
+    """One whole expert as it lies far: the blob, or 16-bit weights at `full`."""
+    return 2 * model.expert_params if level == "full" else layout.blob_bytes
+
+
+def tile_experts(experts: int, blob_bytes: int) -> int:
+    """Experts of one staging tile: as many of a layer's as TILE_BYTES hold, one at least."""
+    return min(experts, max(1, TILE_BYTES // blob_bytes))
+
+
+def prefill_bytes(model: ModelSpec, chunk: int, per_tile: int) -> int:
+    """Activations of a chunk and the 16-bit scratch that one staging tile is decoded into."""
+    rows = chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
+    return 2 * (rows + per_tile * model.expert_params)
+
+
+def side_bytes(model: ModelSpec, context: int) -> int:
+    """The whole 16-bit cache of a job beside the conversation."""
+    return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
+
+
+def bounce_bytes(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str) -> int:
+    """Where one layer's misses go when no slot is free."""
+    if level in ("exact", "full"):
+        return model.top_k * expert_bytes(model, layout, level)
+    return model.top_k * layout.sketch_bytes + cost_model.bounce_records(model, known, level) * layout.record
+
+
+def read_params(model: ModelSpec) -> int:
+    """Trunk weights that one token reads."""
+    return model.trunk_params - model.embedding_params
