@@ -17,7 +17,7 @@ FILES = ("memory", "choice", "product", "dequantize")
 
 def run_cases(repository, name: str, *options: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *options,
-               f"tests/interpreted_{name}.py"]
+               f"tests/kernels/interpreted_{name}.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
