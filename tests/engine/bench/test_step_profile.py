@@ -139,7 +139,7 @@ def test_bytes_go_over_the_other_cards_bandwidths_and_the_rest_stays():
 def test_onto_itself_a_card_is_what_was_measured(vram_bytes, link_bytes, seconds, vram, link):
     """Or its bound, where the bytes alone should have taken longer than was measured."""
     measured, needs = Speeds(vram, link), Needs(vram_bytes, link_bytes, seconds)
-    itself = detect.Machine("itself", 1, 1, 1, 1, vram_bytes_per_second=vram, link_bytes_per_second=link)
+    itself = table.Machine("itself", 1, 1, 1, 1, vram_bytes_per_second=vram, link_bytes_per_second=link)
     expected = 1 / max(seconds, needs.memory_seconds(measured))
     assert projected(needs, measured, itself)["tokens_per_second"] == pytest.approx(expected)
 
