@@ -8,20 +8,31 @@ import argparse
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
 from app.http.start_link import StartLink
 from app.strings import TEXT
-from engine import LEVELS, MachineError, Options, UserError, data_dir, demo_model
+from engine import (
+    LEVELS,
+    MachineError,
+    Options,
+    UserError,
+    data_dir,
+    demo_model,
+    empty_trash,
+    make_private,
+    only_one,
+    typed,
+)
 
 HOST = "127.0.0.1"  # never another address: what listens on the network needs more than a token
 PORT = 7860
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
     try:
-        return _serve(args)
+        return _serve(_parser().parse_args(argv))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -36,21 +47,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="floechat", description="Chat with an expert-mixture model.")
     parser.add_argument("--port", type=int, help=f"default: {PORT}, or a free one if that is taken")
     parser.add_argument("--no-browser", action="store_true", help="print the link instead of opening it")
-    parser.add_argument("--data", metavar="DIR", help="data folder (default: FLOECHAT_HOME, else the platform's)")
+    parser.add_argument("--data", type=typed, metavar="DIR",
+                        help="data folder (default: FLOECHAT_HOME, else the platform's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
     parser.add_argument("--level", choices=LEVELS, help="default: what the plan chooses for this machine")
-    parser.add_argument("--model", metavar="FOLDER", help="a model folder (default: the embedded demonstration)")
+    parser.add_argument("--model", type=typed, metavar="FOLDER",
+                        help="a model folder (default: the embedded demonstration)")
     return parser
 
 
 def _serve(args: argparse.Namespace) -> int:
     listener = _listen(args.port)
+    os.umask(0o077)  # what is written from here on is its owner's alone
     data = data_dir(args.data)
+    with only_one(data / "floechat.lock", TEXT["data_taken"].format(folder=data)):
+        make_private(data)
+        threading.Thread(target=empty_trash, args=(data,), name="trash", daemon=True).start()
+        return _serve_from(data, listener, args)
+
+
+def _serve_from(data: Path, listener: socket.socket, args: argparse.Namespace) -> int:
     _keep_inside(data)
     from app.server import Parts, serve
 
     options = Options(device=args.device, **({"level": args.level} if args.level else {}))
-    model = Path(args.model).absolute() if args.model else demo_model()
+    model = args.model.absolute() if args.model else demo_model()
     parts = Parts.make(data, model, options, plan_level=args.level is None)
     link = StartLink(data, not args.no_browser)
     try:

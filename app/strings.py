@@ -302,6 +302,8 @@ TEXT = {
     "keep_thinking": "Keep earlier thinking in the context",
     "reset": "Reset to the model's values",
     "shortcuts": "Enter sends · Shift+Enter new line · Esc stops · Ctrl+K searches · Ctrl+Shift+O new chat",
+    "data_taken": "Floe Chat is running already with the data folder {folder}: use the window that is open, close it "
+                  "first, or choose another folder with --data DIR.",
     "port_taken": "Port {port} is in use by another program; choose another with --port, or leave --port out.",
     "ready": "Floe Chat is ready: {url}",
     "next_link": "This link has been used. To open the page in another browser: {url}",

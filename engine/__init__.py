@@ -21,7 +21,8 @@ from engine.core import (
 )
 
 _DOORS = {  # module: its names that are everybody's
-    "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir"),
+    "disk": ("only_one",),
+    "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir", "make_private", "typed"),
     "progress": ("Progress",),
     "machine.gpu_monitor": ("CardMeter",),
     "planning.explain": ("plan_text",),
@@ -31,7 +32,7 @@ _DOORS = {  # module: its names that are everybody's
     "library.download": ("download",),
     "library.transfer": ("Choice",),
     "library.catalogue": ("Known", "look_up"),
-    "library.installed": ("Installed", "models", "delete"),
+    "library.installed": ("Installed", "models", "delete", "empty_trash"),
     "library.recommend": ("here", "measured", "fitted", "outlooks"),
     "library.gguf_import": ("import_gguf",),
     "library.publish": ("publish",),

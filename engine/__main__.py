@@ -12,6 +12,7 @@ from importlib import import_module
 from types import ModuleType
 
 from engine.core import MachineError, UserError
+from engine.paths import typed
 
 GROUPS = {
     "models": {
@@ -55,7 +56,8 @@ def module_of(verb: str) -> ModuleType:
 def build_parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m engine {verb}", description=VERBS[verb])
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else")
-    parser.add_argument("--data", metavar="DIR", help="data folder (default: FLOECHAT_HOME, else the platform's)")
+    parser.add_argument("--data", type=typed, metavar="DIR",
+                        help="data folder (default: FLOECHAT_HOME, else the platform's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
     module_of(verb).add_arguments(parser)
     return parser
@@ -70,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in VERBS:
         print(f"There is no verb {argv[0]!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
         return 2
-    args = build_parser(argv[0]).parse_args(argv[1:])
     try:
+        args = build_parser(argv[0]).parse_args(argv[1:])
         document = module_of(argv[0]).run(args)
     except (UserError, MachineError) as error:
         print(error, file=sys.stderr)

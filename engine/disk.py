@@ -1,16 +1,28 @@
-"""Files on a disk: ours written whole or not at all, anybody's read within limits. No torch."""
+"""The disk: our files written whole or not at all, anybody's read within limits, one worker on a folder at a time, free
+room, and its troubles in words. Knows no models. Loads no torch.
+"""
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from engine.core import MachineError, UserError
+from engine.units import size
 
 MOST_JSON = 32 << 20  # bytes; the index of the largest checkpoint has a third of that
 MOST_TEXT = 16 << 20  # of any other text that a library reads whole
+SPARE_BYTES = 200 * 10**6       # left free on the disk, for the rest of the machine
+OF_THE_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+                errno.ENAMETOOLONG, errno.EINVAL)
+FULL = "The disk is full: make room{where} and start again; what is finished is kept."
 
 
 def read_json(path: Path, most: int = MOST_JSON):
@@ -44,34 +56,76 @@ def ordinary_files(folder: Path) -> None:
             raise UserError(f"{path} has {state.st_size:,} bytes, more than any such file; get the model again.")
 
 
+def trouble(error: OSError, place: Path) -> UserError | MachineError:
+    """What it means that `place` could not be written, in one sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(FULL.format(where=f" on the disk of {place}"))
+    if error.errno == errno.EFBIG:
+        return MachineError(f"The disk of {place} cannot hold a file of that size; choose a folder on another disk.")
+    if error.errno in OF_THE_PLACE:
+        return UserError(f"{place} cannot be written to ({error.strerror}); choose another folder.")
+    return MachineError(f"{place} cannot be used ({error.strerror or error}); check the disk or choose another folder.")
+
+
+@contextmanager
+def writing(file: Path, keep: bool = False) -> Iterator[None]:
+    """Turns trouble with the disk into its sentence; `file`, which is not whole then, goes unless it is to be kept."""
+    try:
+        yield
+    except BaseException as error:
+        if not keep:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:      # an answer of a Hub is one without
+            raise trouble(error, file.parent) from error
+        raise
+
+
 def write_text_atomically(path: Path, text: str) -> None:
-    """The whole text under its name, or what was there before. MachineError for a full disk."""
+    """The whole text under its name, or what was there before. UserError, MachineError: one sentence."""
     temporary = path.with_name(path.name + ".part")
-    with writing(temporary), temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(temporary):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
-class writing:
-    """Turns a full or unwritable disk into one sentence, and removes the temporary file after any failure."""
+@contextmanager
+def only_one(lock: Path, taken: str) -> Iterator[None]:
+    """Holds the file `lock`, over all processes; it is gone afterwards. UserError with the sentence `taken` for a
+    second one."""
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(taken) from error
+    except OSError as error:
+        raise trouble(error, lock.parent) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):         # before it is let go: whoever waits sees that it has no name any more
+            lock.unlink()               # Windows keeps what is open; it is empty
+        held.release()
 
-    def __init__(self, temporary: Path) -> None:
-        self.temporary = temporary
 
-    def __enter__(self) -> None:
-        pass
+def check_room(folder: Path, n_bytes: int, hint: str = "") -> None:
+    """UserError when the disk of `folder` lacks the room for n_bytes more."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if n_bytes > 0 and n_bytes + SPARE_BYTES > free:
+        raise UserError(f"The disk of {place} has {size(free)} free, and {size(n_bytes + SPARE_BYTES)} are needed; "
+                        f"make room{hint} or choose a folder on another disk.")
 
-    def __exit__(self, kind, error, trace) -> None:
-        if error is None:
-            return
-        self.temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(f"The disk is full: make room on the disk of {self.temporary.parent} and start again; "
-                               "finished files are kept.") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{self.temporary.parent} cannot be written to; choose another folder.") from error
-        if isinstance(error, OSError):
-            raise MachineError(f"{self.temporary} cannot be written ({error.strerror}); check the disk or choose "
-                               "another folder.") from error
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below, but our own notes, whose names begin with a dot, and what vanishes meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() and path.name[0] != "." else 0
+        except OSError:
+            continue
+    return total

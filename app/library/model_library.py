@@ -35,6 +35,7 @@ from engine import (
     models_dirs,
     outlooks,
     plan_text,
+    typed,
 )
 
 DEMO = "demo"
@@ -141,7 +142,7 @@ class Shelf:
         """Stop work for good: what it has made is deleted; bytes freed."""
         self.works.pause(name)
         unfinished = {model.name for model in models(self._data) if model.kind == "unfinished"}
-        freed = delete(name, self._data) if name in unfinished else 0
+        freed = delete(name, self._data, unfinished=True) if name in unfinished else 0
         if any(work["name"] == name and work["kind"] == "measure" for work in self.works.shown()):
             drop_calibration(name, self._data)
         self.works.forget(name)
@@ -179,15 +180,15 @@ class Shelf:
         self.works.on_change()
         return _as_written(chosen)
 
-    def suggest(self, typed: str, kind: str = "gguf") -> list[str]:
+    def suggest(self, text: str, kind: str = "gguf") -> list[str]:
         """Folders and files of a kind that begin with what was typed of a path; the home folder's for nothing."""
-        start = Path(typed).expanduser() if typed.strip() else Path.home()
-        folder, stem = (start, "") if typed.endswith(("/", "\\")) or not typed.strip() else (start.parent, start.name)
         try:
+            start = typed(text) if text.strip() else Path.home()
+            folder, stem = (start, "") if text.endswith(("/", "\\")) or not text.strip() else (start.parent, start.name)
             found = [path for path in sorted(folder.iterdir()) if path.name.startswith(stem)
                      and (stem.startswith(".") or not path.name.startswith("."))
                      and (path.suffix in ENDINGS[kind] or path.is_dir())]
-        except OSError:
+        except (OSError, UserError):
             return []
         return [str(path) + (os.sep if path.is_dir() else "") for path in found[:SUGGESTIONS]]
 
@@ -223,9 +224,9 @@ def _as_written(path: Path) -> str:
     return str(Path("~") / path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
-def _existing(typed: str, kind: str) -> Path:
+def _existing(text: str, kind: str) -> Path:
     """The file of this computer that a person named. UserError when there is none of that kind."""
-    path = Path(typed.strip()).expanduser()
+    path = typed(text.strip())
     if not path.is_absolute() or path.suffix not in ENDINGS[kind] or not path.is_file():
-        raise UserError(TEXT[f"no_{kind}"].format(path=typed.strip()))
+        raise UserError(TEXT[f"no_{kind}"].format(path=text.strip()))
     return path

@@ -38,8 +38,7 @@ class SafetensorsWriter:
         self.position = 0
 
     def __enter__(self) -> SafetensorsWriter:
-        self.guard = writing(self.temporary)
-        with self.guard:
+        with writing(self.temporary):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.temporary.open("wb")
             self.file.seek(self.start)
@@ -62,14 +61,10 @@ class SafetensorsWriter:
         self.write(tensor)
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            with self.guard, self.file:
-                if error is not None:
-                    raise error
-                self.finish()
-        finally:
+        with writing(self.temporary), self.file:
             if error is not None:
-                self.temporary.unlink(missing_ok=True)
+                raise error
+            self.finish()
 
     def finish(self) -> None:
         """The header, and the file under its name; `with` does this at the end of its block."""

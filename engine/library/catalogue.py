@@ -16,7 +16,7 @@ from engine.core import MachineError, ModelSpec, Sampling, UserError
 from engine.files.manifest import Manifest, is_compressed
 from engine.files.model_spec import read_config_json, spec_from_config
 from engine.library.hub import Hub
-from engine.paths import data_dir, demo_model, models_dirs
+from engine.paths import data_dir, demo_model, inside, is_name, models_dirs, typed
 
 TABLE = Path(__file__).resolve().parents[2] / "assets" / "catalogue.toml"
 AIMS = ("fast", "best", "coding", "long")
@@ -115,7 +115,7 @@ def look_up(text: str, data: str | Path | None = None) -> Known:
     """What a user means by `text`, without loading it. UserError when it is nothing."""
     if text == "demo":
         return _from_folder(demo_model())
-    for folder in (Path(text).expanduser(), *(place / text for place in models_dirs(data))):
+    for folder in (typed(text), *(place / text for place in models_dirs(data) if is_name(text))):
         if (folder / "config.json").is_file():
             return _from_folder(folder)
     entry = find(text)
@@ -141,16 +141,16 @@ def _from_hub(repository: str, cache_folder: Path) -> Known:
 
     Without a network what was read last time is taken. UserError, MachineError: one sentence.
     """
-    own = cache_folder / "hub" / repository.replace("/", "--")
+    own = inside(cache_folder / "hub", repository.replace("/", "--"))
     try:
         hub = replace(Hub.here(), delays=(1,))
         listing = hub.listing(repository)
+        folder = inside(own, listing.commit)
         for name in ("config.json", "floe.json"):
             file = listing.find(name)
             if file:
-                (own / listing.commit).mkdir(parents=True, exist_ok=True)
-                hub.fetch(listing, file, own / listing.commit / name, lambda n_bytes, text: None)
-        folder = own / listing.commit
+                folder.mkdir(parents=True, exist_ok=True)
+                hub.fetch(listing, file, folder / name, lambda n_bytes, text: None)
     except (MachineError, UserError):
         known = sorted(own.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
         if not known:

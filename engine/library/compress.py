@@ -17,10 +17,20 @@ from pathlib import Path
 import torch
 
 from engine.core import ModelSpec, UserError
-from engine.disk import read_json, write_text_atomically, writing
+from engine.disk import read_json, trouble, write_text_atomically, writing
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.compressed import SafetensorsWriter
-from engine.files.manifest import COPIED, MANIFEST, MTP, TRUNK, FileEntry, Manifest, experts_name, file_entry, texts_of
+from engine.files.manifest import (
+    COPIED,
+    MTP,
+    TRUNK,
+    FileEntry,
+    Manifest,
+    experts_name,
+    file_entry,
+    is_compressed,
+    texts_of,
+)
 from engine.files.quantize import nested
 from engine.files.trunk import bits_of, encode
 from engine.machine import errors
@@ -201,14 +211,19 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
     return manifest
 
 
+def is_sealed(dest: Path) -> bool:
+    """Whether a folder is finished: one that was killed while it was sealed has its manifest and our notes."""
+    return is_compressed(dest) and not (dest / PARTIAL).is_file()
+
+
 def _resume(dest: Path, settings: dict) -> dict[str, FileEntry]:
     """What an interrupted run with the same settings has finished; the folder is made when it is missing."""
-    if (dest / MANIFEST).is_file():
+    if is_sealed(dest):
         raise UserError(f"{dest} already holds a compressed model; choose another folder or delete it first.")
     try:
         dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{dest} cannot be made ({error.strerror}); choose another folder.") from error
+        raise trouble(error, dest) from error
     if not (dest / PARTIAL).is_file():
         if any(path.name != PARTIAL + ".part" for path in dest.iterdir()):
             raise UserError(f"{dest} is not empty; choose another folder.")

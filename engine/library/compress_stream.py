@@ -21,17 +21,17 @@ from threading import Event
 import torch
 
 from engine.core import UserError
-from engine.disk import read_json, write_text_atomically, writing
+from engine.disk import check_room, read_json, write_text_atomically, writing
 from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import SafetensorsWriter
-from engine.files.manifest import MTP, TRUNK, experts_name, is_compressed
+from engine.files.manifest import MTP, TRUNK, experts_name
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors
 from engine.files.trunk import CODES, bits_of, encode
-from engine.library.compress import Making, experts_of, result_bytes
+from engine.library.compress import Making, experts_of, is_sealed, result_bytes
 from engine.library.hub import Hub, RemoteFile, Stopped
 from engine.library.installed import Source, partial, partial_share
-from engine.library.transfer import INDEX, Choice, arrived, begin, check_disk, fetch_all
+from engine.library.transfer import INDEX, Choice, arrived, begin, fetch_all
 from engine.machine import errors
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
 from engine.progress import Meter, Progress
@@ -68,7 +68,6 @@ class GrowingFile:
     def __init__(self, path: Path, n_tensors: int) -> None:
         self.path, self.notes = path, path.with_name(path.name + ".part.json")
         self.writer = SafetensorsWriter(path, n_tensors)
-        self.guard = writing(self.notes.with_name(self.notes.name + ".part"))
         if self.notes.is_file() and self.writer.temporary.is_file():
             state = json.loads(self.notes.read_text(encoding="utf-8"))
             self.writer.header, self.writer.position = state["header"], state["position"]
@@ -80,14 +79,14 @@ class GrowingFile:
     def add(self, tensors: dict[str, Tensor]) -> None:
         if not self.is_open:
             self._open("w+b")
-        with self.guard:
+        with writing(self.path, keep=True):
             for name, tensor in tensors.items():
                 self.writer.add(name, tensor)
 
     def save(self) -> None:
         """What has been added so far survives a kill."""
         if self.is_open:
-            with self.guard:
+            with writing(self.path, keep=True):
                 self.writer.file.flush()
                 os.fsync(self.writer.file.fileno())
             state = {"header": self.writer.header, "position": self.writer.position}
@@ -95,7 +94,7 @@ class GrowingFile:
 
     def finish(self) -> None:
         """Under its name, whole."""
-        with self.guard:
+        with writing(self.path, keep=True):
             self.writer.finish()
         self.close()
         self.notes.unlink(missing_ok=True)
@@ -109,7 +108,7 @@ class GrowingFile:
         return hasattr(self.writer, "file") and not self.writer.file.closed
 
     def _open(self, mode: str) -> None:
-        with self.guard:
+        with writing(self.path, keep=True):
             self.writer.file = self.writer.temporary.open(mode)
             self.writer.file.truncate(self.writer.start + self.writer.position)
             self.writer.file.seek(self.writer.start + self.writer.position)
@@ -132,7 +131,7 @@ def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: Choice, rep
     made, shards, original = work / "made", work / "source", dest.with_name(dest.name + "-original")
     if choice.keep_original and original.exists() and (shards.exists() or not made.exists()):
         raise UserError(f"{original} exists already; move it away, or let the original be deleted.")
-    if not is_compressed(made):
+    if not is_sealed(made):
         begin(work, source)
         with ThreadPoolExecutor(1) as ahead:
             Stream(hub, source, work, choice, report, stop, ahead).run()
@@ -195,7 +194,7 @@ class Stream:
 
     def _all_shards(self, units: list[Unit], making: Making, grown: list[GrowingFile]) -> None:
         order = self._needed(units)
-        self._check_disk(units, order, making)
+        self._check_room(units, order, making)
         next_one = self._fetch(order, 0)
         for n, name in enumerate(order):
             if next_one is None:
@@ -253,13 +252,13 @@ class Stream:
         if self.stop.is_set():
             raise Stopped
 
-    def _check_disk(self, units: list[Unit], order: list[str], making: Making) -> None:
+    def _check_room(self, units: list[Unit], order: list[str], making: Making) -> None:
         files = [self.weights[name] for name in order]
         shards = sum(file.bytes for file in files) if self.choice.keep_original else most_held(units, files)
         result = result_bytes(making.checkpoint.spec, making.trunk_bits)
         there = sum(path.stat().st_size for path in self.made.iterdir() if path.is_file())
         hint = ", let each part of the original be deleted once it is compressed" if self.choice.keep_original else ""
-        check_disk(self.folder, max(0, result - there) + shards - arrived(self.folder, files), hint)
+        check_room(self.folder, max(0, result - there) + shards - arrived(self.folder, files), hint)
 
 
 def units_of(making: Making, trunk: GrowingFile, mtp: GrowingFile, file_of: dict[str, str],

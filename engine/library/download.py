@@ -16,11 +16,13 @@ from pathlib import Path
 from threading import Event
 
 from engine.core import UserError
+from engine.disk import check_room
 from engine.files.manifest import MANIFEST, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile
-from engine.library.installed import SOURCE, Source, only_one, partial, place_of
-from engine.library.transfer import INDEX, SINGLE, Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
+from engine.library.installed import SOURCE, Source, claimed, partial, place_of
+from engine.library.transfer import INDEX, SINGLE, Choice, Wanted, arrived, begin, fetch_all, part_of
+from engine.paths import typed
 from engine.progress import Meter, Progress
 
 SOURCES = ("ready", "original", "gguf")
@@ -52,8 +54,8 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
         raise UserError(f"There is no source {source!r}; choose one of {', '.join(SOURCES)}.")
     model, choice, stop = wanted(text), choice or Choice(), stop or Event()
     model = replace(model, gguf_file=file or model.gguf_file, like=like)
-    dest = Path(folder).expanduser().absolute() if folder else place_of(model.name, data)
-    with only_one(dest):
+    dest = typed(folder).resolve() if folder else place_of(model.name, data)
+    with claimed(dest):
         work = partial(dest)
         if dest.exists():
             return _present(dest, work, model)
@@ -74,7 +76,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
 def fetch_ready(hub: Hub, source: Source, work: Path, report: Callable[[Progress], None], stop: Event) -> None:
     """All files of a finished folder into `work`; the manifest's sizes and hashes must be those of the Hub."""
     here = arrived(work, source.files)
-    check_disk(work, source.bytes - here)
+    check_room(work, source.bytes - here)
     begin(work, source)
     fetch_all(hub, source, source.files, work, Meter(source.bytes, here, report), stop)
     try:

@@ -15,19 +15,21 @@ from tempfile import TemporaryDirectory
 from threading import Event
 
 from engine.core import UserError
+from engine.disk import check_room
 from engine.files.checkpoint import Checkpoint
 from engine.files.gguf.header import require_package
 from engine.files.gguf.source import FLOATS, GgufSource
 from engine.files.gguf.tokenizer import completed, config_of, copy_small
-from engine.files.manifest import CONFIG, COPIED, Manifest, is_compressed
+from engine.files.manifest import CONFIG, COPIED, Manifest
 from engine.files.model_spec import spec_from_config
 from engine.files.quantize import nested
 from engine.library import catalogue
 from engine.library import compress as compression
 from engine.library.hub import Hub, Listing, Stopped
 from engine.library.installed import Source, partial
-from engine.library.transfer import Choice, Wanted, arrived, begin, check_disk, fetch_all, part_of
+from engine.library.transfer import Choice, Wanted, arrived, begin, fetch_all, part_of
 from engine.machine import errors
+from engine.paths import typed
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
 from engine.progress import Meter, Progress
 from kernels.layout import Layout, default_group_size
@@ -128,7 +130,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     require_package()
     work = partial(dest)
     made = work / "made"
-    if not is_compressed(made):
+    if not compression.is_sealed(made):
         bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[errors.device_for(choice.device)[0]]
         _prepare(hub, source, model, work, bits, stop)
         meter = Meter(source.bytes, arrived(work, source.files), report)
@@ -160,7 +162,7 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
         spec = spec_from_config(config_of(work / "like").to_dict(), source.repository)
         result = compression.result_bytes(spec, trunk_bits)
         made = sum(path.stat().st_size for path in (work / "made").glob("*"))
-        check_disk(work, source.bytes - arrived(work, source.files) + max(0, result - made))
+        check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))
     except UserError:
         if not arrived(work, source.files):
             shutil.rmtree(work, ignore_errors=True)
@@ -169,7 +171,7 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
 
 def _like_folder(like: str, file: Path, scratch: Path, hub: Hub | None) -> Path:
     """A folder that has the configuration."""
-    folder = Path(like).expanduser() if like else file.parent
+    folder = typed(like) if like else file.parent
     if (folder / CONFIG).is_file():
         return folder
     if not like:
@@ -185,8 +187,8 @@ def fetch_like(hub: Hub, like: str, folder: Path, stop: Event | None = None, bes
     if (folder / CONFIG).is_file():             # always the last to arrive
         return
     noted = Source.load(folder)
-    if noted is None and like and Path(like).expanduser().is_dir():
-        copy_small(Path(like).expanduser(), folder)
+    if noted is None and like and typed(like).is_dir():
+        copy_small(typed(like), folder)
         return
     if noted is None:
         listing = _listing(hub, like, stop, beside)

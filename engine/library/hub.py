@@ -9,7 +9,6 @@ texts is fetched. Knows no model. Loads no torch, and the client library only wh
 """
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -25,6 +24,7 @@ from threading import Event, Lock, Thread
 from urllib.parse import quote, urljoin, urlsplit
 
 from engine.core import MachineError, Stopped, UserError
+from engine.disk import writing
 
 PIECE_BYTES = 1 << 20
 CHUNK_BYTES = 64 << 20
@@ -168,7 +168,7 @@ class Hub:
             return
         part, stop = dest.with_name(dest.name + ".part"), stop or Event()
         url = hf_hub_url(listing.repository, file.path, revision=listing.commit, endpoint=self.endpoint)
-        with _full_disk(part):
+        with writing(part, keep=True):
             with _Part(part, file, tell, stop) as out:
                 while out.have < file.bytes:
                     self._patiently(listing.repository, stop, lambda: self._transfer(url, out), out)
@@ -400,28 +400,3 @@ def _reason(error: Exception) -> str:
     if status:
         return f"error {status}"
     return "no answer in time" if "Timeout" in type(error).__name__ else "the connection was lost"
-
-
-class _full_disk:
-    """Turns a disk that is full or cannot be written to into one sentence; the part stays."""
-
-    def __init__(self, part: Path) -> None:
-        self.part = part
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        from huggingface_hub.errors import HTTPError
-        if not isinstance(error, OSError) or isinstance(error, HTTPError):
-            return
-        folder = self.part.parent
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(f"The disk of {folder} is full; make room and start again: it goes on where it "
-                               "was.") from error
-        if error.errno == errno.EFBIG:
-            raise MachineError(f"The disk of {folder} cannot hold a file of {self.part.stem}'s size; choose a folder "
-                               "on another disk.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{folder} cannot be written to; choose another folder.") from error
-        raise MachineError(f"{self.part} cannot be written ({error.strerror}); check the disk.") from error

@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.core import MachineError, UserError
-from engine.disk import read_json
+from engine.disk import only_one, read_json, size_of, write_text_atomically
 from engine.files.manifest import Manifest, is_compressed
 from engine.library.hub import RemoteFile
-from engine.paths import models_dir, models_dirs
+from engine.paths import PARTIAL, inside, models_dir, models_dirs
 
-PARTIAL = ".partial"
+TRASH = ".floechat-trash-"      # a model that is removed is first renamed to this: one step, never half done
 SOURCE = "floe.source.json"
 
 
@@ -43,10 +42,7 @@ class Source:
         return sum(file.bytes for file in self.files)
 
     def save(self, folder: Path) -> None:
-        path = folder / SOURCE
-        temporary = path.with_name(SOURCE + ".part")
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text_atomically(folder / SOURCE, json.dumps(asdict(self), indent=1))
 
     @staticmethod
     def load(folder: Path) -> Source | None:
@@ -77,34 +73,50 @@ class Installed:
 def models(data: str | Path | None = None) -> list[Installed]:
     """What the folders for models hold, by name; of two with one name that in the first."""
     there = [path for folder in reversed(models_dirs(data)) if folder.is_dir() for path in folder.iterdir()]
-    folders = {path.name: path for path in there}
+    folders = {path.name: path for path in there if not path.name.startswith(".")}
     return [found for _, path in sorted(folders.items()) if (found := _installed(path))]
 
 
-def delete(name: str, data: str | Path | None = None) -> int:
-    """Remove a model and what an unfinished download of it has left; -> bytes freed. UserError if there is none."""
-    dest = place_of(_plain(name), data)
-    folders = [folder for folder in (dest, partial(dest)) if folder.is_dir()]
-    if not folders:
-        known = ", ".join(model.name for model in models(data)) or "none yet"
+def delete(name: str, data: str | Path | None = None, unfinished: bool = False) -> int:
+    """Remove a model and what an unfinished download of it has left, or that alone; -> bytes freed. UserError if there
+    is none. What can be removed is what `models` finds: the name is compared, never made a path."""
+    there = models(data)
+    chosen = [model for model in there if model.name == name and (model.kind == "unfinished" or not unfinished)]
+    if not chosen:
+        known = ", ".join(model.name for model in there) or "none yet"
         raise UserError(f"There is no model {name!r} in the data folder; there are: {known}.")
-    with only_one(dest):
-        freed = sum(map(size_of, folders))
-        for folder in folders:
-            _remove(folder)
-    return freed
+    with claimed(chosen[0].folder.parent / name):
+        return sum(map(_throw_away, chosen))
+
+
+def empty_trash(data: str | Path | None = None) -> None:
+    """Remove for good what a program that was killed meanwhile has thrown away."""
+    for folder in models_dirs(data):
+        for thrown in folder.glob(TRASH + "*"):
+            shutil.rmtree(thrown, ignore_errors=True)
 
 
 def place_of(name: str, data: str | Path | None = None) -> Path:
-    """Where the model `name` is, whole or begun, or else is to be made."""
-    places = [folder / name for folder in models_dirs(data)]
+    """Where the model `name` is, whole or begun, or else is to be made. UserError for a name that none can have."""
+    places = [inside(folder, name) for folder in models_dirs(data)]
     begun = [place for place in places if place.exists() or partial(place).exists()]
+    there = [path.name.removesuffix(PARTIAL) for folder in models_dirs(data) for path in folder.glob("*")]
+    for twin in there:
+        if twin.casefold() == name.casefold() and name not in there:
+            raise UserError(f"There is a model {twin} already, which not every disk can tell from {name}; delete it "
+                            "first or choose another folder.")
     return begun[0] if begun else models_dir(data) / name
 
 
 def partial(dest: Path) -> Path:
     """Where an unfinished `dest` is made."""
-    return dest.with_name(dest.name + PARTIAL)
+    return dest.parent / (dest.name + PARTIAL)
+
+
+def is_begun(work: Path) -> bool:
+    """Whether a folder is what a download or a compression has begun: it holds a note of ours, or nothing yet."""
+    names = [path.name for path in work.glob("*")]
+    return not names or any(name.startswith("floe.") for name in names)
 
 
 def partial_share(work: Path) -> Path:
@@ -112,54 +124,10 @@ def partial_share(work: Path) -> Path:
     return work / "floe.share"
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files below, but our own notes, whose names begin with a dot, and what vanishes meanwhile."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() and path.name[0] != "." else 0
-        except OSError:
-            continue
-    return total
-
-
-@contextmanager
-def only_one(dest: Path) -> Iterator[None]:
-    """One download or removal of a model at a time, over all processes. UserError for the second."""
-    path = dest.with_name(f".{dest.name}.lock")
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-    except OSError as error:
-        raise UserError(f"{dest.parent} cannot be written to ({error.strerror}); choose another folder.") from error
-    with lock:
-        try:
-            _lock(lock)
-            if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:     # removed by the one who has just finished
-                raise OSError
-        except OSError as error:
-            raise UserError(f"{dest.name} is being downloaded or removed already; wait for that or stop it.") from error
-        try:
-            yield
-        finally:
-            if sys.platform != "win32":         # an open file cannot be removed there; it is empty
-                path.unlink(missing_ok=True)
-
-
-def _lock(file) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _plain(name: str) -> str:
-    """A name that stays inside the folder of models."""
-    if not name or Path(name).name != name or name in (".", "..") or set(name) & set('\\/:*?"<>|\0'):
-        raise UserError(f"{name!r} is not the name of a model in the data folder.")
-    return name.removesuffix(PARTIAL)
+def claimed(dest: Path) -> AbstractContextManager:
+    """One download, removal or calibration of a model at a time, over all processes. UserError for the second."""
+    return only_one(dest.parent / f".{dest.name}.lock",
+                    f"{dest.name} is being downloaded or removed already; wait for that or stop it.")
 
 
 def _installed(folder: Path) -> Installed | None:
@@ -174,6 +142,8 @@ def _described(folder: Path) -> Installed | None:
     source = Source.load(folder)
     repository = source.repository if source else ""
     if folder.name.endswith(PARTIAL):
+        if not is_begun(folder):
+            return None
         here = size_of(folder)
         share = min(max(here / max(1, source.bytes), _noted_share(folder)), 0.999) if source else 0.0
         return Installed(folder.name.removesuffix(PARTIAL), folder, "unfinished", here, (), share, repository)
@@ -198,9 +168,16 @@ def _levels(folder: Path) -> tuple[str, ...]:
         return ("exact",)
 
 
-def _remove(folder: Path) -> None:
+def _throw_away(model: Installed) -> int:
+    """-> bytes freed; what cannot be removed now is removed at the next start."""
+    thrown = model.folder.with_name(TRASH + uuid.uuid4().hex)
     try:
-        shutil.rmtree(folder)
+        os.replace(model.folder, thrown)
     except OSError as error:
-        raise MachineError(f"{folder} cannot be removed ({error.strerror}); close what uses it and try "
+        raise MachineError(f"{model.folder} cannot be removed ({error.strerror}); close what uses it and try "
                            "again.") from error
+    if thrown.is_symlink():             # what it leads to is not ours
+        thrown.unlink()
+        return 0
+    shutil.rmtree(thrown, ignore_errors=True)
+    return 0 if thrown.exists() else model.bytes

@@ -14,7 +14,7 @@ from threading import Event
 
 from engine.core import UserError
 from engine.library.hub import Stopped
-from engine.library.installed import models, only_one, partial, partial_share, place_of
+from engine.library.installed import claimed, models, partial, partial_share, place_of
 from engine.library.transfer import Choice, part_of
 from engine.paths import CALIBRATION_LOG
 from engine.progress import Progress
@@ -67,7 +67,7 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
     """
     folder = _compressed(name, data)
     stop, begun, saying = stop or Event(), 0.0, ""
-    with only_one(folder):
+    with claimed(folder):
         report(Progress(0, 1, 0.0, None, "Loading the model"))
         from engine.quality.calibrate import calibrate
         from engine.quality.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
@@ -90,7 +90,7 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
 def drop_calibration(name: str, data: str | Path | None = None) -> None:
     """Throw away what a calibration of the model `name` that was stopped has measured. UserError: no such model."""
     folder = _compressed(name, data)
-    with only_one(folder):
+    with claimed(folder):
         (folder / CALIBRATION_LOG).unlink(missing_ok=True)
 
 
@@ -104,11 +104,12 @@ def _compressed(name: str, data: str | Path | None) -> Path:
 def _made(name: str, data: str | Path | None, choice: Choice, report: Report, stop: Event, work: Callable) -> Path:
     """Run `work` into the partial folder of `name` and give the result its name."""
     dest = place_of(name, data)
-    with only_one(dest):
+    with claimed(dest):
         if dest.exists():
             raise UserError(f"{name} is there already; delete it first to make it again.")
         making = partial(dest)
         report(Progress(0, 1, 0.0, None, "Loading the compressor"))
+        from engine.library.compress import is_sealed
         from engine.machine.errors import device_for
         from engine.planning.sizes import DEFAULT_TRUNK_BITS
         device, _ = device_for(choice.device)
@@ -123,7 +124,8 @@ def _made(name: str, data: str | Path | None, choice: Choice, report: Report, st
                             f"Compressing layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"))
             if progress.layer < progress.layers:
                 check()
-        work(making, choice.trunk_bits or DEFAULT_TRUNK_BITS[device], device, told, check)
+        if not is_sealed(making):
+            work(making, choice.trunk_bits or DEFAULT_TRUNK_BITS[device], device, told, check)
         partial_share(making).unlink(missing_ok=True)
         os.replace(making, dest)
     return dest

@@ -2,21 +2,19 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 from engine.core import UserError
+from engine.disk import trouble
 from engine.library.hub import Hub, Listing, RemoteFile
-from engine.library.installed import Source
+from engine.library.installed import Source, is_begun
 from engine.progress import Meter
-from engine.units import size
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
-SPARE_BYTES = 200 * 10**6       # left free on the disk, for the rest of the machine
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,12 @@ def begin(work: Path, source: Source) -> None:
     """Make the folder of an unfinished download and note what it is."""
     try:
         work.mkdir(parents=True, exist_ok=True)
-        if Source.load(work) != source:
-            source.save(work)
     except OSError as error:
-        raise UserError(f"{work} cannot be written ({error.strerror}); choose another folder.") from error
+        raise trouble(error, work) from error
+    if not is_begun(work):
+        raise UserError(f"{work} holds something else; move it away or choose another folder.")
+    if Source.load(work) != source:
+        source.save(work)
 
 
 def arrived(folder: Path, files: Iterable[RemoteFile]) -> int:
@@ -72,15 +72,6 @@ def arrived(folder: Path, files: Iterable[RemoteFile]) -> int:
         for path in (folder / file.name, folder / (file.name + ".part")):
             total += min(path.stat().st_size, file.bytes) if path.is_file() else 0
     return total
-
-
-def check_disk(folder: Path, n_bytes: int, hint: str = "") -> None:
-    """UserError when the disk of `folder` lacks the room for n_bytes more."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if n_bytes > 0 and n_bytes + SPARE_BYTES > free:
-        raise UserError(f"The disk of {place} has {size(free)} free, and {size(n_bytes + SPARE_BYTES)} are needed; "
-                        f"make room{hint} or choose a folder on another disk.")
 
 
 def part_of(name: str) -> tuple[str, int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 
 from engine.core import MachineError, UserError
+from engine.disk import FULL
 from engine.machine import errors
 
 
@@ -24,7 +25,7 @@ def in_words(error: BaseException, planned: str = "") -> str | None:
     if is_out_of_memory(error):
         return "The computer ran out of memory; close other programs or choose a smaller context, and try again."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "The disk is full; make room and try again."
+        return FULL.format(where="")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename} cannot be used ({error.strerror}); check the disk and the rights of its folder."
     return None

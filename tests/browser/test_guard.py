@@ -171,4 +171,5 @@ def test_a_port_in_use_is_said_in_one_sentence(app, tmp_path):
 
 def test_everything_that_is_written_is_in_the_data_folder(app):
     names = {path.relative_to(app.data).parts[0] for path in app.data.iterdir()}
-    assert names <= {"models", "logs", "cache", "chats.db", "chats.db-wal", "chats.db-shm", "program.log"}
+    assert names <= {"models", "logs", "cache", "chats.db", "chats.db-wal", "chats.db-shm", "program.log",
+                     "floechat.lock"}

@@ -1,7 +1,8 @@
-"""Downloads in processes of their own that a test can kill -9: forked from one that has imported everything already.
+"""Work on models in processes of their own that die by kill -9: forked from one that has imported everything already.
 
-Run as a script it is that process: each line it reads is the arguments of one download; it answers with the child's
-pid, and with its exit status when it has ended.
+Run as a script it is that process: each line it reads is the arguments of one piece of work; it answers with the
+child's pid, and with its exit status when it has ended. A test kills the child, or tells it at which of its changes of
+the disk it has to kill itself: a seed then always kills at the same place.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
+from engine import calibrate_installed, compress_installed
 from engine.library.download import download
 from engine.library.hub import Hub
 from engine.library.installed import partial
@@ -26,7 +28,7 @@ CHUNK = 64 << 10
 
 
 class Nursery:
-    """Use as a context manager. preload: modules that the downloads will need."""
+    """Use as a context manager. preload: modules that the work will need."""
 
     def __init__(self, *preload: str) -> None:
         self.preload = preload
@@ -43,9 +45,10 @@ class Nursery:
         self.process.stdout.close()
 
     def killed_when(self, ready: Callable[[], bool], **arguments) -> bool:
-        """Start a download, kill -9 when `ready()`; -> whether it was in time. AssertionError if it failed by itself.
+        """Start work, kill -9 when `ready()`; -> whether it was in time. AssertionError if it failed by itself.
 
-        arguments: model, source, folder, endpoint and those of `Choice`.
+        arguments: of a function of WORK, with its name as `work` where that is not "download"; change, kind: at which
+        of its changes of the disk, from 1, the work is to kill itself, counting all or those of a kind of CHANGES.
         """
         print(json.dumps({key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}),
               file=self.process.stdin)
@@ -54,7 +57,7 @@ class Nursery:
             Event().wait(0.001)
         _kill(pid)
         status = int(self.process.stdout.readline())
-        assert status in (0, -signal.SIGKILL), f"the download failed by itself: {status}"
+        assert status in (0, -signal.SIGKILL), f"the work failed by itself: {status}"
         return status != 0
 
     def killed_often(self, times: int, when: Callable[[], Callable[[], bool]], loopback: LoopbackHub,
@@ -89,8 +92,39 @@ def _kill(pid: int) -> None:
         pass
 
 
-def run(model: str, folder: str, endpoint: str, source: str | None = None, **choice) -> None:
+def fetch(model: str, folder: str, endpoint: str, source: str | None = None, **choice) -> None:
     download(model, source, folder, hub=Hub(endpoint, chunk_bytes=CHUNK), choice=Choice(**choice))
+
+
+def compress(name: str, data: str) -> None:
+    compress_installed(name, data, Choice(16, "cpu"))
+
+
+def calibrate(name: str, data: str, text: str) -> None:
+    calibrate_installed(name, data, Path(text), "cpu")
+
+
+WORK = {"download": fetch, "compress": compress, "calibrate": calibrate}
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")     # as sys.audit names them; open: to write
+
+
+def run(work: str = "download", change: int = 0, kind: str = "", **arguments) -> None:
+    if change:
+        _die_at(change, (kind,) if kind else CHANGES)
+    WORK[work](**arguments)
+
+
+def _die_at(change: int, kinds: tuple[str, ...]) -> None:
+    left = change
+
+    def seen(event: str, details: tuple) -> None:
+        nonlocal left
+        reading = event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR))
+        if event in kinds and not reading:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(seen)
 
 
 def serve() -> None:

@@ -5,11 +5,12 @@ import argparse
 import sys
 
 from engine.core import LEVELS, Event, MachineError, Options, Sampling, UserError
+from engine.paths import typed
 from engine.units import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a compressed model, or an uncompressed checkpoint")
+    parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
     parser.add_argument("--level", choices=LEVELS, default=Options.level)
     parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: planned)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens (default: what the model can)")

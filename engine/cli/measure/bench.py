@@ -9,20 +9,21 @@ from pathlib import Path
 
 from engine.cli import report
 from engine.core import LEVELS, Options, UserError
+from engine.paths import typed
 from engine.units import parse_bytes, rate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a compressed model, or an uncompressed checkpoint")
+    parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
     parser.add_argument("--level", choices=LEVELS, help="default: balanced where the folder offers it, else its best")
     parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: everything that fits)")
     parser.add_argument("--compare", action="store_true",
                         help="also run transformers' own experts on the same weights, uncompressed")
-    parser.add_argument("--source", type=Path, metavar="CHECKPOINT",
+    parser.add_argument("--source", type=typed, metavar="CHECKPOINT",
                         help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
     parser.add_argument("--vram", metavar="SIZE", help="on a card: occupy what it has above this")
     parser.add_argument("--project", metavar="CARD", help="on a card: what a token would take on this one of the table")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="on a card: append its rows to DIR/<card>.csv")
+    parser.add_argument("--table", type=typed, metavar="DIR", help="on a card: append its rows to DIR/<card>.csv")
 
 
 def run(args: argparse.Namespace) -> dict:

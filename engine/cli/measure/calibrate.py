@@ -2,20 +2,20 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from engine.cli import report
 from engine.core import UserError
+from engine.paths import typed
 from engine.quality.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="compressed folder")
-    parser.add_argument("--text", type=Path, action="append", help="text to calibrate on, may be given several times: "
+    parser.add_argument("folder", type=typed, help="compressed folder")
+    parser.add_argument("--text", type=typed, action="append", help="text to calibrate on, may be given several times: "
                         "every level keeps its promise on each (.txt or .jsonl chats, also .xz)")
     parser.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS,
                         help="tokens of all texts together (default %(default)s)")
-    parser.add_argument("--reference", type=Path, help="uncompressed checkpoint that KL is measured against")
+    parser.add_argument("--reference", type=typed, help="uncompressed checkpoint that KL is measured against")
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.cli import report
 from engine.core import LEVELS
+from engine.paths import typed
 from engine.units import parse_bytes
 
 FOLDER = Path("tests") / "bench"
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vram", metavar="SIZE", help="step: occupy what the card has above this")
     parser.add_argument("--tokens", type=int, default=300, help="step: how many")
     parser.add_argument("--project", metavar="CARD", help="step: what a token would take on this card of the table")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the table lies (default: tests/bench)")
+    parser.add_argument("--folder", type=typed, default=FOLDER, help="where the table lies (default: tests/bench)")
 
 
 def run(args: argparse.Namespace) -> dict:

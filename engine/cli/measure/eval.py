@@ -3,19 +3,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from engine.cli import report
 from engine.core import LEVELS, Options, UserError
+from engine.paths import typed
 from engine.units import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a compressed model, or an uncompressed checkpoint")
+    parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
     parser.add_argument("--levels", metavar="A,B", help="default: all that the folder offers")
-    parser.add_argument("--reference", type=Path, metavar="SOURCE",
+    parser.add_argument("--reference", type=typed, metavar="SOURCE",
                         help="model folder (default: FOLDER at its best level)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="text, or conversations as .jsonl; also .xz "
+    parser.add_argument("--text", type=typed, metavar="FILE", help="text, or conversations as .jsonl; also .xz "
                         "(default: a small text of our own)")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens to predict (4096)")
     parser.add_argument("--near", default="all", metavar="SIZE", help="near memory: all, sketches, or a size (all)")

@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from engine.cli import report
 from engine.core import LEVELS, MachineError, Options, UserError
+from engine.paths import typed
 from engine.units import parse_bytes, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a name of the catalogue, such as qwen3.6-35b-a3b")
-    parser.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="folder to make")
+    parser.add_argument("dest", type=typed, nargs="?", metavar="DEST", help="folder to make")
     parser.add_argument("--in-memory", action="store_true", help="write no file: make it up, measure it, forget it")
     parser.add_argument("--layers", type=int, help="only its first layers")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), default=4, help="bits outside the experts")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine.cli import report
 from engine.core import Options, UserError
+from engine.paths import typed
 
 KEPT = (0.5, 0.3, 0.2, 0.1)
 BYTES = (0.3, 0.2, 0.1)
@@ -18,8 +19,8 @@ ROW = 256  # tokens that are read together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="an uncompressed checkpoint folder")
-    parser.add_argument("--text", type=Path, action="append", metavar="FILE", help="as for eval; repeatable")
+    parser.add_argument("checkpoint", type=typed, metavar="CHECKPOINT", help="an uncompressed checkpoint folder")
+    parser.add_argument("--text", type=typed, action="append", metavar="FILE", help="as for eval; repeatable")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of each text (4096)")
     parser.add_argument("--group-size", type=int, choices=(64, 128), default=64, help="of the quantised weights (64)")
 

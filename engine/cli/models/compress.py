@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from engine.paths import typed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="checkpoint folder (safetensors)")
-    parser.add_argument("dest", type=Path, help="folder to make")
+    parser.add_argument("source", type=typed, help="checkpoint folder (safetensors)")
+    parser.add_argument("dest", type=typed, help="folder to make")
     parser.add_argument("--group-size", type=int, choices=(64, 128), help="default: 128 where it divides hidden")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), default=16, help="bits outside the experts")
 

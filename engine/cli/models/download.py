@@ -3,18 +3,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from engine.library.download import SOURCES, download
 from engine.library.hub import Hub
 from engine.library.transfer import Choice
+from engine.paths import typed
 from engine.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a name of the catalogue, or a Hub id (owner/name)")
     parser.add_argument("--source", choices=SOURCES, help="default: ready-made if there is one, else the original")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to put it (default: the data folder)")
+    parser.add_argument("--folder", type=typed, metavar="DIR", help="where to put it (default: the data folder)")
     parser.add_argument("--file", default="", metavar="NAME", help="which GGUF file, where there are several")
     parser.add_argument("--like", default="", metavar="ORIGINAL",
                         help="folder or Hub id with configuration and tokenizer, where a GGUF repository names none")

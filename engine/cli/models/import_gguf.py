@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+
+from engine.paths import typed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="GGUF file (of several parts: any of them)")
-    parser.add_argument("dest", type=Path, help="folder to make")
+    parser.add_argument("file", type=typed, help="GGUF file (of several parts: any of them)")
+    parser.add_argument("dest", type=typed, help="folder to make")
     parser.add_argument("--like", default="", metavar="ORIGINAL",
                         help="folder or Hub id with config.json and the tokenizer of the original model "
                              "(default: the folder of the file)")

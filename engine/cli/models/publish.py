@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from engine.library.hub import Hub
+from engine.paths import typed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="compressed folder")
+    parser.add_argument("folder", type=typed, help="compressed folder")
     parser.add_argument("repository", metavar="REPO", help="owner/name; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="visible to you alone")
     parser.add_argument("--token", help="access token that may write (default: what `hf auth login` stored)")

@@ -177,7 +177,7 @@ def test_a_full_device_is_one_sentence(tmp_path):
     """/dev/full takes no byte; the writer's temporary name points there."""
     path = tmp_path / "x.safetensors"
     path.with_name("x.safetensors.part").symlink_to("/dev/full")
-    with pytest.raises(MachineError, match="disk is full.*finished files are kept"):
+    with pytest.raises(MachineError, match="disk is full.*finished is kept"):
         with SafetensorsWriter(path, 1) as writer:
             writer.add("a", torch.zeros(1 << 20))
     assert list(tmp_path.iterdir()) == []

@@ -147,7 +147,7 @@ def test_folders_in_use_are_left_alone(source, whole, tmp_path):
     compress(source, tmp_path / "made")
     (tmp_path / "a file").write_text("")
     for dest, words in ((tmp_path / "made", "already holds"), (in_use, "not empty"), (source, "not empty"),
-                        (tmp_path / "a file", "cannot be made"), (tmp_path / "a file" / "below", "cannot be made")):
+                        (tmp_path / "a file", "cannot be"), (tmp_path / "a file" / "below", "cannot be written")):
         before = contents(dest) if dest.is_dir() else None
         with pytest.raises(UserError, match=words) as caught:
             compress(source, dest)

@@ -252,7 +252,7 @@ def test_a_disk_that_cannot_hold_the_file(hub, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk(hub, tmp_path):
     (tmp_path / f"{NAME}.part").symlink_to("/dev/full")
-    with pytest.raises(MachineError, match="is full; make room and start again"):
+    with pytest.raises(MachineError, match="disk is full: make room on the disk of"):
         fetch(hub, tmp_path)
     assert not (tmp_path / NAME).exists()
 
