@@ -16,12 +16,7 @@ from engine.__main__ import main
 from engine.library.installed import TRASH, claimed, empty_trash, place_of
 from engine.paths import choose_models_dir, data_dir, inside, make_private, typed
 from tests.support.loopback_hub import LoopbackHub
-
-# What names of models must never be, on any system.
-BAD = ["", ".", "..", "...", ".partial", "..partial", "...partial", "x.partial", "x.PARTIAL", "../models", "/tmp",
-       "a/b", "a\\b", "C:", "C:x", "~nosuch/x", "x\ny", "x\0y", "x\x7f", "x\x1b[2J", "x\u2028y", "\ud800", "x.", "x ",
-       " x", ".x", "n" * 201, "\u00e4" * 101, "con", "CON", "nul.txt", "com1", "LPT9.floe", "aux .x", "a*b",
-       "a?b", 'a"b', "a|b", "<a>"]
+from tests.support.names import BAD_NAMES, BAD_PATHS, contents
 
 
 def model(folder: Path, name: str = "mine") -> Path:
@@ -44,11 +39,8 @@ def data(tmp_path) -> Path:
     return made
 
 
-def contents(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-@pytest.mark.parametrize("name", BAD + ["photos", "models", "cache", "mine/", "mine.partial", "MINE", "begun.partial"])
+@pytest.mark.parametrize("name", [*BAD_NAMES, "photos", "models", "cache", "mine/", "mine.partial", "MINE",
+                                  "begun.partial"])
 def test_delete_takes_nothing_but_a_model_by_its_name(data, name):
     before = contents(data.parent)
     with pytest.raises(UserError, match="There is no model .*; there are: begun, mine.$"):
@@ -65,7 +57,7 @@ def before_without(before: set[str], *names: str) -> set[str]:
                                              for name in names)}
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_no_model_is_made_under_a_name_that_leads_elsewhere(data, name, tmp_path):
     before = contents(tmp_path)
     with pytest.raises(UserError, match="cannot be the name of a model"):
@@ -188,9 +180,6 @@ def test_two_removals_at_once_are_one(data):
         thread.join()
     assert sorted(freed, key=str) == [2] + [None] * 7
     assert sorted(os.listdir(data / "models")) == ["begun.partial", "photos"]
-
-
-BAD_PATHS = ["~nosuch/x", "~nosuch", "/x\ny", "/x\0y", "/" + "n" * 300, "/" + "a/" * 3000, "/\ud800", "/x\u2028y"]
 
 
 @pytest.mark.parametrize("path", BAD_PATHS)

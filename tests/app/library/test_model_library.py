@@ -10,8 +10,9 @@ import pytest
 from app.library import model_library
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
-from engine import Options, UserError, calibrate_installed, demo_model
+from engine import Options, UserError, calibrate_installed, data_dir, demo_model
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.names import BAD_NAMES, BAD_PATHS, contents
 from tests.support.waiting import until
 
 NAME = "tester/Tiny-Floe"
@@ -46,6 +47,39 @@ def on_disk(shelf):
 
 def works(shelf):
     return {work["name"]: work for work in shelf.works.shown()}
+
+
+@pytest.fixture
+def kept(shelf, tmp_path):
+    """What must stay: a model, conversations, a folder that is nobody's model."""
+    data_dir(tmp_path)
+    for folder, file in (("models/mine", "config.json"), ("models/photos", "me.png"), (".", "chats.db")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text("{}")
+    return contents(tmp_path)
+
+
+def test_no_name_from_the_page_leads_out_of_the_models(shelf, kept, tmp_path):
+    for name in [*BAD_NAMES, "photos", "mine.partial", "MINE"]:
+        for ask in (shelf.open, shelf.plan, shelf.remove, shelf.measure):
+            with pytest.raises(UserError, match="no model"):
+                ask(name)
+        assert shelf.cancel(name) == 0
+        for ask in (shelf.compress, shelf.fetch):
+            ask(name)
+    until(lambda: all(work["state"] == "failed" for work in works(shelf).values()))
+    assert all("\n" not in work["text"] for work in works(shelf).values())
+    assert contents(tmp_path) == kept and shelf.remove("mine") == 2
+
+
+def test_no_path_from_the_page_ends_in_anything_but_a_sentence(shelf, kept, tmp_path):
+    for path in BAD_PATHS:
+        for ask in (shelf.keep_in, lambda path: shelf.bring_in(f"{path}.gguf"), lambda p: shelf.measure("mine", p)):
+            with pytest.raises(UserError, match="path|no GGUF file|no text file"):
+                ask(path)
+        for kind in ("gguf", "text", "folder"):
+            assert shelf.suggest(path, kind) == shelf.suggest(path + "/", kind) == []
+    assert contents(tmp_path) == kept
 
 
 def test_a_model_is_fetched_opened_and_deleted(loopback, shelf):
