@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine.quality.measurement_log import NOTED
 
 from engine import Engine, Options, Sampling, calibrate_installed, compress_installed, delete, models
 from engine.library.compress import PARTIAL
 from engine.library.installed import partial
 from engine.library.transfer import Choice
+from engine.paths import CALIBRATION_LOG
 from tests.support import small_model
 from tests.support.killed import Nursery
 
@@ -112,7 +112,7 @@ def test_measuring_levels(nursery, data, whole, tmp_path):
             assert calibration(folder) == old and known >= before
     assert ends > 1
     assert calibration(calibrate_installed("Small-floe", data, text, "cpu")) == new
-    assert not (folder / NOTED).exists() and answer(folder)
+    assert not (folder / CALIBRATION_LOG).exists() and answer(folder)
 
 
 def calibration(folder: Path) -> dict:
@@ -126,5 +126,5 @@ def assert_listed(folder: Path) -> None:
 
 def noted(folder: Path) -> int:
     """Lines about documents that have been measured."""
-    lines = (folder / NOTED).read_text().splitlines() if (folder / NOTED).exists() else []
+    lines = (folder / CALIBRATION_LOG).read_text().splitlines() if (folder / CALIBRATION_LOG).exists() else []
     return sum(line.startswith("[") and line.endswith("]") for line in lines)
