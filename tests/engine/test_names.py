@@ -16,7 +16,16 @@ from engine.__main__ import main
 from engine.library.installed import TRASH, claimed, empty_trash, place_of
 from engine.paths import choose_models_dir, data_dir, inside, make_private, typed
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.names import BAD_NAMES, BAD_PATHS, contents
+
+BAD_NAMES = ["", ".", "..", "...", ".partial", "..partial", "...partial", "x.partial", "x.PARTIAL", "../models", "/tmp",
+             "a/b", "a\\b", "C:", "C:x", "~nosuch/x", "x\ny", "x\0y", "x\x7f", "x\x1b[2J", "x\u2028y", "\ud800", "x.",
+             "x ", " x", ".x", "n" * 201, "\u00e4" * 101, "con", "CON", "nul.txt", "com1", "LPT9.floe", "aux .x", "a*b",
+             "a?b", 'a"b', "a|b", "<a>"]
+BAD_PATHS = ["~nosuch/x", "~nosuch", "/x\ny", "/x\0y", "/" + "n" * 300, "/" + "a/" * 3000, "/\ud800", "/x\u2028y"]
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def model(folder: Path, name: str = "mine") -> Path:

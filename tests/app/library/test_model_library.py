@@ -11,8 +11,8 @@ from app.library import model_library
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
 from engine import Options, UserError, calibrate_installed, data_dir, demo_model
+from tests.engine.test_names import BAD_NAMES, BAD_PATHS, contents
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.names import BAD_NAMES, BAD_PATHS, contents
 from tests.support.waiting import until
 
 NAME = "tester/Tiny-Floe"
