@@ -34,16 +34,21 @@ class Models:
         self.on_change = on_change
         self._changed = threading.Condition()
         self._opening: Opening | None = None
+        self._opener: threading.Thread | None = None
         self._known: Known | None = None
 
     def open(self, folder: Path | None = None, level: str = "", context: int | None = None) -> None:
         """Start opening `folder` at `level` in the background; what is open is closed first. Without: as at birth."""
-        if folder:
-            self.folder, self._plan_level = folder, False
-            self.options = replace(self.options, level=level, context=context, near_bytes=None)
-        self._opening = None
-        self._tell("loading", TEXT["step_start"])
-        threading.Thread(target=self._open, name="open-model", daemon=True).start()
+        with self._changed:
+            if self._opener and self.state == "loading":  # one at a time: both would be in memory
+                raise UserError(TEXT["still_opening"])
+            if folder:
+                self.folder, self._plan_level = folder, False
+                self.options = replace(self.options, level=level, context=context, near_bytes=None)
+            self._opening = None
+            self._tell("loading", TEXT["step_start"])
+            self._opener = threading.Thread(target=self._open, name="open-model", daemon=True)
+        self._opener.start()
 
     def wait(self, stop: threading.Event):
         """The model, once it is ready; None if `stop` was set first. UserError if it could not be opened."""

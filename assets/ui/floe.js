@@ -216,16 +216,22 @@ async function listen() {
   const reply = await fetch("/events");
   if (!reply.ok) return notice(await sentence(reply) || TEXT.status_error);
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "", read = {}; !read.done; read = await reader.read()) {
-    const events = (text + (read.value || "")).split("\n\n");
-    text = events.pop();
-    for (const event of events) {
-      const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(event);
-      const document = JSON.parse(data);
-      receive(name, document);
-      channel.postMessage({ name, document });
+  try {
+    for (let text = "", read = {}; !read.done; read = await reader.read()) {
+      const events = (text + (read.value || "")).split("\n\n");
+      text = events.pop();
+      events.forEach(take);
     }
+  } finally {
+    reader.cancel().catch(() => {}); // one that is left open takes one of the browser's six connections for ever
   }
+}
+
+function take(event) {
+  const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(event);
+  const document = JSON.parse(data);
+  receive(name, document);
+  channel.postMessage({ name, document });
 }
 
 let started = false;

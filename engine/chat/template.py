@@ -71,6 +71,8 @@ class ChatTemplate:
         return self._asks
 
     def close(self) -> None:
+        if process := self._process:
+            process.kill()  # whoever waits for it, with the lock, need not wait any longer
         with self._lock:
             self._kill()
 

@@ -91,9 +91,9 @@ class Turns:
         try:
             yield from self._read(messages, prompt, stopped, wishes)
             yield from self._write(prompt, sampling, stopped)
-        except Stopped:  # between two forwards: what was read stays
+        except (Stopped, GeneratorExit):  # between two forwards: what was read stays
             raise
-        except Exception:
+        except BaseException:
             self.prefix.reset()   # some layers may have read what others have not
             self.runtime.reset()  # a slot may have been given to an expert that never arrived
             raise

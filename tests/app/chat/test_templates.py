@@ -38,7 +38,6 @@ def parts(tmp_path_factory):
     (data / "cache").mkdir()
     parts = Parts.make(data, demo_model(), Options("exact", device="cpu"))
     parts.jobs.start()
-    parts.models.open()
     yield parts
     parts.close()
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from engine.chat.reasoning_parser import Sections
 from engine.chat.template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 from engine.chat.tokenizer import TextStream, Tokens
-from engine.core import UserError
+from engine.core import MachineError, Stopped, UserError
 
 HI = [{"role": "user", "content": "Hi"}]
 HARMONY_TOKENS = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
@@ -135,6 +136,30 @@ def test_after_a_kill_the_next_conversation_is_rendered():
     assert template.render(HI) == "ok"
     template.close()
     assert template._process is None
+
+
+@pytest.mark.parametrize("ended_by", ["close", "stop"])
+def test_nobody_waits_for_a_template_that_loops(ended_by):
+    """Neither who closes it, nor who has stopped what it renders for, nor who waits for a turn and has stopped."""
+    template = ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {},
+                            seconds=1000)
+    stop, ends = threading.Event(), []
+
+    def render() -> None:
+        try:
+            template.render(HI, stopped=stop.is_set)
+        except (Stopped, MachineError) as error:
+            ends.append(type(error))
+    rendering = threading.Thread(target=render)
+    rendering.start()
+    while template._process is None:
+        time.sleep(0.01)
+    with pytest.raises(Stopped):
+        template.render(HI, stopped=lambda: True)
+    stop.set() if ended_by == "stop" else template.close()
+    rendering.join(60)
+    assert ends == [Stopped if ended_by == "stop" else MachineError]
+    template.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGSTOP")
