@@ -109,4 +109,4 @@ def test_afterwards_the_same_program_answers(app, client, routes):
     def newest() -> dict:
         return client.get(f"/api/conversations/{made}").json()["messages"][-1]
     waiting.until(lambda: newest()["role"] == "assistant" and newest()["status"] != "running")
-    assert newest()["status"] == "done" and newest()["html"]
+    assert newest()["status"] == "done" and newest()["html"], newest()
