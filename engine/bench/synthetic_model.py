@@ -79,7 +79,7 @@ def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
     trunk = {name: parts[name] for name, parts in trunk_of(shape, 16, seed=0)}
     return type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk,
                                                 dtype=load.trunk_dtype(device),
-                                                quantization_config=load.FloeConfig(from_checkpoint=True))
+                                                quantization_config=load.UnboundConfig())
 
 
 def _loaded(model: torch.nn.Module, shape: Shape, calibration: Mapping, far: FarSynthetic, device: str) -> load.Loaded:

@@ -88,6 +88,9 @@ class Turns:
         while it is not yet known what is to be read."""
         prompt = self.tokens.prompt(messages, True, wishes, stopped)
         check_room(len(prompt.ids), self.context)
+        if max(prompt.ids, default=0) >= self.model.config.vocab_size:  # a card that is asked for such a row is lost
+            raise UserError("The tokenizer of this model makes words that its weights do not know; download the model "
+                            "again.")
         try:
             yield from self._read(messages, prompt, stopped, wishes)
             yield from self._write(prompt, sampling, stopped)

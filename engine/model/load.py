@@ -86,11 +86,17 @@ class FloeExperts(nn.Module):
 class FloeConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed folder."""
 
-    from_checkpoint = False  # experts are bound by `load` instead; no file says so
+    binds = True  # its experts, behind the weights
 
     def __init__(self, group_size: int = 128, trunk_bits: int = 16, **_: Any) -> None:
         self.quant_method = "floe"
         self.group_size, self.trunk_bits = group_size, trunk_bits
+
+
+class UnboundConfig(FloeConfig):
+    """For models whose experts the caller binds. No file can ask for it."""
+
+    binds = False
 
 
 class DecodeTrunk(ConversionOps):
@@ -125,14 +131,14 @@ class FloeQuantizer(HfQuantizer):
         model.floe_machine = machine_for("cpu", Path.cwd())  # its memory before the weights take theirs
         experts = experts_modules(model, name)
         model.floe_spec = model_spec(name, model.config, model, experts)
-        if not self.quantization_config.from_checkpoint:
+        if self.quantization_config.binds:
             self.manifest = _manifest_of(model)
         for path, module in experts.items():
             model.set_submodule(path, FloeExperts(module))
         model.set_experts_implementation("floe")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self.quantization_config.from_checkpoint:
+        if not self.quantization_config.binds:
             return
         folder, manifest = Path(model.config.name_or_path), self.manifest
         room = Planner(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size,
@@ -297,10 +303,9 @@ def _damaged(folder: Path) -> str:
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
     checkpoint = Checkpoint.open(folder)
     trunk = {name: tensor for name, tensor in checkpoint.trunk()}
-    config, quantization = checkpoint.text_config, FloeConfig()
-    quantization.from_checkpoint = True
+    config = checkpoint.text_config
     model = type(checkpoint.skeleton).from_pretrained(
-        None, config=config, state_dict=trunk, dtype=dtype, quantization_config=quantization)
+        None, config=config, state_dict=trunk, dtype=dtype, quantization_config=UnboundConfig())
     bind(model, FarCheckpoint(checkpoint), "full", Planner(model.floe_spec, model.floe_machine))
     return model
 
