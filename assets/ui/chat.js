@@ -168,7 +168,7 @@ function replaceBlocks(place, from, blocks) {
 
 function announce() {
   const answers = log.querySelectorAll(".assistant .answer");
-  const text = answers.length ? answers[answers.length - 1].textContent : "";
+  const text = answers.length ? answers[answers.length - 1].textContent.trim() : "";
   document.getElementById("announce").textContent = `${TEXT.answer_done} ${text}`;
 }
 
