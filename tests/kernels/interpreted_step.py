@@ -21,9 +21,9 @@ from kernels.gpu import fill as gpu_fill
 from kernels.gpu import score as gpu_score
 from tests.support.folders import compressed
 
-OF = {"age": "age", "apply": "apply", "dense": "apply", "fill": "fill", "quantize_activation": "activation",
-      "score": "score", "score_up": "score", "select": "select", "select_above": "select", "resolve_experts": "take",
-      "resolve_neurons": "take"}
+OF = {"age": "evict", "apply": "apply", "dense": "apply", "fill": "fill", "quantize_activation": "activation",
+      "score": "score", "score_up": "score", "select": "select", "select_above": "select", "resolve_experts": "pool",
+      "resolve_neurons": "pool"}
 LEVELS = ("exact", "fast", "floe")
 
 
