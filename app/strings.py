@@ -225,6 +225,7 @@ TEXT = {
     "no_such_model": "There is no model {name} on this computer.",
     "model_in_use": "{name} is open; open another model first.",
     "already_working": "{name} is being worked on already; wait for that or cancel it.",
+    "still_stopping": "{name} is still in the middle of a step and stops after it; try again in a minute.",
     "level": "Level",
     "level_info": "How much of each expert is used. Lower levels are faster and lose a little.",
     "level_unmeasured": "The faster levels of this model have not been measured yet; the Models page does it.",

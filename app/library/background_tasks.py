@@ -6,7 +6,6 @@ Pausing keeps what is there and starting again goes on; cancelling is pausing an
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +31,7 @@ class Work:
     text: str = ""
     progress: Progress | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         assert self.kind in KINDS, self.kind
@@ -75,14 +75,13 @@ class Works:
         return work is not None
 
     def pause(self, name: str, seconds: float = 30) -> None:
-        """Stop it and wait for its end; what has been made stays."""
+        """Stop it and wait for its end; what has been made stays. UserError when it has not ended in time."""
         with self._lock:
             work = self._works.get(name)
         if work:
             work.stop.set()
-            end = time.monotonic() + seconds
-            while work.state == "running" and time.monotonic() < end:
-                time.sleep(0.05)
+            if not work.ended.wait(seconds):
+                raise UserError(TEXT["still_stopping"].format(name=name))
 
     def forget(self, name: str) -> None:
         with self._lock:
@@ -110,4 +109,6 @@ class Works:
             work.state, work.text = "failed", TEXT["out_of_memory"]
         except BaseException as error:  # the page must say it, whatever it was
             work.state, work.text = "failed", f"{type(error).__name__}: {error}"
+        finally:
+            work.ended.set()
         self.on_change()

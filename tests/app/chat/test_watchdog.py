@@ -226,6 +226,16 @@ def test_work_that_ends_in_any_error_says_so_and_can_be_begun_again(error):
     assert told == [1] and works.shown() == []
 
 
+def test_what_is_in_the_middle_of_a_step_is_not_deleted_under_its_hands():
+    works, gate = Works(lambda: None), threading.Event()
+    works.start("boat", "compress", lambda report, stop: gate.wait(60))
+    with pytest.raises(UserError, match="still in the middle"):
+        works.pause("boat", 0.01)
+    threading.Timer(0.05, gate.set).start()
+    works.pause("boat")  # it has ended in between, and nobody waits for it any longer
+    assert works.shown() == [] and len(works.finished) == 1
+
+
 @pytest.mark.parametrize("error", [UserError("Say it."), MemoryError(), SystemExit(1), RecursionError()])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_model_that_cannot_be_opened_is_said_and_the_next_one_is_asked(tmp_path, monkeypatch, error):
