@@ -11,10 +11,10 @@ from engine.chat.engine import Engine
 from engine.core import Options, Sampling
 from engine.decode.cuda_graph import Graphs
 from engine.decode.decoder import DeviceDecoder
-from engine.experts.device import DeviceRuntime, take_over
-from engine.experts.far_locked import FarLocked
-from engine.experts.host import LevelPlan
+from engine.experts.device import DeviceRuntime
+from engine.experts.layer import LevelPlan
 from engine.experts.prefill import Staging
+from engine.experts.store import FarLocked
 from engine.files.manifest import Manifest
 from engine.machine.pinned_memory import CudaDriver, HostMemory
 from engine.machine.process_memory import return_freed
@@ -22,6 +22,7 @@ from engine.model import load
 from engine.model.static_cache import StepCache
 from kernels.fill import fill
 from tests.engine.chat.test_engine import GREEDY, TALK, chat, finish, told
+from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -71,7 +72,8 @@ def test_prefill_is_the_cpus(name, level, tmp_path):
         loaded = load.load(folder, Options("exact", device="cpu"))
         loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
         far = locked(folder) if device == "cuda" else loaded.runtime.far
-        runtime = take_over(loaded.model.to(device), far, device)
+        loaded.model.to(device)
+        runtime = take_over(loaded, far, device)
         runtime.set_level(level, runtime.everything_bytes())
         runtime.staging = Staging(far.layout, far.experts, device, per_tile=2)
         runtime.phase, draw = "prefill", torch.Generator().manual_seed(1)
@@ -91,7 +93,7 @@ def test_a_captured_step_replays_past_every_window(name, tmp_path):
     loaded = load.load(folder, Options("exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
     model = loaded.model.to("cuda")
-    runtime = take_over(model, locked(folder), "cuda")
+    runtime = take_over(loaded, locked(folder), "cuda")
     decoder = DeviceDecoder(model, runtime, StepCache(model.config, N_TOKENS + 8, "cuda"), adapts=False)
     for level in ("exact", "fast"):
         runtime.set_level(level, (runtime.smallest_bytes() + runtime.everything_bytes()) // 2)

@@ -54,7 +54,8 @@ def steps(case: Case, shape: Shape, driver: Driver, speeds: Speeds,
     try:
         with torch.inference_mode():
             cache = StepCache(loaded.model.config, case.context, device)
-            synthetic_model.follow_picks(loaded.runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
+            loaded.runtime.hook = synthetic_model.FollowPicks(
+                loaded.runtime, calibration["synthetic"]["repeat"], cache.clock.pos)
             decoder = DeviceDecoder(loaded.model, loaded.runtime, cache, adapts=False)
             yield from _rows(decoder, capture, loaded, case, speeds, held_bytes)
     finally:

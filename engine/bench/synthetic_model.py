@@ -6,8 +6,7 @@ tensor, so a recorded step follows it as well.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,35 +14,35 @@ from transformers import AutoTokenizer
 
 from engine.bench.synthetic import FarSynthetic, Shape, bytes_of, trunk_of
 from engine.core import MachineError, Options
-from engine.experts.device import take_over
-from engine.experts.host import LayerExperts, Runtime
+from engine.experts.device import DeviceRuntime
+from engine.experts.host import HostRuntime
+from engine.experts.layer import LayerExperts
+from engine.experts.runtime import Hook, Runtime
 from engine.machine import errors
 from engine.machine.detect import machine_for
 from engine.machine.pinned_memory import CudaDriver, Driver, HostMemory
-from engine.model import load
 from engine.model.host_embedding import leave_on_host
+from engine.model.load import Loaded
+from engine.model.placement import trunk_dtype
+from engine.model.registration import Report, UnboundConfig, bind
 from engine.paths import demo_model
 from engine.planning.planner import Planner
 
 Tensor = torch.Tensor
-Report = Callable[[str, float], None]
 N_TOKENS = 1024  # picks; then the list begins again
 
 
 def open_in_memory(shape: Shape, calibration: Mapping, options: Options,
-                   report: Report = lambda text, share: None) -> load.Loaded:
+                   report: Report = lambda text, share: None) -> Loaded:
     """Random trunk and experts on the device that `options` names. MachineError: a card that cannot be used."""
     if errors.device_for(options.device)[0] == "cuda":
         return open_on_gpu(shape, calibration, options, CudaDriver(), report)
     far = FarSynthetic(shape, torch.empty(bytes_of(shape), dtype=torch.uint8), _repeat(calibration), report=report)
-    loaded = _loaded(_model(shape, "cpu", report), shape, calibration, far, "cpu")
-    loaded.runtime.predict = options.predict
-    loaded.runtime.set_level(options.level, loaded.room.near_bytes(options.level, options))
-    return loaded
+    return _loaded(_model(shape, "cpu", report), HostRuntime, shape, calibration, far, options)
 
 
 def open_on_gpu(shape: Shape, calibration: Mapping, options: Options, driver: Driver,
-                report: Report = lambda text, share: None, device: str = "cuda") -> load.Loaded:
+                report: Report = lambda text, share: None, device: str = "cuda") -> Loaded:
     """Experts in page-locked memory, computed by the device, and the embedding beside them, as of any other model;
     `runtime.close` gives the memory back.
 
@@ -57,16 +56,14 @@ def open_on_gpu(shape: Shape, calibration: Mapping, options: Options, driver: Dr
         model = _model(shape, device, report)
         embedding = leave_on_host(model, driver)
         memories += [embedding] if embedding else []
-        loaded = _loaded(model, shape, calibration, far, device)
-        loaded.runtime.predict = options.predict
-        near_bytes = loaded.room.near_bytes(options.level, options)
-        runtime = take_over(loaded.model, far, device, level=options.level, near_bytes=near_bytes)
+        loaded = _loaded(model, DeviceRuntime, shape, calibration, far, options, device=device, dtype=model.dtype)
     except BaseException:
         for memory in memories:
             memory.close()
         raise
+    runtime = loaded.runtime
     runtime.memories, runtime.link_bytes_per_second = memories[1:], loaded.room.machine.link_bytes_per_second
-    return replace(loaded, runtime=runtime)
+    return loaded
 
 
 def _repeat(calibration: Mapping) -> float:
@@ -78,16 +75,18 @@ def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
     report("Making up the trunk", 0.0)
     trunk = {name: parts[name] for name, parts in trunk_of(shape, 16, seed=0)}
     return type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk,
-                                                dtype=load.trunk_dtype(device),
-                                                quantization_config=load.UnboundConfig())
+                                                dtype=trunk_dtype(device),
+                                                quantization_config=UnboundConfig())
 
 
-def _loaded(model: torch.nn.Module, shape: Shape, calibration: Mapping, far: FarSynthetic, device: str) -> load.Loaded:
-    """The trunk onto the device; the host computes the experts until a device takes over."""
+def _loaded(model: torch.nn.Module, side: type[Runtime], shape: Shape, calibration: Mapping, far: FarSynthetic,
+            options: Options, device: str = "cpu", **given) -> Loaded:
+    """Trunk and experts on the device. given: what the device's side wants to know besides."""
     room = Planner(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
-    runtime = load.bind(model, far, "exact", room)
     model.to(device)
-    return load.Loaded(model.eval(), AutoTokenizer.from_pretrained(demo_model()), runtime, shape.spec, room)
+    runtime = bind(model, side, far, room, options.level, room.near_bytes(options.level, options), options.predict,
+                   device=device, **given)
+    return Loaded(model.eval(), AutoTokenizer.from_pretrained(demo_model()), runtime, shape.spec, room)
 
 
 def picks(layers: int, experts: int, top_k: int, repeat: float, n_tokens: int = N_TOKENS, seed: int = 0) -> Tensor:
@@ -105,19 +104,20 @@ def picks(layers: int, experts: int, top_k: int, repeat: float, n_tokens: int = 
     return torch.from_numpy(found)
 
 
-def follow_picks(runtime: Runtime, repeat: float, position: Tensor | None = None, seed: int = 0) -> None:
-    """From now on decode steps of one token take their experts from such a list; the router's weights stay.
+class FollowPicks(Hook):
+    """Decode steps of one token take their experts from such a list; the router's weights stay.
 
     position: a tensor that somebody else counts, such as the cache's; without one every step counts.
     """
-    far, forward = runtime.far, runtime.forward
-    table = picks(far.layers, far.experts, runtime.top_k, repeat, seed=seed).to(runtime.device)
-    at = torch.zeros((), dtype=torch.int64, device=runtime.device) if position is None else position
 
-    def following(layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if len(x) == 1 and runtime.phase != "prefill":
-            if layer.index == 0 and position is None:
-                at.add_(1)
-            ids = table[:, layer.index].index_select(0, at[None] % len(table)).to(ids.device)
-        return forward(layer, x, ids, weights)
-    runtime.forward = following
+    def __init__(self, runtime: Runtime, repeat: float, position: Tensor | None = None, seed: int = 0) -> None:
+        far, self.runtime, self.counts = runtime.far, runtime, position is None
+        self.table = picks(far.layers, far.experts, runtime.top_k, repeat, seed=seed).to(runtime.device)
+        self.at = torch.zeros((), dtype=torch.int64, device=runtime.device) if self.counts else position
+
+    def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) > 1 or self.runtime.phase == "prefill":
+            return ids, weights
+        if layer.index == 0 and self.counts:
+            self.at.add_(1)
+        return self.table[:, layer.index].index_select(0, self.at[None] % len(self.table)), weights

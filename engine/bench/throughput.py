@@ -29,7 +29,8 @@ from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, step
 from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
 from engine.machine import benchmark
-from engine.model.load import FloeExperts, Loaded
+from engine.model.load import Loaded
+from engine.model.registration import FloeExperts
 from engine.planning.sizes import DEFAULT_CHUNK
 
 PREFILL, DECODE = 512, 128  # tokens
@@ -78,7 +79,7 @@ class Bench:
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
         self.synthetic = loaded.room.calibration.get("synthetic")  # made-up weights: the picks are made up as well
         if self.synthetic:
-            synthetic_model.follow_picks(loaded.runtime, self.synthetic["repeat"])
+            loaded.runtime.hook = synthetic_model.FollowPicks(loaded.runtime, self.synthetic["repeat"])
         draw = torch.Generator().manual_seed(0)
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()

@@ -12,7 +12,7 @@ import torch
 Tensor = torch.Tensor
 
 
-class Beside:
+class SideStream:
     def __init__(self, device: str) -> None:
         self._stream = torch.cuda.Stream(priority=0) if torch.device(device).type == "cuda" else None  # 0 is the lowest
         self._held: tuple[Tensor, ...] = ()

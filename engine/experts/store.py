@@ -1,12 +1,15 @@
 """Far memory: where experts lie that are not near. One class per kind of folder, the same few methods.
 
-`FarBlobs` maps the experts files of a compressed folder; `FarCheckpoint` reads whole experts from an uncompressed
-checkpoint (level `full`, the naive baseline). Both notice bytes that changed: blobs by the checksum written beside
-them, checked at first use; a checkpoint has none, so every later read is held against the first one.
+`FarBlobs` maps the experts files of a compressed folder; `FarLocked` reads them once into page-locked memory, where a
+card's kernels find them; `FarCheckpoint` reads whole experts from an uncompressed checkpoint (level `full`, the naive
+baseline). All notice bytes that changed: blobs by the checksum written beside them, checked at first use or while they
+are locked; a checkpoint has none, so every later read is held against the first one.
 """
 from __future__ import annotations
 
+import os
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +20,7 @@ from engine.core import UserError
 from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import ExpertsFile
 from engine.files.manifest import MANIFEST, Manifest, experts_name
+from engine.machine.pinned_memory import Driver, HostMemory
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_up
 
@@ -25,7 +29,7 @@ BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 class Far(Protocol):
-    """What both kinds offer. Shapes: L layers, E experts, I neurons, H hidden."""
+    """What every kind offers. Shapes: L layers, E experts, I neurons, H hidden."""
 
     layers: int
     experts: int
@@ -39,8 +43,11 @@ class Far(Protocol):
     def biases(self, layer: int) -> dict[str, Tensor]:
         """float32 gate_bias, up_bias [E, I] and down_bias [E, H], or nothing."""
 
+    def close(self) -> None:
+        """Give locked memory back; maps of files go with the last tensor that looks into them."""
 
-class FarBlobs:
+
+class FarBlobs(Far):
     """The experts files of a compressed folder, mapped into memory. UserError for files that are not what it says."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -63,9 +70,6 @@ class FarBlobs:
     def readable_layers(self) -> int:
         """How many layers, from the first, a device that computes them can read by itself."""
         return self.layers
-
-    def close(self) -> None:
-        """The maps go with the last tensor that looks into them."""
 
     def verify(self, layer: int, expert: int) -> None:
         self._files[layer].verify(expert)
@@ -95,7 +99,74 @@ class FarBlobs:
         down.copy_(decode_down(records, self.layout)[:, :self.hidden])
 
 
-class FarCheckpoint:
+class FarLocked(FarBlobs):
+    """All blobs in page-locked memory, layer after layer, expert after expert, so that the misses of one expert share
+    its pages. Where the system locks only part of it, the first layers are the kernels' and the host fetches for the
+    others."""
+
+    def __init__(self, folder: Path, manifest: Manifest, driver: Driver,
+                 progress: Callable[[float], None] = lambda share: None) -> None:
+        """UserError for a damaged file. progress(share of the experts read, 0..1)."""
+        super().__init__(folder, manifest)
+        layer_bytes = self.experts * self.layout.blob_bytes
+        self.memory = HostMemory(self.layers * layer_bytes, driver, layer_bytes)
+        self._blobs = self.memory.bytes.view(self.layers, self.experts, 1, self.layout.blob_bytes)
+        self._biases = [{name: bias.clone() for name, bias in file.biases.items()} for file in self._files]
+        try:
+            for layer, file in enumerate(self._files):
+                self._read(layer, file.path, file.blobs_at, file.checksums)
+                progress((layer + 1) / self.layers)
+        except BaseException:
+            self.close()
+            raise
+        self._files = None  # the maps of the files go; memory holds the only copy
+
+    def _read(self, layer: int, path: Path, at: int, checksums: list[int]) -> None:
+        """One file, past the page cache where the system can be told to forget it."""
+        with path.open("rb", buffering=0) as file:
+            file.seek(at)
+            for expert, checksum in enumerate(checksums):
+                blob = memoryview(self._blobs[layer, expert, 0].numpy())
+                n_read = 0
+                while n_read < len(blob):
+                    n_read += file.readinto(blob[n_read:]) or _cut_short(path)
+                if zlib.crc32(blob) != checksum:
+                    raise UserError(f"{path} is damaged (expert {expert} does not match its checksum); "
+                                    "download or compress the model again.")
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def readable_layers(self) -> int:
+        return self.memory.locked_bytes // (self.experts * self.layout.blob_bytes)
+
+    @property
+    def sentence(self) -> str:
+        """What could not be locked, and what follows; "" when everything is."""
+        if self.readable_layers == self.layers:
+            return ""
+        return (f"{self.memory.sentence} The processor fetches for {self.layers - self.readable_layers} of "
+                f"{self.layers} layers meanwhile, which is slower.")
+
+    def blobs(self, layer: int) -> Tensor:
+        return self._blobs[layer]
+
+    def biases(self, layer: int) -> dict[str, Tensor]:
+        return self._biases[layer]
+
+    def verify(self, layer: int, expert: int) -> None:
+        """Nothing: every expert was checked while it was read, and nobody else can change memory."""
+
+    def close(self) -> None:
+        self._blobs = None
+        self.memory.close()
+
+
+def _cut_short(path: Path) -> int:
+    raise UserError(f"{path} is shorter than it says; download or compress the model again.")
+
+
+class FarCheckpoint(Far):
     """The experts of an uncompressed checkpoint, read whole from its own files."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -1,47 +1,71 @@
-"""The experts of an open model onto a graphics card; where that cannot be, the processor computes them and says so."""
+"""An open model onto a graphics card; where its experts cannot go there, the processor computes them and says so."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from engine.experts.device import DeviceRuntime, NoDevicePath, take_over
-from engine.experts.far_locked import FarLocked
-from engine.experts.host import Runtime
-from engine.files.manifest import Manifest, is_compressed
+from engine.core import MachineError, Options
+from engine.experts.device import DeviceRuntime, NoDevicePath
+from engine.experts.host import HostRuntime
+from engine.experts.runtime import Runtime
+from engine.experts.store import Far, FarLocked
+from engine.files.manifest import is_compressed
+from engine.machine import errors
 from engine.machine.pinned_memory import Driver
+from engine.model.host_embedding import leave_on_host
+from engine.model.registration import Report, bind
+from engine.planning import explain
+from engine.planning.planner import Planner
 
-Report = Callable[[str, float], None]
+
+def trunk_dtype(device: str) -> torch.dtype:
+    """float32 on the processor; 16 bits on a card: bfloat16, or float16 where it has no units for that (before 8.0)."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def experts_on_card(model: torch.nn.Module, folder: Path, level: str, near_bytes: int, report: Report,
-                    driver: Driver, device: str = "cuda") -> Runtime:
-    """Page-lock the folder's experts and let the device compute them, at `level` with `near_bytes` of its memory.
-
-    -> the runtime that the model has now; the host's own where the card cannot compute such experts.
-    """
+def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, room: Planner, options: Options, report: Report,
+             driver: Driver) -> Runtime:
+    """Trunk and experts onto the card. MachineError with the plan's sum when they do not fit."""
+    embedding = leave_on_host(model, driver)
     try:
-        return _locked(model, folder, level, near_bytes, report, driver, device)
-    except NoDevicePath as error:
-        report(str(error), 0.9)
-        model.floe.note = str(error)
-        model.floe.set_level(level, near_bytes)
-        return model.floe
-
-
-def _locked(model: torch.nn.Module, folder: Path, level: str, near_bytes: int, report: Report, driver: Driver,
-            device: str) -> DeviceRuntime:
-    if not is_compressed(folder):
-        raise NoDevicePath("An uncompressed checkpoint: the processor computes its experts, which is slow.")
-    far = FarLocked(folder, Manifest.load(folder), driver,
-                    lambda share: report("Reading the experts into page-locked memory", 0.8 + 0.1 * share))
-    try:
-        runtime = take_over(model, far, device, level=level, near_bytes=near_bytes)
-    except BaseException:
-        far.close()
+        model.to("cuda")
+        runtime = experts_on_gpu(model, far, folder, level, room, options, report, driver)
+    except BaseException as error:
+        if embedding:
+            embedding.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            planned = explain.memory(room.plan(level, options))
+            raise MachineError(errors.in_words(error, planned)) from error
         raise
-    runtime.note = far.sentence
-    if far.sentence:
-        report(far.sentence, 0.9)
+    runtime.memories = [embedding] if embedding else []
+    runtime.link_bytes_per_second = room.machine.link_bytes_per_second
+    return runtime
+
+
+def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, room: Planner, options: Options,
+                   report: Report, driver: Driver, device: str = "cuda") -> Runtime:
+    """Page-lock the folder's experts and let the device compute them; where the card cannot compute such experts, the
+    processor does, over `far`."""
+    near_bytes = room.near_bytes(level, options)
+    try:
+        if not is_compressed(folder):
+            raise NoDevicePath("An uncompressed checkpoint: the processor computes its experts, which is slow.")
+        locked = FarLocked(folder, model.floe_manifest, driver,
+                           lambda share: report("Reading the experts into page-locked memory", 0.8 + 0.1 * share))
+        try:
+            runtime = bind(model, DeviceRuntime, locked, room, level, near_bytes, options.predict, device=device,
+                           dtype=model.dtype)
+        except BaseException:
+            locked.close()
+            raise
+        runtime.note = locked.sentence
+    except NoDevicePath as error:
+        runtime = bind(model, HostRuntime, far, room, level, near_bytes, options.predict)
+        runtime.note = str(error)
+    if runtime.note:
+        report(runtime.note, 0.9)
     return runtime

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.core import UserError
-from engine.experts.host import LayerExperts
+from engine.experts.layer import LayerExperts
+from engine.experts.runtime import Hook
 from engine.files.quantize import CLIPS, TINY, nested
 from engine.model.load import Loaded
 from kernels.layout import Layout
@@ -98,14 +99,14 @@ def _each(weights: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
 
 
 # --- the experiment -------------------------------------------------------------------------------------------------
-class Comparison:
-    """An open checkpoint whose experts compute under a setting. group: of the quantised views.
+class Comparison(Hook):
+    """An open checkpoint whose experts compute under `setting`. group: of the quantised views.
 
     `weights` holds values by name: full, nested (4-bit view), sketch (2-bit view of gate and up, 4-bit down).
     """
 
     def __init__(self, loaded: Loaded, group: int) -> None:
-        self.loaded, self.group = loaded, group
+        self.loaded, self.group, self.setting = loaded, group, Setting()
         far = loaded.runtime.far
         layout = Layout(far.hidden, far.neurons, group)
         full = full_weights(loaded)
@@ -124,34 +125,28 @@ class Comparison:
     @torch.inference_mode()
     def loss(self, rows: Tensor, setting: Setting) -> float:
         """Mean next-token loss in nats of rows int64 [R, T], each read on its own."""
-        runtime, losses = self.loaded.runtime, []
-        runtime.forward = lambda *call: self._forward(setting, *call)  # shadows the method until the text is read
-        try:
+        losses, self.setting = [], setting
+        with self.loaded.runtime.hooked(self):
             for batch in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
                 logits = self.loaded.model(input_ids=batch, use_cache=False).logits[:, :-1]
                 losses.append(F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"))
-        finally:
-            del runtime.forward
         return float(torch.cat(losses).mean())
 
-    def _forward(self, setting: Setting, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        x, weights = x.float(), weights.float()
+    def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        setting, x, weights = self.setting, x.float(), weights.float()
         seen_by = "sketch" if setting.score == "sketch" else "full"
         names = {"values": setting.values, "coarse": "sketch", "score": seen_by}
         made = {name: torch.zeros(*ids.shape, self.loaded.runtime.far.neurons) for name in names}
-        routed = [(e, *(ids == e).nonzero(as_tuple=True)) for e in ids.unique().tolist()]
-        for e, token, place in routed:
+        downs = {e: self.weights[setting.values][layer.index][2][e] for e in ids.unique().tolist()}
+        for e in downs:
+            token, place = (ids == e).nonzero(as_tuple=True)
             for name, source in names.items():
                 if not self._unused(setting, name):
                     made[name][token, place] = self._product(layer, e, x[token], source, setting.score == "up"
                                                              and name == "score")
         best, rest = chosen(made["score"].abs(), weights, setting)
         product = torch.where(best, made["values"], torch.where(rest, made["coarse"], 0.0))
-        out = torch.zeros_like(x)
-        for e, token, place in routed:
-            y = layer.finish(product[token, place] @ self.weights[setting.values][layer.index][2][e], e)
-            out.index_add_(0, token, y * weights[token, place, None])
-        return out
+        return layer.combined(product, downs, ids, weights)
 
     @staticmethod
     def _unused(setting: Setting, name: str) -> bool:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.experts.host import Runtime
-from engine.quality.sparse_forward import Seen
+from engine.experts.runtime import Runtime
+from engine.quality.sparse_forward import LayerTrace
 from kernels.layout import Layout
 
 Tensor = torch.Tensor
@@ -90,7 +90,7 @@ class OutputErrors:
         self.coarse = torch.zeros(runtime.far.layers, len(self.edges), len(self.edges), dtype=torch.float64)
         self.tokens = [0] * runtime.far.layers
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: LayerTrace) -> None:
         """What each band of ranks adds to the output, and what is missed of it when it is coarse; then every pair."""
         dropped, coarse = self._bands(seen)                                  # [S-1, T, H]
         lost = _before(dropped.flip(0)).flip(0)                              # [S, T, H]: bands from j on are dropped
@@ -101,7 +101,7 @@ class OutputErrors:
             self.coarse[seen.layer, i, i:] += error.double().cpu()
         self.tokens[seen.layer] += len(seen.ids)
 
-    def _bands(self, seen: Seen) -> tuple[Tensor, Tensor]:
+    def _bands(self, seen: LayerTrace) -> tuple[Tensor, Tensor]:
         rank = seen.scores.argsort(dim=1, descending=True).argsort(dim=1)
         inner = torch.tensor(self.edges[1:-1], device=rank.device)
         band = torch.bucketize(rank, inner, right=True).view(seen.refined.shape)

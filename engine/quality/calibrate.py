@@ -11,20 +11,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from engine.core import PROMISES, Options, UserError
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.files.compressed import SafetensorsWriter
 from engine.files.manifest import FileEntry, Manifest, file_entry
 from engine.model.load import Loaded, load
 from engine.paths import CALIBRATION_LOG
 from engine.quality.budgets import Budgets, LayerTable, OutputErrors, cheapest, record_bytes
 from engine.quality.loss_probe import Documents, LossProbe, MeasurementLog, Sums, check_vocabulary, log_probabilities
-from engine.quality.sparse_forward import Decoded, Seen, Simulation
+from engine.quality.sparse_forward import DecodedExperts, LayerTrace, Simulation
 from engine.quality.texts import read_tokens
 from engine.quality.traces import Trace, miss_curve
 from kernels.select import DOWN_ONLY
@@ -60,7 +61,7 @@ class Calibration:
         self.held = [documents[-(len(documents) // 3):] for documents in texts]
         self.plans: dict[str, LevelPlan] = {}
         self.tried: dict[Budgets, float] = {}  # -> the loss that the tables predict
-        self.decoded = Decoded(self.runtime)
+        self.decoded = DecodedExperts(self.runtime)
 
     @property
     def most_tokens(self) -> int:
@@ -87,8 +88,9 @@ class Calibration:
                  "tokens": sum(ids.numel() for documents in self.fit for ids in documents)}
         return found, usage
 
-    def _simulating(self, plan: LevelPlan | None, observe: Callable[[Seen], None] | None = None) -> Simulation:
-        return Simulation(self.runtime, self.decoded, plan, observe)
+    def _simulating(self, plan: LevelPlan | None, observe: Callable[[LayerTrace], None] | None = None,
+                    ) -> AbstractContextManager:
+        return self.runtime.hooked(Simulation(self.decoded, plan, observe))
 
     # --- budgets ------------------------------------------------------------------------------------------------
     def _tables(self) -> list[LayerTable]:
@@ -170,7 +172,7 @@ class Calibration:
         share = min(1.0, wanted / (far.layers * self.runtime.top_k * far.neurons))
         gathered: dict[tuple[int, int], list[Tensor]] = {}
 
-        def see(seen: Seen) -> None:
+        def see(seen: LayerTrace) -> None:
             for e in seen.ids.unique().tolist():
                 gathered.setdefault((seen.layer, e), []).append(seen.up[seen.ids == e].flatten().half())
         with self._simulating(None, see):
@@ -224,13 +226,13 @@ class Calibration:
         usage["neurons"] = usage["neurons"].view(far.layers, far.experts, far.neurons)
         return traces, usage
 
-    def _run_trace(self, plan: LevelPlan, see: Callable[[Seen], None]) -> None:
+    def _run_trace(self, plan: LevelPlan, see: Callable[[LayerTrace], None]) -> None:
         with self._simulating(plan, see):
             for documents in self.held:
                 for ids in _some(documents, TRACE_TOKENS // len(self.held)):
                     self.model(ids)
 
-    def _follow(self, seen: Seen, trace: Trace, traces: dict, usage: dict, counted: bool) -> None:
+    def _follow(self, seen: LayerTrace, trace: Trace, traces: dict, usage: dict, counted: bool) -> None:
         """Every token's picks, one after the other, into the traces; usage is counted at one level only."""
         neurons, layout = self.runtime.far.neurons, self.layout
         for t in range(len(seen.ids)):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.core import UserError
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.paths import CALIBRATION_LOG
 
 Tensor = torch.Tensor

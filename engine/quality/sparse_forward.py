@@ -1,9 +1,9 @@
 """Many tokens at once, each choosing its neurons as decode would: how calibration sees a sparse level.
 
-While a `Simulation` is on, the experts modules of a model compute every routed neuron at both fidelities, choose by
-the same scores and the same selection as engine/experts/host.py does token by token, and drop or coarsen what decode
-would. No cache is involved. What is seen on the way (energies by rank, picks, |u|) goes to one observer. Legend: T
-tokens, k routed experts, I neurons, N = k*I, H hidden, L layers, E experts.
+While a `Simulation` is the runtime's hook, the experts modules of a model compute every routed neuron at both
+fidelities, choose by the same scores and the same selection as engine/experts/runtime.py does step by step, and drop or
+coarsen what decode would. No cache is involved. What is seen on the way (energies by rank, picks, |u|) goes to one
+observer. Legend: T tokens, k routed experts, I neurons, N = k*I, H hidden, L layers, E experts.
 """
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.experts.host import LayerExperts, LevelPlan, Runtime
+from engine.experts.layer import LayerExperts, LevelPlan
+from engine.experts.runtime import Hook, Runtime
 from kernels.activation import quantize_activation
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from kernels.select import DOWN_ONLY, REFINED, select
@@ -22,7 +23,7 @@ Tensor = torch.Tensor
 
 
 @dataclass
-class Seen:
+class LayerTrace:
     """What one MoE layer computed for T tokens. Products are before the router's weight.
 
     ids, weights [T, k]; scores [T, N]; up [T, k, I] the sketch's |u|; refined, coarse [T, k, I] products at both
@@ -40,7 +41,7 @@ class Seen:
     fidelity: Tensor
 
 
-class Decoded:
+class DecodedExperts:
     """Experts decoded once for many passes: gate, up at 4 bits, gate, up of the sketch, down; all float32 [I, padded].
 
     Keeps as many as fit a gibibyte, the first ones; calibration walks over all of them again and again.
@@ -67,29 +68,21 @@ class Decoded:
         return found
 
 
-class Simulation:
-    """`with Simulation(runtime, decoded, plan): model(...)`. plan None: every neuron refined, as level `exact`."""
+class Simulation(Hook):
+    """`with runtime.hooked(Simulation(decoded, plan)): model(...)`. plan None: all refined, as level `exact`."""
 
-    def __init__(self, runtime: Runtime, decoded: Decoded, plan: LevelPlan | None = None,
-                 observe: Callable[[Seen], None] | None = None) -> None:
-        self.runtime, self.decoded, self.plan, self.observe = runtime, decoded, plan, observe
+    def __init__(self, decoded: DecodedExperts, plan: LevelPlan | None = None,
+                 observe: Callable[[LayerTrace], None] | None = None) -> None:
+        self.far, self.decoded, self.plan, self.observe = decoded.far, decoded, plan, observe
 
-    def __enter__(self) -> Simulation:
-        self.runtime.forward = self._forward  # shadows the method for the time of the block
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self.runtime.forward
-
-    def _forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        hidden, weights = x.float(), weights.float()
-        seen = self._compute(layer, hidden, ids, weights)
+    def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        trace = self._compute(layer, x.float(), ids, weights.float())
         if self.observe is not None:
-            self.observe(seen)
-        return self._sum(layer, hidden, seen).to(x.dtype)
+            self.observe(trace)
+        return self._sum(layer, trace)
 
-    def _compute(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Seen:
-        far, layout = self.runtime.far, self.runtime.far.layout
+    def _compute(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> LayerTrace:
+        far, layout = self.far, self.far.layout
         padded = F.pad(x, (0, layout.padded - x.shape[1]))
         codes, scales = quantize_activation(padded, layout.group)
         rough = (codes.unflatten(1, (layout.groups, -1)).float() * scales[..., None]).flatten(1)
@@ -101,11 +94,9 @@ class Simulation:
             at = (ids == e).nonzero(as_tuple=True)
             downs[e] = self._expert(layer, e, padded[at[0]], rough[at[0]], at, out)
         scores = (out["score"].abs() * weights.abs()[..., None]).flatten(1)
-        seen = Seen(layer.index, ids, weights, scores, out["up"].abs(), out["refined"], out["coarse"], downs,
-                    self._fidelity(layer.index, ids, scores, out["up"].abs()))
-        if self.plan is not None and self.plan.thresholds:
-            seen.refined = out["floe"]
-        return seen
+        refined = out["floe"] if self.plan is not None and self.plan.thresholds else out["refined"]
+        return LayerTrace(layer.index, ids, weights, scores, out["up"].abs(), refined, out["coarse"], downs,
+                          self._fidelity(layer.index, ids, scores, out["up"].abs()))
 
     def _expert(self, layer: LayerExperts, e: int, x: Tensor, rough: Tensor, at: tuple, out: dict) -> Tensor:
         gate4, up4, gate2, up2, down = self.decoded(layer.index, e)
@@ -117,7 +108,7 @@ class Simulation:
         out["refined"][at] = layer.gate(g4, x @ up4.T + bias[1])
         out["coarse"][at] = layer.gate(g2, u2)
         out["floe"][at] = layer.gate(g4, u2)
-        return down[:, :self.runtime.far.hidden]
+        return down[:, :self.far.hidden]
 
     def _fidelity(self, index: int, ids: Tensor, scores: Tensor, up: Tensor) -> Tensor:
         if self.plan is None:
@@ -129,13 +120,9 @@ class Simulation:
         neurons, fidelity = select(scores, refined, refined + down_only)
         return torch.full_like(scores, -1, dtype=torch.int8).scatter_(1, neurons.long(), fidelity)
 
-    def _sum(self, layer: LayerExperts, x: Tensor, seen: Seen) -> Tensor:
-        fidelity = seen.fidelity.view(seen.refined.shape)
-        product = torch.where(fidelity == REFINED, seen.refined, 0.0)
-        product = torch.where(fidelity == DOWN_ONLY, seen.coarse, product)
-        out = torch.zeros_like(x)
-        for e, down in seen.downs.items():
-            token, place = (seen.ids == e).nonzero(as_tuple=True)
-            y = layer.finish(product[token, place] @ down, e)
-            out.index_add_(0, token, y * seen.weights[token, place, None])
-        return out
+    @staticmethod
+    def _sum(layer: LayerExperts, trace: LayerTrace) -> Tensor:
+        fidelity = trace.fidelity.view(trace.refined.shape)
+        product = torch.where(fidelity == REFINED, trace.refined, 0.0)
+        product = torch.where(fidelity == DOWN_ONLY, trace.coarse, product)
+        return layer.combined(product, trace.downs, trace.ids, trace.weights)

@@ -13,12 +13,13 @@ import torch
 
 from engine.core import Options
 from engine.experts import device as device_runtime
-from engine.experts.device import take_over
-from engine.experts.host import LevelPlan
+from engine.experts import runtime as experts_runtime
+from engine.experts.layer import LevelPlan
 from engine.model import load
 from kernels.gpu import apply as gpu_apply
 from kernels.gpu import fill as gpu_fill
 from kernels.gpu import score as gpu_score
+from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 
 OF = {"age": "evict", "apply": "apply", "dense": "apply", "fill": "fill", "quantize_activation": "activation",
@@ -47,7 +48,8 @@ def run(folder, level: str, tokens: int, far=None, device: str = "cpu") -> tuple
     far, plans = far or loaded.runtime.far, loaded.runtime.plans
     wanted = {"fast": LevelPlan(((9, 14),) * far.layers), "floe": LevelPlan((), ((0.4,) * far.experts,) * far.layers)}
     plans.update({name: plan for name, plan in wanted.items() if name == level})
-    runtime = take_over(loaded.model.to(device), far, device, tokens)
+    loaded.model.to(device)
+    runtime = take_over(loaded, far, device, tokens)
     runtime.set_level(level)
     runtime.set_level(level, (2 * runtime.smallest_bytes() + runtime.everything_bytes()) // 3)
     runtime.phase = "decode"
@@ -58,7 +60,8 @@ def run(folder, level: str, tokens: int, far=None, device: str = "cpu") -> tuple
             ids = torch.stack([torch.randperm(far.experts, generator=draw)[:runtime.top_k] for _ in range(tokens)])
             weights = torch.rand(tokens, runtime.top_k, generator=draw)
             out.append(runtime.forward(layer, x.to(device), ids.to(device), weights.to(device)).cpu())
-    tables = [table.cpu() for pool in runtime._pools() for name, table in pool._asdict().items() if name != "free"]
+    pools = [pool._asdict() for pool, _ in runtime.near.pools()]
+    tables = [table.cpu() for pool in pools for name, table in pool.items() if name != "free"]
     return out, runtime.counts.tolist(), tables
 
 
@@ -68,7 +71,8 @@ def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, 
     folder = compressed(name, tmp_path)[2]
     expected = run(folder, level, tokens)
     for kernel, module in OF.items():
-        monkeypatch.setattr(device_runtime, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
+        module_of = experts_runtime if hasattr(experts_runtime, kernel) else device_runtime
+        monkeypatch.setattr(module_of, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
     found = run(folder, level, tokens)
     for a, b in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

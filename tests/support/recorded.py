@@ -13,6 +13,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from engine.experts import device, runtime
+
 KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "resolve_experts", "resolve_neurons", "score",
            "score_up", "select", "select_above")
 LAUNCHES = {"apply": 4, "dense": 4, "age": 3}  # kernels that a function launches on a card, where it is more than one
@@ -49,21 +51,23 @@ def as_node(function: Callable) -> Callable:
 
 
 @contextmanager
-def kernels_as_nodes(module):
-    """Inside, the kernels that `module` imported are nodes."""
-    before = {name: getattr(module, name) for name in KERNELS}
+def kernels_as_nodes():
+    """Inside, the kernels that the device's runtime imported are nodes."""
+    before = [(module, name, getattr(module, name)) for name in KERNELS for module in (runtime, device)
+              if hasattr(module, name)]
+    assert len(before) == len(KERNELS)
     try:
-        for name, function in before.items():
+        for module, name, function in before:
             setattr(module, name, as_node(function))
         yield
     finally:
-        for name, function in before.items():
+        for module, name, function in before:
             setattr(module, name, function)
 
 
-def record(step: Callable[[], None], module) -> tuple[torch.fx.GraphModule, list[str]]:
+def record(step: Callable[[], None]) -> tuple[torch.fx.GraphModule, list[str]]:
     """-> the recorded step, which runs once while it is recorded, and the names of its operators."""
-    with kernels_as_nodes(module):
+    with kernels_as_nodes():
         graph = make_fx(lambda: step())()  # it counts the arguments that a function could take
     return graph, [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 

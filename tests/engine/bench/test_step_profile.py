@@ -13,12 +13,12 @@ from engine.bench import step_profile
 from engine.bench.gpu_kernels import row_text
 from engine.bench.step_profile import Needs, Speeds, gpu_named, projected
 from engine.core import Options, UserError
-from engine.experts.device import take_over
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.machine import table
 from engine.model import load
 from engine.model.host_embedding import leave_on_host
 from kernels.select import DOWN_ONLY
+from tests.engine.experts.on_device import take_over
 from tests.engine.experts.test_far_locked import Ledger
 from tests.support.folders import compressed
 
@@ -60,7 +60,7 @@ def opened(tmp_path_factory):
     layers, experts = loaded.runtime.far.layers, loaded.runtime.far.experts
     loaded.runtime.plans.update({"fast": LevelPlan(((9, 14),) * layers),
                                  "floe": LevelPlan((), ((0.4,) * experts,) * layers)})
-    loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    take_over(loaded)
     return loaded
 
 

@@ -12,10 +12,10 @@ from engine.bench import throughput
 from engine.bench.step_profile import Speeds, gpu_named
 from engine.core import Options, UserError
 from engine.decode.decoder import DeviceDecoder
-from engine.experts.device import take_over
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.library.compress import compress
 from engine.model import load
+from tests.engine.experts.on_device import take_over
 from tests.support import architectures, small_model
 
 KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_ms", "hit_rate",
@@ -64,7 +64,7 @@ def test_a_device_is_measured_as_it_is_used(folders, monkeypatch) -> None:
     """Its own step, cache and sampler decode; what it costs is explained behind the document."""
     loaded = load.load(folders[1], Options(level="exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(budgets=((7, 4),) * small_model.LAYERS)
-    loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    take_over(loaded)
     loaded.runtime.set_level("fast", loaded.runtime.everything_bytes() // 2)
     measured, asked = throughput.Bench(loaded, sizes=throughput.Sizes(24, 8)), []
     tokens = measured.decoder.tokens
@@ -135,7 +135,7 @@ def test_with_all_near_ours_is_no_slower_than_transformers_fastest(repository: P
 
 def test_a_device_is_compared_by_its_own_step(folders, monkeypatch) -> None:
     loaded = load.load(folders[1], Options(level="exact", device="cpu"))
-    loaded.runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    take_over(loaded)
     ours, made = [], throughput.decoder_for
 
     def counted(*given):

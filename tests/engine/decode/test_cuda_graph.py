@@ -7,11 +7,10 @@ import torch
 from engine.core import MachineError, Options, Sampling
 from engine.decode.cuda_graph import Graphs
 from engine.decode.decoder import DeviceDecoder
-from engine.experts import device
-from engine.experts.device import take_over
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.model import load
 from engine.model.static_cache import StepCache, forward
+from tests.engine.experts.on_device import take_over
 from tests.engine.experts.test_host import PLANS
 from tests.support.folders import compressed
 from tests.support.recorded import record
@@ -33,7 +32,7 @@ class Recording:
         run()
 
     def record(self, run):
-        graph, self.n_graphs = record(run, device)[0], self.n_graphs + 1
+        graph, self.n_graphs = record(run)[0], self.n_graphs + 1
 
         def replay() -> None:
             self.n_replays += 1
@@ -51,7 +50,7 @@ def decoder(folder) -> DeviceDecoder:
     loaded = load.load(folder, Options("exact", device="cpu"))
     plan = PLANS["fast"].budgets[:loaded.runtime.far.layers]
     loaded.runtime.plans["fast"] = LevelPlan(plan)
-    runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    runtime = take_over(loaded)
     runtime.set_level("exact", runtime.everything_bytes() * 3 // 4)
     return DeviceDecoder(loaded.model, runtime, StepCache(loaded.model.config, CONTEXT), adapts=False)
 

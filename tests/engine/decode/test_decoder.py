@@ -10,11 +10,11 @@ import torch
 from engine.chat.engine import Engine
 from engine.core import MachineError, Options, UserError
 from engine.decode.decoder import HostDecoder, decoder_for
-from engine.experts import device as device_runtime
+from engine.experts import runtime as experts_runtime
 from engine.experts.device import DeviceRuntime
 from engine.machine.table import described
 from engine.model import load
-from engine.model.placement import experts_on_card
+from engine.model.placement import experts_on_gpu, onto_gpu
 from engine.policies import prefetch
 from tests.engine.chat.test_engine import DRAWN, GREEDY, LONG, TALK, chat, finish, told
 from tests.engine.experts.test_far_locked import Ledger
@@ -27,8 +27,9 @@ def on_device(folder, ledger: Ledger | None = None, said: list | None = None) ->
     loaded = load.load(folder, OPTIONS)
     near_bytes = loaded.runtime.far.layers * loaded.runtime.far.experts * loaded.runtime.far.expert_bytes // 2
     said = [] if said is None else said
-    loaded.runtime = experts_on_card(loaded.model, folder, "exact", near_bytes,
-                                     lambda text, share: said.append(text), ledger or Ledger(), "cpu")
+    loaded.runtime = experts_on_gpu(loaded.model, loaded.runtime.far, folder, "exact", loaded.room,
+                                    replace(OPTIONS, near_bytes=near_bytes), lambda text, share: said.append(text),
+                                    ledger or Ledger(), "cpu")
     return loaded
 
 
@@ -203,16 +204,15 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
     far = loaded.runtime.far
     assert isinstance(loaded.runtime, DeviceRuntime) and far.readable_layers == readable
     fetched: list[int] = []
-    through_host = device_runtime.fill_through_host
-    monkeypatch.setattr(device_runtime, "fill_through_host", lambda *given: fetched.append(1) or through_host(*given))
+    through_host = experts_runtime.fill_through_host
+    monkeypatch.setattr(experts_runtime, "fill_through_host", lambda *given: fetched.append(1) or through_host(*given))
 
     def fill(far_memory, *rest) -> None:
         at = far_memory.data_ptr() - far.memory.bytes.data_ptr()  # outside it is the other engine's
         assert not far.memory.locked_bytes <= at < far.memory.n_bytes, "no kernel can read it"
         by_device(far_memory, *rest)
-    by_device = device_runtime.fill
-    monkeypatch.setattr(device_runtime, "fill", fill)
-    monkeypatch.setattr("engine.experts.cache.fill", fill)
+    by_device = experts_runtime.fill
+    monkeypatch.setattr(experts_runtime, "fill", fill)
     with Engine(loaded, OPTIONS) as engine:
         assert "page-locks only" in engine.snapshot()["note"] and engine.snapshot()["note"] in said
         for each in (engine, engines[1]):
@@ -228,7 +228,8 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
 def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(name, tmp_path):
     folder = compressed(name, tmp_path)[2]
     loaded = load.load(folder, replace(OPTIONS, context=64))
-    runtime = experts_on_card(loaded.model, folder, "exact", 1 << 20, lambda text, share: None, Ledger(), "cpu")
+    runtime = experts_on_gpu(loaded.model, loaded.runtime.far, folder, "exact", loaded.room,
+                             replace(OPTIONS, near_bytes=1 << 20), lambda text, share: None, Ledger(), "cpu")
     decoder = decoder_for(loaded.model, runtime, 64)
     prefix = decoder.prefix
     assert isinstance(decoder, HostDecoder) and "runs step by step" in runtime.note
@@ -245,7 +246,8 @@ def test_a_full_card_is_said_with_the_plans_sum(demo_checkpoint, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.10 GiB.")
     monkeypatch.setattr(loaded.model, "to", full)
     with pytest.raises(MachineError, match=r"ran out of memory.*Planned was: Video memory: .* trunk .* experts "):
-        load._onto_card(loaded.model, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None, Ledger())
+        onto_gpu(loaded.model, loaded.runtime.far, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None,
+                 Ledger())
 
 
 def test_opening_that_fails_late_gives_locked_memory_back(demo_checkpoint, monkeypatch):

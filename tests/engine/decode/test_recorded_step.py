@@ -9,12 +9,11 @@ import torch
 from engine.core import Options, Sampling
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.step import Step
-from engine.experts import device
-from engine.experts.device import take_over
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.model import load
 from engine.model.static_cache import StepCache, forward
 from engine.planning import cost_model
+from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 from tests.support.recorded import asks_the_host, device_nodes, record
 
@@ -29,7 +28,7 @@ def opened(folder, level: str) -> Step:
     loaded = load.load(folder, Options("exact", device="cpu"))
     plans = loaded.runtime.plans
     plans["fast"] = LevelPlan(((15, 20), (6, 30), (0, 12))[:loaded.runtime.far.layers])
-    runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    runtime = take_over(loaded)
     runtime.set_level(level)
     runtime.set_level(level, (runtime.smallest_bytes() + runtime.everything_bytes()) // 2)
     cache = StepCache(loaded.model.config, CONTEXT)
@@ -65,7 +64,7 @@ def test_replay_equals_eager(name, tmp_path):
         step = opened(folder, level)
         start = step.save(PROMPT.shape[1] - 1)
         run(step)                                    # warm-up: what is made at first use must not be recorded
-        graph, names = record(partial(run, step), device)
+        graph, names = record(partial(run, step))
         assert not asks_the_host(names) and len(names) > 50
         step.restore(start)
         eager, expected = from_here(step, partial(run, step))
@@ -87,14 +86,14 @@ def test_a_layers_experts_are_the_nodes_that_the_plan_counts(level, expected, tm
     folder = compressed("qwen3_moe", tmp_path, num_hidden_layers=3, hidden_size=256)[2]
     loaded = load.load(folder, Options("exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(((15, 20),) * 3)
-    runtime = take_over(loaded.model, loaded.runtime.far, "cpu")
+    runtime = take_over(loaded)
     runtime.set_level(level)
     runtime.phase, runtime.headroom, counted = "decode", False, []
     x, ids, weights = torch.randn(1, 256).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2).bfloat16()
     for n in (1, 2):
         step = partial(_layers, runtime, runtime.layers[:n], x, ids, weights)
         step()
-        counted.append(device_nodes(record(step, device)[0]))
+        counted.append(device_nodes(record(step)[0]))
     assert counted[1] - counted[0] == expected
 
 
@@ -110,7 +109,7 @@ def test_what_asks_the_host_is_found(tmp_path):
 
     def step() -> None:
         table.add_(table.nonzero().sum())
-    assert asks_the_host(record(step, device)[1])
-    assert asks_the_host(record(lambda: table.add_(table.new_tensor([1.0, 2.0])), device)[1])
+    assert asks_the_host(record(step)[1])
+    assert asks_the_host(record(lambda: table.add_(table.new_tensor([1.0, 2.0])))[1])
     with pytest.raises(RuntimeError, match="value out of a tracing tensor|data-dependent"):
-        record(lambda: table.add_((table + 1).max().item()), device)
+        record(lambda: table.add_((table + 1).max().item()))

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.experts.cache import SparseCache, WholeCache, whole_row_bytes
+from kernels.evict import age
+from kernels.fill import fill
 from kernels.layout import Layout
+from kernels.pool import take
 
 L, E, K, HIDDEN = 3, 4, 2, 64
 LAYOUT = Layout(HIDDEN, 3, 64)
@@ -34,6 +37,13 @@ def consistent(pool, used: set[int]) -> None:
     assert all(slot_of[item] >= 0 for item in used), "used in this token and gone"
 
 
+def evicted(cache, clock: int) -> None:
+    """Between tokens, as the runtime does."""
+    for pool, reserve in cache.pools():
+        n, in_vain = age(pool, clock, reserve).tolist()
+        assert 0 <= in_vain <= n
+
+
 class Sparse(RuleBasedStateMachine):
     """Sketches and records as levels `quality` to `floe` use them."""
 
@@ -42,7 +52,6 @@ class Sparse(RuleBasedStateMachine):
         smallest = K * LAYOUT.sketch_bytes + max(BUDGETS) * LAYOUT.record
         self.limit = smallest + spare
         self.cache = SparseCache(LAYOUT, L, E, K, BUDGETS, self.limit, "cpu")
-        self.cache.preload(self.sketches)
         self.clock, self.sketches_used, self.records_used = 1, set(), set()
 
     def sketches(self, layer: int) -> torch.Tensor:
@@ -55,9 +64,10 @@ class Sparse(RuleBasedStateMachine):
     def take_sketches(self, layer: int, ids: list[int], n: int, ahead: bool) -> None:
         ids = torch.tensor(ids[:n], dtype=torch.int32)
         near = self.cache.sketch_pool.slot_of[ids.long() + layer * E] >= 0
-        place, fetched, needed = self.cache.take_sketches(layer, ids, self.sketches(layer), self.clock, ahead)
-        assert needed == n * LAYOUT.sketch_bytes
-        assert fetched == int((~near & (place >= 0)).sum()) * LAYOUT.sketch_bytes
+        need = torch.full_like(ids, LAYOUT.sketch_bytes)
+        place, have = take(self.cache.sketch_pool, ids + layer * E, need, self.clock, ahead)
+        fill(self.sketches(layer), ids, self.cache.sketches, place, have, need)
+        assert int((need - have)[place >= 0].sum()) == int((~near & (place >= 0)).sum()) * LAYOUT.sketch_bytes
         assert ahead or (place >= 0).all()
         assert ahead is False or (place < len(self.cache.sketch_pool.object_of)).all()
         for e, where in zip(ids.tolist(), place.tolist(), strict=True):
@@ -75,8 +85,9 @@ class Sparse(RuleBasedStateMachine):
         slots = pool.slot_of[rows.long() + layer * E * N].long()
         held = torch.zeros(len(items), dtype=torch.int32)
         held[slots >= 0] = pool.held[slots[slots >= 0]]
-        place, fetched, needed = self.cache.take_records(layer, rows, need, self.records(layer), self.clock)
-        assert needed == int(need.sum()) and fetched == int((need - held).clamp_min(0).sum())
+        place, have = take(pool, rows + layer * E * N, need, self.clock)
+        fill(self.records(layer), rows, self.cache.records, place, have, need)
+        assert int((need - have).sum()) == int((need - held).clamp_min(0).sum())
         assert len(set(place.tolist())) == len(items)
         for item, where, n in zip(items, place.tolist(), need.tolist(), strict=True):
             assert torch.equal(self.cache.records[where, :n], self.records(layer)[item // N, item % N, :n])
@@ -84,8 +95,7 @@ class Sparse(RuleBasedStateMachine):
 
     @rule()
     def end_token(self) -> None:
-        wasted = self.cache.end_token(self.clock)
-        assert wasted >= 0 and wasted % LAYOUT.sketch_bytes == 0
+        evicted(self.cache, self.clock)
         self.holds()  # the token that just ended keeps what it used
         self.clock += 1
         self.sketches_used, self.records_used = set(), set()
@@ -125,14 +135,14 @@ class Whole(RuleBasedStateMachine):
 
     @rule(item=st.integers(0, L * E - 1), broken=st.booleans())
     def need(self, item: int, broken: bool) -> None:
-        row = self.cache.near(item)
+        row = self.cache.near(item, self.clock)
         if row < 0:
             row = self.cache.place(item, self.clock)
             assert row >= 0
             if broken:
                 self.cache.gate_up[row] = float("nan")
                 self.cache.forget(item)
-                assert self.cache.near(item) < 0
+                assert not self.cache.is_near(item)
                 return
             self.fill(item, row)
         self.is_there(item, row)
@@ -148,7 +158,7 @@ class Whole(RuleBasedStateMachine):
 
     @rule()
     def end_token(self) -> None:
-        assert self.cache.end_token(self.clock) >= 0
+        evicted(self.cache, self.clock)
         self.holds()
         self.clock, self.used = self.clock + 1, set()
 

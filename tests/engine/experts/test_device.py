@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from engine.core import Options, UserError
-from engine.experts.device import DeviceRuntime, NoDevicePath, take_over
-from engine.experts.gates import recognised
-from engine.experts.host import LevelPlan
+from engine.experts.device import DeviceRuntime, NoDevicePath
+from engine.experts.layer import LevelPlan, recognised
 from engine.experts.prefill import Staging
 from engine.model import load
+from engine.model.registration import FloeExperts
 from kernels.activation import Gate
 from kernels.pool import PINNED
+from tests.engine.experts.on_device import take_over
 from tests.engine.experts.test_host import N_TOKENS, PLANS, PROMPT, E, K, L, N
 from tests.kernels.test_interpreted import run_cases
 from tests.support.folders import checkpoint, compressed
@@ -46,7 +47,7 @@ def opened(folder: Path, level: str, share: float, predict: bool, on_device: boo
     runtime.predict = predict
     n_slots = int(share * L * E)
     if on_device:
-        runtime = loaded.runtime = take_over(loaded.model, runtime.far, "cpu", tokens)
+        runtime = take_over(loaded, tokens=tokens)
     if level == "exact":
         rows = L * E if share == 1 else n_slots + (K * tokens if on_device else 1)
         near_bytes = rows * (runtime.far.layout.blob_bytes if on_device else runtime.whole.row_bytes)
@@ -101,7 +102,7 @@ def test_other_experts(name, tmp_path):
         runtime = loaded.runtime
         runtime.plans["fast"] = LevelPlan(((20, 30),) * runtime.far.layers)
         if on_device:
-            runtime = take_over(loaded.model, runtime.far, "cpu")
+            runtime = take_over(loaded)
         for level in ("exact", "fast"):
             runtime.set_level(level)
             before = runtime.counters()
@@ -122,7 +123,7 @@ def test_prefill_through_tiles(name, per_tile, tmp_path):
     weights = torch.rand(40, top_k)
     for on_device in (False, True):
         if on_device:
-            runtime = take_over(loaded.model, far, "cpu")
+            runtime = take_over(loaded)
             runtime.staging = Staging(far.layout, far.experts, "cpu", per_tile=min(per_tile, far.experts))
         runtime = loaded.model.floe
         runtime.predict = False
@@ -230,7 +231,7 @@ def test_levels_change_in_the_same_tensors(folder):
     for level in ("fast", "exact", "balanced", "floe", "exact", "fast"):
         runtime.set_level(level, near_bytes)
         assert answer(loaded) == alone[level] and runtime.near_bytes <= near_bytes
-        places = [table.data_ptr() for pool in runtime._pools() for table in pool] + [runtime._arena.data_ptr()]
+        places = [table.data_ptr() for pool in runtime.near.pools() for table in pool[0]] + [runtime._arena.data_ptr()]
         assert kept.setdefault(runtime.kind, places) == places
     assert set(kept) == {"dense", "sparse", "floe"}
     before = runtime.near
@@ -261,9 +262,9 @@ def test_reset_keeps_the_tensors(folder):
     runtime = loaded.runtime
     with torch.no_grad():
         first = answer(loaded)
-    before = [table.data_ptr() for pool in runtime._pools() for table in pool]
+    before = [table.data_ptr() for pool in runtime.near.pools() for table in pool[0]]
     runtime.reset()
-    assert before == [table.data_ptr() for pool in runtime._pools() for table in pool]
+    assert before == [table.data_ptr() for pool in runtime.near.pools() for table in pool[0]]
     assert not sum(runtime.residency())
     with torch.no_grad():
         assert answer(loaded) == first
@@ -286,11 +287,12 @@ def test_experts_without_a_device_path_say_so(folder, tmp_path, monkeypatch):
     checkpoint("qwen3_moe", tmp_path)
     plain = load.load(tmp_path, Options("full", device="cpu"))
     with pytest.raises(NoDevicePath, match="compress it first"):
-        take_over(plain.model, plain.runtime.far, "cpu")
+        take_over(plain)
     loaded = opened(folder, "exact", 1.0, False, False)
-    loaded.runtime.layers[0].apply_gate = lambda both: both.chunk(2, -1)[0].sin()
+    origin = next(module.origin for module in loaded.model.modules() if isinstance(module, FloeExperts))
+    monkeypatch.setattr(origin, "_apply_gate", lambda both: both.chunk(2, -1)[0].sin())
     with pytest.raises(NoDevicePath, match="on the host"):
-        take_over(loaded.model, loaded.runtime.far, "cpu")
+        take_over(loaded)
     assert loaded.model.floe is loaded.runtime
 
 

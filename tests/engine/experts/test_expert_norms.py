@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from engine.core import Options
-from engine.experts.device import take_over
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.model import load
+from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed, stored_experts
 
 
@@ -22,7 +22,7 @@ def opened(folder, level: str, on_device: bool, norms: list[torch.nn.Module]):
     loaded.runtime.plans["fast"] = LevelPlan(((20, 30),) * loaded.runtime.far.layers)
     for layer, norm in zip(loaded.runtime.layers, norms, strict=True):
         layer.post_norm = norm
-    runtime = take_over(loaded.model, loaded.runtime.far, "cpu", tokens=3) if on_device else loaded.runtime
+    runtime = take_over(loaded, loaded.runtime.far, "cpu", tokens=3) if on_device else loaded.runtime
     runtime.set_level(level)
     return runtime
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from engine.core import UserError
-from engine.experts.far_locked import FarLocked
-from engine.experts.store import FarBlobs
+from engine.experts.store import FarBlobs, FarLocked
 from engine.files.manifest import Manifest, experts_name
 from engine.machine.pinned_memory import HUGE_PAGE, HostMemory
 from tests.support.folders import compressed

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.experts.cache
+import engine.experts.runtime
 from engine.core import Options, UserError
 from engine.experts.cache import whole_row_bytes
-from engine.experts.host import LevelPlan, Runtime
+from engine.experts.layer import LevelPlan
+from engine.experts.runtime import Runtime
 from engine.model import load
 from kernels.fill import fill
 from tests.support.folders import compressed
@@ -57,7 +58,7 @@ def smallest(runtime: Runtime, level: str) -> int:
 @pytest.mark.parametrize("level", ["exact", "balanced"])
 def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level, monkeypatch):
     """Without fading it counts: every decode token chooses K experts of each layer, prefill does not count."""
-    monkeypatch.setattr(engine.experts.host, "FADE", 1.0)
+    monkeypatch.setattr(engine.experts.runtime, "ACTIVITY_DECAY", 1.0)
     loaded.runtime.set_level(level)
     assert sum(map(sum, loaded.runtime.activity())) == 0
     chosen = torch.zeros(L, E)
@@ -140,7 +141,7 @@ def test_far_bytes_of_sparse_levels_are_the_bytes_that_fill_moved(level, share, 
         assert torch.equal(before, near), "bytes moved that were not counted"
 
     runtime.set_level(level, int(least + share * (runtime.everything_bytes() - least)))
-    monkeypatch.setattr(engine.experts.cache, "fill", counting)
+    monkeypatch.setattr(engine.experts.runtime, "fill", counting)
     start = runtime.counters()
     answer(loaded)
     used = runtime.counters() - start

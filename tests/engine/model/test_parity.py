@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.core import Options, UserError
 from engine.experts.cache import whole_row_bytes
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.files.checkpoint import Checkpoint
 from engine.files.skeleton import experts_modules
 from engine.model import load

@@ -12,6 +12,7 @@ import torch
 
 from engine.__main__ import main
 from engine.core import PROMISES, Options, UserError
+from engine.experts.layer import LevelPlan
 from engine.files.compressed import MappedFile
 from engine.files.manifest import Manifest, file_entry
 from engine.files.skeleton import experts_modules
@@ -23,7 +24,7 @@ from engine.quality import calibrate
 from engine.quality.budgets import LayerTable, OutputErrors, cheapest, edges, record_bytes
 from engine.quality.evaluate import evaluate
 from engine.quality.loss_probe import MeasurementLog
-from engine.quality.sparse_forward import Decoded, Simulation
+from engine.quality.sparse_forward import DecodedExperts, Simulation
 from engine.quality.texts import read_tokens
 from kernels.layout import Layout
 from tests.support.architectures import build
@@ -88,16 +89,16 @@ def folder(tmp_path_factory) -> Path:
 def test_errors_of_a_layer_are_those_of_its_output(folder):
     """Every pair of the grid by hand: the output with all refined minus the output of the pair, squared."""
     runtime = load.load(folder, Options("exact", device="cpu")).runtime
-    errors, decoded, draw = OutputErrors(runtime), Decoded(runtime), torch.Generator().manual_seed(1)
+    errors, decoded, draw = OutputErrors(runtime), DecodedExperts(runtime), torch.Generator().manual_seed(1)
     layer, n_tokens = runtime.layers[1], 5
     x, weights = torch.randn(n_tokens, 64, generator=draw), torch.rand(n_tokens, K, generator=draw)
     ids = torch.stack([torch.randperm(E, generator=draw)[:K] for _ in range(n_tokens)])
-    with Simulation(runtime, decoded, None, errors.see):
+    with runtime.hooked(Simulation(decoded, None, errors.see)):
         whole = runtime.forward(layer, x, ids, weights)
 
     def output(refined: int, kept: int) -> torch.Tensor:
         pair = ((refined, kept - refined),) * L
-        with Simulation(runtime, decoded, load.LevelPlan(pair)):
+        with runtime.hooked(Simulation(decoded, LevelPlan(pair))):
             return runtime.forward(layer, x, ids, weights)
     found = errors.tables()[1]
     assert found.edges == tuple(edges(K * N)) and errors.tokens == [0, n_tokens, 0]
@@ -183,7 +184,7 @@ def test_floe_asks_for_the_bytes_of_balanced(calibrated, texts):
 
     def see(seen) -> None:
         kept[0] += int((seen.fidelity >= 0).sum())
-    with torch.no_grad(), Simulation(runtime, Decoded(runtime), runtime.plans["floe"], see):
+    with torch.no_grad(), runtime.hooked(Simulation(DecodedExperts(runtime), runtime.plans["floe"], see)):
         for ids in documents:
             loaded.model(torch.tensor([ids]))
     asked = kept[0] * LAYOUT.record / n_tokens

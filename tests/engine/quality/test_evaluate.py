@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.__main__ import main
 from engine.core import Options, UserError
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.model import load
 from engine.quality.evaluate import evaluate, longest
 from tests.support import small_model

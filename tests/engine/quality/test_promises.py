@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from engine.core import PROMISES, Options
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.library.compress import compress
 from engine.model import load
 from engine.quality.evaluate import evaluate, longest
-from engine.quality.sparse_forward import Decoded, Seen, Simulation
+from engine.quality.sparse_forward import DecodedExperts, LayerTrace, Simulation
 from engine.quality.texts import read_tokens
 
 pytestmark = pytest.mark.slow
@@ -54,12 +54,12 @@ class Model:
 
     def __init__(self, folder: Path) -> None:
         self.loaded = open_at_best(folder)
-        self.runtime, self.decoded, self._losses = self.loaded.runtime, Decoded(self.loaded.runtime), {}
+        self.runtime, self.decoded, self._losses = self.loaded.runtime, DecodedExperts(self.loaded.runtime), {}
 
     def loss(self, plan: LevelPlan | None, texts: Texts, name: str, see=None) -> float:
         key = (plan, name)
         if key not in self._losses or see is not None:
-            with Simulation(self.runtime, self.decoded, plan, see):
+            with self.runtime.hooked(Simulation(self.decoded, plan, see)):
                 self._losses[key] = mean_loss(self.loaded.model, texts.documents[name])
         return self._losses[key]
 
@@ -125,7 +125,7 @@ def test_far_bytes_with_sketches_near_and_nothing_kept(demo: Model, texts: Texts
 def test_one_token_a_step_through_the_cache_loses_the_same(demo: Model, texts: Texts, level: str) -> None:
     document = texts.documents[TEXTS[0]][1][:FEW_TOKENS]
     plan = demo.runtime.plans.get(level)
-    with Simulation(demo.runtime, demo.decoded, plan):
+    with demo.runtime.hooked(Simulation(demo.decoded, plan)):
         together = mean_loss(demo.loaded.model, [document])
     for near in ("all", "sketches"):
         row, = evaluate(demo.loaded, [document], [level], near).levels
@@ -166,7 +166,7 @@ def floe_at(factor: float, demo: Model, texts: Texts, name: str) -> tuple[float,
     """Record bytes a token and loss of FloE's rule with its thresholds times `factor`."""
     kept = n_tokens = 0
 
-    def see(seen: Seen) -> None:
+    def see(seen: LayerTrace) -> None:
         nonlocal kept, n_tokens
         kept += int((seen.fidelity >= 0).sum())
         n_tokens += len(seen.ids) if seen.layer == 0 else 0

@@ -1,14 +1,16 @@
 """How calibration sees a level, many tokens at once, is how decode computes it; traces miss as caches do."""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 
 from engine.core import Options
-from engine.experts.host import LevelPlan
+from engine.experts.layer import LevelPlan
 from engine.model import load
 from engine.quality.loss_probe import LossProbe, log_probabilities
-from engine.quality.sparse_forward import Decoded, Seen, Simulation
+from engine.quality.sparse_forward import DecodedExperts, LayerTrace, Simulation
 from engine.quality.traces import SHARES, Trace, miss_curve, replay
 from kernels.select import DOWN_ONLY
 from tests.support.folders import compressed
@@ -46,7 +48,7 @@ def test_many_tokens_at_once_are_the_tokens_of_decode(loaded, level, plan):
         before = runtime.counters()
         alone = torch.cat([runtime.forward(layer, x[t:t + 1], ids[t:t + 1], weights[t:t + 1]) for t in range(7)])
         needed = (runtime.counters() - before).needed_bytes
-        with Simulation(runtime, Decoded(runtime), plan, seen.append):
+        with runtime.hooked(Simulation(DecodedExperts(runtime), plan, seen.append)):
             together = runtime.forward(layer, x, ids, weights)
         assert together.shape == x.shape and (together - alone).abs().max() <= 1e-4 * alone.abs().max()
         fidelity = seen[-1].fidelity
@@ -63,7 +65,7 @@ def test_without_a_plan_it_is_exact_and_afterwards_it_is_gone(loaded):
     runtime.phase = "auto"
     ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(1))
     expected = loaded.model(ids).logits
-    with pytest.raises(KeyboardInterrupt), Simulation(runtime, Decoded(runtime)):
+    with pytest.raises(KeyboardInterrupt), runtime.hooked(Simulation(DecodedExperts(runtime))):
         assert (loaded.model(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
         raise KeyboardInterrupt
     assert "forward" not in vars(runtime) and torch.equal(loaded.model(ids).logits, expected)
@@ -73,11 +75,11 @@ def test_without_a_plan_it_is_exact_and_afterwards_it_is_gone(loaded):
 def test_what_does_not_fit_is_decoded_again(loaded, monkeypatch):
     """With room for nothing the values are the same."""
     ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(1))
-    with Simulation(loaded.runtime, Decoded(loaded.runtime), BUDGETS):
+    with loaded.runtime.hooked(Simulation(DecodedExperts(loaded.runtime), BUDGETS)):
         expected = loaded.model(ids).logits
-    monkeypatch.setattr(Decoded, "LIMIT", 0)
-    bare = Decoded(loaded.runtime)
-    with Simulation(loaded.runtime, bare, BUDGETS):
+    monkeypatch.setattr(DecodedExperts, "LIMIT", 0)
+    bare = DecodedExperts(loaded.runtime)
+    with loaded.runtime.hooked(Simulation(bare, BUDGETS)):
         assert torch.equal(loaded.model(ids).logits, expected) and not bare._kept
 
 
@@ -128,11 +130,11 @@ def test_a_token_that_asks_for_nothing_misses_nothing():
 @torch.inference_mode()
 def test_a_rise_is_the_difference_of_losses_and_the_divergence(loaded):
     """Of whole documents, against plain sums over the full distributions (128 tokens: all are kept)."""
-    draw, decoded = torch.Generator().manual_seed(3), Decoded(loaded.runtime)
+    draw, decoded = torch.Generator().manual_seed(3), DecodedExperts(loaded.runtime)
     texts = [[torch.randint(3, 128, (1, n), generator=draw) for n in sizes] for sizes in ((9, 5, 12), (7, 14))]
 
-    def simulating(plan: LevelPlan | None) -> Simulation:
-        return Simulation(loaded.runtime, decoded, plan)
+    def simulating(plan: LevelPlan | None) -> AbstractContextManager:
+        return loaded.runtime.hooked(Simulation(decoded, plan))
 
     probe = LossProbe(loaded.model, simulating, texts)
     measured = probe.measure(BUDGETS)
@@ -154,9 +156,9 @@ def test_a_rise_is_the_difference_of_losses_and_the_divergence(loaded):
 
 
 def test_what_an_observer_sees_is_one_layer_of_all_tokens(loaded):
-    seen: list[Seen] = []
+    seen: list[LayerTrace] = []
     ids = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), Simulation(loaded.runtime, Decoded(loaded.runtime), BUDGETS, seen.append):
+    with torch.no_grad(), loaded.runtime.hooked(Simulation(DecodedExperts(loaded.runtime), BUDGETS, seen.append)):
         loaded.model(ids)
     assert [one.layer for one in seen] == list(range(L))
     for one, (refined, down_only) in zip(seen, BUDGETS.budgets, strict=True):

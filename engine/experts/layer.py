@@ -1,0 +1,101 @@
+"""One layer's experts as a runtime computes them, and what a calibrated level keeps of each layer.
+
+Legend: T tokens, k routed experts, E experts, I neurons, H hidden, L layers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from kernels.activation import KINDS, Gate
+
+Tensor = torch.Tensor
+Rows = tuple[Tensor, Tensor]  # gate_up [2I, H] in the module's own order, down [I, H]
+ACTIVITY_DECAY = 0.97  # what is left of an expert's activity after a token: about the last 30 tokens are seen
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """What calibration found for a sparse level: per layer (refined, down-only) neurons, or FloE's thresholds.
+
+    budgets: L pairs; thresholds: L rows of E numbers, only for level `floe`.
+    """
+
+    budgets: tuple[tuple[int, int], ...] = ()
+    thresholds: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass
+class LayerExperts:
+    """What one experts module needs to compute, on its runtime's device; lives as long as the open model.
+
+    join: gate, up [.., I] -> gate_up in the module's own order; apply_gate: gate_up -> product [.., I].
+    """
+
+    index: int
+    interleaved: bool
+    apply_gate: Callable[[Tensor], Tensor]
+    biases: dict[str, Tensor]  # float32 gate_bias, up_bias [E, I], down_bias [E, H], or nothing
+    post_norm: Callable[[Tensor], Tensor] | None = None
+    router_weight: Tensor | None = None  # float32 [E, H], for prediction
+    gate: Gate = field(init=False)  # the module's own function, until a device puts one that its kernels know
+
+    def __post_init__(self) -> None:
+        self.gate = Gate("other", function=lambda g, u: self.apply_gate(self.join(g, u)))
+        if self.biases:
+            self.gate_up_bias = self.join(self.biases["gate_bias"], self.biases["up_bias"])
+
+    def join(self, gate: Tensor, up: Tensor) -> Tensor:
+        return torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
+
+    def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the rows of gate and of up in [2I, H]."""
+        half = gate_up.shape[0] // 2
+        return (gate_up[::2], gate_up[1::2]) if self.interleaved else (gate_up[:half], gate_up[half:])
+
+    def neuron_biases(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Biases of gate and up of routed experts `ids` [..]: float32 [.., I] each, or None."""
+        if not self.biases:
+            return None, None
+        return self.biases["gate_bias"][ids.long()], self.biases["up_bias"][ids.long()]
+
+    def whole(self, x: Tensor, gate_up: Tensor, down: Tensor, expert: int) -> Tensor:
+        """One whole expert: x [n, H] -> [n, H], before the router's weight."""
+        joined = F.linear(x, gate_up, self.gate_up_bias[expert] if self.biases else None)
+        return self.finish(self.apply_gate(joined) @ down, expert)
+
+    def finish(self, y: Tensor, expert: int | Tensor) -> Tensor:
+        """Bias of down and the norm after each expert, where the model has them; y [.., H]."""
+        if self.biases:
+            y = y + self.biases["down_bias"][expert]
+        return y if self.post_norm is None else self.post_norm(y)
+
+    def combined(self, product: Tensor, downs: dict[int, Tensor], ids: Tensor, weights: Tensor) -> Tensor:
+        """Products act(g)*u [T, k, I] and down rows [I, H] of every expert in ids [T, k] -> float32 [T, H]."""
+        out = torch.zeros(len(ids), next(iter(downs.values())).shape[1], device=product.device)
+        for expert, down in downs.items():
+            token, place = (ids == expert).nonzero(as_tuple=True)
+            y = self.finish(product[token, place] @ down, expert)
+            out.index_add_(0, token, y * weights[token, place, None])
+        return out
+
+
+def recognised(apply_gate: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Gate | None:
+    """The gate of the kernels that a model's experts use, told from its values; None: they do not know it.
+
+    apply_gate: gate_up [.., 2I] -> [.., I]; join: gate, up -> gate_up. Architectures differ in name, order of columns,
+    clamps and constants, but a gate is a function of two numbers: on a grid of both, one kind fits or none does.
+    """
+    line = torch.linspace(-12, 12, 49)
+    gate, up = (side.flatten()[None] for side in torch.meshgrid(line, line, indexing="ij"))
+    wanted = apply_gate(join(gate, up))
+    module = getattr(apply_gate, "__self__", None)  # a bound method: its constants are the module's
+    numbers = {name: float(getattr(module, name)) for name in ("alpha", "limit") if hasattr(module, name)}
+    for kind in KINDS:
+        candidate = Gate(kind, **numbers)
+        if torch.allclose(candidate(gate, up), wanted, rtol=1e-5, atol=1e-5):
+            return candidate
+    return None

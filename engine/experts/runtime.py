@@ -1,0 +1,408 @@
+"""The base of both runtimes: near memory's life, the token's clock, the counters, the step of the sparse levels.
+
+Decode (`phase == "decode"`) goes through near memory: whole experts at levels `full` and `exact`; sketch, score,
+select, fetch, apply at the sparse ones. A token ends, and near memory ages, when the first MoE layer is called for the
+next one. Results do not depend on what is near, nor on prediction. What a step changes are tensors changed in place,
+and nothing here reads them back, so that a device's step can be recorded once and replayed.
+
+The two sides add where near memory lies, how whole experts are computed, and prefill: engine/experts/host.py on the
+processor, engine/experts/device.py over the kernels.
+
+Legend: T tokens of a step, k routed experts, I neurons, K neurons that a layer keeps, H hidden, L layers, E experts.
+"""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+from engine.core import SPARSE_LEVELS, Counters, UserError
+from engine.experts.cache import NearMemory, SparseCache, pinnable
+from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
+from engine.experts.side_stream import SideStream
+from engine.experts.store import Far, FarBlobs
+from engine.machine.pinned_memory import HostMemory
+from engine.policies.prefetch import next_experts
+from kernels.activation import quantize_activation
+from kernels.apply import apply
+from kernels.evict import age
+from kernels.fill import fill, fill_through_host
+from kernels.pool import Pool, new_pool, pin, take
+from kernels.resolve import Resolved, resolve_experts, resolve_neurons
+from kernels.score import score, score_up
+from kernels.select import BINS, select, select_above
+
+Tensor = torch.Tensor
+
+
+class Hook:
+    """What looks into a layer's experts, or changes what they do, while a model runs: see `Runtime.hook`.
+
+    This one changes nothing; override what is needed. All is tensors on the runtime's device. In a step that is
+    recorded a hook may neither wait for the device nor decide by a value, and shapes stay.
+    """
+
+    def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Before the experts: x [T, H] in the model's dtype, the router's ids int64 [T, k] and weights [T, k]
+        -> the ids and weights that count. The router itself: x @ layer.router_weight.T."""
+        return ids, weights
+
+    def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """Behind `routed`, in place of the experts -> their weighted sum [T, H]; None: they compute it."""
+        return None
+
+    def selected(self, layer: LayerExperts, ids: Tensor, weights: Tensor, neurons: Tensor, fidelity: Tensor,
+                 ) -> tuple[Tensor, Tensor]:
+        """Behind the selection of a sparse level's step, before records are fetched: neurons int32 [T, K], ascending,
+        numbered through the k experts, then -1; fidelity int8 [T, K] (kernels/select.py) -> those that count."""
+        return neurons, fidelity
+
+
+class Runtime(ABC):
+    """What the experts modules of one open model share. Not thread-safe: one thread owns it.
+
+    fixed_shapes: whether a step's shapes depend on no value, as a recording asks.
+    """
+
+    fixed_shapes = True
+
+    def __init__(self, far: Far, layers: list[LayerExperts], top_k: int, plans: dict[str, LevelPlan], level: str,
+                 near_bytes: int | None = None, predict: bool = True, device: str = "cpu", tokens: int = 1) -> None:
+        """near_bytes None: room for everything. tokens: of one step, at most."""
+        self.far, self.layers, self.top_k, self.plans = far, layers, top_k, plans
+        self.predict, self.device, self.tokens = predict, device, tokens
+        self.hook: Hook | None = None  # unset, it costs a comparison a layer
+        self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
+        self.note = ""  # why the processor computes what a card was asked for
+        self.memories: list[HostMemory] = []  # of the trunk, locked for a card
+        self.prefill_far_bytes = 0
+        self.headroom, self.link_bytes_per_second = True, float("inf")  # see engine/policies/prefetch.py
+        self.counts = torch.zeros(5, dtype=torch.int64, device=device)  # the fields of Counters but the last
+        self.counted: list[int] | None = None  # `counts` as of the last token, where they came back with it
+        self.recent = torch.zeros(far.layers * far.experts + 1, device=device)  # picks, decaying; last, their tokens
+        self.clock = torch.zeros(1, dtype=torch.int32, device=device)  # the token under way, or the last one
+        self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
+        self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
+        self.thresholds = torch.zeros(far.layers, far.experts, device=device)
+        self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)  # refined, and all that are kept
+        self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device) if self.fixed_shapes else None
+        self._side = SideStream(device)
+        self._picked: dict[int, Tensor] = {}  # of this step, by layer
+        self._first_of_layer = far.experts * torch.arange(far.layers, device=device)[:, None]
+        self.level, self.near_wish = level, near_bytes
+        self.set_level(level, near_bytes)
+
+    # --- what a side adds ---------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def whole_bytes(self) -> int:
+        """What a whole expert takes of near memory."""
+
+    @abstractmethod
+    def _new_cache(self) -> NearMemory:
+        """Near memory for `level` and `near_wish`."""
+
+    @abstractmethod
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """A step at a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k] -> [T, H]."""
+
+    @abstractmethod
+    def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Many tokens, at the whole experts' 4-bit values, those that are near from near."""
+
+    # --- settings, between answers ------------------------------------------------------------------------------
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Levels that this folder can run at, best first."""
+        return offered(self.far, self.plans)
+
+    def set_level(self, level: str, near_bytes: int | None = None) -> None:
+        """Change level and near memory (None: everything). Drops what is near. After a UserError nothing changed."""
+        if level not in self.levels:
+            raise UserError(f"This model cannot run at level {level}: it offers {', '.join(self.levels)}"
+                            + ("." if level == "full" else "; calibrate it to get the others."))
+        before = self.level, self.near_wish
+        self.level, self.near_wish = level, near_bytes
+        try:
+            self.near = self._new_cache()
+        except UserError:
+            self.level, self.near_wish = before
+            raise
+        self.sparse = self.near if isinstance(self.near, SparseCache) else None
+        self.whole = None if self.sparse else self.near
+        if self.sparse:
+            self._set_budgets()
+        self.reset()
+
+    def _set_budgets(self) -> None:
+        """The level as values, in the same tensors."""
+        plan = self.plans[self.level]
+        self.capacity = self._most_records() if self.fixed_shapes else [None] * self.far.layers
+        if self.level == "floe":
+            self.thresholds.copy_(torch.tensor(plan.thresholds))
+        else:
+            self.budgets.copy_(torch.tensor([(refined, refined + rest) for refined, rest in plan.budgets]))
+
+    def reset(self) -> None:
+        """Forget what is near, in the same tensors, so that a recorded step goes on with them; counters go on."""
+        for pool, _ in self.near.pools():
+            fresh = new_pool(len(pool.slot_of), len(pool.object_of), pool.stamp.device)
+            for table, empty in zip(pool, fresh, strict=True):
+                table.copy_(empty)
+        self.clock.zero_()
+        if self.histogram is not None:
+            self.histogram.zero_()  # a step that was broken off may have left its counts
+        if self.sparse and self.sparse.resident:
+            ids = torch.arange(self.far.experts, dtype=torch.int32, device=self.device)
+            for layer in range(self.far.layers):
+                self._bring(layer, ids)
+
+    def pin(self, experts: Iterable[tuple[int, int]] = (), neurons: Iterable[tuple[int, int, int]] = ()) -> None:
+        """The working set, between tokens: what stays near until the next call, in place of what stayed so far.
+
+        experts: (layer, expert), their sketches or, where near memory holds whole experts, all of them; neurons:
+        (layer, expert, neuron), their records. What is far is fetched now and counted as fetched ahead. UserError,
+        nothing changed, when a token would find too little room beside it. `reset` and `set_level` forget it.
+        """
+        per_expert = self.far.neurons
+        wanted = [[layer * self.far.experts + expert for layer, expert in experts],
+                  [(layer * self.far.experts + expert) * per_expert + neuron for layer, expert, neuron in neurons]]
+        pools = self.near.pools()
+        assert len(pools) == 2 or not wanted[1], "records are near at the sparse levels only"
+        for (pool, reserve), objects in zip(pools, wanted, strict=False):
+            if (n := len(set(objects))) > (most := pinnable(pool, reserve)):
+                raise UserError(f"Near memory has room for {most:,} pinned parts of experts, not for {n:,}; pin less, "
+                                "or give it more memory.")
+        for (pool, _), objects, records in zip(pools, wanted, (False, True), strict=False):
+            self._pin_in(pool, torch.tensor(sorted(set(objects)), dtype=torch.int64, device=pool.stamp.device), records)
+
+    def _pin_in(self, pool: Pool, objects: Tensor, records: bool) -> None:
+        per_layer = len(pool.slot_of) // self.far.layers
+        pin(pool, objects, self.clock)  # what is there need not make room for the rest
+        missing = objects[pool.slot_of[objects] < 0]
+        self._count_wasted(age(pool, self.clock + 1, len(missing)), records)
+        for layer in (missing // per_layer).unique().tolist():
+            ids = (missing[missing // per_layer == layer] % per_layer).int()
+            self.counts[3] += self._bring(layer, ids, records, ahead=True)
+        pin(pool, objects, self.clock)
+        self.counted = None
+
+    def everything_bytes(self) -> int:
+        """Near memory at which nothing is ever fetched twice, at this level."""
+        n_experts = self.far.layers * self.far.experts
+        if self.level not in SPARSE_LEVELS:
+            return n_experts * self.whole_bytes
+        return n_experts * self.far.layout.blob_bytes + self._bounce_bytes()
+
+    def smallest_bytes(self) -> int:
+        """The least near memory that this level can run in."""
+        return self.near.smallest_bytes
+
+    def sketches_bytes(self) -> int:
+        """Near memory for all sketches and the bounce rows, and not a single record slot."""
+        return self.far.layers * self.far.experts * self.far.layout.sketch_bytes + self._bounce_bytes()
+
+    def _bounce_bytes(self) -> int:
+        return max(self._most_records()) * self.tokens * self.far.layout.record
+
+    def _most_records(self) -> list[int]:
+        """Records that a token may need of each layer, at a sparse level."""
+        if self.level == "floe":
+            return [self.top_k * self.far.neurons] * self.far.layers
+        return [sum(pair) for pair in self.plans[self.level].budgets]
+
+    @contextmanager
+    def hooked(self, hook: Hook) -> Iterator[None]:
+        """Inside, `hook` is the hook, in place of any other."""
+        before, self.hook = self.hook, hook
+        try:
+            yield
+        finally:
+            self.hook = before
+
+    def close(self) -> None:
+        """Give page-locked memory back; its driver waits for the card first."""
+        for memory in self.memories:
+            memory.close()
+        self.far.close()
+
+    # --- numbers ------------------------------------------------------------------------------------------------
+    def counters(self) -> Counters:
+        """Totals since the model was opened, decode only: as of the last token that came back, where `counted` has
+        them; else waits for the device."""
+        return Counters(*(self.counts.tolist() if self.counted is None else self.counted))
+
+    @property
+    def near_bytes(self) -> int:
+        return self.near.near_bytes
+
+    def near_used_bytes(self) -> int:
+        return self.near.used_bytes()
+
+    def residency(self) -> list[float]:
+        """Share of each layer's records (or experts) that is near."""
+        return self.near.residency()
+
+    def activity(self) -> list[list[float]]:
+        """Per layer and expert the share of the last tokens that were routed to it, newer ones counting more; decode
+        only. Rows of E numbers, 0 to 1."""
+        picks = self.recent.cpu()
+        return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
+
+    def _count_wasted(self, aged: Tensor, records: bool) -> None:
+        """aged: what `age` returned; its second number are objects that were fetched ahead in vain."""
+        if self.whole:
+            each = self.far.expert_bytes
+        else:
+            each = self.far.layout.record if records else self.far.layout.sketch_bytes
+        self.counts[4:].add_(aged[1:] * each * self.done.logical_not())
+
+    # --- the experts function -----------------------------------------------------------------------------------
+    def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H], ids [T, k], weights [T, k] -> [T, H] in x's dtype, on its device."""
+        # A trunk on a card may have its experts computed on the processor.
+        hidden, ids, weights = x.to(self.device), ids.to(self.device), weights.to(self.device)
+        self._side.join()
+        out = None
+        if self.hook is not None:
+            ids, weights = self.hook.routed(layer, hidden, ids, weights)
+            out = self.hook.instead(layer, hidden, ids, weights)
+        if out is None:
+            prefill = self.phase == "prefill" or (self.phase == "auto" and len(x) > 1)
+            out = (self._prefill if prefill else self._decode)(layer, hidden, ids, weights)
+        return out.to(x.device, x.dtype)
+
+    def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """A step; of more tokens than were planned for, one after the other -> float32 [T, H]."""
+        if layer.index == 0:
+            self._begin_step()
+        self._remember(layer.index, ids)
+        step, n = self._whole if self.whole else self._sparse, self.tokens
+        parts = zip(x.float().split(n), ids.contiguous().split(n), weights.float().contiguous().split(n), strict=True)
+        done = [step(layer, *part) for part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _begin_step(self) -> None:
+        """The token before has ended: make room for this one."""
+        self._picked = {}
+        for (pool, reserve), records in zip(self.near.pools(), (False, True), strict=False):
+            if len(pool.object_of) < len(pool.slot_of):  # else nothing ever leaves
+                self._count_wasted(age(pool, self.clock, reserve), records)
+        self.clock.add_(1)
+
+    def _remember(self, layer: int, ids: Tensor) -> None:
+        """Which experts are busy: a few operations a token, at the last layer, instead of a few a layer."""
+        self._picked[layer] = ids.flatten()
+        if layer + 1 == self.far.layers == len(self._picked):
+            picked = torch.stack(list(self._picked.values())).long() + self._first_of_layer
+            picked = torch.cat((picked.flatten(), self._first_of_layer[-1] + self.far.experts))  # and one token more
+            self.recent.mul_(ACTIVITY_DECAY).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
+
+    # --- a step at the sparse levels ----------------------------------------------------------------------------
+    def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Sketches, scores, the layer's budget, the records behind it, the product. Shapes as of `_whole`."""
+        near, layout, biases, padded = self.sparse, self.far.layout, layer.neuron_biases(ids), self._padded(x)
+        place = self._bring_experts(layer.index, ids)
+        neurons, fidelity = self._choose(layer, padded, place, ids, weights, biases)
+        if self.hook is not None:
+            neurons, fidelity = self.hook.selected(layer, ids, weights, neurons, fidelity)
+        first = layer.index * self.far.experts * layout.neurons
+        found = resolve_neurons(near.record_pool, neurons, fidelity, ids, first, layout, self.clock, self.counts,
+                                self.done)
+        where = self._fill(layer.index, True, found)
+        self._look_ahead(layer, x)
+        sums = apply(padded, near.sketches, place, near.records, where, neurons, fidelity, layout, layer.gate, *biases)
+        return self._weighted(layer, sums, ids, weights)
+
+    def _choose(self, layer: LayerExperts, x: Tensor, place: Tensor, ids: Tensor, weights: Tensor, biases: tuple,
+                ) -> tuple[Tensor, Tensor]:
+        """-> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
+        layout, capacity = self.far.layout, self.capacity[layer.index]
+        codes, scales = quantize_activation(x, layout.group)
+        if self.level == "floe":
+            scores = score_up(codes, scales, self.sparse.sketches, place, layout, biases[1])
+            limits = self.thresholds[layer.index][ids.long()]
+            return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
+        histogram = None if self.histogram is None else self.histogram[:len(x)]
+        scores = score(codes, scales, self.sparse.sketches, place, weights, layout, layer.gate, *biases, histogram)
+        refined, total = self.budgets[layer.index].split(1)
+        return select(scores, refined, total, capacity, histogram)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        padding = self.far.layout.padded - x.shape[1]
+        return F.pad(x, (0, padding)) if padding else x
+
+    def _weighted(self, layer: LayerExperts, sums: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Per-expert sums [T, k, padded H] -> [T, H]."""
+        y = layer.finish(sums[..., :self.far.hidden], ids.long())
+        return (y * weights[..., None]).sum(1)
+
+    # --- bytes on their way -------------------------------------------------------------------------------------
+    def _objects(self, layer: int, records: bool) -> tuple[Pool, Tensor, Tensor]:
+        """The pool of a layer's packed experts (or their sketches, or their records), near memory, far memory."""
+        if self.whole:
+            return self.whole.pool, self.whole.blobs, self.far.blobs(layer)
+        if records:
+            return self.sparse.record_pool, self.sparse.records, self.far.records(layer)
+        return self.sparse.sketch_pool, self.sparse.sketches, self.far.sketches(layer)
+
+    def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
+        """Experts or their sketches near -> place int32 [T, k]; with most_ahead ahead of demand, so many bytes."""
+        pool, near, _ = self._objects(layer, False)
+        found = resolve_experts(pool, ids, layer * self.far.experts, near.shape[1], self.clock, self.counts, self.done,
+                                most_ahead)
+        return self._fill(layer, False, found, most_ahead is not None)
+
+    def _fill(self, layer: int, records: bool, found: Resolved, ahead: bool = False) -> Tensor:
+        """Bring what is missing -> place int32 [T, n].
+
+        What is fetched ahead crosses the link beside the main stream, which must `join` before it is read.
+        """
+        source, place, have, need, misses = found
+        _, near, far = self._objects(layer, records)
+        if layer >= self.far.readable_layers:
+            fill_through_host(far, source, near, place, have, need)
+        elif ahead:
+            self._side.run(lambda: fill(far, source, near, place, have, need, misses), *found)
+        else:
+            fill(far, source, near, place, have, need, misses)
+        return place
+
+    def _bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
+        """Between steps: objects `ids` int32 [n] of a layer near, whole -> bytes fetched. ahead: into free slots only,
+        as far as they reach."""
+        pool, near, far = self._objects(layer, records)
+        need = torch.full_like(ids, near.shape[1])
+        place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock, ahead)
+        copy = fill if layer < self.far.readable_layers else fill_through_host
+        copy(far, ids, near, place, have, need)
+        return (need - have)[place >= 0].sum()
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step fetches for the next layer; a recorded step does so for ever, or never."""
+        return self.predict and self.headroom
+
+    def _look_ahead(self, layer: LayerExperts, x: Tensor) -> None:
+        """Fetch what the next layer is likely to want into free slots.
+
+        Behind this layer's demand, beside its product and all that comes before the next layer's experts.
+        """
+        following = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
+        if not self.looks_ahead or following is None or following.router_weight is None or self.near.is_complete():
+            return
+        self._fetch_ahead(following.index, next_experts(x, following.router_weight, self.top_k))
+
+    def _fetch_ahead(self, layer: int, ids: Tensor) -> None:
+        """Guessed experts, ids [1, k], up to `ahead_bytes`."""
+        self._bring_experts(layer, ids, self.ahead_bytes)
+
+
+def offered(far: Far, plans: dict[str, LevelPlan]) -> tuple[str, ...]:
+    """Levels that a folder can run at, best first."""
+    if not isinstance(far, FarBlobs):
+        return ("full",)
+    return ("exact", *(level for level in SPARSE_LEVELS if level in plans))

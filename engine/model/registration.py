@@ -1,0 +1,195 @@
+"""Where Floe Chat meets transformers: registrations, the experts module without weights, the runtime behind it.
+
+After `import engine.hf`, `AutoModelForCausalLM.from_pretrained(folder)` opens a compressed folder like any other
+checkpoint: the quantizer puts an experts module without parameters in place of each routed-experts module, decodes the
+trunk, and binds the modules to far memory, computed by the processor. engine/model/load.py asks it not to, and binds
+them itself when it knows where they are to be computed.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from engine.core import UserError
+from engine.experts.host import HostRuntime
+from engine.experts.layer import LayerExperts, LevelPlan
+from engine.experts.runtime import Runtime
+from engine.experts.store import Far, FarBlobs
+from engine.files.manifest import TRUNK, Manifest
+from engine.files.proof import proving
+from engine.files.skeleton import experts_modules, model_spec
+from engine.files.trunk import CODES, SCALES, decode
+from engine.machine.detect import machine_for
+from engine.planning.planner import Planner
+
+Tensor = torch.Tensor
+SIZES = ("layers", "experts", "top_k", "neurons", "hidden")  # what the manifest repeats of the configuration
+Report = Callable[[str, float], None]  # (what is being done, share done 0..1)
+_bound: ContextVar[bool] = ContextVar("whether a compressed folder's model is bound with its weights", default=True)
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """Around transformers' opening of a compressed folder, where the caller binds the model itself."""
+    token = _bound.set(False)
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
+def floe_experts(module: FloeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """transformers' experts interface: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+    return module.runtime.forward(module.layer, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS["floe"] = floe_experts
+
+
+class FloeExperts(nn.Module):
+    """Stands where a routed-experts module stood; its weights are in far and near memory.
+
+    `origin` is the module it replaced, on the meta device: kept for its activation and its flags, not registered.
+    """
+
+    def __init__(self, origin: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["origin"] = origin
+        self.num_experts = origin.down_proj.shape[0]
+        if getattr(origin, "has_post_expert_norm", False):
+            self.post_expert_norm = origin.post_expert_norm
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return ALL_EXPERTS_FUNCTIONS["floe"](self, hidden_states, top_k_index, top_k_weights)
+
+
+@register_quantization_config("floe")
+class FloeConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed folder."""
+
+    binds = True  # its experts, behind the weights
+
+    def __init__(self, group_size: int = 128, trunk_bits: int = 16, **_: Any) -> None:
+        self.quant_method = "floe"
+        self.group_size, self.trunk_bits = group_size, trunk_bits
+
+
+class UnboundConfig(FloeConfig):
+    """For models whose experts the caller binds. No file can ask for it."""
+
+    binds = False
+
+
+class DecodeTrunk(ConversionOps):
+    """`name:codes` and `name:scales` to the weight `name`."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # tells transformers not to cast what it hands over
+
+    def convert(self, input_dict: dict, full_layer_name: str | None = None, model=None, **kwargs) -> dict:
+        codes, scales = (input_dict[key][0] if isinstance(input_dict[key], list) else input_dict[key]
+                         for key in (CODES, SCALES))
+        return {full_layer_name: decode(codes, scales).to(model.get_parameter(full_layer_name).dtype)}
+
+
+@register_quantizer("floe")
+class FloeQuantizer(HfQuantizer):
+    """Empty experts before the weights are loaded, far memory behind them afterwards."""
+
+    def is_serializable(self, *_: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """The trunk is stored under the model's own names: of all conversions only ours applies."""
+        return [WeightConverter([CODES, SCALES], [""], [DecodeTrunk(self)])]
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        name = Path(str(model.config.name_or_path or type(model).__name__)).name
+        model.floe_machine = machine_for("cpu", Path.cwd())  # its memory before the weights take theirs
+        experts = experts_modules(model, name)
+        model.floe_spec = model_spec(name, model.config, model, experts)
+        if self.quantization_config.binds:
+            model.floe_manifest = _manifest_of(model)
+        for path, module in experts.items():
+            model.set_submodule(path, FloeExperts(module))
+        model.set_experts_implementation("floe")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not self.quantization_config.binds or not _bound.get():
+            return
+        with proving(Path(model.config.name_or_path)):
+            far, room = blobs_of(model)
+            bind(model, HostRuntime, far, room, "exact", room.near_bytes("exact"))
+
+
+def blobs_of(model: nn.Module) -> tuple[FarBlobs, Planner]:
+    """The far memory of a model whose trunk came from a compressed folder, and its plan for the processor."""
+    manifest = model.floe_manifest
+    room = Planner(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
+    return FarBlobs(Path(model.config.name_or_path), manifest), room
+
+
+def _manifest_of(model: nn.Module) -> Manifest:
+    """The manifest of the folder that a model without weights comes from. UserError where they are of different
+    models: transformers would make up what is missing, however large."""
+    folder, spec = Path(model.config.name_or_path), model.floe_spec
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder on this machine; download the model first.")
+    manifest = Manifest.load(folder)
+    trunk_bytes = next(entry.bytes for entry in manifest.files if entry.path == TRUNK)
+    if spec.trunk_params > 2 * trunk_bytes or any(getattr(manifest, name) != getattr(spec, name) for name in SIZES):
+        raise UserError(f"{folder} is damaged (config.json and floe.json are of different models); download or "
+                        "compress the model again.")
+    return manifest
+
+
+def level_plans(calibration: dict) -> dict[str, LevelPlan]:
+    """The levels that a folder's calibration offers."""
+    def rows(found: dict, key: str) -> tuple:
+        return tuple(tuple(row) for row in found.get(key, ()))
+    return {level: LevelPlan(rows(found, "budgets"), rows(found, "thresholds"))
+            for level, found in calibration.get("levels", {}).items() if "budgets" in found or "thresholds" in found}
+
+
+def bind(model: nn.Module, side: type[Runtime], far: Far, room: Planner, level: str, near_bytes: int | None,
+         predict: bool = True, **given: Any) -> Runtime:
+    """Put one runtime of that side over `far` behind the model's experts modules. given: its device, tokens, dtype."""
+    places = [(path, module) for path, module in model.named_modules() if isinstance(module, FloeExperts)]
+    layers = [_layer(model, path, index, far, given.get("device", "cpu")) for index, (path, _) in enumerate(places)]
+    runtime = side(far, layers, room.spec.top_k, level_plans(room.calibration), level, near_bytes, predict, **given)
+    for layer, (_, module) in zip(layers, places, strict=True):
+        module.runtime, module.layer = runtime, layer
+    model.floe = runtime
+    return runtime
+
+
+def _layer(model: nn.Module, path: str, index: int, far: Far, device: str) -> LayerExperts:
+    """What the experts module at `path` computes with, on `device`."""
+    module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    norm, router = getattr(module, "post_expert_norm", None), _router_weight(parent, (far.experts, far.hidden))
+    return LayerExperts(
+        index, not module.origin.is_concatenated, module.origin._apply_gate,
+        {name: bias.to(device) for name, bias in far.biases(index).items()},
+        None if norm is None else copy.deepcopy(norm).to(device),
+        None if router is None else router.to(device, torch.float32))
+
+
+def _router_weight(block: nn.Module, shape: tuple[int, int]) -> Tensor | None:
+    """The router's matrix [E, H] beside the experts, whatever the architecture calls it."""
+    return next((p.detach() for name, p in block.named_parameters()
+                 if tuple(p.shape) == shape and not name.startswith("experts.")), None)
