@@ -124,7 +124,7 @@ def test_every_question_is_read_and_closing_gives_the_card_back(repository):
             texts = ["What is your name?"]
             for question in ("And what do you like?", "Tell me more.", "Goodbye!"):
                 said, end = finish(engine.chat(chat(*texts), replace(GREEDY, max_tokens=40)))
-                finish(engine.aside(chat("Tell me about the sea."), GREEDY))
+                finish(engine.side_chat(chat("Tell me about the sea."), GREEDY))
                 prefix = engine._turns.prefix
                 assert end.reason != "error" and int(prefix.cache.clock.pos) == len(prefix.ids)
                 texts += [told(said), question]

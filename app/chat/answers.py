@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from app.chat.chat_settings import Wishes
+from app.chat.chat_settings import ChatSettings
 from app.chat.chats import Chats, Message
 from app.chat.context_window import fit, to_prompt
 from app.chat.titles import Titles
@@ -202,7 +202,7 @@ class Jobs:
     def _stream(self, engine, answer: Message, live: Live) -> str:
         live.phase = "prefill"
         live.revision += 1
-        wishes = Wishes.of(self.chats.conversation(answer.conversation_id).settings)
+        wishes = ChatSettings.of(self.chats.conversation(answer.conversation_id).settings)
         messages = to_prompt(self._given(answer), wishes.system, wishes.keep_thinking)
         info, sampling = engine.info, wishes.sampling()
         reserve = min(sampling.max_tokens or 256, info["context"] // 4)

@@ -31,7 +31,7 @@ PRESET_CHARACTERS = 60
 DRAFTS = 20  # tabs that were closed leave theirs behind
 
 
-class Wishes(BaseModel):
+class ChatSettings(BaseModel):
     """Names that are not known are ignored: an older program reads a newer one's settings."""
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -54,8 +54,8 @@ class Wishes(BaseModel):
         self.sampling()  # knows what lies in range
 
     @staticmethod
-    def of(settings: dict) -> Wishes:
-        return Wishes(**usable(settings))
+    def of(settings: dict) -> ChatSettings:
+        return ChatSettings(**usable(settings))
 
     def sampling(self) -> Sampling:
         return Sampling(**{name: getattr(self, name) for name in SAMPLING_NAMES}, stop=tuple(self.stop))
@@ -68,12 +68,12 @@ class Wishes(BaseModel):
 
 def checked(settings: dict) -> dict:
     """Settings from the page or a file, looked at before they are stored. UserError names what cannot be."""
-    clean = {name: value for name, value in settings.items() if name in Wishes.model_fields and value is not None}
+    clean = {name: value for name, value in settings.items() if name in ChatSettings.model_fields and value is not None}
     for name in ("top_k", "seed", "max_tokens"):
         if isinstance(clean.get(name), float) and clean[name].is_integer():
             clean[name] = int(clean[name])
     try:
-        Wishes(**clean)
+        ChatSettings(**clean)
     except ValidationError as error:
         raise UserError(TEXT["setting_wrong"].format(what=what_is_wrong(error.errors()[0]))) from error
     return clean
@@ -81,7 +81,8 @@ def checked(settings: dict) -> dict:
 
 def usable(settings: dict) -> dict:
     """What of a stored document can be: a row may hold anything."""
-    return {name: value for name, value in settings.items() if name in Wishes.model_fields and _can_be(name, value)}
+    return {name: value for name, value in settings.items()
+            if name in ChatSettings.model_fields and _can_be(name, value)}
 
 
 def _can_be(name: str, value: object) -> bool:

@@ -83,7 +83,7 @@ class Titles:
                 engine = self._models.engine
                 if engine is None or not idle():  # another model is being opened, or somebody waits
                     return ""
-                self._answer = engine.aside(request(question, answer, length), SAMPLING, WISHES)
+                self._answer = engine.side_chat(request(question, answer, length), SAMPLING, WISHES)
             events = list(self._answer)
             if not events or events[-1].reason in (None, "stopped"):
                 return ""

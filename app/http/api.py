@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from app import incoming
 from app.chat.answers import Jobs
-from app.chat.chat_settings import Drafts, Wishes
+from app.chat.chat_settings import ChatSettings, Drafts
 from app.chat.chats import Chats, Conversation, Message
 from app.chat.context_window import to_prompt
 from app.chat.import_export import IMPORT_BYTES, export_json, export_markdown, import_text
@@ -97,7 +97,7 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
     @router.get("/conversations/{conversation_id}/context")
     def context(conversation_id: Id):
         """How full the model's context is: {"used": tokens, None where that is unknown, "total"}."""
-        wishes = Wishes.of(chats.conversation(conversation_id).settings)
+        wishes = ChatSettings.of(chats.conversation(conversation_id).settings)
         path = chats.path(conversation_id)
         prompt = to_prompt(path, wishes.system, wishes.keep_thinking)
         return {"used": models.used(prompt, wishes.template()) if path else 0, "total": models.info().get("context", 0)}

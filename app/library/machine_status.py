@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from app.strings import TEXT
-from engine import CardMeter, Machine, UserError, here, measured
+from engine import CardMeter, Machine, UserError, this_machine, with_benchmarks
 
 KEPT_SECONDS = 60.0
 
@@ -30,9 +30,9 @@ class Surroundings:
         with self._lock:
             if self._seen is None or time.monotonic() - self._seen[0] > KEPT_SECONDS:
                 try:
-                    self._seen = time.monotonic(), *here(self.data, self.device)
+                    self._seen = time.monotonic(), *this_machine(self.data, self.device)
                 except UserError:  # --device cuda without a card: opening the model says it
-                    self._seen = time.monotonic(), *here(self.data, "cpu")
+                    self._seen = time.monotonic(), *this_machine(self.data, "cpu")
             if self._meter is None:
                 self._meter = CardMeter(self._seen[2])
             return self._seen[1:]
@@ -46,7 +46,7 @@ class Surroundings:
         """Measure this machine's speeds unless that was done before. Needs torch; half a second the first time."""
         machine, found = self.look()
         with self._lock:
-            self._seen = self._seen[0], measured(machine, self.data), found
+            self._seen = self._seen[0], with_benchmarks(machine, self.data), found
 
     @property
     def machine(self) -> Machine | None:

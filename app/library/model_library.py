@@ -18,7 +18,7 @@ from app.library.open_model import Models
 from app.strings import TEXT
 from engine import (
     LEVELS,
-    Known,
+    ModelInfo,
     UserError,
     calibrate_installed,
     choose_models_dir,
@@ -28,13 +28,13 @@ from engine import (
     demo_model,
     download,
     drop_calibration,
-    fitted,
     import_file,
     look_up,
     models,
     models_dirs,
-    outlooks,
+    plan_for,
     plan_text,
+    recommendations,
     typed,
 )
 
@@ -69,7 +69,7 @@ class Shelf:
         if self._opened.state == "loading":
             raise UserError(TEXT["still_opening"])
         known = self._known_on_disk(name)
-        made = fitted(known, self._around.look()[0], level, context)
+        made = plan_for(known, self._around.look()[0], level, context)
         self._opened.open(known.folder, made.level, context)
 
     def plan(self, name: str, level: str | None = None, context: int | None = None) -> dict:
@@ -79,7 +79,7 @@ class Shelf:
         levels = [row for row in (self._levels(known) or LEVELS) if row in LEVELS]
         shown = {"levels": levels, "longest": known.spec.context, "level": level, "context": context}
         try:
-            made = fitted(known, self._around.look()[0], level, context)
+            made = plan_for(known, self._around.look()[0], level, context)
         except UserError as error:
             return shown | {"text": str(error), "verdict": "no"}
         return shown | {"text": plan_text(made), "verdict": made.verdict, "level": made.level, "context": made.context,
@@ -89,18 +89,18 @@ class Shelf:
         folders = {model.name: model.folder for model in models(self._data) if model.kind != "unfinished"}
         return demo_model() if name == DEMO else folders.get(name)
 
-    def _known_on_disk(self, name: str) -> Known:
+    def _known_on_disk(self, name: str) -> ModelInfo:
         folder = self._folder(name)
         if folder is None:
             raise UserError(TEXT["no_such_model"].format(name=name))
         return look_up(str(folder))
 
-    def _known_offer(self, name: str) -> Known:
+    def _known_offer(self, name: str) -> ModelInfo:
         if name not in {offer["name"] for offer in self._offers(self._around.look()[0])}:
             raise UserError(TEXT["no_such_model"].format(name=name))
         return look_up(name, self._data)
 
-    def _levels(self, known: Known) -> tuple[str, ...]:
+    def _levels(self, known: ModelInfo) -> tuple[str, ...]:
         """The levels that a folder offers; none for a model that is not here."""
         if known.folder is None:
             return ()
@@ -131,7 +131,7 @@ class Shelf:
         """Measure what each level of a compressed model may leave out. text: path of the file to measure on, "" for
         ours. UserError when there is no such file, or no memory for the model beside the one that is open."""
         path = _existing(text, "text") if text.strip() else None
-        fitted(self._known_on_disk(name), self._around.look()[0], "exact")
+        plan_for(self._known_on_disk(name), self._around.look()[0], "exact")
         self.works.start(name, "measure", lambda report, stop: calibrate_installed(
             name, self._data, path, self._around.device, report=report, stop=stop))
 
@@ -199,7 +199,7 @@ class Shelf:
     def _offers(self, machine) -> list[dict]:
         """The catalogue on this machine; planned anew when the machine has been looked at anew."""
         if self._offered is None or self._offered[0] is not machine:
-            self._offered = machine, [asdict(row) for row in outlooks(machine)]
+            self._offered = machine, [asdict(row) for row in recommendations(machine)]
         return self._offered[1]
 
     def _on_disk(self, model) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 from app.library.load_progress import Opening
 from app.library.machine_status import Surroundings
 from app.strings import TEXT
-from engine import Known, MachineError, Options, Stopped, UserError, fitted, look_up, what_binds
+from engine import MachineError, ModelInfo, Options, Stopped, UserError, look_up, plan_for, what_binds
 
 METER_SECONDS = 5.0  # that counting a conversation may take, for nothing but a meter
 
@@ -35,7 +35,7 @@ class Models:
         self._changed = threading.Condition()
         self._opening: Opening | None = None
         self._opener: threading.Thread | None = None
-        self._known: Known | None = None
+        self._known: ModelInfo | None = None
 
     def open(self, folder: Path | None = None, level: str = "", context: int | None = None) -> None:
         """Start opening `folder` at `level` in the background; what is open is closed first. Without: as at birth."""
@@ -139,7 +139,7 @@ class Models:
 
     def _take_planned_level(self) -> None:
         try:
-            made = fitted(look_up(str(self.folder)), self.around.machine)
+            made = plan_for(look_up(str(self.folder)), self.around.machine)
         except UserError:
             return  # opening it says what is wrong
         self.options = replace(self.options, level=made.level)

@@ -124,7 +124,8 @@ class Engine:
         """
         return self._ask(messages, sampling, wishes, Answer(stop), beside=False)
 
-    def aside(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None) -> Answer:
+    def side_chat(self, messages: list[dict], sampling: Sampling | None = None,
+                  wishes: Mapping | None = None) -> Answer:
         """The same for a short job beside the conversation, a title: at most engine.planning.planner.SIDE_CONTEXT
         tokens, in a cache of its own, so that the conversation's next question finds everything it had read."""
         return self._ask(messages, sampling, wishes, Answer(), beside=True)

@@ -41,7 +41,7 @@ def is_harmony(tokens: Tokens) -> bool:
     return _CHANNEL in tokens.template.source and _MESSAGE in tokens.template.source
 
 
-class Sections:
+class ReasoningParser:
     """Token ids in, (section, text) pieces out; `stopped` once a stop text has appeared in the answer.
 
     after: the last tokens of an answer that goes on.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from engine.chat.reasoning_parser import ANSWER, Sections
+from engine.chat.reasoning_parser import ANSWER, ReasoningParser
 from engine.chat.tokenizer import Prompt, Tokens
 from engine.core import Counters, Event, Sampling, Stopped, UserError
 from engine.decode.decoder import HostDecoder, decoder_for
@@ -155,7 +155,7 @@ class Turns:
     def _write(self, prompt: Prompt, sampling: Sampling, stopped: Callable[[], bool]) -> Iterator[Event]:
         """Decode until an end token, a stop text, a limit or `stopped`."""
         after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues else ()
-        sections = Sections(self.tokens, prompt.text, sampling.stop, after)
+        sections = ReasoningParser(self.tokens, prompt.text, sampling.stop, after)
         usual = most_tokens(self._recommended) or self.context
         limit = min(sampling.max_tokens or usual, self.context - len(self.prefix.ids))
         self.runtime.phase = "decode"

@@ -65,7 +65,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelInfo:
     """What is known of a model without loading it. folder: where it lies, if it does; compressed: as a Floe folder."""
 
     spec: ModelSpec
@@ -111,7 +111,7 @@ def nearest(text: str) -> str:
     return ", ".join(near or names)
 
 
-def look_up(text: str, data: str | Path | None = None) -> Known:
+def look_up(text: str, data: str | Path | None = None) -> ModelInfo:
     """What a user means by `text`, without loading it. UserError when it is nothing."""
     if text == "demo":
         return _from_folder(demo_model())
@@ -120,23 +120,23 @@ def look_up(text: str, data: str | Path | None = None) -> Known:
             return _from_folder(folder)
     entry = find(text)
     if entry:
-        return Known(entry.spec, entry=entry)
+        return ModelInfo(entry.spec, entry=entry)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text, data_dir(data) / "cache")
     raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, or a name of the catalogue: "
                     f"{nearest(text)}.")
 
 
-def _from_folder(folder: Path, name: str = "") -> Known:
+def _from_folder(folder: Path, name: str = "") -> ModelInfo:
     spec = spec_from_config(read_config_json(folder), name or folder.name)
     if not is_compressed(folder):
-        return Known(spec, folder, entry=find(folder.name))
+        return ModelInfo(spec, folder, entry=find(folder.name))
     manifest = Manifest.load(folder)
-    return Known(spec, folder, compressed=True, trunk_bits=manifest.trunk_bits, group_size=manifest.group_size,
+    return ModelInfo(spec, folder, compressed=True, trunk_bits=manifest.trunk_bits, group_size=manifest.group_size,
                  calibration=manifest.calibration, entry=find(folder.name))
 
 
-def _from_hub(repository: str, cache_folder: Path) -> Known:
+def _from_hub(repository: str, cache_folder: Path) -> ModelInfo:
     """From the few kilobytes of a repository that say what it is, kept in the data folder's cache by commit.
 
     Without a network what was read last time is taken. UserError, MachineError: one sentence.

@@ -14,12 +14,12 @@ from engine.machine import benchmark, detect
 from engine.machine.process_memory import own_bytes, own_vram_bytes
 from engine.paths import data_dir, models_dirs
 from engine.planning import explain
-from engine.planning.plan import Plan, Wishes
+from engine.planning.plan import Plan, PlanRequest
 from engine.planning.planner import plan
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Recommendation:
     """One model on this machine. verdict: fits, slow or no; text: the plan in words."""
 
     name: str
@@ -36,7 +36,7 @@ class Outlook:
     text: str
 
 
-def here(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, detect.Hardware]:
+def this_machine(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, detect.Hardware]:
     """This machine for the planner, and what was found on it with the sentences about it (`notes`)."""
     # What is open in this process is closed before anything else is opened.
     found = detect.survey(models_dirs(data)[0], own_bytes=own_bytes(), own_vram_bytes=own_vram_bytes())
@@ -44,36 +44,37 @@ def here(data: str | Path | None = None, device: str | None = None) -> tuple[Mac
     return benchmark.with_cached(detect.machine(found, device), data_dir(data) / "cache"), found
 
 
-def measured(machine: Machine, data: str | Path | None = None) -> Machine:
+def with_benchmarks(machine: Machine, data: str | Path | None = None) -> Machine:
     """The machine with its speeds: half a second the first time, then from the cache."""
     return benchmark.with_rates(machine, data_dir(data) / "cache")
 
 
-def fitted(known: catalogue.Known, machine: Machine, level: str | None = None, context: int | None = None) -> Plan:
+def plan_for(known: catalogue.ModelInfo, machine: Machine, level: str | None = None,
+             context: int | None = None) -> Plan:
     """The plan of one model at what a person chooses; None lets the plan decide. UserError where that cannot be.
 
     A checkpoint on the disk runs as it is, at `full`.
     """
     if known.folder is not None and not known.compressed:
         level = "full"
-    wishes = Wishes(level=level, context=context, trunk_bits=known.trunk_bits, group_size=known.group_size,
+    wishes = PlanRequest(level=level, context=context, trunk_bits=known.trunk_bits, group_size=known.group_size,
                     on_disk=known.folder is not None)
     return plan(known.spec, machine, wishes, known.calibration)
 
 
-def outlooks(machine: Machine, wishes: Wishes | None = None) -> list[Outlook]:
+def recommendations(machine: Machine, wishes: PlanRequest | None = None) -> list[Recommendation]:
     """The catalogue on this machine: what fits first, then by expected speed."""
     rows = [_outlook(entry, machine, wishes) for entry in catalogue.entries().values()]
     order = {"fits": 0, "slow": 1, "no": 2}
     return sorted(rows, key=lambda row: (order[row.verdict], -row.tokens_per_second))
 
 
-def _outlook(entry: catalogue.Entry, machine: Machine, wishes: Wishes | None) -> Outlook:
+def _outlook(entry: catalogue.Entry, machine: Machine, wishes: PlanRequest | None) -> Recommendation:
     try:
         made = plan(entry.spec, machine, wishes)
         numbers = made.verdict, made.level, made.decode_tokens_per_second, explain.plan_text(made), made.disk_bytes
     except UserError as error:
         numbers = "no", "", 0.0, str(error), 0
     verdict, level, speed, text, disk_bytes = numbers
-    return Outlook(entry.name, entry.title, entry.about, entry.licence, entry.good_for, entry.repository,
+    return Recommendation(entry.name, entry.title, entry.about, entry.licence, entry.good_for, entry.repository,
                    entry.original_bytes, disk_bytes, verdict, level, speed, text)

@@ -7,7 +7,7 @@ from engine.core import LEVELS, UserError
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanRequest:
     """What the user asks for; None lets the plan decide. speed: tokens per second. near_bytes: a ceiling.
 
     trunk_bits, group_size: of the folder, where they are known. on_disk: nothing has to be downloaded.

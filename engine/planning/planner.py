@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from engine.core import Machine, ModelSpec, Options, UserError
 from engine.machine.process_memory import CUDA_CONTEXT_BYTES
 from engine.planning import cost_model, explain, miss_curves
-from engine.planning.plan import Near, Plan, Wishes
+from engine.planning.plan import Near, Plan, PlanRequest
 from engine.planning.sizes import (
     DEFAULT_CHUNK,
     DEFAULT_CONTEXT,
@@ -36,10 +36,11 @@ from kernels.layout import Layout, default_group_size
 CHOICE = ("exact", "quality", "balanced", "fast")      # best to worst; `floe` and `full` only when asked for
 
 
-def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calibration: Mapping | None = None) -> Plan:
+def plan(model: ModelSpec, machine: Machine, wishes: PlanRequest | None = None,
+         calibration: Mapping | None = None) -> Plan:
     """The best plan for a model on a machine. calibration: floe.json's own, if the folder has one. UserError when the
     model cannot be compressed at all or the context is longer than the model's."""
-    wishes = wishes or Wishes()
+    wishes = wishes or PlanRequest()
     if wishes.context and wishes.context > model.context:
         raise UserError(f"{model.name} reads at most {model.context:,} tokens; ask for a context up to that.")
     layout = _layout(model, wishes)
@@ -52,13 +53,13 @@ def plan(model: ModelSpec, machine: Machine, wishes: Wishes | None = None, calib
                    advice=_advice(model, machine, wishes, layout, known, best))
 
 
-def _offered(wishes: Wishes, calibration: Mapping | None) -> tuple[str, ...]:
+def _offered(wishes: PlanRequest, calibration: Mapping | None) -> tuple[str, ...]:
     """A folder runs at the levels that it was calibrated for; what is still to be made may be calibrated for all."""
     measured = (calibration or {}).get("levels") or {}
     return tuple(level for level in CHOICE if level == "exact" or level in measured or not wishes.on_disk)
 
 
-def _layout(model: ModelSpec, wishes: Wishes) -> Layout:
+def _layout(model: ModelSpec, wishes: PlanRequest) -> Layout:
     try:
         return Layout(model.hidden, model.neurons, wishes.group_size or default_group_size(model.hidden))
     except ValueError as error:
@@ -90,7 +91,7 @@ class Planner:
     def plan(self, level: str, options: Options | None = None) -> Plan:
         """UserError for a context that the model cannot read."""
         options = options or Options()
-        wishes = Wishes(level, options.context, near_bytes=options.near_bytes, chunk=options.chunk,
+        wishes = PlanRequest(level, options.context, near_bytes=options.near_bytes, chunk=options.chunk,
                         trunk_bits=self.trunk_bits, group_size=self.group_size, on_disk=True)
         return plan(self.spec, self.machine, wishes, self.calibration or None)
 
@@ -102,7 +103,7 @@ class Planner:
 
 
 # --- one level ------------------------------------------------------------------------------------------------
-def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+def _at_level(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
               level: str) -> Plan:
     bits = wishes.trunk_bits or (16 if level == "full" else DEFAULT_TRUNK_BITS[machine.device])
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
@@ -118,7 +119,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout
     return made
 
 
-def _on_gpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
     trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (read_params(model), model.embedding_params))
@@ -163,7 +164,7 @@ def _near(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: 
                 stay.record_slots * layout.record), stay
 
 
-def _on_cpu(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
             common: dict) -> Plan:
     """First the smallest arena, then the experts file's place in the system's page cache, then a larger arena."""
     level, context, chunk = common["level"], common["context"], common["chunk"]
@@ -236,10 +237,10 @@ def _assumptions(best: Plan, known: miss_curves.Sparsity, machine: Machine) -> t
     return tuple(said)
 
 
-def _advice(model: ModelSpec, machine: Machine, wishes: Wishes, layout: Layout, known: miss_curves.Sparsity,
+def _advice(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
             best: Plan) -> tuple[str, ...]:
     """What would make it better, each tried out: a wider link, more memory, a shorter context."""
-    changes: list[tuple[str, Machine, Wishes]] = []
+    changes: list[tuple[str, Machine, PlanRequest]] = []
     if machine.device == "cuda":
         faster = replace(machine, link_bytes_per_second=2 * machine.link_bytes_per_second)
         changes.append(("a link twice as fast", faster, wishes))

@@ -260,11 +260,11 @@ def compressed() -> Iterator[tuple[str, Make]]:
 
 def meet(folder: Path, data: Path) -> str:
     """List, plan and open it, or import what it holds; -> the sentence, or what it answered."""
-    from engine import MachineError, UserError, fitted, here, import_gguf, look_up, models
+    from engine import MachineError, UserError, import_gguf, look_up, models, plan_for, this_machine
     there = {model.name for model in models(data)}
     assert "good" in there, there
     said = []
-    steps = (lambda: str(fitted(look_up(str(folder)), here(data)[0])), lambda: answer(folder))
+    steps = (lambda: str(plan_for(look_up(str(folder)), this_machine(data)[0])), lambda: answer(folder))
     if os.path.lexists(folder / "model.gguf"):
         steps = (lambda: f"imported: {import_gguf(folder / 'model.gguf', data / 'imported', folder)}",)
     for step in steps:

@@ -9,7 +9,7 @@ from engine.library import catalogue
 from engine.machine import benchmark, detect, table
 from engine.paths import data_dir, models_dirs
 from engine.planning import explain
-from engine.planning.plan import Wishes
+from engine.planning.plan import PlanRequest
 from engine.planning.planner import plan
 from engine.units import parse_bytes
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     known = catalogue.look_up(args.model, args.data)
-    wishes = Wishes(level=args.level, context=args.context, speed=args.speed, trunk_bits=known.trunk_bits,
+    wishes = PlanRequest(level=args.level, context=args.context, speed=args.speed, trunk_bits=known.trunk_bits,
                     group_size=known.group_size, on_disk=known.compressed and known.folder is not None)
     made = plan(known.spec, _machine(args), wishes, known.calibration)
     print(explain.plan_text(made), file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.library import catalogue
 from engine.machine import table
-from engine.planning.plan import Plan, Wishes
+from engine.planning.plan import Plan, PlanRequest
 from engine.planning.planner import plan
 from engine.units import rate
 
@@ -40,7 +40,7 @@ def document() -> str:
 def _cell(spec, machine: str) -> str:
     made = None
     for gib in RAM_SIZES:
-        made = plan(spec, table.described(machine, ram=gib * 2**30), Wishes())
+        made = plan(spec, table.described(machine, ram=gib * 2**30), PlanRequest())
         if made.bound != "ram":
             return (f"{gib} GiB: " if gib > RAM_SIZES[0] else "") + _said(made)
     return _said(made)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from app.chat.chat_settings import DRAFTS, Drafts, Presets, Wishes, checked
+from app.chat.chat_settings import DRAFTS, ChatSettings, Drafts, Presets, checked
 from app.chat.chats import Chats
 from engine import UserError
 
@@ -123,6 +123,6 @@ def test_settings_out_of_range_are_refused_in_one_sentence(settings, said):
 
 def test_what_a_newer_program_has_set_is_left_out_and_whole_numbers_become_whole():
     assert checked({"top_k": 40.0, "seed": None, "colour": "blue"}) == {"top_k": 40}
-    wishes = Wishes.of({"thinking": False, "effort": "low", "colour": "blue", "policy": "of tomorrow"})
+    wishes = ChatSettings.of({"thinking": False, "effort": "low", "colour": "blue", "policy": "of tomorrow"})
     assert wishes.template() == {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}
-    assert wishes.policy == "oldest" and Wishes().template() == {}
+    assert wishes.policy == "oldest" and ChatSettings().template() == {}

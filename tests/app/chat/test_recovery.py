@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from app.chat import recovery
-from app.chat.chat_settings import Drafts, Presets, Wishes
+from app.chat.chat_settings import ChatSettings, Drafts, Presets
 from app.chat.chats import Chats
 from app.chat.context_window import to_prompt
 from app.chat.import_export import export_json, import_text
@@ -195,8 +195,8 @@ def read_everything(chats):
     drafts, presets = Drafts(chats), Presets(chats)
     for conversation in chats.conversations():
         path = chats.path(conversation.id)
-        to_prompt(path, Wishes.of(conversation.settings).system, True)
-        Wishes.of(conversation.settings).sampling()
+        to_prompt(path, ChatSettings.of(conversation.settings).system, True)
+        ChatSettings.of(conversation.settings).sampling()
         json.dumps([drafts.settings(str(conversation.id)), [asdict(message) for message in path]], allow_nan=False)
         import_text(chats, export_json(chats, [conversation.id]))
         chats.branch(path[-1].id) if path else None

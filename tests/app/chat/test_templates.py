@@ -109,7 +109,7 @@ def test_stop_ends_an_answer_whose_template_loops(parts, client):
 
 def test_opening_another_model_does_not_wait_for_a_template_that_loops(parts, client):
     engine = opened(parts, LOOP, seconds=1000)
-    answer = engine.aside([{"role": "user", "content": "A title"}])  # on the model's own thread
+    answer = engine.side_chat([{"role": "user", "content": "A title"}])  # on the model's own thread
     until(lambda: engine._turns.tokens.template._lock.locked())
     opened(parts)
     assert list(answer)[-1].reason == "stopped"

@@ -77,7 +77,7 @@ def test_the_models_title_follows_the_first_answer_and_its_cache_is_left_alone(d
     question = "What is the capital of France?"  # the small model takes few requests for a title for one
     answer = asked(jobs, chats, conversation, question)
     until(lambda: chats.conversation(conversation).title != question, 60)
-    said = title_in(list(models.engine.aside(request(question, answer, EXCERPTS[0]), SAMPLING, WISHES)))
+    said = title_in(list(models.engine.side_chat(request(question, answer, EXCERPTS[0]), SAMPLING, WISHES)))
     assert said and chats.conversation(conversation).title == said
     known = models.engine.snapshot()["context_used"]
     asked(jobs, chats, conversation, "And then?")
@@ -107,7 +107,7 @@ class Slow:
     def __init__(self, *says: list[Event]):
         self.says, self.asked, self.closed = list(says), [], threading.Event()
 
-    def aside(self, messages, sampling, wishes):
+    def side_chat(self, messages, sampling, wishes):
         self.asked.append(messages[0]["content"])
         return self
 
@@ -175,7 +175,7 @@ def test_a_model_that_has_gone_changes_nothing(begun):
 
     def closed(*given):
         raise UserError("This model has been closed; open it again.")
-    engine.aside = closed
+    engine.side_chat = closed
     for gone in (engine, None):
         assert Titles(chats, Holds(gone)).improve(conversation, lambda: True) is False
     assert chats.conversation(conversation).title.startswith("Tell me")

@@ -179,7 +179,7 @@ def stored_nonsense(desk, settings=None, attachments=None):
 
 def the_title_breaks(desk):
     desk.models.info = lambda: {"is_demo": False}
-    desk.models.engine.aside = lambda *given: 1 // 0
+    desk.models.engine.side_chat = lambda *given: 1 // 0
     answer = desk.jobs.send(desk.chats.create().id, "q")["message"]
     say(desk.models, "word")
     until(lambda: desk.chats.message(answer).status == "done")

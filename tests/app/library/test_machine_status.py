@@ -10,7 +10,7 @@ import pytest
 from app.library.load_progress import Opening
 from app.library.machine_status import Surroundings
 from app.library.open_model import Models
-from engine import Engine, Options, UserError, demo_model, fitted, look_up
+from engine import Engine, Options, UserError, demo_model, look_up, plan_for
 from tests.support import fake_driver
 from tests.support.fake_driver import RTX_3060
 
@@ -105,6 +105,6 @@ def test_the_first_model_opens_at_the_level_of_its_plan(around):
     try:
         models.open()
         assert models.wait(threading.Event())
-        assert models.level == fitted(look_up(str(demo_model())), machine.machine).level != "fast"
+        assert models.level == plan_for(look_up(str(demo_model())), machine.machine).level != "fast"
     finally:
         models.close()

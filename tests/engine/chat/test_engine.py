@@ -149,7 +149,7 @@ def test_only_what_is_new_is_read(engine, forwards):
 def test_a_job_beside_the_conversation_leaves_what_was_read(engine, forwards):
     events, _ = finish(engine.chat(TALK, GREEDY))
     kept, other = list(engine._turns.prefix.ids), chat("Tell me about the sea.")
-    beside, _ = finish(engine.aside(other, GREEDY))
+    beside, _ = finish(engine.side_chat(other, GREEDY))
     assert engine._turns.prefix.ids == kept and engine.snapshot()["context_used"] == len(kept)
     longer = [*TALK, {"role": "assistant", "content": told(events)}, *chat("And now?")]
     forwards.sizes.clear()
@@ -157,7 +157,7 @@ def test_a_job_beside_the_conversation_leaves_what_was_read(engine, forwards):
     assert sum(forwards.sizes) - end.n_tokens < engine.count_tokens(longer) - len(kept)
     assert told(beside) == told(finish(engine.chat(other, GREEDY))[0])
     assert told(after) == told(finish(engine.chat(longer, GREEDY))[0])
-    assert "too many for the context of 512" in finish(engine.aside(LONG + LONG + LONG + LONG, GREEDY))[1].text
+    assert "too many for the context of 512" in finish(engine.side_chat(LONG + LONG + LONG + LONG, GREEDY))[1].text
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next", "qwen3_5_moe_text", "qwen3_moe"])

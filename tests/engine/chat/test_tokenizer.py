@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from engine.chat.reasoning_parser import Sections
+from engine.chat.reasoning_parser import ReasoningParser
 from engine.chat.template import MAX_TEMPLATE_CHARACTERS, ChatTemplate
 from engine.chat.tokenizer import TextStream, Tokens
 from engine.core import MachineError, Stopped, UserError
@@ -62,9 +62,9 @@ def encode(tokens: Tokens, text: str) -> list[int]:
     return tokens._tokenizer.encode(text, add_special_tokens=False)
 
 
-def split(tokens: Tokens, prompt: str, answer: str, stop: tuple[str, ...] = ()) -> tuple[dict, Sections]:
+def split(tokens: Tokens, prompt: str, answer: str, stop: tuple[str, ...] = ()) -> tuple[dict, ReasoningParser]:
     """Texts by section, after streaming the answer token by token."""
-    sections = Sections(tokens, prompt, stop)
+    sections = ReasoningParser(tokens, prompt, stop)
     texts = {"thinking": "", "answer": ""}
     pieces = [piece for token in encode(tokens, answer) for piece in sections.push(token)]
     for section, text in pieces + sections.flush():
@@ -291,7 +291,7 @@ def test_no_special_token_is_ever_shown(tokens):
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_stop_texts_end_the_answer_and_hold_back_only_what_they_must(tokens, text, stop):
-    sections = Sections(tokens, "", tuple(stop))
+    sections = ReasoningParser(tokens, "", tuple(stop))
     shown, read = "", ""
     for character in text:
         shown += "".join(piece for _, piece in sections.push(encode(tokens, character)[0]))

@@ -64,7 +64,7 @@ def test_a_job_beside_the_conversation_leaves_what_was_read(engines):
     talk, other = chat("What is your name?"), chat("Tell me about the sea.")
     texts = [told(finish(device.chat(talk, replace(GREEDY, max_tokens=40)))[0])]
     kept = list(device._turns.prefix.ids)
-    beside = [told(finish(engine.aside(other, GREEDY))[0]) for engine in engines]
+    beside = [told(finish(engine.side_chat(other, GREEDY))[0]) for engine in engines]
     assert beside[0] == beside[1] and device._turns.prefix.ids == kept
     talk = chat("What is your name?", *texts, "And what do you like?")
     answers = [finish(engine.chat(talk, GREEDY)) for engine in engines]
@@ -92,7 +92,7 @@ def test_any_talk_reads_the_same(engines, seed):
             texts = [draw.choice(QUESTIONS)]
         if act == "edit":
             texts = [*texts[:2 * draw.randrange((len(texts) + 1) // 2)], draw.choice(QUESTIONS)]
-        asks = [engine.aside if act == "beside" else engine.chat for engine in engines]
+        asks = [engine.side_chat if act == "beside" else engine.chat for engine in engines]
         answers = [finish(ask(chat(*texts), greedy)) for ask in asks]
         said = told(answers[0][0])
         assert said == told(answers[1][0]) and answers[0][1].reason == answers[1][1].reason != "error"
@@ -266,7 +266,7 @@ def test_an_answer_counts_its_own_bytes_alone(demo_checkpoint):
     with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
         for before in ("nothing", "aside", "stop"):
             if before == "aside":
-                _, end = finish(engine.aside(TALK, GREEDY))
+                _, end = finish(engine.side_chat(TALK, GREEDY))
                 assert end.counters.needed_bytes == needed[0]
             if before == "stop":
                 for event in engine.chat(LONG, GREEDY):

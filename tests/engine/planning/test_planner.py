@@ -15,11 +15,11 @@ from engine.__main__ import main
 from engine.cli.models import plan_table
 from engine.core import LEVELS, Machine, UserError
 from engine.library import catalogue
-from engine.library.recommend import fitted
+from engine.library.recommend import plan_for
 from engine.machine import table
 from engine.planning import cost_model, miss_curves
 from engine.planning.explain import compare, plan_text
-from engine.planning.plan import Wishes
+from engine.planning.plan import PlanRequest
 from engine.planning.planner import CHOICE, plan
 from engine.planning.sizes import trunk_bytes
 from kernels.layout import Layout
@@ -49,7 +49,7 @@ def test_qwen36_on_11_and_12_gb_by_hand():
     side = 20_480 * 512 + state                                     # a cache of 512 tokens beside it
     fixed = trunk + kv + state + side + OTHER + prefill
     for machine, free in ((CARD_12, FREE_12), (CARD_11, FREE_11)):
-        made = plan(spec, machine, Wishes(level="exact"))
+        made = plan(spec, machine, PlanRequest(level="exact"))
         slots = (free - fixed - 8 * 1_769_472) // 1_769_472         # a bounce row for each of 8 experts
         assert made.near.expert_slots == slots
         assert made.vram_bytes == fixed + (8 + slots) * 1_769_472 <= free
@@ -58,7 +58,7 @@ def test_qwen36_on_11_and_12_gb_by_hand():
         assert made.ram_bytes == 18_119_393_280 + 2 * 508_559_360 + 2_000_000_000
         assert made.disk_bytes == 18_119_393_280 + 2 * 524_451_840 + 838_615_575
     # 3,832 of 10,240 on 12 GB: share .3742 -> miss rate .39 - .28 * .1242/.25 = .2509 of 320 experts.
-    made = plan(spec, CARD_12, Wishes(level="exact"))
+    made = plan(spec, CARD_12, PlanRequest(level="exact"))
     assert made.near.expert_slots == 3832
     miss = 0.39 - (0.39 - 0.11) * (3832 / 10240 - 0.25) / 0.25
     assert made.far_bytes_per_token == pytest.approx(320 * 1_769_472 * miss)
@@ -81,7 +81,7 @@ def test_mixtral_on_11_and_12_gb_by_hand():
     fixed = 2 * (1_605_636_096 - 131_072_000) + 131_072 * (8192 + 512) + OTHER + prefill
     fixed += 2 * 33_030_144 + bounce * 4480
     for machine, free in ((CARD_12, FREE_12), (CARD_11, FREE_11)):
-        made = plan(spec, machine, Wishes(level="fast"))
+        made = plan(spec, machine, PlanRequest(level="fast"))
         room = free - fixed
         assert room < 256 * 33_030_144 + 10**9                  # all sketches or nearly; few records at best
         assert made.near.sketch_bytes + made.near.record_bytes <= room
@@ -89,11 +89,11 @@ def test_mixtral_on_11_and_12_gb_by_hand():
         assert made.vram_bytes <= free and made.verdict == "fits"
         assert made.pinned_bytes == 256 * 97_255_424
     # Whole experts cross a PCIe 3 link more than twice as slowly as what the sparse level needs.
-    whole = plan(spec, CARD_11, Wishes(level="exact"))
+    whole = plan(spec, CARD_11, PlanRequest(level="exact"))
     assert whole.verdict == "slow" and made.decode_tokens_per_second > 2 * whole.decode_tokens_per_second
     # On 12 GB 142 of 256 sketches (share .5547 -> miss rate .11 - .09 * .0547/.25 = .0903) and 351,138 of 3,670,016
     # records (share .0957 -> 1 - .51 * .0957/.125 = .6096): three quarters of the room for sketches.
-    made = plan(spec, CARD_12, Wishes(level="fast"))
+    made = plan(spec, CARD_12, PlanRequest(level="fast"))
     assert (made.near.sketch_slots, made.near.record_slots) == (142, 351_138)
     sketches, records = 64 * 33_030_144, 2 * 32 * 3584 * 4480    # that a token needs: 2 experts a layer; either half
     far = sketches * (0.11 - 0.09 * (142 / 256 - 0.5) / 0.25) + records * (1 - 0.51 * (351_138 / 3_670_016) / 0.125)
@@ -111,7 +111,7 @@ def test_gpt_oss_on_11_and_12_gb_by_hand():
     assert layout.blob_bytes == 2880 * (1920 + 3712) == 16_220_160
     kv, state = 12 * 2 * 8 * 64 * 2 * 8192, 12 * 2 * 8 * 64 * 2 * 128
     for machine, slots in ((CARD_12, 505), (CARD_11, 439)):
-        made = plan(spec, machine, Wishes(level="exact"))
+        made = plan(spec, machine, PlanRequest(level="exact"))
         prefill = 2 * 2048 * (8 * 2880 + 4 * (2 * 2880 + 3 * 2880)) + 4 * (2 * 16_220_160 + 2 * 3 * 2880 * 2880)
         fixed = 2 * (579_133_440 + 646_192_704) + kv + kv // 16 + 2 * state + OTHER + prefill + 4 * 16_220_160
         assert made.near.expert_slots == slots == (machine.vram_free_bytes - fixed) // 16_220_160
@@ -122,7 +122,7 @@ def test_gpt_oss_on_11_and_12_gb_by_hand():
 def test_on_a_cpu_by_hand():
     spec = SPECS["olmoe-1b-7b"]
     machine = replace(table.described("cpu-ddr4"), copy_bytes_per_second=10e9, gemv_bytes_per_second=20e9)
-    made = plan(spec, machine, Wishes(level="exact", context=1024, near_bytes=100 * 3 * 2048 * 1024 * 4))
+    made = plan(spec, machine, PlanRequest(level="exact", context=1024, near_bytes=100 * 3 * 2048 * 1024 * 4))
     assert made.device == "cpu" and made.vram_bytes == made.pinned_bytes == 0
     assert made.near.expert_slots == 99 and made.near.expert_bytes == 100 * 25_165_824     # one row serves misses
     assert made.kv_bytes == 2 * 131_072 * 1024                                             # float32
@@ -193,7 +193,7 @@ def slower_never_better(made, grown) -> None:
 def test_a_better_machine_never_gets_a_worse_plan(name, device, data):
     """150 pairs for each of 11 models on both devices: 3,300 machines and their betters in a run."""
     machine = data.draw(machines(device))
-    wishes = Wishes(level=data.draw(st.sampled_from((None, None, *LEVELS))),
+    wishes = PlanRequest(level=data.draw(st.sampled_from((None, None, *LEVELS))),
                     context=data.draw(st.sampled_from((None, 512, 4096))),
                     speed=data.draw(st.sampled_from((1, 10, 60))), on_disk=data.draw(st.booleans()),
                     near_bytes=data.draw(st.sampled_from((None, None, 3 * 10**9))))
@@ -214,7 +214,7 @@ def calibrations(draw):
 def test_noisy_calibrations_keep_it_so(tiny, data, device, calibration):
     """Measured curves that rise here and there must not make a better machine worse."""
     machine = data.draw(machines(device))
-    wishes = Wishes(near_bytes=data.draw(st.sampled_from((None, 10**6, 3 * 10**6, 10**7))), on_disk=True)
+    wishes = PlanRequest(near_bytes=data.draw(st.sampled_from((None, 10**6, 3 * 10**6, 10**7))), on_disk=True)
     slower_never_better(plan(tiny, machine, wishes, calibration),
                         plan(tiny, better(data.draw, machine), wishes, calibration))
 
@@ -238,7 +238,7 @@ def test_more_near_memory_never_costs_speed(name):
         for level in (*CHOICE, "floe"):
             before = 0.0
             for near in range(10**8, 30 * 10**9, 3 * 10**8):
-                made = plan(SPECS[name], machine, Wishes(level=level, near_bytes=near))
+                made = plan(SPECS[name], machine, PlanRequest(level=level, near_bytes=near))
                 assert made.decode_tokens_per_second >= before * (1 - 1e-9), (machine.device, level, near)
                 before = made.decode_tokens_per_second
 
@@ -248,7 +248,7 @@ def test_more_near_memory_never_costs_speed(name):
 def test_the_cpu_arena_is_the_one_that_the_engine_makes(tiny, level, near):
     """The planned bytes, given to the engine's caches, make exactly the planned slots."""
     from engine.experts.cache import SparseCache, WholeCache
-    made = plan(tiny, table.described("cpu-ddr4"), Wishes(level=level, near_bytes=near))
+    made = plan(tiny, table.described("cpu-ddr4"), PlanRequest(level=level, near_bytes=near))
     if level == "exact":
         cache = WholeCache(6, 16, 2, 256, 256, made.near_bytes, "cpu")
         assert (len(cache.pool.object_of), cache.near_bytes) == (made.near.expert_slots, made.near.expert_bytes)
@@ -264,20 +264,20 @@ def test_the_cpu_arena_is_the_one_that_the_engine_makes(tiny, level, near):
 # --- verdicts and words ---------------------------------------------------------------------------------------
 def test_the_best_level_that_reaches_the_wish():
     spec = SPECS["mixtral-8x7b"]
-    speeds = {level: plan(spec, CARD_11, Wishes(level=level)).decode_tokens_per_second for level in CHOICE}
+    speeds = {level: plan(spec, CARD_11, PlanRequest(level=level)).decode_tokens_per_second for level in CHOICE}
     assert speeds["exact"] < speeds["quality"] < speeds["balanced"] < speeds["fast"]
     for wish, level, verdict in ((1, "exact", "fits"), (speeds["quality"], "quality", "fits"),
                                  (speeds["balanced"] * 0.999, "balanced", "fits"), (1000, "fast", "slow")):
-        made = plan(spec, CARD_11, Wishes(speed=wish))
+        made = plan(spec, CARD_11, PlanRequest(speed=wish))
         assert (made.level, made.verdict) == (level, verdict)
         assert [row[0] for row in made.levels] == list(CHOICE)
 
 
 @pytest.mark.parametrize("machine, wishes, bound", [
-    (replace(CARD_12, vram_free_bytes=2 * 10**9), Wishes(), "vram"), (CARD_12, Wishes(context=262144), None),
-    (replace(CARD_12, ram_free_bytes=8 * 10**9), Wishes(), "ram"),
-    (replace(CARD_12, disk_free_bytes=10**9), Wishes(), "disk"),
-    (replace(CARD_12, disk_free_bytes=10**9), Wishes(on_disk=True), None)])
+    (replace(CARD_12, vram_free_bytes=2 * 10**9), PlanRequest(), "vram"), (CARD_12, PlanRequest(context=262144), None),
+    (replace(CARD_12, ram_free_bytes=8 * 10**9), PlanRequest(), "ram"),
+    (replace(CARD_12, disk_free_bytes=10**9), PlanRequest(), "disk"),
+    (replace(CARD_12, disk_free_bytes=10**9), PlanRequest(on_disk=True), None)])
 def test_what_lacks_is_named(machine, wishes, bound):
     made = plan(SPECS["qwen3.6-35b-a3b"], machine, wishes)
     assert (made.verdict == "no") == (bound is not None)
@@ -303,7 +303,7 @@ def test_the_text_says_why_and_what_would_help():
     assert "Assumed: budgets and hit rates are assumed" in text
     small = plan_text(plan(SPECS["glm-4.7-flash"], CARD_12))
     assert "sketches" not in small and "of 2,944 experts" in small and "4 bits, nothing left out" in small
-    sparse = plan_text(plan(SPECS["mixtral-8x7b"], CARD_12, Wishes(level="fast")))
+    sparse = plan_text(plan(SPECS["mixtral-8x7b"], CARD_12, PlanRequest(level="fast")))
     assert "142 of 256 experts' sketches" in sparse and "perplexity at most 3 % above exact" in sparse
     old = plan_text(plan(SPECS["olmoe-1b-7b"], table.described("gtx-1080-ti-11gb")))
     assert "GTX 1080 Ti (not used: compute capability 6.1, and 7.5 is the least)" in old
@@ -318,14 +318,14 @@ def test_calibration_replaces_what_was_assumed(tiny):
     assert known.miss_rate("record", "fast", 2500) == pytest.approx(0.3)
     assert known.miss_rate("sketch", "fast", 24) == pytest.approx(0.6)     # from 1.0 at no slot
     assert known.miss_rate("record", "balanced", 24576) == 0.0             # still assumed
-    made = plan(tiny, CARD_12, Wishes(level="fast"), calibration)
+    made = plan(tiny, CARD_12, PlanRequest(level="fast"), calibration)
     assert not any("budgets" in line for line in made.assumptions)
     with pytest.raises(UserError, match="damaged miss curve"):
         miss_curves.calibrated({"miss_curves": {"blob": [["a"]]}}, tiny, layout)
 
 
 def test_a_folder_is_planned_at_the_levels_that_it_has(tiny):
-    wishes = Wishes(speed=10**6, on_disk=True)           # out of reach, so the fastest level is taken
+    wishes = PlanRequest(speed=10**6, on_disk=True)           # out of reach, so the fastest level is taken
     assert [row[0] for row in plan(tiny, CARD_12, wishes).levels] == ["exact"]
     some = {"levels": {"balanced": {"budgets": [[10, 20]] * 6}}}
     assert [row[0] for row in plan(tiny, CARD_12, wishes, some).levels] == ["exact", "balanced"]
@@ -333,9 +333,9 @@ def test_a_folder_is_planned_at_the_levels_that_it_has(tiny):
 
 
 def test_a_checkpoint_on_the_disk_is_planned_as_it_runs(tiny, tmp_path):
-    known = catalogue.Known(tiny, folder=tmp_path)
-    assert fitted(known, CARD_12).level == "full"
-    assert fitted(replace(known, compressed=True), CARD_12).level == "exact"
+    known = catalogue.ModelInfo(tiny, folder=tmp_path)
+    assert plan_for(known, CARD_12).level == "full"
+    assert plan_for(replace(known, compressed=True), CARD_12).level == "exact"
 
 
 def test_the_warm_up_check_speaks():
@@ -343,7 +343,7 @@ def test_the_warm_up_check_speaks():
     assert compare(made, int(made.vram_bytes * 1.04)).endswith("as planned.")
     assert "10 % more than planned" in compare(made, int(made.vram_bytes * 1.1))
     assert "20 % less than planned" in compare(made, int(made.vram_bytes * 0.8))
-    on_cpu = plan(SPECS["olmoe-1b-7b"], table.described("cpu-ddr4"), Wishes(near_bytes=10**9))
+    on_cpu = plan(SPECS["olmoe-1b-7b"], table.described("cpu-ddr4"), PlanRequest(near_bytes=10**9))
     trunk = dict(on_cpu.memory)["trunk"]
     assert compare(on_cpu, int(1.04 * (trunk + on_cpu.near_bytes))).endswith("as planned.")
     assert "30 % more than planned" in compare(on_cpu, int(1.3 * (trunk + on_cpu.near_bytes)))
@@ -352,15 +352,15 @@ def test_the_warm_up_check_speaks():
 def test_bad_wishes_are_refused():
     spec = SPECS["mixtral-8x7b"]
     with pytest.raises(UserError, match="at most 32,768 tokens"):
-        plan(spec, CARD_12, Wishes(context=100_000))
+        plan(spec, CARD_12, PlanRequest(context=100_000))
     with pytest.raises(UserError, match="no level"):
-        Wishes(level="best")
+        PlanRequest(level="best")
     for bad in ({"speed": 0}, {"context": -1}, {"chunk": 0}):
         with pytest.raises(UserError, match="must be positive"):
-            Wishes(**bad)
+            PlanRequest(**bad)
     with pytest.raises(UserError, match="cannot be compressed"):
         plan(replace(spec, hidden=100), CARD_12)
-    assert plan(replace(spec, hidden=100), CARD_12, Wishes(level="full")).level == "full"
+    assert plan(replace(spec, hidden=100), CARD_12, PlanRequest(level="full")).level == "full"
 
 
 def test_a_plan_takes_less_than_ten_milliseconds():
