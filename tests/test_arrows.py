@@ -145,7 +145,8 @@ def test_the_door_has_no_name_of_a_module():
     import engine
     modules = {path.stem for path in (ROOT / "engine").iterdir()}
     assert not modules & set(engine.__all__)
-    code = ("import sys, engine; [getattr(engine, name) for name in ('download', 'this_machine', 'look_up', 'delete')]; "
+    code = ("import sys, engine; "
+            "[getattr(engine, name) for name in ('download', 'this_machine', 'look_up', 'delete')]; "
             "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
