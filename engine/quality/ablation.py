@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-import torch.nn.functional as F
 
 from engine.core import UserError
 from engine.experts.layer import LayerExperts
 from engine.experts.runtime import Hook
 from engine.files.quantize import CLIPS, TINY, nested
 from engine.model.load import Loaded
+from engine.quality.loss_probe import log_probabilities, loss_of
 from kernels.layout import Layout
 
 Tensor = torch.Tensor
@@ -125,12 +125,11 @@ class Comparison(Hook):
     @torch.inference_mode()
     def loss(self, rows: Tensor, setting: Setting) -> float:
         """Mean next-token loss in nats of rows int64 [R, T], each read on its own."""
-        losses, self.setting = [], setting
+        self.setting, total = setting, 0.0
         with self.loaded.runtime.hooked(self):
             for batch in rows.split(max(1, TOKENS_AT_ONCE // rows.shape[1])):
-                logits = self.loaded.model(input_ids=batch, use_cache=False).logits[:, :-1]
-                losses.append(F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"))
-        return float(torch.cat(losses).mean())
+                total += loss_of(log_probabilities(self.loaded.model, batch), batch[:, 1:].flatten())
+        return total / rows[:, 1:].numel()
 
     def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         setting, x, weights = self.setting, x.float(), weights.float()

@@ -92,14 +92,19 @@ class Calibration:
                     ) -> AbstractContextManager:
         return self.runtime.hooked(Simulation(self.decoded, plan, observe))
 
+    def _watch(self, plan: LevelPlan | None, see: Callable[[LayerTrace], None], texts: Sequence[Documents],
+               n_tokens: int) -> None:
+        """Run the first documents of every text under a plan, at most n_tokens of each, for `see` to look on."""
+        with self._simulating(plan, see):
+            for documents in texts:
+                for ids in _some(documents, n_tokens):
+                    self.model(ids)
+
     # --- budgets ------------------------------------------------------------------------------------------------
     def _tables(self) -> list[LayerTable]:
         self.report("errors of every layer")
         errors = OutputErrors(self.runtime)
-        with self._simulating(None, errors.see):
-            for documents in self.fit:
-                for ids in _some(documents, TABLE_TOKENS):
-                    self.model(ids)
+        self._watch(None, errors.see, self.fit, TABLE_TOKENS)
         bare = errors.tables()
         probes = [self._thin(layer, bare) for layer in range(len(bare))]
         ratio = _mean(self.probe.ratios(probes))
@@ -175,10 +180,7 @@ class Calibration:
         def see(seen: LayerTrace) -> None:
             for e in seen.ids.unique().tolist():
                 gathered.setdefault((seen.layer, e), []).append(seen.up[seen.ids == e].flatten().half())
-        with self._simulating(None, see):
-            for documents in self.fit:
-                for ids in _some(documents, 2 * TABLE_TOKENS):
-                    self.model(ids)
+        self._watch(None, see, self.fit, 2 * TABLE_TOKENS)
         return tuple(self._layer_thresholds(gathered, layer, share) for layer in range(far.layers))
 
     def _layer_thresholds(self, gathered: dict, layer: int, share: float) -> tuple[float, ...]:
@@ -222,15 +224,10 @@ class Calibration:
             self.report(f"{level}: trace")
             traces[f"record:{level}"] = trace = Trace(far.experts * far.neurons)
             counted = level == "balanced"
-            self._run_trace(plan, lambda seen, t=trace, c=counted: self._follow(seen, t, traces, usage, c))
+            self._watch(plan, lambda seen, t=trace, c=counted: self._follow(seen, t, traces, usage, c), self.held,
+                        TRACE_TOKENS // len(self.held))
         usage["neurons"] = usage["neurons"].view(far.layers, far.experts, far.neurons)
         return traces, usage
-
-    def _run_trace(self, plan: LevelPlan, see: Callable[[LayerTrace], None]) -> None:
-        with self._simulating(plan, see):
-            for documents in self.held:
-                for ids in _some(documents, TRACE_TOKENS // len(self.held)):
-                    self.model(ids)
 
     def _follow(self, seen: LayerTrace, trace: Trace, traces: dict, usage: dict, counted: bool) -> None:
         """Every token's picks, one after the other, into the traces; usage is counted at one level only."""
@@ -283,7 +280,7 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
         reference = load(reference_folder, Options(level="full", device=device)).model
         check_vocabulary(loaded.model, reference)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
-    log, progress = MeasurementLog(folder, _subject(manifest, loaded, documents)), _Read(check)
+    log, progress = MeasurementLog(folder, _subject(manifest, loaded, documents)), _Progress(check)
     calibration = Calibration(loaded, documents, reference, report, log, progress.skip)
     progress.watch(loaded.model, calibration.most_tokens)
     found, usage = calibration.run()
@@ -301,7 +298,7 @@ def _subject(manifest: Manifest, loaded: Loaded, texts: Sequence[Documents]) -> 
     return hashlib.sha256(repr((files, tokens, loaded.model.device.type)).encode()).hexdigest()
 
 
-class _Read:
+class _Progress:
     """Tells `check` how many tokens have been read."""
 
     def __init__(self, check: Check) -> None:

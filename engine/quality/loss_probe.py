@@ -33,8 +33,13 @@ KEPT = 256                # probabilities of a token that are kept one by one; t
 
 
 def log_probabilities(model, ids: Tensor) -> Tensor:
-    """float32 [n-1, V] of the tokens 1.. of a document [1, n]."""
-    return model(ids).logits[0, :-1].float().log_softmax(-1)
+    """float32 [B * (n - 1), V] of the tokens 1.. of documents [B, n]."""
+    return model(ids).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+
+
+def loss_of(found: Tensor, targets: Tensor) -> float:
+    """Nats, summed over T tokens: found [T, V] log-probabilities, targets [T]."""
+    return float(F.nll_loss(found, targets, reduction="sum"))
 
 
 def check_vocabulary(model, reference) -> None:
@@ -56,7 +61,7 @@ class Sums:
 
     def add(self, found: Tensor, reference: Tensor, targets: Tensor) -> None:
         """found, reference: log-probabilities [T, V]; targets [T]."""
-        self.loss += float(F.nll_loss(found, targets, reduction="sum"))
+        self.loss += loss_of(found, targets)
         self.kl += float((reference.exp() * (reference - found)).sum())
         self.agreed += int((found.argmax(-1) == reference.argmax(-1)).sum())
         self.tokens += len(targets)
