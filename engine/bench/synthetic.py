@@ -7,10 +7,7 @@ engine/bench/synthetic_model.py), and how often a neuron is chosen again (some n
 """
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,9 @@ import torch
 from transformers import AutoConfig
 
 from engine.core import ModelSpec, UserError
-from engine.disk import write_text_atomically
 from engine.experts.store import FarBlobs
-from engine.files.compressed import SafetensorsWriter
-from engine.files.manifest import TRUNK, FileEntry, Manifest, experts_name, file_entry, texts_of
+from engine.files.folder_writer import FolderWriter
+from engine.files.manifest import Manifest
 from engine.files.skeleton import build_skeleton, experts_modules, model_spec, text_config_of
 from engine.files.trunk import CODES, GROUP, SCALES, bits_of
 from engine.library import catalogue
@@ -181,50 +177,27 @@ def _plain(name: str, tensor: Tensor, draw: torch.Generator) -> Tensor:
 
 def write(shape: Shape, dest: Path, trunk_bits: int = 4, calibration: dict | None = None, seed: int = 0,
           report: Callable[[str, float], None] = lambda text, share: None) -> Manifest:
-    """A compressed folder that opens like any other. UserError where `dest` holds something already."""
-    if dest.exists() and any(dest.iterdir()):
-        raise UserError(f"{dest} is not empty; choose another folder.")
+    """A compressed folder that opens like any other, with the demonstration model's tokenizer: any will do. UserError
+    where `dest` holds something already."""
     calibration = calibration or calibration_of(shape)
-    spec, entries = shape.spec, []
+    spec = shape.spec
     blobs = blobs_for(shape, calibration["synthetic"]["repeat_neurons"], seed)
-    for layer in range(spec.layers):
-        entries.append(_write_layer(dest / experts_name(layer), shape, layer, blobs, seed))
-        report(f"Made up layer {layer + 1} of {spec.layers}", (layer + 1) / (spec.layers + 1))
-    with SafetensorsWriter(dest / TRUNK, n_tensors=2 * len(shape.skeleton.state_dict())) as writer:
+    with FolderWriter.begin(dest, spec, len(shape.skeleton.state_dict()), f"{shape.name} made up, seed {seed}",
+                            shape.layout.group, trunk_bits) as writer:
+        for layer in range(spec.layers):
+            writer.layer(layer, made_up(shape, layer, blobs, seed))
+            report(f"Made up layer {layer + 1} of {spec.layers}", (layer + 1) / (spec.layers + 1))
         for _, parts in trunk_of(shape, trunk_bits, seed):
-            for stored, part in parts.items():
-                writer.add(stored, part)
-    entries.append(file_entry(dest / TRUNK))
-    _write_config(shape, dest, trunk_bits)
-    manifest = Manifest(shape.layout.group, trunk_bits, spec.layers, spec.experts, spec.top_k, spec.neurons,
-                        spec.hidden, (*entries, *texts_of(dest)), calibration)
-    manifest.save(dest)
-    return manifest
+            writer.trunk.add(parts)
+        return writer.seal(shape.config, shape.skeleton, demo_model(), TOKENIZER, calibration)
 
 
-def _write_layer(path: Path, shape: Shape, layer: int, blobs: Blobs, seed: int) -> FileEntry:
-    blob, checksums = torch.empty(shape.layout.blob_bytes, dtype=torch.uint8), []
-    with SafetensorsWriter(path, n_tensors=5) as writer:
-        writer.begin("blobs", torch.uint8, (shape.spec.experts, shape.layout.blob_bytes))
-        for _ in range(shape.spec.experts):
-            blobs.fill(blob)
-            writer.write(blob)
-            checksums.append(zlib.crc32(blob.numpy()))
-        writer.add("checksums", torch.tensor(checksums, dtype=torch.int64))
-        for name, bias in biases_of(shape, layer, seed).items():
-            writer.add(name, bias)
-    return file_entry(path)
-
-
-def _write_config(shape: Shape, dest: Path, trunk_bits: int) -> None:
-    """config.json, and the demonstration model's tokenizer: any will do."""
-    config = shape.config.to_dict()
-    config["architectures"] = [type(shape.skeleton).__name__]
-    config["transformers_weights"] = TRUNK
-    config["quantization_config"] = {"quant_method": "floe", "group_size": shape.layout.group, "trunk_bits": trunk_bits}
-    for name in TOKENIZER:
-        shutil.copyfile(demo_model() / name, dest / name)
-    write_text_atomically(dest / "config.json", json.dumps(config, indent=2, default=str))
+def made_up(shape: Shape, layer: int, blobs: Blobs, seed: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Blob and biases [1, n] of each expert; the blob is the same memory each time."""
+    blob, biases = torch.empty(shape.layout.blob_bytes, dtype=torch.uint8), biases_of(shape, layer, seed)
+    for expert in range(shape.spec.experts):
+        blobs.fill(blob)
+        yield blob, {name: bias[expert:expert + 1] for name, bias in biases.items()}
 
 
 class FarSynthetic(FarBlobs):

@@ -8,27 +8,23 @@ original is to be kept.
 """
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
 import torch
 
 from engine.core import UserError
-from engine.disk import check_room, read_json, write_text_atomically, writing
+from engine.disk import check_room, read_json, write_text_atomically
 from engine.files.checkpoint import Checkpoint
-from engine.files.compressed import SafetensorsWriter
-from engine.files.manifest import MTP, TRUNK, experts_name
+from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors
-from engine.files.trunk import CODES, bits_of, encode
-from engine.library.compress import Making, experts_of, is_sealed, result_bytes
+from engine.library.compress import Unit, units_of, writer_for
 from engine.library.hub import Hub, RemoteFile, Stopped
 from engine.library.installed import Source, partial, partial_share
 from engine.library.transfer import INDEX, Choice, arrived, begin, fetch_all
@@ -57,71 +53,6 @@ class ArrivingShards(SafetensorsFolder):
 
     def close(self, name: str) -> None:
         self._open.pop(name, None)
-
-
-class GrowingFile:
-    """A safetensors file that is written over several runs: `NAME.part`, and beside it how much of that counts.
-
-    `save` after every shard, `finish` when all tensors are in. Nothing is created before the first tensor.
-    """
-
-    def __init__(self, path: Path, n_tensors: int) -> None:
-        self.path, self.notes = path, path.with_name(path.name + ".part.json")
-        self.writer = SafetensorsWriter(path, n_tensors)
-        if self.notes.is_file() and self.writer.temporary.is_file():
-            state = json.loads(self.notes.read_text(encoding="utf-8"))
-            self.writer.header, self.writer.position = state["header"], state["position"]
-            self._open("r+b")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.writer.header or name + CODES in self.writer.header
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        if not self.is_open:
-            self._open("w+b")
-        with writing(self.path, keep=True):
-            for name, tensor in tensors.items():
-                self.writer.add(name, tensor)
-
-    def save(self) -> None:
-        """What has been added so far survives a kill."""
-        if self.is_open:
-            with writing(self.path, keep=True):
-                self.writer.file.flush()
-                os.fsync(self.writer.file.fileno())
-            state = {"header": self.writer.header, "position": self.writer.position}
-            write_text_atomically(self.notes, json.dumps(state))
-
-    def finish(self) -> None:
-        """Under its name, whole."""
-        with writing(self.path, keep=True):
-            self.writer.finish()
-        self.close()
-        self.notes.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self.is_open:
-            self.writer.file.close()
-
-    @property
-    def is_open(self) -> bool:
-        return hasattr(self.writer, "file") and not self.writer.file.closed
-
-    def _open(self, mode: str) -> None:
-        with writing(self.path, keep=True):
-            self.writer.file = self.writer.temporary.open(mode)
-            self.writer.file.truncate(self.writer.start + self.writer.position)
-            self.writer.file.seek(self.writer.start + self.writer.position)
-
-
-@dataclass
-class Unit:
-    """One thing that can be compressed once its shards are there; `files` their names."""
-
-    name: str
-    files: frozenset[str]
-    work: Callable[[], None]
-    done: bool = False
 
 
 def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: Choice, report: Callable[[Progress], None],
@@ -164,26 +95,19 @@ class Stream:
         self.tensors = ArrivingShards(self.folder, file_of)
         checkpoint = Checkpoint(read_config(self.folder), self.tensors, self.source.repository.partition("/")[2])
         origin = f"{self.source.repository} at {self.source.commit}"
-        bits = self.choice.trunk_bits or DEFAULT_TRUNK_BITS[errors.device_for(self.choice.device)[0]]
-        making = Making.begin(checkpoint, self.made, origin, None, bits, self.choice.device)
+        device, _ = errors.device_for(self.choice.device)
+        writer = writer_for(checkpoint, self.made, origin, None, self.choice.trunk_bits or DEFAULT_TRUNK_BITS[device])
         if checkpoint.left_out:
             self.meter.say(f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}.")
-        grown = [GrowingFile(self.made / TRUNK, 2 * len(checkpoint.skeleton.state_dict())),
-                 GrowingFile(self.made / MTP, len(checkpoint.map.mtp))]
         try:
-            for file in grown:
-                if file.path.is_file() and file.path.name not in making.done:       # killed just behind its renaming
-                    making.finished(file.path.name)
-            self._all_shards(list(units_of(making, *grown, file_of, self._pause_if_asked)), making, grown)
-            for file in grown:
-                if file.is_open:
-                    file.finish()
-                    making.finished(file.path.name)
-            making.seal(self.folder)
+            with writer:
+                units = list(units_of(writer, checkpoint, device, self._pause_if_asked))
+                for unit in units:
+                    unit.files = frozenset(file_of[key] for key in unit.keys)
+                self._all_shards(units, writer)
+                writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder)
         finally:
             self.halt.set()
-            for file in grown:
-                file.close()
 
     def _file_of(self) -> dict[str, str]:
         """Key -> shard; without an index all shards have to arrive before they can be asked."""
@@ -192,9 +116,9 @@ class Stream:
         fetch_all(self.hub, self.source, self.weights.values(), self.folder, self.meter, self.halt)
         return {key: name for name in self.weights for key in open_safetensors(self.folder / name).keys()}
 
-    def _all_shards(self, units: list[Unit], making: Making, grown: list[GrowingFile]) -> None:
+    def _all_shards(self, units: list[Unit], writer: FolderWriter) -> None:
         order = self._needed(units)
-        self._check_room(units, order, making)
+        self._check_room(units, order, writer)
         next_one = self._fetch(order, 0)
         for n, name in enumerate(order):
             if next_one is None:
@@ -203,8 +127,7 @@ class Stream:
             here = {each for each in order[:n + 1] if (self.folder / each).is_file()}
             next_one = self._fetch(order, n + 1) if len(here) < MOST_SHARDS else None
             self._compress(units, set(order[n + 1:]))
-            for file in grown:
-                file.save()
+            writer.save()
             write_text_atomically(partial_share(self.folder.parent), str(self.meter.done / max(1, self.meter.total)))
             self._release(units, here)
             self.tensors.close(name)
@@ -229,17 +152,18 @@ class Stream:
         for unit in units:
             if not unit.done and not unit.files & absent:
                 self._pause_if_asked()
-                self.meter.say(f"Compressing {unit.name}" if unit.name else "")
+                n_layers = sum(bool(each.layer) for each in units)
+                self.meter.say(f"Compressing layer {unit.layer} of {n_layers}" if unit.layer else "")
                 begun = time.monotonic()
                 unit.work()
                 unit.done = True
-                self._pace(units, time.monotonic() - begun, bool(unit.name))
+                self._pace(units, time.monotonic() - begun, bool(unit.layer))
 
     def _pace(self, units: list[Unit], seconds: float, is_layer: bool) -> None:
         """Tell the meter how long the layers that are left will take: the network may not be the slowest part."""
         if is_layer:
             self.seconds_per_unit = seconds if not self.seconds_per_unit else (self.seconds_per_unit + seconds) / 2
-            self.meter.other_seconds = self.seconds_per_unit * sum(bool(u.name) and not u.done for u in units)
+            self.meter.other_seconds = self.seconds_per_unit * sum(bool(u.layer) and not u.done for u in units)
 
     def _release(self, units: list[Unit], here: set[str]) -> None:
         if self.choice.keep_original:
@@ -252,32 +176,13 @@ class Stream:
         if self.stop.is_set():
             raise Stopped
 
-    def _check_room(self, units: list[Unit], order: list[str], making: Making) -> None:
+    def _check_room(self, units: list[Unit], order: list[str], writer: FolderWriter) -> None:
         files = [self.weights[name] for name in order]
         shards = sum(file.bytes for file in files) if self.choice.keep_original else most_held(units, files)
-        result = result_bytes(making.checkpoint.spec, making.trunk_bits)
+        result = result_bytes(writer.spec, writer.trunk_bits)
         there = sum(path.stat().st_size for path in self.made.iterdir() if path.is_file())
         hint = ", let each part of the original be deleted once it is compressed" if self.choice.keep_original else ""
         check_room(self.folder, max(0, result - there) + shards - arrived(self.folder, files), hint)
-
-
-def units_of(making: Making, trunk: GrowingFile, mtp: GrowingFile, file_of: dict[str, str],
-             pause: Callable[[], None]) -> Iterator[Unit]:
-    """Layers, trunk tensors and multi-token-prediction tensors, those of an earlier run marked as done."""
-    checkpoint, n_layers = making.checkpoint, making.checkpoint.spec.layers
-
-    def files(keys: list[str]) -> frozenset[str]:
-        return frozenset(file_of[part] for key in keys for part in checkpoint.source.parts(key))
-
-    for i in range(n_layers):
-        yield Unit(f"layer {i + 1} of {n_layers}", frozenset(file_of[key] for key in checkpoint.layer_keys(i)),
-                   lambda i=i: making.layer(i, experts_of(checkpoint, i, pause)), experts_name(i) in making.done)
-    for group in checkpoint.trunk_groups():
-        yield Unit("", files(group.keys), lambda group=group: _trunk_group(making, trunk, group),
-                   TRUNK in making.done or all(name in trunk for name in group.targets))
-    for key in checkpoint.map.mtp:
-        yield Unit("", files([key]), lambda key=key: mtp.add({key: checkpoint.source.get(key)}),
-                   MTP in making.done or key in mtp)
 
 
 def most_held(units: list[Unit], files: list[RemoteFile]) -> int:
@@ -289,12 +194,6 @@ def most_held(units: list[Unit], files: list[RemoteFile]) -> int:
         worst = max(worst, sum(file.bytes for file in files[:n] if file.name in waiting)
                     + sum(file.bytes for file in files[n:n + 2]))
     return worst
-
-
-def _trunk_group(making: Making, trunk: GrowingFile, group) -> None:
-    for name, tensor in making.checkpoint.read_group(group).items():
-        bits = bits_of(name, tensor, making.trunk_bits, making.checkpoint.spec.decoder_layers)
-        trunk.add(encode(name, tensor, bits))
 
 
 def names_in_index(folder: Path, weights: dict[str, RemoteFile]) -> dict[str, str]:

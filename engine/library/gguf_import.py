@@ -17,6 +17,7 @@ from threading import Event
 from engine.core import UserError
 from engine.disk import check_room
 from engine.files.checkpoint import Checkpoint
+from engine.files.folder_writer import is_sealed, result_bytes
 from engine.files.gguf.header import require_package
 from engine.files.gguf.source import FLOATS, GgufSource
 from engine.files.gguf.tokenizer import completed, config_of, copy_small
@@ -130,7 +131,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     require_package()
     work = partial(dest)
     made = work / "made"
-    if not compression.is_sealed(made):
+    if not is_sealed(made):
         bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[errors.device_for(choice.device)[0]]
         _prepare(hub, source, model, work, bits, stop)
         meter = Meter(source.bytes, arrived(work, source.files), report)
@@ -160,7 +161,7 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
             known = model.like or ("" if beside.find(CONFIG) else original)
             fetch_like(hub, known, work / "like", stop, beside)
         spec = spec_from_config(config_of(work / "like").to_dict(), source.repository)
-        result = compression.result_bytes(spec, trunk_bits)
+        result = result_bytes(spec, trunk_bits)
         made = sum(path.stat().st_size for path in (work / "made").glob("*"))
         check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))
     except UserError:

@@ -28,8 +28,9 @@ from engine.disk import writing
 
 PIECE_BYTES = 1 << 20
 CHUNK_BYTES = 64 << 20
+STEP_BYTES = 16 << 10           # of a file, that must arrive for the tries to begin anew
 MAX_REDIRECTS = 5
-MOST_PAGES, MOST_FILES, DOCUMENT_BYTES, LISTING_SECONDS = 50, 20_000, 8 << 20, 60.0
+MOST_PAGES, MOST_FILES, DOCUMENT_BYTES, LISTING_SECONDS = 50, 20_000, 4 << 20, 60.0
 SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".md")
 BARE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 # The public Hub sends the bytes of large files from these domains, and so do its mirrors.
@@ -87,7 +88,7 @@ class Hub:
     """A Hub or a mirror of it. token None: the one that the client library has stored, if any.
 
     timeout: seconds without a byte before a connection counts as lost. delays: seconds to wait before each new try;
-    the tries begin anew whenever a byte has arrived. listing_seconds: for all pages of a listing together.
+    the tries begin anew whenever something has arrived. listing_seconds: for all pages of a listing together.
     """
 
     endpoint: str
@@ -253,7 +254,7 @@ class Hub:
                 raise self._no_hub() from error
             except HTTPError as error:
                 self._give_up_if_final(repository, error)
-                tries, most = (0, out.have) if out and out.have > most else (tries, most)
+                tries, most = (0, out.have) if out and out.have >= most + STEP_BYTES else (tries, most)
                 if tries == len(self.delays):
                     raise MachineError(f"{self.host} cannot be reached or keeps failing ({_reason(error)}); check the "
                                        "network and start again: it goes on where it was.") from error

@@ -109,7 +109,7 @@ def _made(name: str, data: str | Path | None, choice: Choice, report: Report, st
             raise UserError(f"{name} is there already; delete it first to make it again.")
         making = partial(dest)
         report(Progress(0, 1, 0.0, None, "Loading the compressor"))
-        from engine.library.compress import is_sealed
+        from engine.files.folder_writer import is_sealed
         from engine.machine.errors import device_for
         from engine.planning.sizes import DEFAULT_TRUNK_BITS
         device, _ = device_for(choice.device)

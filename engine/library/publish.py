@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.core import MachineError, UserError
-from engine.files.manifest import Manifest, file_entry, is_compressed
+from engine.files.folder_writer import portable
+from engine.files.manifest import CONFIG, COPIED, MANIFEST, Manifest, file_entry, is_compressed
 from engine.library import catalogue
-from engine.library.hub import Hub, RemoteFile
-from engine.library.installed import SOURCE, Source
+from engine.library.hub import Hub
+from engine.library.installed import Source
 from engine.planning.explain import LEVEL_WORDS
 from engine.units import size
 
@@ -27,9 +28,10 @@ def publish(folder: Path, repository: str, hub: Hub, private: bool = False,
     from huggingface_hub.errors import HFValidationError, HTTPError
     report("Checking every file against its sha256")
     manifest = checked(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (CARD, SOURCE)
-                   and RemoteFile(path.name, 0).fetchable)
-    operations = [CommitOperationAdd(name, str(folder / name)) for name in names]
+    proved = {entry.path for entry in manifest.files}
+    others = [name for name in (MANIFEST, CONFIG, *COPIED) if (folder / name).is_file() and name not in proved]
+    operations = [CommitOperationAdd(name, str(folder / name)) for name in sorted(proved)]
+    operations += [CommitOperationAdd(name, portable(folder / name) or str(folder / name)) for name in others]
     operations.append(CommitOperationAdd(CARD, card(folder, manifest, repository).encode()))
     constants.HF_HUB_DISABLE_XET = True
     api = HfApi(endpoint=hub.endpoint, token=hub.token)

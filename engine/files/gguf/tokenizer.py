@@ -6,12 +6,12 @@ converter knows; the chat template then is the file's as well.
 """
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from engine.core import UserError
 from engine.disk import read_json
+from engine.files.folder_writer import copy_file
 from engine.files.gguf.names import MODEL_TYPES
 from engine.files.manifest import CONFIG, COPIED
 from engine.files.skeleton import read_config, text_config_of
@@ -35,8 +35,7 @@ def copy_small(source: Path, folder: Path) -> None:
         raise UserError(f"{source} has no {CONFIG}; give the folder of the original model.")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*COPIED, CONFIG):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        copy_file(source / name, folder / name)
 
 
 def completed(like: Path, file: Path, texts: Mapping[str, str], scratch: Path) -> Path:

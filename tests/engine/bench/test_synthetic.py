@@ -58,7 +58,7 @@ def test_a_folder_opens_and_runs_like_any_other(name, tmp_path):
             token = out.logits[:, -1:].argmax(-1)
             logits = loaded.model(token, past_key_values=out.past_key_values).logits
             assert logits.isfinite().all() and 0.01 < float(logits.std()) < 1000
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="already holds a compressed model"):
         synthetic.write(synthetic.shape_of(tiny(name)), folder)
 
 

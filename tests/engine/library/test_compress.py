@@ -18,7 +18,8 @@ from engine.__main__ import main
 from engine.core import MachineError, UserError
 from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import SafetensorsWriter
-from engine.library.compress import PARTIAL, Progress, compress
+from engine.files.folder_writer import PARTIAL
+from engine.library.compress import Progress, compress
 from tests.support.architectures import config
 from tests.support.folders import checkpoint, stored_experts
 

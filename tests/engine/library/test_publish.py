@@ -106,6 +106,22 @@ def test_what_is_uploaded(loopback, folder):
     assert sum(request.startswith("PUT") for request in loopback.requests) == n_puts     # nothing sent twice
 
 
+def test_nothing_that_is_published_tells_where_it_lay(loopback, folder, tmp_path):
+    """Neither what is made today nor a folder of an older version, whose configuration named its checkpoint."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    weights = tuple(entry for entry in Manifest.load(old).files if entry.path.endswith(".safetensors"))
+    replace(Manifest.load(old), format_version=1, files=weights).save(old)
+    for name, key, place in (("config.json", "_name_or_path", "/srv/someone/model"),
+                             ("tokenizer_config.json", "name_or_path", "C:\\Users\\someone\\model")):
+        told = json.loads((old / name).read_text()) | {key: place, "sub": {key: place}, "of_hub": {key: "me/model"}}
+        (old / name).write_text(json.dumps(told))
+    for each in (folder, old):
+        publish(each, REPO, Hub.here("hf_mine"))
+        files = loopback.repositories[REPO].at("main")[1]
+        assert not [name for name, data in files.items() if b"someone" in data or str(folder.parent).encode() in data]
+    assert json.loads(files["config.json"])["of_hub"] == {"_name_or_path": "me/model"}
+
+
 def test_the_ordinary_client_pulls_it_and_transformers_opens_it(loopback, folder, tmp_path):
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM
