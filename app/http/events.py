@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from itertools import count
+from typing import TypeVar
 
 from app.chat.answers import Live
 from app.markdown import Growing
@@ -23,6 +24,7 @@ STATS_EVERY = 3  # ticks
 REST = 4  # times as long as a rendering took, so that it gets about a fifth of the interpreter's time
 LONGEST_REST = 2.0
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 _BACKLOG = 200  # events a slow tab may lag behind
 
 
@@ -55,7 +57,7 @@ class Stream:
         for tick in count(1):
             await asyncio.sleep(TICK_SECONDS)
             if self._tabs:
-                self._produce(tick)
+                await self._produce(tick)
 
     async def _tell_answer(self) -> None:
         while True:
@@ -63,18 +65,17 @@ class Stream:
             if self._tabs and live:
                 if self._answer is None or self._answer.live is not live:
                     self._answer = _Answer(live)
-                rendering = asyncio.ensure_future(asyncio.to_thread(self._answer.update))
-                await asyncio.wait([rendering])
-                self._tell(self._send, "text", rendering.result)
+                self._tell(self._send, "text", await _beside(self._answer.update))
             await asyncio.sleep(min(max(TICK_SECONDS, REST * (time.monotonic() - began)), LONGEST_REST))
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events for one tab, the whole present state first."""
-        tab: asyncio.Queue = asyncio.Queue(_BACKLOG)
-        self._tabs.add(tab)
         self.watched.set()
+        present, tab = await _beside(self._state), asyncio.Queue(_BACKLOG)
+        self._tabs.add(tab)
+        self._told = -1  # what has changed since
         try:
-            self._tell(tab.put_nowait, "state", self._state)
+            self._tell(tab.put_nowait, "state", present)
             self._tell(tab.put_nowait, "history", lambda: list(self._panel.history))
             self._tell(tab.put_nowait, "text", lambda: self._answer and self._answer.whole())
             while not self._closed and (text := await tab.get()) is not None:
@@ -82,10 +83,10 @@ class Stream:
         finally:
             self._tabs.discard(tab)
 
-    def _produce(self, tick: int) -> None:
+    async def _produce(self, tick: int) -> None:
         if self._revision != self._told and (self._live() is None or tick % STATS_EVERY == 0):
             revision = self._revision
-            if self._tell(self._send, "state", self._state):
+            if self._tell(self._send, "state", await _beside(self._state)):
                 self._told = revision
         if tick % STATS_EVERY == 0:
             self._tell(self._send, "stats", self._panel.sample)
@@ -139,6 +140,13 @@ class _Answer:
                 "note": live.note, "from": text_from, "blocks": self._text.blocks[text_from:],
                 "thinking_from": thinking_from, "thinking_blocks": self._thinking.blocks[thinking_from:],
                 "stats": live.stats}
+
+
+async def _beside(make: Callable[[], T]) -> Callable[[], T]:
+    """Ask in a thread, as the database may be busy for seconds; -> what gives its answer, or raises what it raised."""
+    asked = asyncio.ensure_future(asyncio.to_thread(make))
+    await asyncio.wait([asked])
+    return asked.result
 
 
 def _event(name: str, document) -> str:

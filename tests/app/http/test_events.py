@@ -51,3 +51,22 @@ def test_the_numbers_go_on_while_an_answer_is_rendered(monkeypatch):
         told.set()
         assert "Hello" in await heard(events, "text")
     asyncio.run(watching(made, work))
+
+
+def test_the_server_goes_on_while_the_database_is_busy():
+    """An import or a recovery keeps it for seconds; the state waits here for the server's own loop."""
+    free = threading.Event()
+
+    def state() -> dict:
+        assert free.wait(60), "the loop was blocked"
+        return {"conversations": "all"}
+    made = Stream(Panel(), lambda: None, state)
+
+    async def work(events):
+        asyncio.get_running_loop().call_later(0.1, free.set)
+        assert "all" in await heard(events, "state")
+        free.clear()
+        made.changed()
+        asyncio.get_running_loop().call_later(0.5, free.set)
+        assert "all" in await heard(events, "state")
+    asyncio.run(watching(made, work))
