@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Event
 
 from engine.core import UserError
+from engine.disk import write_text_atomically
 from engine.library.hub import Stopped
 from engine.library.installed import claimed, models, partial, partial_share, place_of
 from engine.library.transfer import Choice, part_of
@@ -119,7 +120,7 @@ def _made(name: str, data: str | Path | None, choice: Choice, report: Report, st
                 raise Stopped
 
         def told(progress) -> None:
-            partial_share(making).write_text(f"{progress.layer / progress.layers:.4f}", encoding="utf-8")
+            write_text_atomically(partial_share(making), f"{progress.layer / progress.layers:.4f}")
             report(Progress(progress.layer, progress.layers, 0.0, progress.seconds_left,
                             f"Compressing layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"))
             if progress.layer < progress.layers:

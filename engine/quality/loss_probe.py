@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.core import UserError
+from engine.disk import write_text_atomically, writing
 from engine.experts.layer import LevelPlan
 from engine.paths import CALIBRATION_LOG
 
@@ -197,7 +198,7 @@ class MeasurementLog:
         if lines and lines[0] == subject:
             self._known = dict(pair for line in lines[1:] if (pair := _read(line)))
         lines = [subject, *map(_line, self._known, self._known.values())]
-        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text_atomically(self._path, "\n".join(lines) + "\n")
 
     def get(self, plan: object, text: int, document: int) -> tuple[float, float] | None:
         return self._known.get(_key(plan, text, document))
@@ -205,7 +206,7 @@ class MeasurementLog:
     def put(self, plan: object, text: int, document: int, measured: tuple[float, float]) -> None:
         key = _key(plan, text, document)
         self._known[key] = measured
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path, keep=True), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(key, measured) + "\n")
 
 

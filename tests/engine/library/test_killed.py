@@ -100,7 +100,7 @@ def test_measuring_levels(nursery, data, whole, tmp_path):
     chance, kills, ends, known = random.Random(11), 0, 0, 0
     while kills < KILLS:
         near_the_end = chance.random() < 0.4
-        change, kind = (chance.randrange(1, 4), "os.rename") if near_the_end else (chance.randrange(1, 60), "open")
+        change, kind = (chance.randrange(1, 5), "os.rename") if near_the_end else (chance.randrange(1, 60), "open")
         kills += nursery.killed_when(lambda: False, work="calibrate", change=change, kind=kind, data=data,
                                      name="Small-floe", text=text)
         assert_listed(folder)
