@@ -133,11 +133,6 @@ class Checkpoint:
             self._check_shape(parameter, value.shape, self._shapes[parameter])
         return made
 
-    def mtp(self) -> Iterator[tuple[str, Tensor]]:
-        """Multi-token-prediction tensors under their source names."""
-        for key in self.map.mtp:
-            yield key, self.source.get(key)
-
     def _expert_parameters(self, name: str) -> list[str]:
         return [f"{name}.{own}" for own, _ in self._experts[name].named_parameters(recurse=False)]
 

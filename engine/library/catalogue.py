@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 
 from engine.core import MachineError, ModelSpec, Sampling, UserError
+from engine.disk import MOST_JSON
 from engine.files.manifest import Manifest, is_compressed
 from engine.files.model_spec import read_config_json, spec_from_config
 from engine.library.hub import Hub
 from engine.paths import data_dir, demo_model, inside, is_name, models_dirs, typed
+from engine.units import size
 
 TABLE = Path(__file__).resolve().parents[2] / "assets" / "catalogue.toml"
 AIMS = ("fast", "best", "coding", "long")
@@ -148,6 +150,9 @@ def _from_hub(repository: str, cache_folder: Path) -> ModelInfo:
         folder = inside(own, listing.commit)
         for name in ("config.json", "floe.json"):
             file = listing.find(name)
+            if file and file.bytes > MOST_JSON:
+                raise UserError(f"The {name} of {repository} has {size(file.bytes)}, more than any such file; choose "
+                                "another model.")
             if file:
                 folder.mkdir(parents=True, exist_ok=True)
                 hub.fetch(listing, file, folder / name, lambda n_bytes, text: None)

@@ -33,7 +33,7 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Choice
                        report: Report = lambda progress: None, stop: Event | None = None) -> Path:
     """Compress the checkpoint `name` of the data folder beside it; -> the new folder.
 
-    Stopped, after the layer in work, when `stop` is set. UserError: no such checkpoint, or it cannot be compressed.
+    Stopped, before the next expert, when `stop` is set. UserError: no such checkpoint, or it cannot be compressed.
     """
     source = next((model.folder for model in models(data) if model.name == name and model.kind == "checkpoint"), None)
     if source is None:
@@ -41,7 +41,7 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Choice
 
     def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
         from engine.library.compress import compress
-        compress(source, dest, trunk_bits=bits, device=device, report=told)
+        compress(source, dest, trunk_bits=bits, device=device, report=told, check=check)
     return _made(compressed_name(name), data, choice or Choice(), report, stop or Event(), work)
 
 
@@ -123,8 +123,6 @@ def _made(name: str, data: str | Path | None, choice: Choice, report: Report, st
             write_text_atomically(partial_share(making), f"{progress.layer / progress.layers:.4f}")
             report(Progress(progress.layer, progress.layers, 0.0, progress.seconds_left,
                             f"Compressing layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"))
-            if progress.layer < progress.layers:
-                check()
         if not is_sealed(making):
             work(making, choice.trunk_bits or DEFAULT_TRUNK_BITS[device], device, told, check)
         partial_share(making).unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def test_every_architecture_comes_back(name, tmp_path):
     model = build(name, seed=NAMES.index(name))
     checkpoint = Checkpoint.open(save(model, tmp_path, layout_of(name)))
     spec, top_k = checkpoint.spec, checkpoint.spec.top_k
-    assert checkpoint.left_out == [] and list(checkpoint.mtp()) == []
+    assert checkpoint.left_out == [] and list(checkpoint.map.mtp) == []
     for i, path in enumerate(checkpoint.expert_layers):
         module, layer = model.get_submodule(path), checkpoint.read_layer(i)
         assert layer.shape == (spec.experts, spec.neurons, spec.hidden)
@@ -181,7 +181,7 @@ def test_multi_token_prediction_is_kept_under_its_own_names(name, extra, tmp_pat
     added = {key: torch.randn(4, 4) for key in extra}
     save_file(load_file(tmp_path / "model.safetensors") | added, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
-    kept = dict(checkpoint.mtp())
+    kept = {key: checkpoint.source.get(key) for key in checkpoint.map.mtp}
     assert sorted(kept) == sorted(extra) and all(torch.equal(kept[key], added[key]) for key in extra)
     assert checkpoint.left_out == []
     assert_trunk_equals(checkpoint, model)

@@ -10,6 +10,7 @@ import pytest
 
 from engine.core import MachineError, UserError
 from engine.library import hub as hub_module
+from engine.library.catalogue import look_up
 from engine.library.download import download
 from engine.library.hub import Hub, RemoteFile, Stopped
 from tests.support.loopback_hub import LoopbackHub, cut, passes, status
@@ -168,6 +169,14 @@ def test_names_that_another_file_has_on_some_disks(hub, loopback, tmp_path, twin
     with pytest.raises(UserError, match="many disks cannot tell from"):
         download("me/model", source, tmp_path / "model", hub=hub)
     assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+def test_a_configuration_that_is_no_small_file_is_not_fetched(loopback, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", loopback.endpoint)
+    loopback.fault(loopback.tree, page([entry(0) | {"path": "config.json", "size": 10**11}]))
+    with pytest.raises(UserError, match="config.json of me/model has 100"):
+        look_up("me/model", tmp_path)
+    assert not any("/resolve/" in request for request in loopback.requests)
 
 
 @pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://x", "https://", "file:///x", ""])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, Options, Sampling, calibrate_installed, compress_installed, delete, models
-from engine.library.compress import PARTIAL
+from engine.files.folder_writer import PARTIAL
 from engine.library.installed import partial
 from engine.library.transfer import Choice
 from engine.paths import CALIBRATION_LOG
