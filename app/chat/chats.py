@@ -8,6 +8,7 @@ that can be read of it is put into a new one, and the work goes on. A row that h
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -30,6 +31,7 @@ SEARCHED = 32  # words: each is looked up by its beginning
 LOOK_SECONDS = 3600  # whether a backup is due
 _STATS_IN_WORDS = ("model", "level", "error")  # the others are numbers
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Chats:
         except (sqlite3.Error, OSError) as trouble:
             raise UserError(TEXT["database_unusable"].format(path=self.file, error=trouble)) from trouble
         self.mended = TEXT["database_mended"].format(kept=kept)
+        _log.warning(self.mended)
 
     def _open(self) -> sqlite3.Connection:
         self._db = self._db or open_database(self.file)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 
@@ -159,6 +158,7 @@ def test_a_large_honest_file_is_taken(chats):
 
 def test_memory_stays_within_some_times_the_files_size(tmp_path):
     """60 MB of empty lists, of messages and of numbers, in a process that may take 1.5 GB of memory."""
+    resource = pytest.importorskip("resource")
     code = f"""
 import resource, sys
 from app.chat.chats import Chats
