@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -56,10 +57,37 @@ def test_no_folder_and_no_configuration(tmp_path):
     refuse(tmp_path, "config.json")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\x00\x01", ""])
+@pytest.mark.parametrize("text", ["{", "[]", "\x00\x01", "", "[" * 100_000, '{"a": ' * 50_000, " " * 3_000_000])
 def test_a_configuration_that_is_none(good, text):
     (good / "config.json").write_text(text)
     refuse(good, "config.json")
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_hidden_layers": 10**9}, {"num_hidden_layers": 1e9}, {"num_labels": 3_000_000}, {"num_experts": 10**9},
+    {"num_attention_heads": 10**9}, {"head_dim": 10**6}, {"head_dim": 10**30}, {"moe_intermediate_size": 10**9},
+    {"vocab_size": 3_000_000}, {"layer_types": ["x"] * 100_000}, {"vision_config": {"depth": 10**9}},
+    {"text_config": [1]}, {"quantization_config": "x"}, {"text_config": {"quantization_config": 7}}])
+def test_a_configuration_with_numbers_that_no_model_has(good, changes):
+    """transformers would make a list, a layer or a matrix of as many."""
+    edit(good / "config.json", **changes)
+    refuse(good)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes among files")
+@pytest.mark.parametrize("how", ["pipe", "device", "loop"])
+@pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer_config.json", "model-00001-of-00003.safetensors"])
+def test_a_file_that_is_none(good, name, how):
+    """Whoever opens it waits for ever, or reads without end."""
+    (good / name).unlink(missing_ok=True)
+    os.mkfifo(good / name) if how == "pipe" else (good / name).symlink_to({"device": "/dev/zero", "loop": name}[how])
+    refuse(good, name)
+
+
+def test_a_text_of_a_hundred_megabytes(good):
+    with (good / "tokenizer_config.json").open("w") as file:
+        file.truncate(100 << 20)
+    refuse(good, "tokenizer_config.json", "104,857,600 bytes")
 
 
 def test_no_weights(good):
