@@ -23,7 +23,6 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
-from pygments.util import ClassNotFound
 
 from app.strings import TEXT
 
@@ -33,6 +32,14 @@ PARAGRAPH_CHARS = 5_000  # a paragraph, list item or cell: emphasis and brackets
 CODE_CHARS = 20_000  # of a block of code that are coloured, in pieces of
 PIECE_CHARS = 2_000
 MATH_CHARS = 2_000
+# Pygments knows many more; some take seconds for 2,000 spaces, in which no other thread runs.
+LANGUAGES = frozenset("""
+    python python3 py pycon java javascript js typescript ts tsx jsx c cpp c++ csharp c# cs go golang rust rs ruby rb
+    php swift kotlin scala dart lua perl pl r julia haskell hs ocaml elixir erlang clojure lisp scheme fsharp sql
+    mysql postgresql bash sh shell zsh console powershell ps1 bat batch html xml css scss sass less json json5 yaml toml
+    ini dockerfile docker makefile make cmake diff markdown md latex tex matlab octave fortran asm nasm cuda verilog
+    vhdl groovy graphql protobuf nginx vim objective-c objc zig nim d pascal delphi prolog solidity terraform hcl vue
+    django jinja http awk sed vbnet cobol ada tcl""".split())
 _LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _MATH_TAG = re.compile(r"math|m[a-z]+")
 _MATH_VALUE = re.compile(r"[\w .#%+-]*")
@@ -164,17 +171,14 @@ def _pieces(code: str) -> list[str]:
 
 
 def _piece(code: str, language: str, env: dict) -> str:
-    if not language or len(code) > PIECE_CHARS or time.monotonic() > env["until"]:
+    if language.lower() not in LANGUAGES or len(code) > PIECE_CHARS or time.monotonic() > env["until"]:
         return escape(code)
     return _coloured(code, language)
 
 
 @lru_cache(500)
 def _coloured(code: str, language: str) -> str:
-    try:
-        html = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True))
-    except ClassNotFound:
-        return escape(code)
+    html = highlight(code, get_lexer_by_name(language, stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True))
     return html if code.endswith("\n") else html.removesuffix("\n")
 
 

@@ -150,6 +150,15 @@ def test_what_grows_is_rendered_piece_by_piece(kind, monkeypatch):
     assert "".join(growing.blocks) == render(text)
 
 
+def test_only_languages_whose_colours_are_known_to_be_cheap_are_coloured():
+    """`autohotkey` takes seconds for 2,000 spaces, in which no other thread runs."""
+    for language in markdown.LANGUAGES:
+        html = render(f"```{language.upper()}\n# 'a' 1 = \"b\" {{ c }} -- d\n+ new\n> a = 1\n<b>\n```")
+        assert "<span" in html.split("<code>")[1], language
+    for language in ("autohotkey", "gherkin", "autoit", "no-such-language", "python\x00", "text"):
+        assert "<span" not in render(f"```{language}\n" + "  \n" * 5000 + "a = 'b'\n```").split("<code>")[1]
+
+
 def test_no_time_left_means_plain_text(monkeypatch):
     monkeypatch.setattr(markdown, "SECONDS", 0.0)
     html = render("**a** <b>\nc\n\n```python\ndef f(): pass\n```\n\n* *d*\n")
