@@ -30,7 +30,7 @@ _DOORS = {  # module: its names that are everybody's
     "chat.engine": ("Engine",),
     "library.hub": ("Hub",),
     "library.download": ("download",),
-    "library.transfer": ("Choice",),
+    "library.transfer": ("CompressOptions",),
     "library.catalogue": ("ModelInfo", "look_up"),
     "library.installed": ("Installed", "models", "delete", "empty_trash"),
     "library.recommend": ("this_machine", "with_benchmarks", "plan_for", "recommendations"),

@@ -27,7 +27,7 @@ from engine.files.tensor_source import SafetensorsFolder, open_safetensors
 from engine.library.compress import Unit, units_of, writer_for
 from engine.library.hub import Hub, RemoteFile, Stopped
 from engine.library.installed import Source, partial, partial_share
-from engine.library.transfer import INDEX, Choice, arrived, begin, fetch_all
+from engine.library.transfer import INDEX, CompressOptions, arrived, begin, fetch_all
 from engine.machine import errors
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
 from engine.progress import Meter, Progress
@@ -55,8 +55,8 @@ class ArrivingShards(SafetensorsFolder):
         self._open.pop(name, None)
 
 
-def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: Choice, report: Callable[[Progress], None],
-                       stop: Event) -> None:
+def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: CompressOptions,
+                       report: Callable[[Progress], None], stop: Event) -> None:
     """`dest`, compressed from the original that `source` names; with keep_original also `dest-original`."""
     work = partial(dest)
     made, shards, original = work / "made", work / "source", dest.with_name(dest.name + "-original")
@@ -77,8 +77,8 @@ def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: Choice, rep
 class Stream:
     """One run over all shards that are still needed."""
 
-    def __init__(self, hub: Hub, source: Source, work: Path, choice: Choice, report: Callable[[Progress], None],
-                 stop: Event, ahead: ThreadPoolExecutor) -> None:
+    def __init__(self, hub: Hub, source: Source, work: Path, choice: CompressOptions,
+                 report: Callable[[Progress], None], stop: Event, ahead: ThreadPoolExecutor) -> None:
         self.hub, self.source, self.choice, self.stop, self.ahead = hub, source, choice, stop, ahead
         self.folder, self.made = work / "source", work / "made"
         self.halt = _Either(stop)

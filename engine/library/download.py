@@ -21,7 +21,7 @@ from engine.files.manifest import MANIFEST, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile
 from engine.library.installed import SOURCE, Source, claimed, partial, place_of
-from engine.library.transfer import INDEX, SINGLE, Choice, Wanted, arrived, begin, fetch_all, part_of
+from engine.library.transfer import INDEX, SINGLE, CompressOptions, Wanted, arrived, begin, fetch_all, part_of
 from engine.paths import typed
 from engine.progress import Meter, Progress
 
@@ -42,7 +42,7 @@ def wanted(text: str) -> Wanted:
 
 def download(text: str, source: str | None = None, folder: str | Path | None = None, data: str | Path | None = None,
              hub: Hub | None = None, report: Callable[[Progress], None] = lambda progress: None,
-             stop: Event | None = None, choice: Choice | None = None, file: str = "", like: str = "") -> Path:
+             stop: Event | None = None, choice: CompressOptions | None = None, file: str = "", like: str = "") -> Path:
     """The folder of the model, whole. Goes on where an earlier call was; nothing to do if it is there.
 
     source: ready, original or gguf; None takes the first of them that there is. folder: where to put it instead of the
@@ -52,7 +52,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
     """
     if source not in (None, *SOURCES):
         raise UserError(f"There is no source {source!r}; choose one of {', '.join(SOURCES)}.")
-    model, choice, stop = wanted(text), choice or Choice(), stop or Event()
+    model, choice, stop = wanted(text), choice or CompressOptions(), stop or Event()
     model = replace(model, gguf_file=file or model.gguf_file, like=like)
     dest = typed(folder).resolve() if folder else place_of(model.name, data)
     with claimed(dest):

@@ -28,7 +28,7 @@ from engine.library import catalogue
 from engine.library import compress as compression
 from engine.library.hub import Hub, Listing, Stopped
 from engine.library.installed import Source, partial
-from engine.library.transfer import Choice, Wanted, arrived, begin, fetch_all, part_of
+from engine.library.transfer import CompressOptions, Wanted, arrived, begin, fetch_all, part_of
 from engine.machine import errors
 from engine.paths import typed
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
@@ -125,7 +125,7 @@ def warning(source: GgufSource, added: dict[str, float]) -> str:
             "checkpoint gives a better result.")
 
 
-def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice: Choice,
+def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice: CompressOptions,
                      report: Callable[[Progress], None], stop: Event) -> None:
     """`dest` from the GGUF files that `source` names; they are removed once they are compressed."""
     require_package()

@@ -16,7 +16,7 @@ from engine.core import UserError
 from engine.disk import write_text_atomically
 from engine.library.hub import Stopped
 from engine.library.installed import claimed, models, partial, partial_share, place_of
-from engine.library.transfer import Choice, part_of
+from engine.library.transfer import CompressOptions, part_of
 from engine.paths import CALIBRATION_LOG
 from engine.progress import Progress
 
@@ -29,7 +29,7 @@ def compressed_name(name: str) -> str:
     return name + ENDING
 
 
-def compress_installed(name: str, data: str | Path | None = None, choice: Choice | None = None,
+def compress_installed(name: str, data: str | Path | None = None, choice: CompressOptions | None = None,
                        report: Report = lambda progress: None, stop: Event | None = None) -> Path:
     """Compress the checkpoint `name` of the data folder beside it; -> the new folder.
 
@@ -42,10 +42,10 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Choice
     def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
         from engine.library.compress import compress
         compress(source, dest, trunk_bits=bits, device=device, report=told, check=check)
-    return _made(compressed_name(name), data, choice or Choice(), report, stop or Event(), work)
+    return _made(compressed_name(name), data, choice or CompressOptions(), report, stop or Event(), work)
 
 
-def import_file(file: Path, like: str = "", data: str | Path | None = None, choice: Choice | None = None,
+def import_file(file: Path, like: str = "", data: str | Path | None = None, choice: CompressOptions | None = None,
                 report: Report = lambda progress: None, stop: Event | None = None) -> Path:
     """Import the GGUF file of that path into the data folder, under the file's name; -> the new folder.
 
@@ -56,7 +56,7 @@ def import_file(file: Path, like: str = "", data: str | Path | None = None, choi
         import_gguf(file, dest, like, bits, device, told,
                     lambda sentence: report(Progress(0, 1, 0.0, None, sentence)), check)
     part = part_of(file.name)
-    return _made(part[0] if part else file.stem, data, choice or Choice(), report, stop or Event(), work)
+    return _made(part[0] if part else file.stem, data, choice or CompressOptions(), report, stop or Event(), work)
 
 
 def calibrate_installed(name: str, data: str | Path | None = None, text: Path | None = None, device: str | None = None,
@@ -102,7 +102,8 @@ def _compressed(name: str, data: str | Path | None) -> Path:
     return folder
 
 
-def _made(name: str, data: str | Path | None, choice: Choice, report: Report, stop: Event, work: Callable) -> Path:
+def _made(name: str, data: str | Path | None, choice: CompressOptions, report: Report, stop: Event,
+          work: Callable) -> Path:
     """Run `work` into the partial folder of `name` and give the result its name."""
     dest = place_of(name, data)
     with claimed(dest):

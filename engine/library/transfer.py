@@ -34,7 +34,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CompressOptions:
     """How to compress where that is needed. trunk_bits None: what the plan takes for the device. keep_original: the
     checkpoint stays beside the result as NAME-original, a model at level `full`."""
 

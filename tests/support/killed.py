@@ -21,7 +21,7 @@ from engine import calibrate_installed, compress_installed
 from engine.library.download import download
 from engine.library.hub import Hub
 from engine.library.installed import partial
-from engine.library.transfer import Choice
+from engine.library.transfer import CompressOptions
 from tests.support.loopback_hub import LoopbackHub
 
 CHUNK = 64 << 10
@@ -93,11 +93,11 @@ def _kill(pid: int) -> None:
 
 
 def fetch(model: str, folder: str, endpoint: str, source: str | None = None, **choice) -> None:
-    download(model, source, folder, hub=Hub(endpoint, chunk_bytes=CHUNK), choice=Choice(**choice))
+    download(model, source, folder, hub=Hub(endpoint, chunk_bytes=CHUNK), choice=CompressOptions(**choice))
 
 
 def compress(name: str, data: str) -> None:
-    compress_installed(name, data, Choice(16, "cpu"))
+    compress_installed(name, data, CompressOptions(16, "cpu"))
 
 
 def calibrate(name: str, data: str, text: str) -> None:

@@ -6,7 +6,7 @@ import sys
 
 from engine.library.download import SOURCES, download
 from engine.library.hub import Hub
-from engine.library.transfer import Choice
+from engine.library.transfer import CompressOptions
 from engine.paths import typed
 from engine.progress import Progress
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    choice = Choice(args.trunk_bits, args.device, not args.delete_original)
+    choice = CompressOptions(args.trunk_bits, args.device, not args.delete_original)
     try:
         folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
                           args.file, args.like)

@@ -20,7 +20,7 @@ from engine.library.compress import compress
 from engine.library.download import download
 from engine.library.hub import Hub, Stopped
 from engine.library.installed import Source, models, partial, size_of
-from engine.library.transfer import Choice
+from engine.library.transfer import CompressOptions
 from tests.support.architectures import build
 from tests.support.folders import write_tokenizer
 from tests.support.killed import CHUNK, Nursery
@@ -28,7 +28,7 @@ from tests.support.loopback_hub import LoopbackHub
 
 NAME = "me/Small"
 SHAPE = dict(num_hidden_layers=10, vocab_size=512, hidden_size=128, moe_intermediate_size=64)
-LEAN = Choice(trunk_bits=16, device="cpu", keep_original=False)
+LEAN = CompressOptions(trunk_bits=16, device="cpu", keep_original=False)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_same_folder_as_compress_and_no_more_than_three_shards_beside_it(loopbac
 
 
 def test_the_original_stays_if_it_is_to_stay(loopback, original, made, tmp_path):
-    folder = download(NAME, data=tmp_path, choice=Choice(16, "cpu", keep_original=True))
+    folder = download(NAME, data=tmp_path, choice=CompressOptions(16, "cpu", keep_original=True))
     assert_same(folder, made)
     kept = tmp_path / "models" / "Small-original"
     assert {p.name: p.read_bytes() for p in kept.iterdir() if p.name != "floe.source.json"} == {
@@ -149,7 +149,7 @@ def test_disk_check_counts_the_result_and_the_shards_that_lie_together(loopback,
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=204_000_000))
     with pytest.raises(UserError, match="needed; make room, let each part of the original be deleted"):
-        download(NAME, data=tmp_path, choice=Choice(16, "cpu"))
+        download(NAME, data=tmp_path, choice=CompressOptions(16, "cpu"))
     assert not any(name.endswith(".safetensors") for name in loopback.served)
 
 

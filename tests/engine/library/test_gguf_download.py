@@ -24,7 +24,7 @@ from engine.library.download import download
 from engine.library.gguf_import import import_gguf
 from engine.library.hub import Hub, Stopped
 from engine.library.installed import Source, models, partial
-from engine.library.transfer import Choice, part_of
+from engine.library.transfer import CompressOptions, part_of
 from tests.support.architectures import build
 from tests.support.killed import CHUNK, Nursery
 from tests.support.loopback_hub import LoopbackHub, status
@@ -36,7 +36,7 @@ from tests.support.gguf_files import add_tokenizer, finish, like, write  # noqa:
 
 SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, num_experts=4)
 REPO, ORIGINAL = "me/Model-GGUF", "me/Model"
-CPU = Choice(16, "cpu")
+CPU = CompressOptions(16, "cpu")
 
 
 @pytest.fixture(scope="module")

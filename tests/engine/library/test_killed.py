@@ -14,7 +14,7 @@ import pytest
 from engine import Engine, Options, Sampling, calibrate_installed, compress_installed, delete, models
 from engine.files.folder_writer import PARTIAL
 from engine.library.installed import partial
-from engine.library.transfer import Choice
+from engine.library.transfer import CompressOptions
 from engine.paths import CALIBRATION_LOG
 from tests.support import small_model
 from tests.support.killed import Nursery
@@ -47,7 +47,7 @@ def data(tmp_path_factory, demo_checkpoint) -> Path:
 @pytest.fixture(scope="module")
 def whole(data) -> dict[str, bytes]:
     """What compressing Small makes when nobody kills it."""
-    made = contents(compress_installed("Small", data, Choice(16, "cpu")))
+    made = contents(compress_installed("Small", data, CompressOptions(16, "cpu")))
     delete("Small-floe", data)
     return made
 
@@ -77,7 +77,7 @@ def test_compressing(nursery, data, whole):
             delete("Small-floe", data)
             ends, done = ends + 1, {}
     assert ends > 1
-    folder = compress_installed("Small", data, Choice(16, "cpu"))
+    folder = compress_installed("Small", data, CompressOptions(16, "cpu"))
     assert contents(folder) == whole and answer(folder)
 
 
@@ -92,7 +92,7 @@ def test_measuring_levels(nursery, data, whole, tmp_path):
     """Over the figures of an earlier time: until the end those stay, with every file as it is listed."""
     folder, text, other = data / "models" / "Small-floe", data / "tales.txt", tmp_path / "other.txt"
     if not folder.exists():
-        compress_installed("Small", data, Choice(16, "cpu"))
+        compress_installed("Small", data, CompressOptions(16, "cpu"))
     other.write_text(text.read_text().replace("fish", "crabs"))
     new = calibration(calibrate_installed("Small-floe", data, text, "cpu"))
     old = calibration(calibrate_installed("Small-floe", data, other, "cpu"))

@@ -15,7 +15,7 @@ from engine.library.download import download
 from engine.library.hub import Hub
 from engine.library.installed import Source
 from engine.library.publish import card, publish
-from engine.library.transfer import Choice
+from engine.library.transfer import CompressOptions
 from tests.support.folders import compressed
 from tests.support.loopback_hub import LoopbackHub, status
 from tests.support.small_model import make
@@ -71,7 +71,7 @@ def test_the_demo_is_published_picked_by_name_downloaded_and_answers(loopback, d
 def test_an_original_is_compressed_while_it_arrives_and_answers(loopback, demo_checkpoint, tmp_path):
     original, compressed_here = make(tmp_path / "made", demo_checkpoint)
     loopback.add_folder("me/Original", original)
-    found = download("me/Original", data=tmp_path, choice=Choice(16, "cpu", keep_original=False))
+    found = download("me/Original", data=tmp_path, choice=CompressOptions(16, "cpu", keep_original=False))
     assert Manifest.load(found).layers == 2
     assert answer(found) == answer(compressed_here) != ""
     publish(found, REPO, Hub.here("hf_mine"))               # and on it goes, to the next person
@@ -90,7 +90,7 @@ def test_a_gguf_file_is_imported_and_answers(loopback, demo_checkpoint, tmp_path
           demo_checkpoint)
     loopback.add("me/Model-GGUF", {name.name: name.read_bytes() for name in (
         tmp_path / "model-F32.gguf", original / "config.json")})
-    found = download("me/Model-GGUF", data=tmp_path, choice=Choice(16, "cpu"))
+    found = download("me/Model-GGUF", data=tmp_path, choice=CompressOptions(16, "cpu"))
     assert Manifest.load(found).layers == 2
     assert answer(found) == answer(compressed_here) != ""
 
