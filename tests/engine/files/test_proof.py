@@ -72,7 +72,7 @@ def test_one_bit_is_seen_of_every_file_that_is_listed(folder, name):
         replace(manifest, files=(*manifest.files, file_entry(folder / MTP))).save(folder)
     opened(folder)
     flip(folder / name, (folder / name).stat().st_size * 2 // 3)
-    refuse(folder, name, "is damaged")
+    refuse(folder, name)
 
 
 @pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json", "tokenizer.model", "vocab.json"])
