@@ -44,18 +44,18 @@ def typed(text: str | os.PathLike) -> Path:
         longest = max(len(os.fsencode(part)) for part in (*path.parts, ""))
     except (RuntimeError, ValueError) as error:         # no such person; half a character
         raise UserError(f"{_short(text)} is no path on this computer; give a whole one like {Path.home()}.") from error
-    if longest > PART_BYTES or len(os.fsencode(path)) > PATH_BYTES or _unseen(text):
+    if longest > PART_BYTES or len(os.fsencode(path)) > PATH_BYTES or unseen(text):
         raise UserError(f"{_short(text)} is too long for a path or has characters that cannot be seen; choose another.")
     return path
 
 
 def is_name(name: str) -> bool:
-    return not (_unseen(name) or name != name.strip(" ") or name.startswith(".") or name.endswith(".")
+    return not (unseen(name) or name != name.strip(" ") or name.startswith(".") or name.endswith(".")
                 or set(name) & set('\\/:*?"<>|') or name.casefold().endswith(PARTIAL)
                 or len(name.encode()) > NAME_BYTES or name.partition(".")[0].rstrip().lower() in DEVICES)
 
 
-def _unseen(text: str) -> bool:
+def unseen(text: str) -> bool:
     return any(unicodedata.category(letter) in UNSEEN for letter in text)
 
 

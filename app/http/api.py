@@ -30,6 +30,13 @@ IMPORT = "/import"
 WINDOW = 40  # messages a page shows at first: its cost follows their number
 
 
+class _Json(JSONResponse):
+    """In ASCII: a name on this computer's disk may hold what UTF-8 cannot say."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
 class _Sized(APIRoute):
     """Refuses a body that is too large before any of it is read. (FastAPI's own limit answers without our sentence.)"""
 
@@ -59,7 +66,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
 
 def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
     """All routes below /api. `changed` tells every open page to look again."""
-    router = APIRouter(prefix="/api", route_class=_Sized)
+    router = APIRouter(prefix="/api", route_class=_Sized, default_response_class=_Json)
 
     @router.get("/strings")
     def strings():
@@ -269,29 +276,29 @@ def _model_routes(router: APIRouter, shelf: Shelf) -> None:
         return {"freed": shelf.remove(wish.name)}
 
 
-async def user_error(request: Request, error: UserError) -> JSONResponse:
+async def user_error(request: Request, error: UserError) -> Response:
     """A sentence for the page instead of a stack trace."""
-    return JSONResponse({"error": str(error)}, status_code=400)
+    return _Json({"error": str(error)}, status_code=400)
 
 
-async def machine_error(request: Request, error: MachineError) -> JSONResponse:
-    return JSONResponse({"error": str(error)}, 503)
+async def machine_error(request: Request, error: MachineError) -> Response:
+    return _Json({"error": str(error)}, 503)
 
 
-async def database_error(request: Request, error: sqlite3.Error) -> JSONResponse:
+async def database_error(request: Request, error: sqlite3.Error) -> Response:
     full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
     said = TEXT["not_saved"] if full else TEXT["database_failed"]
-    return JSONResponse({"error": said.format(error=error)}, 507)
+    return _Json({"error": said.format(error=error)}, 507)
 
 
-async def wrong_request(request: Request, error: RequestValidationError) -> JSONResponse:
-    return JSONResponse({"error": TEXT["request_wrong"].format(what=what_is_wrong(error.errors()[0]))}, 422)
+async def wrong_request(request: Request, error: RequestValidationError) -> Response:
+    return _Json({"error": TEXT["request_wrong"].format(what=what_is_wrong(error.errors()[0]))}, 422)
 
 
-async def refused_request(request: Request, error: HTTPException) -> JSONResponse:
+async def refused_request(request: Request, error: HTTPException) -> Response:
     """What FastAPI refuses before a route is asked."""
     said = TEXT["request_large"] if error.status_code == 413 else TEXT["request_unread"]
-    return JSONResponse({"error": said}, error.status_code)
+    return _Json({"error": said}, error.status_code)
 
 
 def speak_in_sentences(app: FastAPI) -> None:
@@ -329,8 +336,6 @@ def _shown(message: Message, versions: list[int], jobs: Jobs) -> dict:
             "status": "running" if live and live.message_id == message.id else message.status, "stats": stats,
             "versions": versions, "attachments": [{"name": a["name"], "chars": len(a["text"])}
                                                   for a in message.attachments]}
-
-
 
 
 def _file_name(title: str) -> str:

@@ -23,7 +23,10 @@ class StartLink:
     def announce(self, url: str) -> None:
         print(TEXT["ready"].format(url=url), TEXT["loopback"], sep="\n", flush=True)
         if self._browser:
-            self._write(url)
+            try:
+                self._write(url)
+            except OSError:  # a full disk: the printed link leads there as well
+                return
             threading.Thread(target=webbrowser.open, args=(self.file.as_uri(),), daemon=True).start()
 
     def entered(self, url: str) -> None:

@@ -46,7 +46,7 @@ class Surroundings:
         """Measure this machine's speeds unless that was done before. Needs torch; half a second the first time."""
         machine, found = self.look()
         with self._lock:
-            self._seen = self._seen[0], with_benchmarks(machine, self.data), found
+            self._seen = time.monotonic(), with_benchmarks(machine, self.data), found
 
     @property
     def machine(self) -> Machine | None:

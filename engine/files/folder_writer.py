@@ -145,8 +145,11 @@ class GrowingFile:
         self.path, self.notes = path, path.with_name(path.name + ".part.json")
         self.writer = SafetensorsWriter(path, n_tensors)
         if self.notes.is_file() and self.writer.temporary.is_file():
-            state = json.loads(self.notes.read_text(encoding="utf-8"))
-            self.writer.header, self.writer.position = state["header"], state["position"]
+            try:
+                state = read_json(self.notes)
+                self.writer.header, self.writer.position = dict(state["header"]), int(state["position"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.notes} is damaged; delete {path.parent} and start again.") from error
             self._open("r+b")
 
     def __contains__(self, name: str) -> bool:
@@ -235,9 +238,9 @@ def portable(path: Path) -> bytes | None:
         return None
     try:
         document = read_json(path)
-    except (OSError, ValueError):       # whoever reads it says so
+        clean = _nowhere(document)
+    except (OSError, ValueError, RecursionError):       # whoever reads it says so
         return None
-    clean = _nowhere(document)
     return None if clean == document else json.dumps(clean, indent=2).encode()
 
 

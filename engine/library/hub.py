@@ -55,8 +55,8 @@ class RemoteFile:
         if not plain or any(part == ".." or part[-1] in ". " or len(part.encode()) > 240 for part in parts):
             raise UserError(f"The repository names a file {str(self.path)[:100]!r}, which not every disk can hold; "
                             "choose another source.")
-        hashes = (self.sha256, self.git_hash)
-        if type(self.bytes) is not int or self.bytes < 0 or not all(isinstance(each, str | None) for each in hashes):
+        hashes = all(isinstance(each, str | None) for each in (self.sha256, self.git_hash))
+        if not (type(self.bytes) is int and 0 <= self.bytes < 1 << 63 and hashes):
             raise UserError(f"The repository gives {self.path} no true size or hash; it is damaged.")
 
     @property
@@ -99,7 +99,11 @@ class Hub:
     listing_seconds: float = LISTING_SECONDS
 
     def __post_init__(self) -> None:
-        if not (re.match("https?://", self.endpoint) and self.host):
+        try:
+            there = re.match("https?://", self.endpoint) and self.host
+        except ValueError:              # half a bracket
+            there = None
+        if not there:
             raise UserError(f"HF_ENDPOINT is {self.endpoint!r}; write an address like https://huggingface.co, or unset "
                             "it.")
 

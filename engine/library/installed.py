@@ -17,7 +17,7 @@ from engine.core import MachineError, UserError
 from engine.disk import only_one, read_json, size_of, write_text_atomically
 from engine.files.manifest import Manifest, is_compressed
 from engine.library.hub import RemoteFile
-from engine.paths import PARTIAL, inside, models_dir, models_dirs
+from engine.paths import PARTIAL, inside, models_dir, models_dirs, unseen
 
 TRASH = ".floechat-trash-"      # a model that is removed is first renamed to this: one step, never half done
 SOURCE = "floe.source.json"
@@ -50,7 +50,7 @@ class Source:
         try:
             raw = read_json(folder / SOURCE)
             return Source(files=tuple(RemoteFile(**file) for file in raw.pop("files")), **raw)
-        except (OSError, ValueError, KeyError, TypeError, UserError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
             return None
 
 
@@ -71,9 +71,10 @@ class Installed:
 
 
 def models(data: str | Path | None = None) -> list[Installed]:
-    """What the folders for models hold, by name; of two with one name that in the first."""
+    """What the folders for models hold, by name; of two with one name that in the first. What has a name that nobody
+    can write is passed over."""
     there = [path for folder in reversed(models_dirs(data)) if folder.is_dir() for path in folder.iterdir()]
-    folders = {path.name: path for path in there if not path.name.startswith(".")}
+    folders = {path.name: path for path in there if not (path.name.startswith(".") or unseen(path.name))}
     return [found for _, path in sorted(folders.items()) if (found := _installed(path))]
 
 
@@ -157,7 +158,7 @@ def _described(folder: Path) -> Installed | None:
 def _noted_share(work: Path) -> float:
     try:
         return float(read_json(partial_share(work)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return 0.0
 
 

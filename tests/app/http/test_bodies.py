@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import warnings
@@ -112,6 +113,15 @@ def test_ids_of_nothing(client, routes, parts):
             place = re.sub(r"\{\w*_id\}", "987654321", path).replace("{kind}", "json")
             is_refused(client.request(method, place, json=body), always=method == "GET")
     answers(client, parts)
+
+
+def test_names_on_the_disk_that_no_text_can_hold(client, tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"bad\xff")).mkdir()
+    except OSError:
+        pytest.skip("this disk has no such names")
+    reply = client.get("/api/models/files", params={"path": f"{tmp_path}{os.sep}", "kind": "folder"})
+    assert len(reply.json()) == 1
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -43,3 +43,8 @@ def test_a_window_that_is_gone_stops_nobody_from_coming_in(tmp_path, monkeypatch
         raise BrokenPipeError
     monkeypatch.setattr("builtins.print", gone)
     StartLink(tmp_path, browser=False).entered(URL)
+
+
+def test_a_disk_that_takes_no_file_leaves_the_printed_link(tmp_path, capsys):
+    StartLink(tmp_path / "gone", browser=True).announce(URL)
+    assert URL in capsys.readouterr().out
