@@ -73,7 +73,7 @@ class Installed:
 def models(data: str | Path | None = None) -> list[Installed]:
     """What the folders for models hold, by name; of two with one name that in the first. What has a name that nobody
     can write is passed over."""
-    there = [path for folder in reversed(models_dirs(data)) if folder.is_dir() for path in folder.iterdir()]
+    there = [path for folder in reversed(models_dirs(data)) for path in _within(folder)]
     folders = {path.name: path for path in there if not (path.name.startswith(".") or unseen(path.name))}
     return [found for _, path in sorted(folders.items()) if (found := _installed(path))]
 
@@ -100,7 +100,7 @@ def empty_trash(data: str | Path | None = None) -> None:
 def place_of(name: str, data: str | Path | None = None) -> Path:
     """Where the model `name` is, whole or begun, or else is to be made. UserError for a name that none can have."""
     places = [inside(folder, name) for folder in models_dirs(data)]
-    begun = [place for place in places if place.exists() or partial(place).exists()]
+    begun = [place for place in places if os.path.exists(place) or os.path.exists(partial(place))]
     there = [path.name.removesuffix(PARTIAL) for folder in models_dirs(data) for path in folder.glob("*")]
     for twin in there:
         if twin.casefold() == name.casefold() and name not in there:
@@ -129,6 +129,14 @@ def claimed(dest: Path) -> AbstractContextManager:
     """One download, removal or calibration of a model at a time, over all processes. UserError for the second."""
     return only_one(dest.parent / f".{dest.name}.lock",
                     f"{dest.name} is being downloaded or removed already; wait for that or stop it.")
+
+
+def _within(folder: Path) -> list[Path]:
+    """Nothing of a folder on a disk that is not connected, or that this user may not look into."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _installed(folder: Path) -> Installed | None:

@@ -282,14 +282,6 @@ def test_offline_and_mirror(monkeypatch):
         Hub.here()
 
 
-@pytest.mark.parametrize("address", ["mirror.example", "https://", "http://[", "http://[::1", "ftp://mirror.example"])
-def test_an_endpoint_that_is_no_address(monkeypatch, address):
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(UserError, match="write an address"):
-        Hub.here()
-
-
 def test_unknown_revision(hub):
     with pytest.raises(UserError, match="no such revision"):
         hub.listing("me/model", "v9")

@@ -179,7 +179,7 @@ def test_a_configuration_that_is_no_small_file_is_not_fetched(loopback, tmp_path
     assert not any("/resolve/" in request for request in loopback.requests)
 
 
-@pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://x", "https://", "file:///x", ""])
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://x", "https://", "file:///x", "", "http://["])
 def test_an_endpoint_that_is_no_address(endpoint):
     with pytest.raises(UserError, match="HF_ENDPOINT"):
         Hub(endpoint)

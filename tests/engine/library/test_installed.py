@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from engine import UserError, delete, models
 from engine.files.folder_writer import GrowingFile, portable
-from engine.library.installed import SOURCE, partial_share
+from engine.library.installed import SOURCE, partial_share, place_of
+from engine.paths import choose_models_dir
 
 NOTES = ["5", "null", "true", '"x"', "[]", "{}", "1e999", "[" * 100_000, '{"files": 5}', '{"files": [5]}',
          '{"endpoint": "", "repository": "", "commit": "", "kind": "", "files": [{"path": "a", "bytes": %s}]}'
@@ -53,6 +56,37 @@ def test_a_folder_whose_name_nobody_can_write_is_passed_over(data, name):
     except OSError:
         pytest.skip("this disk has no such names")
     assert [each.name for each in models(data)] == ["good"]
+
+
+@pytest.fixture
+def stranger() -> Iterator[Path]:
+    """A folder that somebody without rights can use, and from now on the test is that somebody."""
+    if not hasattr(os, "seteuid"):
+        pytest.skip("rights are another matter there")
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        me = os.geteuid()
+        os.seteuid(me or 65534)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(me)
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_no_other(stranger):
+    model(stranger / "models" / "good")
+    locked = model(stranger / "models" / "locked")
+    disk = stranger / "disk"
+    choose_models_dir(str(disk), stranger)
+    choose_models_dir("", stranger)
+    for folder in (disk, locked):
+        folder.chmod(0)
+    try:
+        assert [each.name for each in models(stranger)] == ["good"]
+        assert place_of("new", stranger) == stranger / "models" / "new"
+    finally:
+        for folder in (disk, locked):
+            folder.chmod(0o700)
 
 
 @pytest.mark.parametrize("state", [
