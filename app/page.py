@@ -15,7 +15,7 @@ import gradio as gr
 from app.chat.chat_settings import EFFORTS, SAMPLING_NAMES, Presets, checked
 from app.chat.titles import MODEL_TITLES
 from app.strings import TEXT
-from engine import LEVELS, UserError
+from engine import LEVELS, MachineError, UserError
 
 HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">')
@@ -90,7 +90,7 @@ def _engine_controls(parts) -> None:
 def _configure(parts, **changes):
     try:
         parts.models.configure(replace(parts.models.options, **changes))
-    except UserError as error:
+    except (UserError, MachineError) as error:
         gr.Warning(str(error))
     return _level_update(parts), _near_update(parts)
 

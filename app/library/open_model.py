@@ -70,8 +70,10 @@ class Models:
             return None
 
     def configure(self, options: Options) -> None:
-        """Change level or near memory; takes effect before the next answer."""
-        self.engine.configure(options)
+        """Change level or near memory; takes effect before the next answer. UserError while no model is open."""
+        if not (engine := self.engine):
+            raise UserError(self.step if self.state == "failed" else TEXT["still_opening"])
+        engine.configure(options)
         self.options = options
         self.on_change()
 

@@ -15,6 +15,7 @@ from app.http import api
 from app.library import model_library
 from app.server import Parts
 from engine import Options, demo_model
+from tests.app.chat.test_import import HOSTILE
 from tests.support.waiting import until
 
 with warnings.catch_warnings():
@@ -122,6 +123,16 @@ def test_names_on_the_disk_that_no_text_can_hold(client, tmp_path):
         pytest.skip("this disk has no such names")
     reply = client.get("/api/models/files", params={"path": f"{tmp_path}{os.sep}", "kind": "folder"})
     assert len(reply.json()) == 1
+
+
+def test_hostile_imports_leave_a_program_that_answers(client, parts):
+    before = parts.chats.conversations()
+    for name, text in HOSTILE.items():
+        reply = client.post("/api/import", content=text.encode(), headers={"content-type": "text/plain"})
+        assert reply.status_code == 400, name
+        is_refused(reply)
+    assert parts.chats.conversations() == before
+    answers(client, parts)
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import Engine, Options, Sampling, demo_model
 from engine.core import MachineError, UserError
 from engine.library.download import download
 from engine.library.hub import Hub
@@ -259,6 +260,12 @@ def test_a_mood(name, tmp_path, capfd):
         good.add(REPO, FILES)
         download(REPO, data=data, hub=Hub(good.endpoint))
         assert whole(data)
+
+
+def test_afterwards_the_same_program_answers():
+    with Engine.open(demo_model(), Options(device="cpu")) as engine:
+        events = list(engine.chat([{"role": "user", "content": "Hello!"}], Sampling(temperature=0, max_tokens=5)))
+    assert events[-1].reason in ("stop", "length")
 
 
 def test_the_moods_are_many():
