@@ -19,6 +19,7 @@ DOCUMENT_END = "<|endoftext|>"
 MAX_CHARACTERS = 1 << 16
 OWN_TEXTS = Path(__file__).resolve().parents[2] / "assets" / "texts"
 CALIBRATION_TEXT = OWN_TEXTS / "calibration.jsonl"
+LONGEST_LINE = 1 << 24  # characters: more than a conversation of any context
 CALIBRATION_TOKENS = 16_384  # all texts together, unless somebody wishes otherwise
 EVALUATION_TEXT = OWN_TEXTS / "evaluation.jsonl"
 
@@ -64,8 +65,8 @@ def _divided(ids: list[int], longest: int) -> Iterator[list[int]]:
 def _lines(path: Path) -> Iterator[str]:
     try:
         opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-        with opened as file:
-            yield from file
+        with opened as file:  # a few packed bytes may be a line of gigabytes
+            yield from iter(lambda: file.readline(LONGEST_LINE), "")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); give another text file.") from error
     except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:

@@ -1,8 +1,10 @@
 """Texts to measure on: kinds of files, cutting, and one clear sentence for a bad one."""
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,17 @@ def test_our_own_texts_do_not_overlap_and_are_our_own(tokenizer) -> None:
         json.dumps(json.loads(line)["messages"]) for line in tested}
     assert sum(len(ids) - 1 for ids in read_tokens(EVALUATION_TEXT, tokenizer, 4096)) == 4096
     assert CALIBRATION_TEXT.stat().st_size < 200_000 and EVALUATION_TEXT.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("name", ["a.txt.xz", "a.jsonl.xz"])
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path, tokenizer, name: str) -> None:
+    with lzma.open(tmp_path / name, "wb", preset=0) as file:
+        for _ in range(300):
+            file.write(b"a" * (1 << 20))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(UserError):  # of conversations, that it is none
+            next(read_documents(tmp_path / name, tokenizer))
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
