@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -196,9 +196,9 @@ class GrowingFile:
             self.writer.file.seek(self.writer.start + self.writer.position)
 
 
-def expert_blob(gate: Tensor, up: Tensor, down: Tensor, layout: Layout) -> Tensor:
+def expert_blob(gate: Tensor, up: Tensor, down: Tensor, layout: Layout, check: Callable[[], None]) -> Tensor:
     """gate, up, down [I, hidden] of one expert -> blob uint8 [blob_bytes] on the CPU."""
-    codes = [nested(matrix, layout) for matrix in (gate, up, down)]
+    codes = [nested(matrix, layout, check) for matrix in (gate, up, down)]
     blob = torch.zeros(layout.blob_bytes, dtype=torch.uint8)
     rows = layout.neurons * layout.sketch_row
     blob[:rows] = sketch_rows(codes[0], codes[1], layout).flatten().cpu()
@@ -206,12 +206,13 @@ def expert_blob(gate: Tensor, up: Tensor, down: Tensor, layout: Layout) -> Tenso
     return blob
 
 
-def encoded(experts: Iterable[ExpertLayer], layout: Layout, device: str, layer: int
-            ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Blob and biases of each expert, an ExpertLayer of a single one. UserError for weights that are not finite."""
+def encoded(experts: Iterable[ExpertLayer], layout: Layout, device: str, layer: int,
+            check: Callable[[], None]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Blob and biases of each expert, an ExpertLayer of a single one. UserError for weights that are not finite.
+    check: is called many times within an expert, and may raise."""
     for e, expert in enumerate(experts):
         try:
-            blob = expert_blob(*(m[0].to(device) for m in (expert.gate, expert.up, expert.down)), layout)
+            blob = expert_blob(*(m[0].to(device) for m in (expert.gate, expert.up, expert.down)), layout, check)
         except ValueError as error:
             raise UserError(f"Expert {e} of MoE layer {layer:05d} cannot be compressed: {error}; get an intact "
                             "checkpoint.") from error

@@ -24,10 +24,11 @@ TINY = 1e-30
 BLOCK = 1 << 17  # weights searched at a time on a CPU, so that the some hundred passes stay in its cache
 
 
-def nested(weight: Tensor, layout: Layout) -> Nested:
-    """float [R, hidden] -> Nested over [R, padded]. ValueError for values that are not finite."""
+def nested(weight: Tensor, layout: Layout, check: Callable[[], None] = lambda: None) -> Nested:
+    """float [R, hidden] -> Nested over [R, padded]. ValueError for values that are not finite. check: is called before
+    every block, of which a large expert has thousands, and may raise."""
     rows = max(1, BLOCK // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
-    blocks = in_parallel(lambda block: _nested_block(block, layout), weight.split(rows))
+    blocks = in_parallel(lambda block: check() or _nested_block(block, layout), weight.split(rows))
     return Nested(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 

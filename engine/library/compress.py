@@ -34,7 +34,7 @@ def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits
     """Make the compressed folder `dest` from the checkpoint folder `source`.
 
     say: receives what a user should know besides the progress (parts of the checkpoint that are left out). check: is
-    called before every expert and may raise.
+    called within every expert and may raise.
     UserError: not a MoE checkpoint, a group size that does not divide hidden, weights that are not finite, a dest that
     holds something else or was begun with other settings.
     MachineError: full disk, no card. Finished files survive any failure, and the next call goes on behind them.
@@ -50,7 +50,8 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
                         say: Callable[[str], None] = lambda sentence: None,
                         check: Callable[[], None] = lambda: None) -> Manifest:
     """`compress` for a checkpoint that is open already. source: the folder of its tokenizer; origin: see
-    `FolderWriter.begin`; check: is called before every expert and tensor and may raise."""
+    `FolderWriter.begin`; check: is called within every expert and before every tensor, and may
+    raise."""
     if checkpoint.left_out:
         say(f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}.")
     spec = checkpoint.spec
@@ -85,11 +86,12 @@ def writer_for(checkpoint: Checkpoint, dest: Path, origin: str, group_size: int 
 
 def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: Callable[[], None]) -> Iterator[Unit]:
     """Layers, trunk tensors and multi-token-prediction tensors (kept against a second download, unused for now),
-    those of an earlier run marked as done. check: is called before every expert and tensor, and may raise."""
+    those of an earlier run marked as done. check: is called within every expert and before every tensor, and
+    may raise."""
     source = checkpoint.source
 
     def layer(i: int) -> None:
-        writer.layer(i, encoded(_experts_of(checkpoint, i, check), writer.layout, device, i))
+        writer.layer(i, encoded(_experts_of(checkpoint, i), writer.layout, device, i, check))
 
     def group(group) -> None:
         check()
@@ -108,9 +110,8 @@ def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: C
         yield Unit(source.parts(key), partial(extra, key), MTP in writer.done or key in writer.mtp)
 
 
-def _experts_of(checkpoint: Checkpoint, layer: int, check: Callable[[], None]) -> Iterator[ExpertLayer]:
+def _experts_of(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertLayer]:
     for e in range(checkpoint.spec.experts):
-        check()
         yield checkpoint.read_expert(layer, e)
 
 

@@ -57,7 +57,7 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
     """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
 
     like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
-    the file. say: receives the warning of what quantising twice costs. check: is called before every expert and may
+    the file. say: receives the warning of what quantising twice costs. check: is called within every expert and may
     raise. UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it.
     """
     paths = parts_of(Path(file))

@@ -33,7 +33,7 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Compre
                        report: Report = lambda progress: None, stop: Event | None = None) -> Path:
     """Compress the checkpoint `name` of the data folder beside it; -> the new folder.
 
-    Stopped, before the next expert, when `stop` is set. UserError: no such checkpoint, or it cannot be compressed.
+    Stopped, within an expert, when `stop` is set. UserError: no such checkpoint, or it cannot be compressed.
     """
     source = next((model.folder for model in models(data) if model.name == name and model.kind == "checkpoint"), None)
     if source is None:
@@ -49,7 +49,7 @@ def import_file(file: Path, like: str = "", data: str | Path | None = None, choi
                 report: Report = lambda progress: None, stop: Event | None = None) -> Path:
     """Import the GGUF file of that path into the data folder, under the file's name; -> the new folder.
 
-    like: see `engine.library.gguf_import.import_gguf`. Stopped, before the next expert, when `stop` is set. UserError.
+    like: see `engine.library.gguf_import.import_gguf`. Stopped, within an expert, when `stop` is set. UserError.
     """
     def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
         from engine.library.gguf_import import import_gguf
@@ -63,11 +63,11 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
                         report: Report = lambda progress: None, stop: Event | None = None) -> Path:
     """Measure what each level of the compressed model `name` may leave out, on `text` (None: ours); -> its folder.
 
-    Stopped, before the next document, when `stop` is set. UserError: no such model, a text that is too short.
+    Stopped, before the next expert, when `stop` is set. UserError: no such model, a text that is too short.
     `seconds_left` is the longest it may take: how many trials a promise needs is not known before.
     """
     folder = _compressed(name, data)
-    stop, begun, saying = stop or Event(), 0.0, ""
+    stop, begun, saying, told = stop or Event(), 0.0, "", -1
     with claimed(folder):
         report(Progress(0, 1, 0.0, None, "Loading the model"))
         from engine.quality.calibrate import calibrate
@@ -78,10 +78,12 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
             saying = line
 
         def check(read: int, skipped: int, most: int) -> None:
-            nonlocal begun
+            nonlocal begun, told
             if stop.is_set():
                 raise Stopped
-            begun = begun or time.monotonic()
+            if read == told:            # asked between two experts of one document
+                return
+            told, begun = read, begun or time.monotonic()
             left = (time.monotonic() - begun) / read * (most - skipped - read) if read else None
             report(Progress(read + skipped, most, 0.0, left, saying))
         calibrate(folder, [text or CALIBRATION_TEXT], CALIBRATION_TOKENS, None, device, say, check)

@@ -50,10 +50,12 @@ def documents_of(path: Path, tokenizer, n_tokens: int) -> Documents:
 
 
 class Calibration:
-    """The steps, in order, over one open model. texts: the documents of every text; log, skipped: see LossProbe."""
+    """The steps, in order, over one open model. texts: the documents of every text; log, skipped: see LossProbe; check:
+    see DecodedExperts."""
 
     def __init__(self, loaded: Loaded, texts: Sequence[Documents], reference=None, report: Report = print,
-                 log: MeasurementLog | None = None, skipped: Callable[[int], None] = lambda n_tokens: None) -> None:
+                 log: MeasurementLog | None = None, skipped: Callable[[int], None] = lambda n_tokens: None,
+                 check: Callable[[], None] = lambda: None) -> None:
         self._log, self._skipped = log, skipped
         self.model, self.runtime, self.reference, self.report = loaded.model, loaded.runtime, reference, report
         self.layout = self.runtime.far.layout
@@ -61,7 +63,7 @@ class Calibration:
         self.held = [documents[-(len(documents) // 3):] for documents in texts]
         self.plans: dict[str, LevelPlan] = {}
         self.tried: dict[Budgets, float] = {}  # -> the loss that the tables predict
-        self.decoded = DecodedExperts(self.runtime)
+        self.decoded = DecodedExperts(self.runtime, check)
 
     @property
     def most_tokens(self) -> int:
@@ -268,8 +270,9 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
               check: Check = lambda read, skipped, most: None) -> dict:
     """Calibrate a compressed folder and store the result in its floe.json; returns it.
 
-    check: is called before every document with the tokens read so far, those that an earlier run had measured, and the
-    most that all of it may be; may raise. Stopped or killed, the next call goes on with what was measured.
+    check: is called before every document and, within it, before every expert, with the tokens read so far, those that
+    an earlier run had measured, and the most that all of it may be; may raise. Stopped or killed, the next call goes on
+    with what was measured.
     UserError: not a compressed folder, text too short or unreadable, a reference with another vocabulary. The old
     calibration stays until the end.
     """
@@ -281,7 +284,7 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
         check_vocabulary(loaded.model, reference)
     documents = [documents_of(path, loaded.tokenizer, n_tokens // len(texts)) for path in texts]
     log, progress = MeasurementLog(folder, _subject(manifest, loaded, documents)), _Progress(check)
-    calibration = Calibration(loaded, documents, reference, report, log, progress.skip)
+    calibration = Calibration(loaded, documents, reference, report, log, progress.skip, progress.look)
     progress.watch(loaded.model, calibration.most_tokens)
     found, usage = calibration.run()
     found |= {"texts": [path.name for path in texts],
@@ -302,15 +305,19 @@ class _Progress:
     """Tells `check` how many tokens have been read."""
 
     def __init__(self, check: Check) -> None:
-        self._check, self._read, self._skipped = check, 0, 0
+        self._check, self._read, self._skipped, self._most = check, 0, 0, 0
+
+    def look(self) -> None:
+        self._check(self._read, self._skipped, self._most)
 
     def skip(self, n_tokens: int) -> None:
         self._skipped += n_tokens
 
     def watch(self, model, most: int) -> None:
         def before(module, ids: tuple[Tensor]) -> None:
-            self._check(self._read, self._skipped, most)
+            self.look()
             self._read += ids[0].numel()
+        self._most = most
         model.register_forward_pre_hook(before)
 
 

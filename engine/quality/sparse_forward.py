@@ -49,12 +49,14 @@ class DecodedExperts:
 
     LIMIT = 1 << 30  # bytes
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.far, self.device = runtime.far, runtime.device
+    def __init__(self, runtime: Runtime, check: Callable[[], None] = lambda: None) -> None:
+        """check: is called before an expert is computed with, and may raise."""
+        self.far, self.device, self.check = runtime.far, runtime.device, check
         self._kept: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._room = self.LIMIT // (5 * 4 * self.far.neurons * self.far.layout.padded)
 
     def __call__(self, layer: int, expert: int) -> tuple[Tensor, ...]:
+        self.check()
         if (layer, expert) in self._kept:
             return self._kept[layer, expert]
         far, layout = self.far, self.far.layout

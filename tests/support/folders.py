@@ -10,9 +10,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from engine.core import Options
 from engine.files.compressed import ExpertsFile
 from engine.files.manifest import MANIFEST, Manifest, experts_name, file_entry
 from engine.library.compress import compress
+from engine.model.load import load
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from tests.support.architectures import build
 
@@ -95,3 +97,9 @@ def logits_by_steps(model: torch.nn.Module, tokens: Tensor, n_prefill: int) -> T
         out = model(token[None, None], past_key_values=state, use_cache=True)
         rows.append(out.logits[0])
     return torch.cat(rows).float()
+
+
+@torch.no_grad()
+def next_logits(folder: Path) -> Tensor:
+    """What an opened folder says behind three tokens, float32 [V]."""
+    return load(folder, Options("exact", device="cpu")).model(torch.tensor([[1, 2, 3]])).logits[0, -1].float()

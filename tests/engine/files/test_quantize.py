@@ -141,6 +141,18 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(nested(w, LAYOUT), whole, strict=True))
 
 
+def test_it_can_be_stopped_between_two_blocks(monkeypatch):
+    monkeypatch.setattr("engine.files.quantize.BLOCK", 256 * 3)
+    asked = []
+    nested(rows("heavy"), LAYOUT, lambda: asked.append(1))
+    assert len(asked) == -(-len(rows("heavy")) // 3)
+
+    def stop() -> None:
+        raise InterruptedError
+    with pytest.raises(InterruptedError):
+        nested(rows("heavy"), LAYOUT, stop)
+
+
 def test_threads_change_nothing_not_even_how_many_there_are(monkeypatch):
     w, before, seen = rows("heavy"), torch.get_num_threads(), []
     monkeypatch.setattr("engine.files.quantize.BLOCK", 256 * 3)

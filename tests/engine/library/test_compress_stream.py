@@ -22,7 +22,7 @@ from engine.library.hub import Hub, Stopped
 from engine.library.installed import Source, models, partial, size_of
 from engine.library.transfer import CompressOptions
 from tests.support.architectures import build
-from tests.support.folders import write_tokenizer
+from tests.support.folders import next_logits, write_tokenizer
 from tests.support.killed import CHUNK, Nursery
 from tests.support.loopback_hub import LoopbackHub
 
@@ -212,4 +212,5 @@ def test_killed_at_twenty_random_points(loopback, original, made, tmp_path):
         whole = nursery.killed_often(20, somewhere, loopback, lambda folder: assert_same(folder, made), dest,
                                      model=NAME, trunk_bits=16, device="cpu", keep_original=False)
     assert_same(download(NAME, folder=dest, choice=LEAN), made)
+    assert torch.equal(next_logits(dest), next_logits(made))
     assert served() <= (whole + 1) * total + 20 * CHUNK

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from engine.__main__ import main
@@ -26,6 +27,7 @@ from engine.library.hub import Hub, Stopped
 from engine.library.installed import Source, models, partial
 from engine.library.transfer import CompressOptions, part_of
 from tests.support.architectures import build
+from tests.support.folders import next_logits
 from tests.support.killed import CHUNK, Nursery
 from tests.support.loopback_hub import LoopbackHub, status
 
@@ -234,6 +236,7 @@ def test_killed_at_twenty_points(loopback, made, tmp_path):
         whole = nursery.killed_often(20, somewhere, loopback, lambda folder: assert_imported(folder, made), dest,
                                      model=REPO, trunk_bits=16, device="cpu")
     assert_imported(download(REPO, folder=dest, choice=CPU), made)
+    assert torch.equal(next_logits(dest), next_logits(made["once"]))
     assert gguf_bytes(loopback) <= (whole + 1) * made["gguf"].stat().st_size + 20 * CHUNK
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,18 @@ def test_stopped_again_and_again_it_goes_on_and_ends_as_if_it_had_not_been(folde
     assert found == calibrated[1]
     assert {path.name for path in made.iterdir()} == {path.name for path in calibrated[0].iterdir()}
     assert (made / calibrate.USAGE).read_bytes() == (calibrated[0] / calibrate.USAGE).read_bytes()
+
+
+def test_it_can_be_stopped_between_two_experts_of_a_document(folder, texts, tmp_path):
+    asked = Counter()
+
+    def check(n_read: int, skipped: int, whole: int) -> None:
+        asked[n_read] += 1
+        if n_read and asked[n_read] == 3:
+            raise Stopped
+    with pytest.raises(Stopped):
+        calibrate.calibrate(shutil.copytree(folder, tmp_path / "made"), texts, N_TOKENS, report=lambda line: None,
+                            device="cpu", check=check)
 
 
 def test_the_command_and_a_reference(folder, calibrated, texts, tmp_path, capfd, monkeypatch):
