@@ -23,7 +23,9 @@ OURS = ("models", "logs", "cache", "chats.db", "floechat.", "open.html")  # how 
 NAME_BYTES = 200        # a disk takes 255, and `.partial`, `-original` or `.lock` come to a name
 PART_BYTES, PATH_BYTES = 255, 4000
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")       # control characters, halves of characters, breaks of lines
-DEVICES = {"con", "prn", "aux", "nul", *(port + n for port in ("com", "lpt") for n in "123456789")}  # on Windows
+# Windows keeps these names for devices, whatever ending they have.
+DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$",
+           *(port + n for port in ("com", "lpt") for n in "123456789¹²³")}
 
 
 def inside(folder: Path, name: str) -> Path:
