@@ -19,8 +19,8 @@ from tests.support.loopback_hub import LoopbackHub
 
 BAD_NAMES = ["", ".", "..", "...", ".partial", "..partial", "...partial", "x.partial", "x.PARTIAL", "../models", "/tmp",
              "a/b", "a\\b", "C:", "C:x", "~nosuch/x", "x\ny", "x\0y", "x\x7f", "x\x1b[2J", "x\u2028y", "\ud800", "x.",
-             "x ", " x", ".x", "n" * 201, "\u00e4" * 101, "con", "CON", "nul.txt", "com1", "COM\u00b9", "conout$", "LPT9.floe",
-             "aux .x", "a*b", "a?b", 'a"b', "a|b", "<a>"]
+             "x ", " x", ".x", "n" * 201, "\u00e4" * 101, "con", "CON", "nul.txt", "com1", "COM\u00b9", "conout$",
+             "LPT9.floe", "aux .x", "a*b", "a?b", 'a"b', "a|b", "<a>"]
 BAD_PATHS = ["~nosuch/x", "~nosuch", "/x\ny", "/x\0y", "/" + "n" * 300, "/" + "a/" * 3000, "/\ud800", "/x\u2028y"]
 
 
