@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from engine.core import MachineError, UserError
 from engine.units import size
 
@@ -96,6 +94,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 def only_one(lock: Path, taken: str) -> Iterator[None]:
     """Holds the file `lock`, over all processes; it is gone afterwards. UserError with the sentence `taken` for a
     second one."""
+    from filelock import FileLock, Timeout  # 40 ms, which a line of help need not wait for
     held = FileLock(lock)
     try:
         held.acquire(blocking=False)

@@ -113,26 +113,6 @@ def test_the_comparison_runs_transformers_own(folders) -> None:
     assert loaded.runtime.residency() == [1.0] * small_model.LAYERS, "ours is compared with everything near"
 
 
-@pytest.mark.slow
-def test_with_all_near_ours_is_no_slower_than_transformers_fastest(repository: Path) -> None:
-    """Ratios of medians of interleaved runs, on one core: decode at least as fast, prefill at least half.
-
-    The best of three rounds counts: another program may take the core in between.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        loaded = load.load(repository / "assets" / "demo", Options(level="exact", device="cpu"))
-        seen = []
-        while not any(decode >= 1 and prefill >= 0.5 for decode, prefill in seen):
-            assert len(seen) < 3, f"decode and prefill, ours over the fastest of theirs: {seen}"
-            ours, *theirs = throughput.compare(loaded, rounds=3, sizes=throughput.Sizes(128, 64))
-            seen.append(tuple(ours[key] / max(row[key] for row in theirs) for key in
-                              ("decode_tokens_per_second", "prefill_tokens_per_second")))
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_a_device_is_compared_by_its_own_step(folders, monkeypatch) -> None:
     loaded = load.load(folders[1], Options(level="exact", device="cpu"))
     take_over(loaded)

@@ -20,9 +20,9 @@ def opened(folder, level: str, on_device: bool, norms: list[torch.nn.Module]):
     """gpt_oss, whose experts have biases and clamps, with a norm behind them."""
     loaded = load.load(folder, Options("exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(((20, 30),) * loaded.runtime.far.layers)
-    for layer, norm in zip(loaded.runtime.layers, norms, strict=True):
-        layer.post_norm = norm
     runtime = take_over(loaded, loaded.runtime.far, "cpu", tokens=3) if on_device else loaded.runtime
+    for layer, norm in zip(runtime.layers, norms, strict=True):
+        layer.post_norm = norm
     runtime.set_level(level)
     return runtime
 
