@@ -358,14 +358,14 @@ def test_a_stopped_import_goes_on_at_the_first_layer_that_is_not_whole(tmp_path)
         reads.append(1)
         if len(reads) > limit:
             raise KeyboardInterrupt
-    for limit in (2, 5, 6):
+    for limit in (2, 14, 14):
         reads.clear()
         with pytest.raises(KeyboardInterrupt):
             import_gguf(path, tmp_path / "often", folder, device="cpu", check=lambda limit=limit: check(limit))
         assert not (tmp_path / "often" / "floe.json").exists()
     reads.clear()
     import_gguf(path, tmp_path / "often", folder, device="cpu", check=lambda: check(99))
-    assert len(reads) == len(all_reads) - 8                    # two layers of four experts were whole
+    assert len(reads) == len(all_reads) - 24                   # two layers of four experts of three matrices were whole
     assert Manifest.load(tmp_path / "often") == Manifest.load(tmp_path / "once")
 
 
