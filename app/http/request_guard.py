@@ -7,7 +7,7 @@ of Host names (421), an exact list of Origins (403), Sec-Fetch-Site (403), and t
 * the cookie's (HttpOnly, SameSite=Strict). A browser sends it to *every* port of 127.0.0.1, so whoever serves another
   one has it: alone it opens what a browser asks for by itself, which holds nothing of the person's (SHELL);
 * the key's, for all the rest together with the cookie. The page that answers the start link leaves it in localStorage,
-  which belongs to this port alone, for every tab and reload; floe.js sends it with each request as a header.
+  which belongs to this port alone, for every tab and reload; key.js sends it with each request as a header.
 
 Streams pass through untouched. The same wrapper adds the headers that keep the page from loading anything foreign, and
 refuses a body that is too large before anybody reads it.
@@ -41,6 +41,7 @@ _CLOSED = ("/gradio_api/proxy=", "/proxy=", "/monitoring", "/gradio_api/monitori
 # The address bar, the history and a reload keep nothing of the start link.
 _ENTRY = ("<!doctype html><meta charset=utf-8><title>{title}</title><script>localStorage.setItem('floe-key', {key}); "
           "location.replace('/');</script><p>{text}</p>")
+_KEY_SCRIPT = b'<head><script src="/ui/key.js"></script>'
 
 
 class Guard:
@@ -75,7 +76,7 @@ class Guard:
             return await _answer(send, status, TEXT["link_used"] if token and not foreign else text)
         if token:  # an old link in a browser that is in already
             return await _answer(send, 303, "", [(b"location", b"/")])
-        return await self._app(scope, receive, _with_headers(send))
+        return await self._app(scope, receive, _with_headers(_with_key(send) if scope["path"] == "/" else send))
 
     def _foreign(self, headers: dict[str, list[str]]) -> tuple[int, str] | None:
         if headers.get("host", []) not in [[host] for host in self._hosts]:
@@ -137,6 +138,26 @@ async def _answer(send, status: int, text: str, headers=(), kind: str = "plain")
         (b"content-type", f"text/{kind}; charset=utf-8".encode()), (b"content-length", str(len(body)).encode()),
         *_HEADERS, *headers]})
     await send({"type": "http.response.body", "body": body})
+
+
+def _with_key(send):
+    """The page with key.js before all that it holds; what Gradio is given for the head comes behind its first request,
+    which then lacked the key now and then."""
+    begun: list[dict] = []
+
+    async def wrapped(message) -> None:
+        if message["type"] == "http.response.start":
+            begun.append(message)
+            return
+        if begun:
+            start, body = begun.pop(), message.get("body", b"").replace(b"<head>", _KEY_SCRIPT, 1)
+            kept = [pair for pair in start["headers"] if pair[0].lower() != b"content-length"]
+            length = [] if message.get("more_body") else [(b"content-length", str(len(body)).encode())]
+            await send(start | {"headers": kept + length})
+            message = message | {"body": body}
+        await send(message)
+
+    return wrapped
 
 
 def _with_headers(send):

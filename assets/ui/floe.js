@@ -14,15 +14,6 @@ class Said extends Error {} // the person has been told already
 export class Unheard extends Said {} // nobody answers at the moment
 window.addEventListener("unhandledrejection", (event) => event.reason instanceof Said && event.preventDefault());
 
-// Every request of this page, Gradio's as well, carries the key that the start link brought. It is read each time: the
-// page may have been opened anew in another tab after the program was started again.
-const plainFetch = window.fetch;
-window.fetch = (target, options) => {
-  const request = new Request(target, options);
-  if (request.url.startsWith(`${location.origin}/`)) request.headers.set("x-floe-key", localStorage.getItem("floe-key"));
-  return plainFetch(request);
-};
-
 async function sentence(reply) {
   const json = (reply.headers.get("content-type") || "").startsWith("application/json");
   return json ? (await reply.json()).error : reply.status < 500 && (await reply.text());
