@@ -9,8 +9,8 @@ of Host names (421), an exact list of Origins (403), Sec-Fetch-Site (403), and t
 * the key's, for all the rest together with the cookie. The page that answers the start link leaves it in localStorage,
   which belongs to this port alone, for every tab and reload; key.js sends it with each request as a header.
 
-Streams pass through untouched. The same wrapper adds the headers that keep the page from loading anything foreign, and
-refuses a body that is too large before anybody reads it.
+Streams pass through untouched; key.js is put first into the page. The same wrapper adds the headers that keep the
+page from loading anything foreign, and refuses a body that is too large before anybody reads it.
 """
 from __future__ import annotations
 
