@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from engine import choose_models_dir
@@ -163,7 +164,6 @@ def test_a_double_click_ends_in_an_answer(person, tmp_path):
     try:
         with sync_api.sync_playwright() as playwright:
             chromium = _connect(playwright, debugging)
-            until_there(lambda: any("127.0.0.1" in page.url for page in chromium.contexts[0].pages))
             page = next(page for page in chromium.contexts[0].pages if "127.0.0.1" in page.url)
             page.set_default_timeout(300_000)
             wait_ready(page)
@@ -174,11 +174,15 @@ def test_a_double_click_ends_in_an_answer(person, tmp_path):
 
 
 def _connect(playwright, port: int):
-    """To the browser that the launcher has opened, as soon as it is there."""
-    def answers() -> bool:
-        with socket.socket() as knock:
-            return knock.connect_ex(("127.0.0.1", port)) == 0
-    until_there(answers)
+    """To the browser that the launcher has opened, as soon as it shows the program: Playwright learns of a page's
+    later addresses only while one of its own calls runs."""
+    def shows() -> bool:
+        try:
+            tabs = httpx.get(f"http://127.0.0.1:{port}/json/list", timeout=10).json()
+        except httpx.TransportError:
+            return False
+        return any(tab["url"].startswith("http://127.0.0.1") for tab in tabs)
+    until_there(shows)
     return playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}")
 
 

@@ -35,7 +35,7 @@ def live(data: str, finish: bool) -> None:
     jobs.start()
     parts.models.open()
     told = 0
-    while jobs.live or chats.waiting() or not finish or not told:
+    while not finish or not told or chats.waiting() or _unanswered(chats, conversation):
         answer = jobs.live
         if not answer and not chats.waiting():
             ask(chats, jobs, conversation)
@@ -43,6 +43,12 @@ def live(data: str, finish: bool) -> None:
             told = answer.revision
             print(answer.message_id, len(answer.text), time.time(), flush=True)
         time.sleep(0.005)
+
+
+def _unanswered(chats, conversation: int) -> bool:
+    """Asked after the queue: what has left it is a message, whether or not its answer is already `jobs.live`."""
+    last = chats.path(conversation)[-1]
+    return last.role == "user" or last.status == "running"
 
 
 def ask(chats, jobs, conversation: int) -> None:
