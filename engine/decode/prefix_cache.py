@@ -19,7 +19,7 @@ from engine.model.static_cache import FullLayer, Snapshot, StepCache, forward
 
 MAX_MARKS = 8
 MAX_MARK_BYTES = 1 << 30              # in host memory; a mark of a 35B hybrid model is about 65 MB
-# Model types whose forward, given a state and several tokens at once, loses the state (transformers 5.17 to 5.23).
+# Model types whose forward, given a state and several tokens at once, loses the state (transformers 5.23).
 ONE_BY_ONE = {"jamba", "minimax"}
 _CUT_ANYWHERE = {"DynamicLayer", "DynamicIndexedLayer", "DummyLayer"}
 

@@ -6,9 +6,11 @@ those that went through transformers' experts interface; their flags say how gat
 """
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from engine.core import ModelSpec, UserError
@@ -20,6 +22,17 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 TOP_K = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
 STEP = 64                 # hidden must be a multiple: the smallest group of codes
 UNKNOWN_CONTEXT = 4096    # for configurations that state no maximum
+TRANSFORMERS = (5, 23)    # the first whose caches and quantizers have the form that is used here
+
+
+def check_transformers(version: str) -> None:
+    """UserError for a version that would fail later, under the name of a folder that is not to blame."""
+    if tuple(int(re.match(r"\d*", part)[0] or 0) for part in version.split(".")[:2]) < TRANSFORMERS:
+        raise UserError("Floe Chat needs transformers {}.{} or newer, and this environment has {}; start the launcher "
+                        "with --repair, or bring the environment up to date.".format(*TRANSFORMERS, version))
+
+
+check_transformers(transformers.__version__)
 
 
 def read_config(folder: Path):

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.dequantize import block_fp8, mxfp4
 from engine.files.key_map import KeyMap
+from engine.files.skeleton import TRANSFORMERS, check_transformers
 from engine.files.tensor_source import INDEX
 from tests.support.architectures import COMMON, DELTA, MOE, SMALL, build
 
@@ -287,3 +290,22 @@ def test_the_trained_demonstration_model(shared):
     assert layer.gate.dtype == torch.bfloat16 and torch.equal(torch.cat((layer.gate, layer.up), 1), both)
     assert checkpoint.spec.kv_bytes_per_token == 2 * 2 * 6 * 2 * 64
     assert_trunk_equals(checkpoint, model)
+
+
+@pytest.mark.parametrize("verb", [["chat", "assets/demo", "--prompt", "Hi"], ["compress", "assets/demo", "x"]])
+def test_a_transformers_that_is_too_old_is_named_and_no_folder_is(verb, repository):
+    """An environment's own transformers, made to look as 5.17 does."""
+    code = ("import sys, transformers, transformers.cache_utils as caches\n"
+            "transformers.__version__ = '5.17.0'\n"
+            "del caches.DummyLayer\n"
+            "from engine.__main__ import main\n"
+            f"sys.exit(main({verb!r}))")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("Floe Chat needs transformers 5.23 or newer"), ended.stderr
+
+
+def test_the_requirement_is_what_is_asked_at_the_start(repository):
+    check_transformers(".".join(map(str, TRANSFORMERS)) + ".0")
+    for newer in ("5.24.0.dev0", "6.0rc1"):
+        check_transformers(newer)
+    assert f'"transformers>={".".join(map(str, TRANSFORMERS))}"' in (repository / "pyproject.toml").read_text()
