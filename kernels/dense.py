@@ -1,6 +1,6 @@
 """Level `exact`: every neuron of the routed experts at 4 bits, from whole blobs. No scoring, no selection.
 
-Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs.
+Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs, n experts of prefill's tile.
 """
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
                 g, u = g + gate_bias[i, j], u + up_bias[i, j]
             out[i, j] = gate(g, u) @ down
     return out
+
+
+@twin("kernels.gpu.dequantize")
+def dequantize(blobs: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> None:
+    """Into 16-bit matrices, for the matrix products of prefill: blobs uint8 [n, blob_bytes] -> gate_up [n, 2I, hidden]
+    (rows of gate, then of up) and down [n, I, hidden], in their dtype and without the padding of hidden."""
+    half = layout.neurons
+    for blob, both, last in zip(blobs, gate_up, down, strict=True):
+        for target, values in zip((both[:half], both[half:], last), decode_blob(blob, layout), strict=True):
+            target.copy_(values[:, :layout.hidden])
 
 
 def decode_blob(blob: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from engine.planning.sizes import tile_experts
 from kernels.activation import Gate
-from kernels.dequantize import dequantize
+from kernels.dense import dequantize
 from kernels.layout import Layout
 
 Tensor = torch.Tensor

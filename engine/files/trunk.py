@@ -1,8 +1,8 @@
-"""Trunk weights (all but routed experts) at 16, 8 or 4 bits on disk; decoded to ordinary weights when loaded.
+"""Trunk weights (all but routed experts) at 16, 8 or 4 bits on disk.
 
-A quantised tensor `name` is stored as `name:codes` and `name:scales`, groups along its last axis. With 4 bits the
-small and sensitive parts stay at 8: routers and other gates, embedding and head, the first and the last layer. Norms,
-biases, convolutions and whatever is small stay as they are.
+A quantised tensor `name` is stored as `name:codes` and `name:scales`, in the order of kernels/linear.py. With 4 bits
+the small and sensitive parts stay at 8: routers and other gates, embedding and head, the first and the last layer.
+Norms, biases, convolutions and whatever is small stay as they are.
 """
 from __future__ import annotations
 
@@ -70,11 +70,3 @@ def _encode4(groups: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = search(groups)
     flat = codes.flatten(-2)
     return flat[..., ::2] | flat[..., 1::2] << 4, scales
-
-
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """float32 weights; the dtype of the codes tells how many bits they have."""
-    if codes.dtype == torch.int8:
-        return (codes.unflatten(-1, (-1, GROUP)).float() * scales.float()[..., None]).flatten(-2)
-    values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).unflatten(-1, (-1, GROUP)).float()
-    return torch.addcmul(scales[..., 1:].float(), values, scales[..., :1].float()).flatten(-2)

@@ -29,9 +29,10 @@ from engine.experts.store import Far, FarBlobs
 from engine.files.manifest import TRUNK, Manifest
 from engine.files.proof import proving
 from engine.files.skeleton import experts_modules, model_spec
-from engine.files.trunk import CODES, SCALES, decode
+from engine.files.trunk import CODES, SCALES
 from engine.machine.detect import machine_for
 from engine.planning.planner import Planner
+from kernels.linear import decode
 
 Tensor = torch.Tensor
 SIZES = ("layers", "experts", "top_k", "neurons", "hidden")  # what the manifest repeats of the configuration

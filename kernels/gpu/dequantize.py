@@ -1,4 +1,4 @@
-"""Device version of kernels/dequantize.py: one block a neuron and stretch of hidden, one element a thread at a time.
+"""Device version of `dequantize` (kernels/dense.py): one block a neuron and stretch of hidden, one element a thread.
 
 Plain shifts instead of four codes at once: what waits in prefill is the link, and of 33 billion weights on a card of 28
 multiprocessors this is some 50 ms (ten instructions a weight, computed) beside the 700 ms that they take to arrive.
@@ -55,7 +55,7 @@ def _dequantize(blobs, gate_up, down, blob16, NEURONS: tl.constexpr, HIDDEN: tl.
 
 
 def dequantize(blobs: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> None:
-    """As kernels.dequantize.dequantize."""
+    """As kernels.dense.dequantize."""
     n, neurons, hidden = len(blobs), layout.neurons, layout.hidden
     assert gate_up.shape == (n, 2 * neurons, hidden) and down.shape == (n, neurons, hidden), (gate_up.shape, down.shape)
     assert gate_up.is_contiguous() and down.is_contiguous() and gate_up.dtype == down.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.dequantize import dequantize
+from kernels.dense import dequantize
 from kernels.gpu import dequantize as gpu_dequantize
 from kernels.layout import Layout, default_group_size
 from tests.support.random_experts import random_blobs

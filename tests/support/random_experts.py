@@ -1,4 +1,4 @@
-"""Compressed experts of random codes and plausible scales, without the quantiser."""
+"""Compressed experts and trunk matrices of random codes and plausible scales, without the quantiser."""
 from __future__ import annotations
 
 import random
@@ -42,6 +42,17 @@ def blob_of(gate: Nested, up: Nested, down: Nested, layout: Layout) -> Tensor:
 def random_blobs(n: int, layout: Layout, generator: torch.Generator) -> Tensor:
     """uint8 [n, blob_bytes]."""
     return torch.stack([blob_of(*random_expert(layout, generator), layout) for _ in range(n)])
+
+
+def random_matrix(rows: int, columns: int, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """codes, scales of a trunk matrix in the order of kernels/linear.py, groups of 64."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = (0.5 + torch.rand(rows, columns // 64, generator=generator)) / 2 ** (bits - 1) / columns ** 0.5
+    if bits == 8:
+        codes = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+        return codes, scales.half()
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
+    return codes, torch.stack((scales, -scales * (6 + 3 * torch.rand(scales.shape, generator=generator))), -1).half()
 
 
 SEEDS = (0, 2, 4, 5, 7)     # every hidden size
