@@ -2,6 +2,11 @@
 
 Scores only choose neurons, so one int8 number per activation is enough for them (one four-way dot product takes four
 codes). Values are computed in float32 on the CPU and in 16-bit fixed point on a GPU.
+
+A NaN or an infinity among the activations must end as "not numbers" and never as a number that looks like one. Codes
+cannot hold it, so the scale does: such a group has a scale that is not finite (which of the two is left open) and codes
+of 0, and 0 times that scale is NaN in whatever is summed. Every twin keeps to this, its gates and clamps let a NaN
+through, a score is NaN then and is chosen like the largest.
 """
 from __future__ import annotations
 
@@ -47,8 +52,11 @@ class Gate:
 
 @twin("kernels.gpu.activation")
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group."""
+    """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group.
+
+    A group that holds a NaN or an infinity: codes 0, and a scale that is not finite.
+    """
     grouped = x.float().unflatten(1, (-1, group))
     scale = grouped.abs().amax(-1).clamp_min(1e-20) / 127
-    codes = (grouped / scale[..., None]).round().clamp(-127, 127)
+    codes = (grouped / scale[..., None]).round().clamp(-127, 127).nan_to_num(0)
     return codes.to(torch.int8).flatten(1), scale

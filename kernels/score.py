@@ -32,7 +32,7 @@ def sketch_products(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tens
 def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout,
           gate: Gate, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
           histogram: Tensor | None = None) -> Tensor:
-    """-> scores float32 [T, k*I], all >= 0.
+    """-> scores float32 [T, k*I], all >= 0, or NaN without a sign.
 
     weight float32 [T, k] router weights; gate_bias, up_bias float32 [T, k, I] of the routed experts or None.
     histogram int32 [T, BINS], zero before: receives the counts of the scores' upper 12 bits, for `select`.
@@ -40,7 +40,7 @@ def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight
     g, u = sketch_products(codes, scales, sketches, place, layout)
     if gate_bias is not None:
         g, u = g + gate_bias, u + up_bias
-    scores = (gate(g, u).abs() * weight.abs()[..., None]).flatten(1)
+    scores = (gate(g, u) * weight[..., None]).abs().flatten(1)
     if histogram is not None:
         histogram += histogram_of(scores)
     return scores

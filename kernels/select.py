@@ -1,6 +1,7 @@
 """The K best neurons of a layer, exactly: by the top 24 bits of the score, ties by index, listed in neuron order.
 
-Neuron order makes every later sum independent of what happens to be cached. Legend: T tokens, N = k*I scores.
+Neuron order makes every later sum independent of what happens to be cached. A score of NaN counts as the largest.
+Legend: T tokens, N = k*I scores.
 """
 from __future__ import annotations
 
@@ -51,13 +52,13 @@ def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capac
 
 @twin("kernels.gpu.select")
 def select_above(scores: Tensor, threshold: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """FloE's rule: every neuron whose score is above its expert's threshold, the first `capacity` of them.
+    """FloE's rule: every neuron whose score is above its expert's threshold (NaN is), the first `capacity` of them.
 
     scores, threshold float32 [T, N] -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K], all FLOE. K is
     capacity; without one it is the number kept, which only a single token on a CPU may ask for.
     """
     assert capacity is not None or len(scores) == 1, "one token at a time: the number kept differs between tokens"
-    rows = [row.nonzero()[:, 0].int() for row in scores > threshold]
+    rows = [row.nonzero()[:, 0].int() for row in ~(scores <= threshold)]
     if capacity is None:
         return rows[0][None], torch.full((1, len(rows[0])), FLOE, dtype=torch.int8, device=scores.device)
     neurons = torch.cat([_padded(row[None, :capacity], capacity, -1) for row in rows])

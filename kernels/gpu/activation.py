@@ -39,9 +39,13 @@ def _quantize(x, codes, low, scales, sums, GROUPS: tl.constexpr, GROUP: tl.const
     group = tl.program_id(1) * GROUPS + tl.program_id(0) * STEP + tl.arange(0, STEP)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None]
     values = tl.load(x + at).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=1), 1e-20), LARGEST * 1.0)
+    size = tl.abs(values)
+    # A maximum passes over NaN, so it counts as an infinity.
+    largest = tl.max(tl.where(size <= 3.4028234663852886e38, size, float("inf")), axis=1)
+    scale = tl.div_rn(tl.maximum(largest, 1e-20), LARGEST * 1.0)
     code = _rounded(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)))
-    code = tl.minimum(tl.maximum(code, -LARGEST * 1.0), LARGEST * 1.0).to(tl.int32)
+    code = tl.minimum(tl.maximum(code, -LARGEST * 1.0), LARGEST * 1.0)
+    code = tl.where(scale[:, None] < float("inf"), code, 0).to(tl.int32)
     tl.store(scales + group, scale)
     if HALVES:
         high = (code + 128) >> 8

@@ -10,6 +10,7 @@ SILU = tl.constexpr(KINDS.index("silu"))
 GELU = tl.constexpr(KINDS.index("gelu"))
 GELU_TANH = tl.constexpr(KINDS.index("gelu_tanh"))
 RELU = tl.constexpr(KINDS.index("relu"))
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # a maximum or minimum with NaN is otherwise the other number
 
 
 def check_gate(gate: Gate) -> None:
@@ -31,7 +32,7 @@ def gated(gate, up, alpha, limit, KIND: tl.constexpr):
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate * tl.sigmoid(2 * inner) * up
     if KIND == RELU:
-        return tl.maximum(gate, 0) * up
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
+        return tl.maximum(gate, 0, propagate_nan=NAN) * up
+    gate = tl.minimum(gate, limit, propagate_nan=NAN)
+    up = tl.minimum(tl.maximum(up, -limit, propagate_nan=NAN), limit, propagate_nan=NAN)
     return (up + 1) * gate * tl.sigmoid(gate * alpha)

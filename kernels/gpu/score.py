@@ -68,7 +68,7 @@ def _score(x, scales, sketches, place, weight, gate_bias, up_bias, scores, histo
     if UP:
         value = tl.abs(up)
     else:
-        value = tl.abs(gated(gate, up, alpha, limit, KIND)) * tl.abs(tl.load(weight + routed))
+        value = tl.abs(gated(gate, up, alpha, limit, KIND) * tl.load(weight + routed))
     tl.store(scores + at, value, mask=valid)
     if COUNTED:
         tl.atomic_add(histogram + token * BINS + (value.to(tl.int32, bitcast=True) >> BIN_SHIFT), 1, mask=valid,

@@ -60,13 +60,19 @@ def _bisect(keys, low, low2, n, n2, ROUNDS: tl.constexpr):
 
 @triton.jit
 def _kept(keys, key, ties, n_above, n_equal):
-    """Which keys of a tile are kept, and their positions in the list; n_above, n_equal: counted in earlier tiles."""
+    """Which keys of a tile are kept, their positions in the list, and how many are kept up to its end.
+
+    n_above, n_equal: counted in earlier tiles. ties < 0: of a histogram that was not this step's.
+    """
+    ties = tl.maximum(ties, 0)
     above = keys > key
     equal = keys == key
     flags = above.to(tl.int32) + (equal.to(tl.int32) << 16)
     before = tl.cumsum(flags, 0) - flags
-    n_equal = n_equal + (before >> 16)
-    return above | (equal & (n_equal < ties)), n_above + (before & 0xFFFF) + tl.minimum(n_equal, ties)
+    equal_before = n_equal + (before >> 16)
+    tile_above, tile_equal = _two_sums(above, equal)
+    end = n_above + tile_above + tl.minimum(n_equal + tile_equal, ties)
+    return above | (equal & (equal_before < ties)), n_above + (before & 0xFFFF) + tl.minimum(equal_before, ties), end
 
 
 @triton.jit
@@ -137,13 +143,13 @@ def _select(scores, n_refined, n_total, histogram, found, lower, neurons, fideli
             n_above += above
             n_equal += equal
             n_equal2 += tl.sum((earlier == key2).to(tl.int32), 0)
-    kept, position = _kept(keys, key, ties, n_above, n_equal)
-    better, _ = _kept(keys, key2, ties2, 0, n_equal2)
+    kept, position, end = _kept(keys, key, ties, n_above, n_equal)
+    better, _, _ = _kept(keys, key2, ties2, 0, n_equal2)
     kept = kept & (position < capacity) & (at < n)
     tl.store(neurons + token * capacity + position, at, mask=kept)
     tl.store(fidelity + token * capacity + position, tl.where(better, REFINED, 0).to(tl.int8), mask=kept)
-    if tl.program_id(1) == 0:
-        for start in range(total, capacity, TILE):
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        for start in range(end, capacity, TILE):  # not from `total` on: a stale histogram keeps another number
             rest = start + tl.arange(0, TILE)
             tl.store(neurons + token * capacity + rest, -1, mask=rest < capacity)
             tl.store(fidelity + token * capacity + rest, 0, mask=rest < capacity)
@@ -160,10 +166,11 @@ def _select_above(scores, threshold, neurons, n, capacity, TILE: tl.constexpr):
     n_before = 0
     for block in range(tl.program_id(1)):
         at = block * TILE + tl.arange(0, TILE)
-        above = tl.load(scores + at) > tl.load(threshold + at)
-        n_before += tl.sum(above.to(tl.int32), 0)
+        below = tl.load(scores + at) <= tl.load(threshold + at)
+        n_before += tl.sum(1 - below.to(tl.int32), 0)
     at = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    above = (tl.load(scores + at, mask=at < n, other=0) > tl.load(threshold + at, mask=at < n, other=0)).to(tl.int32)
+    below = tl.load(scores + at, mask=at < n, other=0) <= tl.load(threshold + at, mask=at < n, other=0)
+    above = 1 - below.to(tl.int32)  # so that NaN, of which nothing is true, is above
     position = n_before + tl.cumsum(above, 0) - above
     tl.store(neurons + token * capacity + position, at, mask=(above > 0) & (position < capacity))
     if tl.program_id(1) == tl.num_programs(1) - 1:

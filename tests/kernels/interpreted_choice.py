@@ -10,7 +10,7 @@ from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
-from kernels.select import histogram_of, select, select_above
+from kernels.select import REFINED, histogram_of, select, select_above
 from tests.support.random_experts import SEEDS, random_blobs, random_shape
 
 # H, I, k, T
@@ -79,6 +79,36 @@ def test_quantized_activation_bit_for_bit(hidden, n_tokens, dtype):
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("quantize", [gpu_activation.quantize_activation, quantize_activation.reference])
+def test_a_group_that_holds_no_numbers_has_no_scale(quantize, bad):
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(1))
+    x[1, 130] = bad
+    codes, scales = quantize(x, 64)
+    assert scales.isfinite().tolist() == [[True] * 4, [True, True, False, True]]
+    assert not codes[1, 128:192].any() and codes[1, :128].any()
+    assert torch.equal(codes[:1], quantize(x[:1], 64)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("run", [gpu_score.score, score.reference])
+def test_what_is_no_number_is_scored_so_and_chosen(run, bad, kind):
+    layout, generator = layout_of(256, 32), torch.Generator().manual_seed(1)
+    sketches, place = random_blobs(1, layout, generator), torch.zeros(1, 1, dtype=torch.int32)
+    x = torch.randn(1, 256, generator=generator)
+    x[0, 3] = bad
+    counts = torch.zeros(1, 4096, dtype=torch.int32)
+    scores = run(*quantize_activation.reference(x, layout.group), sketches, place, -torch.ones(1, 1), layout,
+                 Gate(kind), histogram=counts)
+    assert scores.isnan().all() and (scores.view(torch.int32) > 0).all() and int(counts.sum()) == 32
+    scores[0, :20], budget = 1.0, torch.tensor([5], dtype=torch.int32)
+    for choose in (select.reference, gpu_select.select):
+        assert choose(scores, budget, budget, 5)[0].tolist() == [[20, 21, 22, 23, 24]]
+    for choose in (select_above.reference, gpu_select.select_above):
+        assert choose(scores, torch.full_like(scores, 2.0), 12)[0].tolist() == [list(range(20, 32))]
+
+
 def scores_of(kind: str, n_tokens: int, n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(n)
     scores = torch.rand(n_tokens, n, generator=generator) ** 4
@@ -118,6 +148,27 @@ def test_select_with_several_blocks(monkeypatch, n_tokens, n, tile, kind, counte
         found = gpu_select.select(scores, n_refined, n_total, n, histogram)
         assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1]), (n_refined, n_total)
         assert not counted or not histogram.any()
+
+
+@pytest.mark.parametrize("tile", [4096, 128])
+@pytest.mark.parametrize("counts", ["none", "twice", "another's", "all in one"])
+def test_a_stale_histogram_leaves_no_garbage(monkeypatch, counts, tile):
+    """As a step that was broken off leaves it: what is chosen is wrong then, but every entry is a neuron or -1."""
+    monkeypatch.setattr(gpu_select, "LARGEST_TILE", tile)
+    garbage = torch.full((3 * 1024,), 0x5A5A5A5A, dtype=torch.int32)
+    monkeypatch.setattr(gpu_select.torch, "empty", lambda *shape, dtype, device: garbage.clone().view(dtype)[
+        :torch.Size(shape).numel()].view(shape))
+    scores = scores_of("random", 2, 700)
+    histogram = {"none": torch.zeros(2, 4096, dtype=torch.int32), "twice": 2 * histogram_of(scores),
+                 "another's": histogram_of(scores / 3), "all in one": 0 * histogram_of(scores)}[counts]
+    if counts == "all in one":
+        histogram[:, 4095] = 700
+    for n_refined, n_total in ((0, 100), (40, 300), (350, 700)):
+        neurons, fidelity = gpu_select.select(scores, n_refined, n_total, 700, histogram.clone())
+        for row, kind in zip(neurons.tolist(), fidelity.tolist(), strict=True):
+            n = row.index(-1) if -1 in row else len(row)
+            assert row[:n] == sorted(set(row[:n])) and set(row[n:]) <= {-1} and all(0 <= i < 700 for i in row[:n])
+            assert set(kind) <= {0, REFINED}
 
 
 @pytest.mark.parametrize("tile", [4096, 128])

@@ -1,6 +1,8 @@
 """Cases for Triton's interpreter (run by test_kernels_triton.py): the sparse and the dense expert product."""
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -43,6 +45,22 @@ def choice(layout: Layout, k: int, n_tokens: int, n: int, generator: torch.Gener
     neurons[-1, n - n // 4:] = -1
     fidelity = torch.tensor([DOWN_ONLY, REFINED, FLOE], dtype=torch.int8)
     return neurons, fidelity[torch.randint(0, 3, neurons.shape, generator=generator)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_ends_as_none(bad, kind):
+    """Level `exact`, and the sparse ones at every fidelity."""
+    layout, generator = Layout(256, 24, 64), torch.Generator().manual_seed(2)
+    blobs, x = random_blobs(1, layout, generator), torch.randn(1, 256, generator=generator)
+    x[0, 70] = bad
+    place, chosen = torch.zeros(1, 1, dtype=torch.int32), torch.arange(24, dtype=torch.int32)[None]
+    for run in (gpu_apply.dense, dense.reference):
+        assert run(x, blobs, place, layout, Gate(kind)).isnan().any()
+    for run, fidelity in product((gpu_apply.apply, apply.reference), (DOWN_ONLY, REFINED, FLOE)):
+        found = run(x, blobs, place, records_of(blobs, layout), chosen, chosen,
+                    torch.full((1, 24), fidelity, dtype=torch.int8), layout, Gate(kind))
+        assert found.isnan().any(), (run, fidelity)
 
 
 @pytest.mark.parametrize("biased", [False, True])
