@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError, model_validator
 
 from app.strings import TEXT
 from engine import UserError
@@ -63,6 +63,17 @@ class Begin(Body):
 class Change(Body):
     title: Title | None = None
     pinned: bool | None = None
+
+
+class Settings(Body):
+    """What changes of a conversation's settings, first to those of a preset; None takes one back."""
+
+    preset: Name | None = None
+    changes: Annotated[dict[str, JsonValue], Field(max_length=100)] = {}
+
+
+class Preset(Body):
+    name: Annotated[str, Field(max_length=1000)]
 
 
 class Question(Body):

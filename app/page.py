@@ -1,18 +1,16 @@
 """The page's layout: three columns of Gradio blocks, and which control calls what. No state lives here.
 
-Conversations, messages and the panel are own elements (assets/ui), because a conversation of 400 messages must stay
-light; what a person sets is Gradio's. The scripts tell this side which conversation is open through the element's
-`select` event, so there is no gr.State and with it no heartbeat connection for each tab.
+Conversations, messages, settings and the panel are own elements (assets/ui): a conversation of 400 messages must stay
+light, and a value that travels through Gradio's queue does not say whose it is. Gradio's are page, theme, tabs and
+what is set of the engine; there is no gr.State and with it no heartbeat connection for each tab.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import gradio as gr
 
-from app.chat.chat_settings import EFFORTS, SAMPLING_NAMES, Presets, checked
 from app.chat.titles import MODEL_TITLES
 from app.strings import TEXT
 from engine import LEVELS, MachineError, UserError
@@ -24,7 +22,6 @@ _MIB = 1 << 20
 # always_last: Gradio's own choice drops what a person does while the same event's last answer is still under way
 FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
 MAY_WARN = FREE | {"queue": True}  # Gradio shows a warning only where the event went through its queue
-IN_TURN = MAY_WARN | {"concurrency_id": "settings", "concurrency_limit": 1}  # what is kept is what was set just before
 
 
 def theme() -> gr.themes.Base:
@@ -42,13 +39,12 @@ def build_page(parts) -> gr.Blocks:
             with gr.Column(elem_id="left", scale=0):
                 _element("list")
             with gr.Column(elem_id="center", scale=1):
-                chat = _element("chat")
-                opened = gr.Textbox("", visible="hidden", elem_id="opened")  # always in the document, as no tab is
+                _element("chat")
             with gr.Column(elem_id="right", scale=0), gr.Tabs():
                 with gr.Tab(TEXT["tab_engine"], id="engine"):
                     _engine_controls(parts)
-                with gr.Tab(TEXT["tab_chat"], id="settings"), gr.Column(elem_id="settings"):
-                    _chat_controls(parts, chat, opened)
+                with gr.Tab(TEXT["tab_chat"], id="settings"):
+                    _element("settings")
                 with gr.Tab(TEXT["tab_models"], id="models"):
                     _element("models")
     return page
@@ -117,139 +113,3 @@ def _near_update(parts):
     most = max(most, least + 0.25)  # a slider has two ends, however small the model
     now = min(max(round(snapshot["near_bytes"] / _MIB, 2), least), most)
     return gr.update(minimum=least, maximum=most, value=now, step=0.25, interactive=True)
-
-
-def _chat_controls(parts, chat: gr.HTML, opened: gr.Textbox) -> None:
-    """System prompt, thinking, context policy and sampling of the open conversation.
-
-    opened: its name and how often the script (settings.js) has asked, as it knows an answer by. The numbers have no
-    bounds of Gradio's: its error is no sentence, `checked` has one.
-    """
-    controls = {
-        "system": gr.Textbox(label=TEXT["system_prompt"], placeholder=TEXT["system_hint"], lines=3, max_lines=10),
-        "policy": gr.Dropdown([(TEXT["policy_stop"], "stop"), (TEXT["policy_oldest"], "oldest"),
-                               (TEXT["policy_newest"], "newest")], label=TEXT["policy"]),
-        "thinking": gr.Dropdown([(TEXT["think_model"], "model"), (TEXT["think_on"], "on"), (TEXT["think_off"], "off")],
-                                label=TEXT["think"]),
-        "effort": gr.Dropdown([(TEXT["think_model"], "model"), *[(name, name) for name in EFFORTS]],
-                              label=TEXT["effort"]),
-        "keep_thinking": gr.Checkbox(label=TEXT["keep_thinking"]),
-        "preset": gr.Dropdown(label=TEXT["preset"]),  # a person's names are no part of the bare page
-        "temperature": gr.Number(label=TEXT["temperature"], step=0.05),
-        "top_k": gr.Number(label=TEXT["top_k"], precision=0),
-        "top_p": gr.Number(label=TEXT["top_p"], step=0.01),
-        "min_p": gr.Number(label=TEXT["min_p"], step=0.01),
-        "repetition_penalty": gr.Number(label=TEXT["repetition_penalty"], step=0.01),
-        "seed": gr.Number(label=TEXT["seed"], precision=0),
-        "max_tokens": gr.Number(label=TEXT["max_tokens"], precision=0),
-    }
-    reset = gr.Button(TEXT["reset"], size="sm", elem_id="reset")
-    name = gr.Textbox(label=TEXT["preset_name"], placeholder=TEXT["preset_hint"], max_lines=1, elem_id="preset-name")
-    with gr.Row():
-        keep = gr.Button(TEXT["preset_keep"], size="sm", elem_id="preset-keep")
-        forget = gr.Button(TEXT["preset_forget"], size="sm", elem_id="preset-forget")
-    _bind(parts, chat, opened, controls, reset)
-    _bind_presets(parts, opened, controls, name, keep, forget)
-
-
-def _bind(parts, chat: gr.HTML, opened: gr.Textbox, controls: dict, reset: gr.Button) -> None:
-    """Every control stores its own value and answers for itself and the preset: what a person types into another one
-    meanwhile is neither overwritten nor stored half."""
-    names, drafts, presets = list(controls), parts.drafts, Presets(parts.chats)
-
-    def show(event: gr.EventData):
-        values = _hints(parts, names) if event.same else _values(parts, names, drafts.settings(event.name))
-        return [f"{event.name} {event.turn}", *values]
-
-    def to_defaults(shown: str):
-        def only_system(stored: dict) -> dict:
-            return {n: v for n, v in stored.items() if n == "system"}
-        return _keep(parts, _name_in(shown), only_system, names, names)
-
-    def storing(name: str):
-        touched = names if name == "preset" else [name, "preset"]
-
-        def store(shown: str, value):
-            def change(stored: dict) -> dict:
-                return presets.chosen(value, stored) if name == "preset" else _changed(stored, name, value)
-            return _keep(parts, _name_in(shown), change, names, touched)
-        return store
-
-    # multiple: an event that is put off, as in always_last, would come with the data of the one before it
-    chat.select(show, None, [opened, *controls.values()], **FREE | {"trigger_mode": "multiple"})
-    for name, control in controls.items():
-        event = control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-        event(storing(name), [opened, control], list(controls.values()), **IN_TURN)
-    reset.click(to_defaults, opened, list(controls.values()), **IN_TURN)
-
-
-def _bind_presets(parts, opened: gr.Textbox, controls: dict, name: gr.Textbox, keep: gr.Button, forget: gr.Button):
-    """Keeping what is set under a name, and deleting such a preset; the conversation's settings stay."""
-    presets, shown = Presets(parts.chats), [name, controls["preset"]]
-
-    def after(work, whose: str):
-        stored = parts.drafts.settings(_name_in(whose))
-        try:
-            work(stored)
-        except UserError as error:
-            gr.Warning(str(error))
-            return gr.skip(), gr.skip()
-        return "", gr.update(choices=presets.choices(), value=presets.name_of(stored))
-
-    def on_keep(whose: str, wished: str):
-        return after(lambda stored: presets.keep(wished, stored), whose)
-
-    def on_forget(whose: str, seen: str):
-        return after(lambda stored: presets.forget(seen), whose)
-
-    keep.click(on_keep, [opened, name], shown, **IN_TURN)
-    name.submit(on_keep, [opened, name], shown, **IN_TURN)
-    forget.click(on_forget, [opened, controls["preset"]], shown, **IN_TURN)
-
-
-def _name_in(opened: str) -> str:
-    """Whose settings the controls show; "" before they were told."""
-    return opened.partition(" ")[0]
-
-
-def _changed(stored: dict, name: str, value) -> dict:
-    """Settings with one control's value; what is empty or the model's own is left out."""
-    settings = {n: v for n, v in stored.items() if n != name}
-    if value not in (None, "", "model"):
-        settings[name] = value == "on" if name == "thinking" else value
-    return settings
-
-
-def _keep(parts, conversation: str, change: Callable[[dict], dict], names: list[str], touched: list[str]) -> list:
-    """Store, and the new values of the touched controls; what cannot be is said and put back."""
-    try:
-        settings = parts.drafts.change(conversation, lambda stored: checked(change(stored)))
-        parts.stream.changed()
-    except UserError as error:
-        gr.Warning(str(error))
-        settings = parts.drafts.settings(conversation)
-    values = dict(zip(names, _values(parts, names, settings), strict=True))
-    return [values[name] if name in touched else gr.skip() for name in names]
-
-
-def _values(parts, names: list[str], settings: dict) -> list:
-    """What the controls show: the stored wish, else the model's recommendation as a faint hint, else nothing."""
-    defaults = {"policy": "oldest", "thinking": "model", "effort": "model", "system": "", "keep_thinking": False}
-    shown = settings | {"preset": Presets(parts.chats).name_of(settings)}
-    if "thinking" in shown:
-        shown["thinking"] = "on" if shown["thinking"] else "off"
-    hints = zip(names, _hints(parts, names), strict=True)
-    return [hint | {"value": shown.get(name, defaults.get(name))} for name, hint in hints]
-
-
-def _hints(parts, names: list[str]) -> list[dict]:
-    """What depends on the open model and changes no value: the sampling that it recommends, which wishes its chat
-    template knows; and the presets there are."""
-    info = parts.models.info()
-    recommended, asks = info.get("sampling") or {}, set(info.get("wishes") or ())
-    known = {name: value for name, value in recommended.items() if value is not None}
-    hints = {name: {"placeholder": str(known.get(name, ""))} for name in SAMPLING_NAMES}
-    hints |= {"thinking": {"visible": not info or bool(asks & {"enable_thinking", "thinking"})},
-              "effort": {"visible": not info or "reasoning_effort" in asks},
-              "preset": {"choices": Presets(parts.chats).choices()}}
-    return [gr.update(**hints.get(name, {})) for name in names]

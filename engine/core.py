@@ -81,23 +81,24 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
-        self._range("temperature", 0.0, 10.0)
-        self._range("top_p", 0.0, 1.0, low_open=True)
-        self._range("min_p", 0.0, 1.0)
-        self._range("repetition_penalty", 0.0, 10.0, low_open=True)
-        self._range("top_k", 0, 1_000_000)
-        self._range("max_tokens", 1, 10_000_000)
-        self._range("seed", 0, 2**63 - 1)
+        self._range("temperature", "Temperature", 0, 10)
+        self._range("top_p", "Top-p", 0, 1, low_open=True)
+        self._range("min_p", "Min-p", 0, 1)
+        self._range("repetition_penalty", "Repetition penalty", 0, 10, low_open=True)
+        self._range("top_k", "Top-k", 0, 1_000_000)
+        self._range("max_tokens", "Max response tokens", 1, 10_000_000)
+        self._range("seed", "Seed", 0, 2**63 - 1)
         _check(all(isinstance(text, str) and text for text in self.stop), "Stop texts must be non-empty strings.")
 
-    def _range(self, name: str, low: float, high: float, low_open: bool = False) -> None:
+    def _range(self, name: str, said: str, low: int, high: int, low_open: bool = False) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        kind = int if name in ("top_k", "max_tokens", "seed") else (int, float)
-        good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-        good = good and low <= value <= high and not (low_open and value == low)
-        _check(good, f"{name} must lie between {low} and {high}, not {value!r}.")
+        whole = name in ("top_k", "max_tokens", "seed")
+        good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        good = good and math.isfinite(value) and low <= value <= high and not (low_open and value == low)
+        bounds = f"above {low} and at most {high}" if low_open else f"{low}–{high:,}"
+        _check(good, f"{said} must be {'a whole number, ' if whole else ''}{bounds}, not {value!r}.")
 
 
 @dataclass(frozen=True)

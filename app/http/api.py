@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from app import incoming
 from app.chat.answers import Jobs
-from app.chat.chat_settings import ChatSettings, Drafts
+from app.chat.chat_settings import ChatSettings, Drafts, Presets, checked
 from app.chat.chats import Chats, Conversation, Message
 from app.chat.context_window import to_prompt
 from app.chat.import_export import IMPORT_BYTES, export_json, export_markdown, import_text
@@ -77,6 +77,7 @@ def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shel
         return state(chats, jobs, models, shelf)
 
     _conversation_routes(router, chats, drafts, jobs, models, changed)
+    _settings_routes(router, drafts, Presets(chats))
     _message_routes(router, chats, jobs, changed)
     _file_routes(router, chats, models, changed)
     _model_routes(router, shelf)
@@ -136,6 +137,37 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
     @router.get("/search")
     def search(q: Annotated[str, Query(max_length=1000)]):
         return chats.search(q)
+
+
+Whose = Annotated[Name, Query()]  # the number of a conversation, or the name of a draft
+
+
+def _settings_routes(router: APIRouter, drafts: Drafts, presets: Presets) -> None:
+    def shown(whose: str, settings: dict) -> dict:
+        return {"whose": whose, "settings": settings, "preset": presets.name_of(settings),
+                "presets": presets.choices()}
+
+    @router.get("/settings")
+    def read_settings(whose: Whose):
+        return shown(whose, drafts.settings(whose))
+
+    @router.patch("/settings")
+    def change_settings(whose: Whose, wish: incoming.Settings):
+        def change(stored: dict) -> dict:
+            settings = presets.chosen(wish.preset, stored) if wish.preset else stored
+            return checked(settings | wish.changes)
+        return shown(whose, drafts.change(whose, change))
+
+    @router.post("/settings/preset")
+    def keep_preset(whose: Whose, wish: incoming.Preset):
+        settings = drafts.settings(whose)
+        presets.keep(wish.name, settings)
+        return shown(whose, settings)
+
+    @router.delete("/settings/preset")
+    def forget_preset(whose: Whose, wish: incoming.Preset):
+        presets.forget(wish.name)
+        return shown(whose, drafts.settings(whose))
 
 
 def _message_routes(router: APIRouter, chats: Chats, jobs: Jobs, changed) -> None:
@@ -310,7 +342,7 @@ def speak_in_sentences(app: FastAPI) -> None:
 
 def _shown_info(models: Models) -> dict:
     info = models.info()
-    names = ("name", "levels", "is_demo", "layers", "experts", "context")
+    names = ("name", "levels", "is_demo", "layers", "experts", "context", "sampling", "wishes")
     return {name: info[name] for name in names if name in info}
 
 

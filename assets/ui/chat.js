@@ -5,13 +5,13 @@ import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { showModels } from "/ui/models.js";
 import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
-import { begin, bind, draft, showSettings } from "/ui/settings.js";
+import { begin, draft, stored } from "/ui/settings.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
 let log, scroller, queue, title, meter, chip, drawn = { id: null, limit: 40 };
 
-export async function mount(root, trigger) {
+export async function mount(root) {
   await ready;
   log = h("div", { class: "messages", role: "log", "aria-live": "off", "aria-label": TEXT.conversation });
   queue = h("ul", { class: "queue", "aria-label": TEXT.waiting });
@@ -30,7 +30,7 @@ export async function mount(root, trigger) {
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
-  on("opened", () => { drawn.limit = 40; showSettings(); load(); });
+  on("opened", () => { drawn.limit = 40; load(); });
   on("state", changed);
   on("text", grow);
   document.addEventListener("keydown", shortcut);
@@ -39,7 +39,6 @@ export async function mount(root, trigger) {
   window.addEventListener("hashchange", () => emit("opened", opened.id));
   restoreTheme();
   start();
-  bind(trigger);
   load();
 }
 
@@ -118,10 +117,7 @@ function changed({ now, before }) {
   else if (outlived() || (begun && !log.querySelector(`[data-id="${now.live.message}"]`))) load();
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
-  if (before.model.state !== "ready" && now.model.state === "ready") {
-    showSettings();
-    load();
-  }
+  if (before.model.state !== "ready" && now.model.state === "ready") load();
 }
 
 function drawChip({ model, level }) {
@@ -180,13 +176,17 @@ function follow(now) {
 
 // What a person does
 
+// It goes to the conversation that is open now, whatever is opened before it has been taken.
 async function send(text, attachments) {
-  if (!opened.id) {
-    const { id } = await api("POST", "/api/conversations", { draft: draft() });
+  let { id } = opened;
+  await stored();
+  if (!id) {
+    ({ id } = await api("POST", "/api/conversations", { draft: draft() }));
     begin(id);
-    opened.id = id;
+    emit("begun", id);
+    if (!opened.id) opened.id = id;
   }
-  await api("POST", `/api/conversations/${opened.id}/send`, { text, attachments });
+  await api("POST", `/api/conversations/${id}/send`, { text, attachments });
   emit("sent");
   document.body.classList.add("answering");
   drawn.limit = Math.max(40, drawn.limit);
@@ -229,7 +229,7 @@ function shortcut(event) {
 
 // Gradio's number fields take a value when they lose the focus; Enter means the same, and the focus stays.
 function applyNumber(event) {
-  if (event.key !== "Enter" || !event.target.matches("#right input[type=number]")) return;
+  if (event.key !== "Enter" || !event.target.matches("#near input[type=number]")) return;
   event.target.blur();
   event.target.focus();
 }

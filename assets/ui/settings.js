@@ -1,61 +1,146 @@
-// Gradio's controls show the settings of the open conversation, or of the one that this tab will begin next. They are
-// asked to one at a time, and nothing can be typed into them while they show another one's: so what is typed is stored
-// for the conversation that is seen, however late an answer comes.
-import { opened } from "/ui/floe.js";
+// The settings of the open conversation, or of the one that this tab will begin next. A form belongs to one conversation
+// for as long as it lives: what is typed into it is stored for that one, however late, and an answer that comes when
+// another form is shown reaches nobody.
+import { TEXT, api, h, notice, on, opened, ready, start, state } from "/ui/floe.js";
 
 const DRAFT = "floe-draft-settings";
-const LOOK_MS = 50, PATIENCE_MS = 5000; // without an answer by then it is asked again
-let trigger = null, shown = null, asked = null; // names: whose settings the controls show, and whose they will
-let turn = 0, since = 0, looking = 0, again = false;
+const PAUSE_MS = 500; // after the last key; the end of a field, a send and another conversation store at once
+const STEPS = { temperature: 0.05, max_tokens: 1, top_k: 1, top_p: 0.01, min_p: 0.01, repetition_penalty: 0.01, seed: 1 };
+let place = null, form = null;
 
-export function bind(gradioTrigger) {
-  trigger = gradioTrigger;
-  showSettings();
+export async function mount(root) {
+  await ready;
+  place = root;
+  on("opened", show);
+  on("state", () => form.hint());
+  start();
+  show();
 }
 
-// Another conversation was opened, or the model knows other wishes.
-export function showSettings() {
-  lock();
-  if (looking) again = true; // when the answer that is under way has come
-  else ask();
+function show() {
+  const whose = opened.id ? String(opened.id) : draft();
+  if (form?.whose === whose) return;
+  form?.store();
+  form = settingsForm(whose);
+  place.replaceChildren(form.node);
 }
 
-// The draft becomes the conversation `id`: the controls show its settings already, and what is being typed stays.
+// What has been typed is with the program; whoever sends a message waits for that.
+export const stored = () => form?.store();
+
+// The draft becomes the conversation `id`: its form stays, with what is being typed into it.
 export function begin(id) {
-  const name = draft();
+  if (form) form.node.dataset.whose = form.whose = String(id);
   sessionStorage.removeItem(DRAFT);
-  if (shown === name) shown = String(id);
-  if (asked === name) asked = String(id);
 }
-
-function ask() {
-  asked = settingsOf();
-  again = false;
-  since = performance.now();
-  turn += 1;
-  trigger("select", { name: asked, same: shown === asked, turn });
-  looking = setTimeout(look, LOOK_MS);
-}
-
-function look() {
-  looking = 0;
-  if (document.querySelector("#opened textarea")?.value.endsWith(` ${turn}`)) {
-    shown = asked;
-    if (again) ask();
-  } else if (performance.now() - since > PATIENCE_MS) ask();
-  else looking = setTimeout(look, LOOK_MS);
-  lock(); // each time: the controls are made when their tab is first opened
-}
-
-function lock() {
-  const controls = document.getElementById("settings"), name = settingsOf();
-  if (controls) controls.inert = shown !== name || asked !== name;
-}
-
-const settingsOf = () => (opened.id ? String(opened.id) : draft());
 
 // The name under which the program keeps the settings of a conversation that has not begun.
 export function draft() {
   if (!sessionStorage.getItem(DRAFT)) sessionStorage.setItem(DRAFT, crypto.randomUUID());
   return sessionStorage.getItem(DRAFT);
+}
+
+function settingsForm(whose) {
+  const dirty = new Set(), fields = makeFields(typed, store);
+  let asked = Promise.resolve(), last = null, timer;
+  const node = h("fieldset", { class: "panel settings", id: "settings", disabled: true, "aria-label": TEXT.tab_chat,
+    "data-whose": whose });
+  const own = { whose, node, store, hint };
+  const preset = h("select", { id: "preset", onchange: () => ask("PATCH", "", { preset: preset.value }) });
+  const name = h("input", { id: "preset-name", maxlength: 60, placeholder: TEXT.preset_hint, "aria-label": TEXT.preset_name,
+    onkeydown: (event) => event.key === "Enter" && keepPreset() });
+  const quiet = (id, label, onclick) => h("button", { type: "button", class: "quiet", id, onclick }, label);
+  node.append(fields.system.node, labelled(TEXT.preset, preset), ...["temperature", "max_tokens", "thinking", "effort",
+    "keep_thinking", "policy"].map((each) => fields[each].node),
+  h("details", {}, h("summary", {}, TEXT.advanced), ...["top_p", "top_k", "min_p", "repetition_penalty", "seed"].map((each) =>
+    fields[each].node)), quiet("reset", TEXT.reset, reset), name, h("div", { class: "model-buttons" },
+    quiet("preset-keep", TEXT.preset_keep, keepPreset), quiet("preset-forget", TEXT.preset_forget, () =>
+      ask("DELETE", "/preset", { name: preset.value }))));
+
+  // One request after the other, so that the newest answer comes last.
+  function ask(method, path, body) {
+    asked = asked.then(() => api(method, `/api/settings${path}?${new URLSearchParams({ whose: own.whose })}`, body))
+      .then((answer) => { last = answer; }, () => {}).then(draw); // what was refused has been said, and is put back
+    return asked;
+  }
+
+  function typed(each) {
+    dirty.add(each);
+    clearTimeout(timer);
+    timer = setTimeout(store, PAUSE_MS);
+  }
+
+  function store() {
+    clearTimeout(timer);
+    const bad = [...dirty].find((each) => fields[each].input.validity?.badInput);
+    if (bad) notice(TEXT.not_a_number);
+    const changes = Object.fromEntries([...dirty].filter((each) => each !== bad).map((each) => [each, fields[each].get()]));
+    dirty.clear();
+    return Object.keys(changes).length || bad ? ask("PATCH", "", { changes }) : asked;
+  }
+
+  function draw() {
+    if (form !== own || !last) return;
+    node.disabled = false;
+    for (const [each, field] of Object.entries(fields)) if (!dirty.has(each)) field.set(last.settings[each]);
+    preset.replaceChildren(...last.presets.map(([label, value]) => h("option", { value }, label)));
+    preset.value = last.preset;
+    hint();
+  }
+
+  // What the open model recommends, and which wishes its chat template knows.
+  function hint() {
+    const { sampling = {}, wishes } = state.model;
+    for (const each of Object.keys(STEPS)) fields[each].input.placeholder = sampling[each] ?? "";
+    fields.thinking.node.hidden = Boolean(wishes) && !wishes.some((wish) => wish === "enable_thinking" || wish === "thinking");
+    fields.effort.node.hidden = Boolean(wishes) && !wishes.includes("reasoning_effort");
+  }
+
+  function reset() {
+    dirty.clear();
+    const others = Object.keys(last.settings).filter((each) => each !== "system");
+    ask("PATCH", "", { changes: Object.fromEntries(others.map((each) => [each, null])) });
+  }
+
+  async function keepPreset() {
+    await store();
+    await ask("POST", "/preset", { name: name.value });
+    if (last.preset === name.value.trim()) name.value = "";
+  }
+
+  ask("GET", "");
+  return own;
+}
+
+// The label stands beside its control: inside it, the options and the help would belong to the name.
+function labelled(label, control, help) {
+  const id = control.id;
+  if (help) control.setAttribute("aria-describedby", `${id}-help`);
+  return h("div", { class: "field" }, h("label", { for: id }, label), control, help && h("small", { id: `${id}-help` }, help));
+}
+
+// {node, input, get, set} of each setting; what is empty is the model's own.
+function makeFields(typed, store) {
+  const fields = {};
+  const add = (each, tag, attributes, ...children) => {
+    const input = h(tag, { id: `setting-${each}`, ...attributes, oninput: () => typed(each), onchange: () => { typed(each); store(); } }, ...children);
+    fields[each] = { input, node: labelled(TEXT[`setting_${each}`], input, TEXT[`help_${each}`]), get: () => input.value || null,
+      set: (value) => { if (input.value !== String(value ?? "")) input.value = value ?? ""; } };
+  };
+  const choice = (each, ...names) => add(each, "select", {}, ...names.map(([value, label]) => h("option", { value }, label)));
+  add("system", "textarea", { rows: 4, placeholder: TEXT.system_hint, dir: "auto" });
+  for (const [each, step] of Object.entries(STEPS)) {
+    add(each, "input", { type: "number", step });
+    fields[each].get = () => (fields[each].input.value === "" ? null : Number(fields[each].input.value));
+  }
+  choice("thinking", ["", TEXT.think_model], ["on", TEXT.think_on], ["off", TEXT.think_off]);
+  fields.thinking.get = () => ({ on: true, off: false })[fields.thinking.input.value] ?? null;
+  const setThinking = fields.thinking.set;
+  fields.thinking.set = (value) => setThinking(value === undefined ? "" : value ? "on" : "off");
+  choice("effort", ["", TEXT.think_model], ...["low", "medium", "high"].map((name) => [name, TEXT[`effort_${name}`]]));
+  choice("policy", ["", TEXT.policy_oldest], ["stop", TEXT.policy_stop], ["newest", TEXT.policy_newest]);
+  add("keep_thinking", "input", { type: "checkbox" });
+  fields.keep_thinking.get = () => fields.keep_thinking.input.checked || null;
+  fields.keep_thinking.set = (value) => { fields.keep_thinking.input.checked = Boolean(value); };
+  return fields;
 }

@@ -326,7 +326,7 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     expect(page.locator("#model-chip")).to_contain_text("Demonstration")
     page.get_by_role("tab", name="This chat").click()
     for wish in ("Thinking", "Effort"):
-        expect(page.get_by_label(wish, exact=True)).to_have_count(0)
+        expect(page.get_by_label(wish, exact=True)).to_be_hidden()
 
 
 def test_the_card_counts_beside_the_engine(page):

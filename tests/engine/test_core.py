@@ -41,7 +41,10 @@ def test_options_that_cannot_be(wrong):
 def test_sampling_that_cannot_be(wrong):
     with pytest.raises(UserError) as caught:
         Sampling(**wrong)
-    assert str(caught.value).startswith(f"{next(iter(wrong))} must lie between")
+    name, value = next(iter(wrong.items()))
+    said, shown = str(caught.value), name.replace("_", " ").replace("max", "max response")
+    assert said.lower().replace("-", " ").startswith(f"{shown} must be ")
+    assert said.endswith(f", not {value!r}.") and ".0–" not in said
 
 
 def test_stop_texts_are_texts():

@@ -117,8 +117,12 @@ class Watch:
 
     def over(self, page) -> None:
         page.on("request", self._request)
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("console", self._console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _console(self, message) -> None:
+        if message.type == "error" and "status of 400" not in message.text:  # a sentence, which the page shows
+            self.errors.append(message.text)
 
     def _request(self, request) -> None:
         parts = urlsplit(request.url)

@@ -104,17 +104,17 @@ def test_settings_are_called_by_what_they_are(presets):
     assert presets.name_of({"system": "You are a poet.", "temperature": 0.0}) == "greedy"
 
 
-@pytest.mark.parametrize("name", ["", "  ", "Precise", "precise", "Custom", "custom", "The model's own", "x" * 61])
+@pytest.mark.parametrize("name", ["", "  ", "Precise", "precise", "Custom", "custom", "Model default", "x" * 61])
 def test_a_name_that_cannot_be_is_refused(presets, name):
     with pytest.raises(UserError, match="a name of its own"):
         presets.keep(name, PIRATE)
-    with pytest.raises(UserError, match="Only presets that you have kept"):
+    with pytest.raises(UserError, match="Only presets that you have saved"):
         presets.forget(name)
 
 
-@pytest.mark.parametrize("settings, said", [({"temperature": 77.0}, "temperature"), ({"top_p": 2.0}, "top_p"),
-                                            ({"policy": "none"}, "policy"), ({"effort": "some"}, "effort"),
-                                            ({"max_tokens": 0}, "max_tokens")])
+@pytest.mark.parametrize("settings, said", [
+    ({"temperature": 77.0}, "Temperature must be 0–10"), ({"top_p": 0}, "Top-p must be above 0"),
+    ({"policy": "none"}, "policy"), ({"effort": "some"}, "effort"), ({"max_tokens": 0}, "Max response tokens")])
 def test_settings_out_of_range_are_refused_in_one_sentence(settings, said):
     with pytest.raises(UserError, match=said) as refused:
         checked(settings)

@@ -41,7 +41,7 @@ def test_a_conversation_in_the_terminal(repository, demo_checkpoint):
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["no-such-folder", "--prompt", "Hi"], "There is no folder"),
     (["DEMO", "--json"], "--prompt TEXT"),
-    (["DEMO", "--prompt", "Hi", "--temperature", "-1"], "temperature must lie between"),
+    (["DEMO", "--prompt", "Hi", "--temperature", "-1"], "Temperature must be 0–10, not -1"),
     (["DEMO", "--prompt", "Hi", "--near-bytes", "much"], "'much' is not a size"),
     (["DEMO", "--prompt", "Hi", "--near-bytes", "1KiB"], "give at least"),
     (["DEMO", "--prompt", "Hi", "--context", "100000"], "at most 1,024 tokens"),
