@@ -243,6 +243,12 @@ def ask(page, text: str):
     return page.locator(f".message[data-id='{sent.value.json()['message']}']")
 
 
+def new_chat(page, question: str = "Hello!") -> None:
+    page.click("#new-chat")
+    page.wait_for_selector(".hero")
+    ask(page, question)
+
+
 def bring(page, title: str, messages: list[dict]) -> None:
     """Import a conversation, each message under the one before it, and open it."""
     numbered = [{"id": i, "parent_id": i - 1 or None} | message for i, message in enumerate(messages, 1)]
