@@ -33,7 +33,7 @@ GROUPS = {
         "eval": "perplexity, KL, bytes and hit rate of levels",
         "bench": "tokens per second and what bounds them",
         "synth": "a model of real shape with made-up weights, to measure speed with",
-        "card": "what a graphics card does with the kernels: rows for tests/bench",
+        "gpu": "what a graphics card does: first-light is everything in nine minutes",
         "tables": "the tables of the design: masks and quantisers compared on one checkpoint",
     },
 }

@@ -14,15 +14,16 @@ import torch
 def twin(module: str) -> Callable[[Callable], Callable]:
     """Decorate a reference whose Triton version has the same name and signature in `module`.
 
-    The reference itself stays at hand as `.reference`.
+    The reference itself stays at hand as `.reference`, the other one as `.on_gpu()`.
     """
     def decorate(reference: Callable) -> Callable:
         @wraps(reference)
         def pick(*args, **kwargs):
             if any(_on_device(value) for value in args):
-                return getattr(import_module(module), reference.__name__)(*args, **kwargs)
+                return pick.on_gpu()(*args, **kwargs)
             return reference(*args, **kwargs)
         pick.reference = reference
+        pick.on_gpu = lambda: getattr(import_module(module), reference.__name__)
         return pick
     return decorate
 

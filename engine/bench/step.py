@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.bench import step_profile, synthetic, synthetic_model
-from engine.bench.step_profile import Row, Speeds, TimedAnswer
+from engine.bench.gpu_kernels import Speeds
+from engine.bench.rows import Row
+from engine.bench.step_profile import TimedAnswer
 from engine.bench.synthetic import Shape
 from engine.core import Machine, Options, Sampling, UserError
 from engine.decode.cuda_graph import Capture, Graphs

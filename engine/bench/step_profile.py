@@ -1,6 +1,6 @@
 """What one token costs on a graphics card: kernels by time, bytes, whole experts in the same near memory, another card.
 
-Shared by `bench`, for a folder as it is used, and by `card step`, for a synthetic model. What reads a clock or a
+Shared by `bench`, for a folder as it is used, and by `gpu step`, for a synthetic model. What reads a clock or a
 profile is apart from what is made of it. On another card the token's bytes go over its bandwidths; what the measured
 time has left beside its own bytes (launches, arithmetic, waiting) is taken over as it is. Nothing overlaps: that is how
 a step runs today.
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.bench.gpu_kernels import Speeds
+from engine.bench.rows import Row
 from engine.core import SPARSE_LEVELS, Counters, Machine, ModelSpec, UserError
 from engine.experts.device import DeviceRuntime
 from engine.machine import table
 from engine.model.load import Loaded
 
-Row = dict[str, object]
 # Kernels of kernels/gpu/ as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
                   "_products", "_down", "_add_splits", "_decide", "_free", "_dequantize"})
@@ -28,17 +29,6 @@ OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
 MOST_KERNELS = 25
 PROFILED = 20  # tokens
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Bytes per second that a card reaches: of its own memory, and of a copy from page-locked memory."""
-
-    vram: float
-    link: float
-
-    def __post_init__(self) -> None:
-        assert self.vram > 0 and self.link > 0, self
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
+from engine.bench.blobs import Blobs
 from engine.core import ModelSpec, UserError
 from engine.experts.store import FarBlobs
 from engine.files.folder_writer import FolderWriter
@@ -78,33 +79,6 @@ def calibration_of(shape: Shape, repeat: float = REPEAT, repeat_neurons: float =
     levels = {level: {"budgets": [[int(refined * n), int(rest * n)]] * shape.spec.layers}
               for level, (refined, rest) in SHARES.items()}
     return {"levels": levels, "synthetic": {"repeat": repeat, "repeat_neurons": repeat_neurons}}
-
-
-class Blobs:
-    """Random experts of one layout. spread: how unequally loud the neurons are."""
-
-    def __init__(self, layout: Layout, spread: float, seed: int) -> None:
-        self.layout, self.spread, self._random = layout, spread, np.random.default_rng(seed)
-
-    def fill(self, blob: Tensor) -> None:
-        """blob uint8 [blob_bytes], contiguous: all of it is written."""
-        layout, words = self.layout, blob.numpy().view(np.uint64)
-        words[:] = self._random.integers(0, 2**64, len(words), dtype=np.uint64)
-        rows, sketch_bytes = layout.neurons, layout.neurons * layout.sketch_row
-        sketch = blob[:sketch_bytes].view(rows, layout.sketch_row)
-        records = blob[layout.sketch_bytes:layout.blob_bytes].view(rows, layout.record)
-        loud = torch.from_numpy(np.exp(self.spread * self._random.standard_normal(rows)).astype(np.float32))
-        step = 1 / (4.61 * math.sqrt(layout.hidden))          # codes 0..15 spread by 4.61 steps
-        even = torch.ones(rows)
-        for at, factor in ((0, even), (1, loud)):
-            self._write(sketch, layout.sketch_scales_at + at * layout.scales, 4 * step * factor, -6 * step * factor)
-        for at, factor in ((0, even), (1, even), (2, loud)):  # down, gate, up
-            self._write(records, layout.record_scales_at + at * layout.scales, step * factor, -7.5 * step * factor)
-
-    def _write(self, rows: Tensor, at: int, scale: Tensor, offset: Tensor) -> None:
-        """The same (scale, offset) for all groups of a row."""
-        pairs = torch.stack((scale, offset), -1).half()[:, None].expand(-1, self.layout.groups, 2)
-        rows[:, at:at + self.layout.scales] = pairs.reshape(len(rows), -1).view(torch.uint8)
 
 
 def spread_for(repeat: float, kept: float, n: int = 4096) -> float:

@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from engine.bench import step_profile, synthetic_model
-from engine.bench.step_profile import Row, Speeds, TimedAnswer
+from engine.bench.gpu_kernels import Speeds
+from engine.bench.rows import Row
+from engine.bench.step_profile import TimedAnswer
 from engine.chat.tokenizer import Tokens
 from engine.core import Counters, Machine, Options, Sampling, UserError
 from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps

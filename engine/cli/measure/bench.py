@@ -5,6 +5,7 @@ On a graphics card also what a token costs kernel by kernel, on a smaller card (
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 from engine.cli import report
@@ -68,14 +69,15 @@ def _empty_gpu(vram: int | None) -> tuple:
     return gpu_kernels.speeds(), gpu_kernels.reserve_vram(vram)
 
 
-def _on_gpu(measured, speeds, gpu, table: Path | None) -> dict:
-    from engine.bench import gpu_kernels
-    rows = [gpu_kernels.bandwidth_row(speeds)]
-    for row in measured.rows(speeds, gpu):
-        rows.append(row)
-        report(gpu_kernels.row_text(row))
-    saved = {} if table is None else {"table": str(gpu_kernels.save(rows, table))}
-    return {"rows": rows, **saved}
+def _on_gpu(measured, speeds, gpu, folder: Path | None) -> dict:
+    from engine.bench import gpu_kernels, rows
+    table, found = None if folder is None else gpu_kernels.card_table(folder), []
+    for row in chain([gpu_kernels.bandwidth_row(speeds)], measured.rows(speeds, gpu)):
+        found.append(row)
+        report(rows.text(row))
+        if table:
+            table.add(row)
+    return {"rows": found, **({"table": str(table.path)} if table else {})}
 
 
 def _print(document: dict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.bench import gpu_kernels, synthetic
+from engine.bench import single_kernels, synthetic
 from engine.bench.gpu_kernels import bytes_above
 from engine.core import MachineError, UserError
 from kernels.layout import Layout
@@ -13,12 +13,12 @@ from tests.engine.bench.test_synthetic import tiny
 
 def test_kernels_alone_read_what_they_must():
     layout = Layout(2048, 512, 128)
-    assert gpu_kernels.must_read(layout, 8, 409, 819) == {
+    assert single_kernels.must_read(layout, 8, 409, 819) == {
         "score": 8 * 512 * 1152, "apply": 409 * (2304 + 1152) + 819 * (1088 + 1152), "dense": 8 * 512 * 3456}
     shape, runs = synthetic.shape_of(tiny("qwen3.6-35b-a3b")), []
-    rows = list(gpu_kernels.single_kernels(shape, "cpu", lambda run: runs.append([run() for _ in range(3)]) or 0.5))
+    rows = list(single_kernels.measured(shape, "cpu", lambda run: runs.append([run() for _ in range(3)]) or 0.5))
     n = shape.spec.top_k * shape.spec.neurons
-    expected = gpu_kernels.must_read(shape.layout, shape.spec.top_k, int(0.1 * n), int(0.2 * n))
+    expected = single_kernels.must_read(shape.layout, shape.spec.top_k, int(0.1 * n), int(0.2 * n))
     found = {row["name"]: row for row in rows if row["sms"] == "all"}
     assert {name: row["bytes"] for name, row in found.items()} == expected
     assert all(row["us"] == 500 and row["gb_per_second"] == row["bytes"] / 0.5e6 for row in found.values())
@@ -30,7 +30,7 @@ def test_kernels_alone_read_what_they_must():
 
 def test_chosen_records_lie_where_apply_looks():
     experts, neurons = torch.tensor([5, 2], dtype=torch.int32), torch.tensor([0, 3, 4, 7], dtype=torch.int32)
-    assert gpu_kernels._record_places(experts, neurons, 4).tolist() == [20, 23, 8, 11]
+    assert single_kernels._record_places(experts, neurons, 4).tolist() == [20, 23, 8, 11]
 
 
 def test_a_smaller_card_is_what_is_left_of_a_larger():

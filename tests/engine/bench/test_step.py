@@ -10,8 +10,9 @@ import torch
 
 from engine.__main__ import main
 from engine.bench import step_profile
+from engine.bench.gpu_kernels import Speeds
 from engine.bench.step import Case, steps
-from engine.bench.step_profile import Speeds, gpu_named
+from engine.bench.step_profile import gpu_named
 from engine.bench.synthetic import shape_named
 from engine.core import MachineError
 from engine.library import catalogue
@@ -70,16 +71,16 @@ def test_commands_that_wait_end_with_one_sentence(command, monkeypatch, reposito
 
 
 def test_the_notes_have_commands():
-    assert len(COMMANDS) >= 16 and {"card", "chat", "bench"} == {command.split()[0] for command in COMMANDS}
+    assert len(COMMANDS) >= 16 and {"gpu", "chat", "bench"} == {command.split()[0] for command in COMMANDS}
     said = {word for command in COMMANDS for word in command.split()}
     assert {"fill", "nodes", "kernels", "step", "--small-pages", "--vram", "--project", "--table"} <= said
 
 
 def test_bad_arguments_come_before_the_card(capsys):
-    assert main(["card", "step", "--model", "llama"]) == 2 and "choose one of" in capsys.readouterr().err
-    assert main(["card", "step", "--layers", "99"]) == 2 and "layers" in capsys.readouterr().err
-    assert main(["card", "step", "--tokens", "1"]) == 2 and "Two tokens" in capsys.readouterr().err
-    assert main(["card", "step", "--project", "voodoo"]) == 2 and "no machine 'voodoo'" in capsys.readouterr().err
+    assert main(["gpu", "step", "--model", "llama"]) == 2 and "choose one of" in capsys.readouterr().err
+    assert main(["gpu", "step", "--layers", "99"]) == 2 and "layers" in capsys.readouterr().err
+    assert main(["gpu", "step", "--tokens", "1"]) == 2 and "Two tokens" in capsys.readouterr().err
+    assert main(["gpu", "step", "--project", "voodoo"]) == 2 and "no machine 'voodoo'" in capsys.readouterr().err
     assert main(["bench", "assets/none", "--vram", "11GiB"]) == 2 and "no folder" in capsys.readouterr().err
     for option in (["--vram", "11GiB"], ["--project", "rtx-3060-12gb"], ["--table", "here"]):
         assert main(["bench", "assets/demo", "--device", "cpu", *option]) == 2

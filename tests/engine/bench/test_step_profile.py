@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.bench import step_profile
-from engine.bench.gpu_kernels import row_text
-from engine.bench.step_profile import Needs, Speeds, gpu_named, projected
+from engine.bench import rows, step_profile
+from engine.bench.gpu_kernels import Speeds
+from engine.bench.step_profile import Needs, gpu_named, projected
 from engine.core import Options, UserError
 from engine.experts.layer import LevelPlan
 from engine.machine import table
@@ -45,7 +45,7 @@ def test_a_profile_is_summed_by_name_and_token():
     nodes, *kernels = profile.rows({"model": "m"}, 5)
     assert nodes["nodes_per_token"] == 2.0 and nodes["own_us_per_layer"] == 1.4 and nodes["other_us_per_layer"] == 3.0
     assert [row["us_per_layer"] for row in kernels] == [3.0, 1.0, 0.4] and kernels[0]["model"] == "m"
-    assert row_text(kernels[0]) == ("measured kernel  model m  name gemv  us_per_layer 3  us_per_token 15  "
+    assert rows.text(kernels[0]) == ("measured kernel  model m  name gemv  us_per_layer 3  us_per_token 15  "
                                 "calls_per_token 0.5")
 
 

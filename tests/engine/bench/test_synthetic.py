@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.bench import synthetic, synthetic_model
+from engine.bench import blobs, synthetic, synthetic_model
 from engine.bench.throughput import Bench, Sizes
 from engine.core import Options, UserError
 from engine.experts.device import DeviceRuntime
@@ -104,7 +104,7 @@ def test_a_device_computes_experts_made_up_in_locked_memory():
 @pytest.mark.parametrize("layout", [Layout(256, 40, 64), Layout(2880, 16, 64), Layout(2048, 8, 128)])
 def test_random_blobs_decode_to_weights_of_the_right_size(layout):
     blob = torch.empty(layout.blob_bytes, dtype=torch.uint8)
-    synthetic.Blobs(layout, 0.0, seed=1).fill(blob)
+    blobs.Blobs(layout, 0.0, seed=1).fill(blob)
     sketch = blob[:layout.neurons * layout.sketch_row].view(layout.neurons, -1)
     records = blob[layout.sketch_bytes:].view(layout.neurons, -1)
     coarse = decode_sketch(sketch, layout)

@@ -9,7 +9,8 @@ import torch
 
 from engine.__main__ import main
 from engine.bench import throughput
-from engine.bench.step_profile import Speeds, gpu_named
+from engine.bench.gpu_kernels import Speeds
+from engine.bench.step_profile import gpu_named
 from engine.core import Options, UserError
 from engine.decode.decoder import DeviceDecoder
 from engine.experts.layer import LevelPlan

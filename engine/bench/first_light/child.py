@@ -1,0 +1,45 @@
+"""`python -m engine.bench.first_light.child PART`: one part of a step, one JSON row a line as soon as it is known.
+
+Loads torch only where the part needs it. Exit 3 where no card can be used; any other mistake is a traceback.
+"""
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib import import_module
+
+from engine.bench.first_light import bad_day
+from engine.bench.rows import Row
+from engine.core import MachineError
+
+# By the name in `steps`: a module of this package and its function.
+PARTS = {"machine": ("machine", "machine")}
+
+
+def main(name: str) -> int:
+    faulthandler.enable()
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))    # a crash leaves rows, not gigabytes
+    try:
+        for row in _part(name)():
+            print(json.dumps(row, allow_nan=False), flush=True)
+    except MachineError as error:
+        print(json.dumps({"no_card": str(error)}), flush=True)
+        return 3
+    return 0
+
+
+def _part(name: str) -> Callable[[], Iterable[Row]]:
+    """The function that makes its rows; a module that does not import takes no other part along."""
+    if name in bad_day.PARTS:
+        return bad_day.PARTS[name]
+    module, function = PARTS[name]
+    return getattr(import_module(f"engine.bench.first_light.{module}"), function)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,223 @@
+"""Step 2: every kernel of a product against its reference, at the shapes of real models, and how long compiling took.
+
+Values may differ by a thousandth of the largest one; what chooses neurons must be the same to the bit. Each check has
+fresh inputs from its own seed, and one that breaks is a row, not the end.
+"""
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.bench.blobs import random_blobs
+from engine.bench.first_light.findings import Finding
+from engine.bench.rows import Row
+from kernels.activation import Gate, quantize_activation
+from kernels.apply import apply
+from kernels.dense import dense
+from kernels.dequantize import dequantize
+from kernels.layout import Layout, default_group_size
+from kernels.score import score, score_up
+from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
+
+Tensor = torch.Tensor
+VALUES, SIXTEEN_BITS = 1e-3, 1e-2   # of the largest value; SIXTEEN_BITS where the result itself is rounded to 16 bits
+TOTAL, REFINED_SHARE = 0.3, 0.15    # of the neurons
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """A layer's experts, as of the model that is named."""
+
+    model: str
+    hidden: int
+    neurons: int
+    top_k: int
+    kind: str = "silu"
+    biased: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.hidden, self.neurons, default_group_size(self.hidden))
+
+
+SHAPES = (
+    KernelShape("Qwen3.6", 2048, 512, 8), KernelShape("Qwen3-Next", 2048, 512, 10),
+    KernelShape("Gemma 4", 2816, 704, 8, "gelu_tanh"), KernelShape("gpt-oss", 2880, 2880, 4, "clamped_swiglu", True),
+    KernelShape("Mixtral", 4096, 14336, 2), KernelShape("hidden 5120", 5120, 1536, 6))
+
+
+@dataclass
+class Case:
+    """One shape, T tokens, inputs on the device; on_cpu gives the same to a reference."""
+
+    shape: KernelShape
+    n_tokens: int
+    device: str
+    seconds: float = field(default=0.0, init=False)     # of the calls of kernels, compiling included
+
+    def __post_init__(self) -> None:
+        shape, draw = self.shape, torch.Generator().manual_seed(self.n_tokens)
+        layout, n_experts, k = shape.layout, shape.top_k + 1, shape.top_k
+        self.layout, self.gate = layout, Gate(shape.kind)
+        x = torch.randn(self.n_tokens, layout.padded, generator=draw)
+        x[:, layout.hidden:] = 0
+        place = torch.stack([torch.randperm(n_experts, generator=draw)[:k] for _ in range(self.n_tokens)]).int()
+        bias = 0.1 * torch.randn(2, self.n_tokens, k, shape.neurons, generator=draw)
+        self.x, self.place, self.blobs = x.to(self.device), place.to(self.device), random_blobs(
+            layout, n_experts).to(self.device)
+        self.weight = torch.rand(self.n_tokens, k, generator=draw).to(self.device)
+        self.bias = tuple(bias.to(self.device)) if shape.biased else (None, None)
+        self.n_total, self.n_refined = (int(share * k * shape.neurons) for share in (TOTAL, REFINED_SHARE))
+
+    def call(self, function: Callable, *given):
+        """The device's version of a kernel; the time that it takes is counted."""
+        start = time.perf_counter()
+        found = function.on_gpu()(*given)
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def scored(self) -> tuple[tuple, Tensor, Tensor]:
+        """What `score` is given, its scores, and the histogram that it counted."""
+        codes, scales = quantize_activation.reference(self.x.cpu(), self.layout.group)
+        histogram = torch.zeros(self.n_tokens, BINS, dtype=torch.int32, device=self.device)
+        given = (codes.to(self.device), scales.to(self.device), self.blobs, self.place, self.weight, self.layout,
+                 self.gate, *self.bias)
+        return given, self.call(score, *given, histogram), histogram
+
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Neurons, fidelity and places of records for `apply`: any are as good as the best."""
+        draw, shape = torch.Generator().manual_seed(9), self.shape
+        neurons = torch.stack([torch.randperm(shape.top_k * shape.neurons, generator=draw)[:self.n_total].sort().values
+                               for _ in range(self.n_tokens)])
+        fidelity = torch.where(torch.rand(neurons.shape, generator=draw) < 0.5, REFINED, DOWN_ONLY).to(torch.int8)
+        where = self.place.cpu().long().gather(1, neurons // shape.neurons) * shape.neurons + neurons % shape.neurons
+        return neurons.int().to(self.device), fidelity.to(self.device), where.int().to(self.device)
+
+
+def on_cpu(given: Iterable) -> list:
+    return [value.cpu() if isinstance(value, Tensor) else value for value in given]
+
+
+# --- a function each -> (found, expected, share of the largest value that they may differ by; 0: the same bits) -------
+Compared = tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]
+
+
+def _quantize(case: Case) -> Compared:
+    given = (case.x, case.layout.group)
+    return case.call(quantize_activation, *given), quantize_activation.reference(*on_cpu(given)), 0.0
+
+
+def _score(case: Case) -> Compared:
+    given, found, _ = case.scored()
+    return (found,), (score.reference(*on_cpu(given)),), VALUES
+
+
+def _histogram(case: Case) -> Compared:
+    _, found, histogram = case.scored()
+    return (histogram,), (histogram_of(found.cpu()),), 0.0
+
+
+def _score_up(case: Case) -> Compared:
+    given = (*case.scored()[0][:4], case.layout, case.bias[1])
+    return (case.call(score_up, *given),), (score_up.reference(*on_cpu(given)),), VALUES
+
+
+def _select(case: Case) -> Compared:
+    """Of the device's own scores; the histogram is empty again afterwards."""
+    _, scores, histogram = case.scored()
+    refined, total = (torch.tensor([n], dtype=torch.int32, device=case.device) for n in (case.n_refined, case.n_total))
+    found = case.call(select, scores, refined, total, case.n_total, histogram)
+    expected = select.reference(scores.cpu(), case.n_refined, case.n_total, case.n_total)
+    return (*found, histogram), (*expected, torch.zeros(histogram.shape, dtype=histogram.dtype)), 0.0
+
+
+def _select_above(case: Case) -> Compared:
+    _, scores, _ = case.scored()
+    given = (scores, scores.median().expand_as(scores).contiguous(), case.n_total)
+    return case.call(select_above, *given), select_above.reference(*on_cpu(given)), 0.0
+
+
+def _apply(case: Case) -> Compared:
+    neurons, fidelity, where = case.chosen()
+    records = case.blobs[:, case.layout.sketch_bytes:].reshape(-1, case.layout.record)
+    given = (case.x, case.blobs, case.place, records, where, neurons, fidelity, case.layout, case.gate, *case.bias)
+    return (case.call(apply, *given),), (apply.reference(*on_cpu(given)),), VALUES
+
+
+def _dense(case: Case) -> Compared:
+    given = (case.x, case.blobs, case.place, case.layout, case.gate, *case.bias)
+    return (case.call(dense, *given),), (dense.reference(*on_cpu(given)),), VALUES
+
+
+def _dense_of_nan(case: Case) -> Compared:
+    """What is no number must not become one: the token that has it ends as not numbers, the others stay."""
+    x = case.x.clone()
+    x[0, 3] = float("nan")
+    found = case.call(dense, x, case.blobs, case.place, case.layout, case.gate, *case.bias).isfinite()
+    expected = torch.ones(found.shape, dtype=torch.bool)
+    expected[0] = False
+    return (found,), (expected,), 0.0
+
+
+def _dequantize(case: Case) -> Compared:
+    made, layout = [], case.layout
+    for device in (case.device, "cpu"):
+        shape = (len(case.blobs), layout.neurons, layout.hidden)
+        halves = [torch.empty(shape[0], n * shape[1], shape[2], dtype=torch.bfloat16, device=device) for n in (2, 1)]
+        made.append(halves)
+    case.call(dequantize, case.blobs, *made[0], layout)
+    dequantize.reference(case.blobs.cpu(), *made[1], layout)
+    return tuple(made[0]), tuple(made[1]), SIXTEEN_BITS
+
+
+CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score": _histogram, "score_up": _score_up,
+          "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
+          "dense of what is no number": _dense_of_nan, "dequantize": _dequantize}
+
+
+def kernels() -> Iterator[Row]:
+    return checked(SHAPES[:3])
+
+
+def more_kernels() -> Iterator[Row]:
+    return checked(SHAPES[3:])
+
+
+def checked(shapes: Iterable[KernelShape], device: str = "cuda", tokens: tuple[int, ...] = (1, 4)) -> Iterator[Row]:
+    for shape in shapes:
+        for n_tokens in tokens:
+            case = Case(shape, n_tokens, device)
+            where = f"{shape.model}, {shape.hidden}/{shape.neurons} top-{shape.top_k}, {n_tokens} tokens"
+            for name, check in CHECKS.items():
+                yield compared(name, where, lambda check=check, case=case: check(case))
+            yield {"measured": "kernels against references", "case": where, "seconds_with_compiling": case.seconds}
+
+
+def compared(name: str, where: str, check: Callable[[], Compared]) -> Row:
+    """Whatever the check runs into is what it found."""
+    try:
+        found, expected, share = check()
+        worst = max(_difference(a.cpu(), b, share) for a, b in zip(found, expected, strict=True))
+        unit = "of the largest value" if share else "entries differ"
+        return Finding(name, worst <= share, worst, unit, case=where).row()
+    except Exception as error:
+        last = " < ".join(line.strip() for line in traceback.format_exc().strip().splitlines()[-4:-1])
+        return Finding(name, False, case=where, note=f"{type(error).__name__}: {error} ({last})"[:500]).row()
+
+
+def _difference(found: Tensor, expected: Tensor, share: float) -> float:
+    """Of values the largest difference as a share of the largest value, infinite where numbers are none; of all else
+    how many entries differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not share:
+        return float((found != expected).sum())
+    if not found.isfinite().all():
+        return float("inf")
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
