@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
+import json
 import os
 import platform
 import sys
@@ -25,6 +26,11 @@ def text(row: Row) -> str:
     """For people."""
     return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in row.items())
+
+
+def say(row: Row) -> None:
+    """To whoever reads standard output, a line, at once. ValueError for a number that JSON has no word for."""
+    print(json.dumps(row, allow_nan=False), flush=True)
 
 
 class CardTable:

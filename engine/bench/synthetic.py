@@ -31,6 +31,7 @@ Tensor = torch.Tensor
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Shares of k*I neurons, refined and down-only: what the pilot model needed for about the levels' promises.
 SHARES = {"quality": (0.3, 0.2), "balanced": (0.15, 0.3), "fast": (0.1, 0.2)}
+DRAWN = 262_147     # numbers of a matrix that are drawn, then they repeat; prime, so that no two rows are the same
 REPEAT, REPEAT_NEURONS = 0.42, 0.45    # measured on the pilot model's own text; neurons: in an expert picked again
 
 
@@ -143,7 +144,8 @@ def _plain(name: str, tensor: Tensor, draw: torch.Generator) -> Tensor:
     dtype = torch.bfloat16 if tensor.ndim > 1 else torch.float32
     if tensor.ndim > 1:
         fan = tensor[0].numel() if tensor.ndim > 2 else tensor.shape[1]
-        return (torch.randn(tensor.shape, generator=draw, dtype=torch.float32) / math.sqrt(fan)).to(dtype)
+        few = torch.randn(min(DRAWN, tensor.numel()), generator=draw) / math.sqrt(fan)
+        return few.to(dtype).repeat(-(-tensor.numel() // len(few)))[:tensor.numel()].view(tensor.shape)
     if any(word in name for word in ("norm", "scal")):
         return torch.ones(tensor.shape, dtype=dtype)
     return 0.1 * torch.randn(tensor.shape, generator=draw, dtype=dtype)
@@ -188,9 +190,11 @@ class FarSynthetic(FarBlobs):
         self._blobs = memory[:bytes_of(shape)].view(self.layers, self.experts, 1, self.expert_bytes)
         self._biases = [biases_of(shape, layer, seed) for layer in range(self.layers)]
         blobs = blobs_for(shape, repeat_neurons, seed)
+        for expert in range(self.experts):
+            blobs.fill(self._blobs[0, expert, 0])
         for layer in range(self.layers):
-            for expert in range(self.experts):
-                blobs.fill(self._blobs[layer, expert, 0])
+            if layer:   # other places, the same numbers: drawing 18 GB takes most of a minute
+                self._blobs[layer].copy_(self._blobs[0])
             report(f"Made up layer {layer + 1} of {self.layers}", (layer + 1) / self.layers)
 
     def blobs(self, layer: int) -> Tensor:

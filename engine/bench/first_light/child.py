@@ -5,18 +5,22 @@ Loads torch only where the part needs it. Exit 3 where no card can be used; any 
 from __future__ import annotations
 
 import faulthandler
-import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module
 
 from engine.bench.first_light import bad_day
-from engine.bench.rows import Row
+from engine.bench.rows import Row, say
 from engine.core import MachineError
 
 # By the name in `steps`: a module of this package and its function.
-PARTS = {"machine": ("machine", "machine")}
+PARTS = {"machine": ("machine", "machine"), "locked": ("locked", "locked"), "kernels": ("kernel_checks", "kernels"),
+         "more-kernels": ("kernel_checks", "more_kernels"), "tables": ("table_checks", "tables"),
+         "recorded": ("decode_checks", "recorded"), "chat": ("chat_checks", "chat"), "nodes": ("speed_checks", "nodes"),
+         "fill": ("speed_checks", "fill"), "whole": ("decode_checks", "whole"), "gpt-oss": ("decode_checks", "gpt_oss"),
+         "gemma": ("decode_checks", "gemma"), "tests": ("card_tests", "tests"),
+         "small-chip": ("speed_checks", "small_chip")}
 
 
 def main(name: str) -> int:
@@ -26,9 +30,9 @@ def main(name: str) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))    # a crash leaves rows, not gigabytes
     try:
         for row in _part(name)():
-            print(json.dumps(row, allow_nan=False), flush=True)
+            say(row)
     except MachineError as error:
-        print(json.dumps({"no_card": str(error)}), flush=True)
+        say({"no_card": str(error)})
         return 3
     return 0
 

@@ -17,8 +17,7 @@ from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
 from kernels.activation import Gate, quantize_activation
 from kernels.apply import apply
-from kernels.dense import dense
-from kernels.dequantize import dequantize
+from kernels.dense import dense, dequantize
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above

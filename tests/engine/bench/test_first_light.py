@@ -195,7 +195,7 @@ def test_the_drivers_card_is_held_against_torchs():
     gpu = Gpu("NVIDIA A", "9.0", 80 * GIB, 79 * GIB, 5, 16, 5, 16, "580")
     seen = Hardware((gpu,), 1, 1, 1, 1)
     same, link = machine.same_card(seen, "NVIDIA A", 79 * GIB)
-    assert (same["verdict"], link["verdict"]) == ("works", "works") and link["figure"] > 60
+    assert (same["verdict"], link["verdict"]) == ("works", "works") and link["figure"] > 50
     assert next(machine.same_card(seen, "NVIDIA B", 79 * GIB))["verdict"] == "wrong"
     assert next(machine.same_card(seen, "NVIDIA A", 40 * GIB))["verdict"] == "wrong"
     row, = machine.same_card(Hardware((), 1, 1, 1, 1, ("No driver.",)), "NVIDIA A", 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.__main__ import main
+from engine.__main__ import build_parser, main
 from engine.bench import step_profile
 from engine.bench.gpu_kernels import Speeds
 from engine.bench.step import Case, steps
@@ -16,13 +16,14 @@ from engine.bench.step_profile import gpu_named
 from engine.bench.synthetic import shape_named
 from engine.core import MachineError
 from engine.library import catalogue
+from engine.model.static_cache import StepCache
 from tests.engine.bench.test_synthetic import tiny
 from tests.engine.decode.test_cuda_graph import Recording
 from tests.engine.experts.test_far_locked import Ledger
 
 NOTES = (Path(__file__).resolve().parents[3] / "NOTES.md").read_text(encoding="utf-8")
 WAITING = NOTES.partition("## Waits for a GPU")[2].partition("\n## ")[0]
-COMMANDS = re.findall(r"`(?:compute-sanitizer )?python -m engine ([^`]+)`", WAITING)
+COMMANDS = re.findall(r"(?:`|^    )(?:compute-sanitizer )?python -m engine ([^`\n]+)", WAITING, re.MULTILINE)
 without_card = pytest.mark.skipif(torch.cuda.is_available(), reason="this computer has a card")
 
 
@@ -63,17 +64,25 @@ def test_too_little_locked_memory_is_a_sentence(monkeypatch):
 
 @without_card
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_that_wait_end_with_one_sentence(command, monkeypatch, repository, capsys):
+def test_commands_that_wait_end_with_one_sentence(command, monkeypatch, repository, capsys, tmp_path):
     monkeypatch.chdir(repository)
-    assert main(shlex.split(command)) == 3
+    assert main(shlex.split(command.replace("--out first-light", f"--out {tmp_path}"))) == 3
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].endswith(".") and "CPU" in said[-1]
 
 
 def test_the_notes_have_commands():
-    assert len(COMMANDS) >= 16 and {"gpu", "chat", "bench"} == {command.split()[0] for command in COMMANDS}
+    assert len(COMMANDS) >= 10 and {"gpu", "bench"} == {command.split()[0] for command in COMMANDS}
     said = {word for command in COMMANDS for word in command.split()}
-    assert {"fill", "nodes", "kernels", "step", "--small-pages", "--vram", "--project", "--table"} <= said
+    assert {"first-light", "fill", "kernels", "step", "--small-pages", "--vram", "--project", "--table"} <= said
+
+
+def test_the_layers_that_the_notes_name_can_be_run():
+    """A model's first layers need one with attention; shapes alone are looked at."""
+    for command in filter(lambda text: "--layers" in text, COMMANDS):
+        given = build_parser("gpu").parse_args(shlex.split(command)[1:])
+        shape = shape_named(given.model, given.layers)
+        StepCache(shape.config, 16, "meta")
 
 
 def test_bad_arguments_come_before_the_card(capsys):
