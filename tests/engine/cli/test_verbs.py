@@ -79,7 +79,7 @@ GOOD = {
     "publish": "{compressed} me/published --token hf_mine",
     "synth": "qwen3-30b-a3b --in-memory --layers 1 --level fast",
     "tables": "{checkpoint} --text {text} --tokens 40",
-    "card": "nodes",
+    "gpu": "first-light --fake --steps 0 --out {new}",
 }
 BAD = {
     "compress": "{text} {new}",
@@ -96,7 +96,7 @@ BAD = {
     "publish": "{checkpoint} me/published --token hf_mine",
     "synth": "llama --in-memory",
     "tables": "{compressed} --text {text}",
-    "card": "step --model llama",
+    "gpu": "step --model llama",
 }
 
 
@@ -117,7 +117,7 @@ def test_every_verb_is_tried():
     assert set(GOOD) == set(BAD) == set(VERBS)
 
 
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"card"}))
+@pytest.mark.parametrize("verb", sorted(VERBS))
 def test_json_is_one_document_on_one_line(verb, place, capfd):
     assert main(arguments(verb, GOOD[verb], place)) == 0
     out, err = capfd.readouterr()
@@ -145,10 +145,10 @@ def test_wrong_words_on_the_command_line_are_exit_code_2(verb, place, capfd):
 
 
 @without_card
-@pytest.mark.parametrize("verb", ["bench", "calibrate", "card", "chat", "compress", "download", "eval", "import_gguf",
+@pytest.mark.parametrize("verb", ["bench", "calibrate", "chat", "compress", "download", "eval", "gpu", "import_gguf",
                                   "synth"])
 def test_a_card_that_is_not_there_is_one_sentence_and_exit_code_3(verb, place, capfd):
-    words = "me/original" if verb == "download" else GOOD[verb]
+    words = {"download": "me/original", "gpu": "nodes"}.get(verb, GOOD[verb])
     assert main(arguments(verb, words, place, "--device", "cuda")) == 3
     out, err = capfd.readouterr()
     assert out == "" and "CPU" in one_sentence(err)
