@@ -15,7 +15,7 @@ from engine.bench.rows import Row, say
 from engine.core import MachineError
 
 # By the name in `steps`: a module of this package and its function.
-PARTS = {"machine": ("machine", "machine"), "locked": ("locked", "locked"), "kernels": ("kernel_checks", "kernels"),
+PARTS = {"machine": ("machine", "machine"), "locked": ("machine", "locked"), "kernels": ("kernel_checks", "kernels"),
          "more-kernels": ("kernel_checks", "more_kernels"), "tables": ("table_checks", "tables"),
          "recorded": ("decode_checks", "recorded"), "chat": ("chat_checks", "chat"), "nodes": ("speed_checks", "nodes"),
          "fill": ("speed_checks", "fill"), "whole": ("decode_checks", "whole"), "gpt-oss": ("decode_checks", "gpt_oss"),

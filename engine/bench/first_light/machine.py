@@ -1,9 +1,11 @@
-"""Step 0: which card, which versions, what the driver says of it, and whether every module of ours imports here."""
+"""Steps 0 and 1: which card, which versions, whether every module of ours imports here; the kernels' own self-check, and
+whether a kernel reads page-locked memory, beyond 4 GB into it as well."""
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -16,11 +18,17 @@ from engine.bench.first_light.findings import Finding
 from engine.bench.first_light.process import ROOT
 from engine.bench.rows import Row
 from engine.machine import detect, errors
+from engine.machine.pinned_memory import CudaDriver, Driver, HostMemory
 from engine.units import size
+from kernels import __main__ as self_check
+from kernels.fill import fill
 
 PACKAGES = ("triton", "transformers", "numpy", "safetensors", "tokenizers", "huggingface-hub", "pydantic", "jinja2",
             "nvidia-ml-py", "psutil", "pytest")
 NEAR = 0.05     # share by which two counts of the card's memory may differ
+RECORD = 2304           # bytes; of Qwen3.6
+N_READ = 4000           # records
+SIZES = (256 << 20, (4 << 30) + (256 << 20))
 
 
 def machine() -> Iterator[Row]:
@@ -81,3 +89,39 @@ def _modules() -> list[str]:
     found = [entry.name for package, path in (("engine", ROOT / "engine"), ("kernels", kernels.__path__[0]))
              for entry in walk_packages([str(path)], f"{package}.", onerror=lambda name: None)]
     return [name for name in found if not name.endswith("__main__")]
+
+
+def locked() -> Iterator[Row]:
+    start = time.perf_counter()
+    works = self_check.main() == 0      # what it says goes to the log
+    yield Finding("self-check", works, time.perf_counter() - start, "s").row()
+    for n_bytes in SIZES:
+        yield from read_back(n_bytes, CudaDriver())
+
+
+def read_back(n_bytes: int, driver: Driver, device: str = "cuda", n_read: int = N_READ) -> Iterator[Row]:
+    """Register so much, let the kernel fetch records from all of it, the last one included, and compare."""
+    start, case = time.perf_counter(), size(n_bytes)
+    memory = HostMemory(n_bytes, driver)
+    try:
+        yield Finding("memory is page-locked", not memory.sentence, time.perf_counter() - start, "s", case=case,
+                      note=memory.sentence).row()
+        if not memory.sentence:
+            yield _fetched(memory.bytes, device, n_read, case)
+    finally:
+        memory.close()
+
+
+def _fetched(memory: torch.Tensor, device: str, n_read: int, case: str) -> Row:
+    far = memory[:len(memory) // RECORD * RECORD].view(1, -1, RECORD)
+    draw = torch.Generator().manual_seed(0)
+    source = torch.cat((torch.randperm(far.shape[1] - 1, generator=draw)[:n_read - 1],
+                        torch.tensor([far.shape[1] - 1]))).int()
+    expected = torch.randint(0, 256, (n_read, RECORD), dtype=torch.uint8, generator=draw)
+    far[0, source.long()] = expected
+    near = torch.zeros(n_read, RECORD, dtype=torch.uint8, device=device)
+    place = torch.arange(n_read, dtype=torch.int32, device=device)
+    fill(far, source.to(device), near, place, torch.zeros_like(place), torch.full_like(place, RECORD))
+    wrong = (near.cpu() != expected).any(1)
+    return Finding("a kernel reads page-locked memory", not bool(wrong.any()), float(wrong.sum()), "records differ",
+                   case=case).row()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.bench import step_profile
-from engine.bench.first_light import chat_checks, decode_checks, kernel_checks, locked, speed_checks
+from engine.bench.first_light import chat_checks, decode_checks, kernel_checks, machine, speed_checks
 from engine.bench.first_light.process import ROOT
 from engine.bench.gpu_kernels import Speeds
 from engine.bench.step import Case
@@ -142,9 +142,9 @@ def test_the_embedded_models_conversation(monkeypatch):
 
 
 def test_page_locked_memory_is_read_back_or_refused():
-    rows = list(locked.read_back(4 << 20, Ledger(), "cpu", 50))
+    rows = list(machine.read_back(4 << 20, Ledger(), "cpu", 50))
     assert [row["verdict"] for row in rows] == ["works", "works"] and rows[1]["figure"] == 0
-    row, = locked.read_back(4 << 20, Ledger(limit=0), "cpu", 50)
+    row, = machine.read_back(4 << 20, Ledger(limit=0), "cpu", 50)
     assert row["verdict"] == "wrong" and "page-locks only" in row["note"]
 
 
