@@ -1,5 +1,5 @@
-"""Steps 0 and 1: which card, which versions, whether every module of ours imports here; the kernels' own self-check, and
-whether a kernel reads page-locked memory, beyond 4 GB into it as well."""
+"""Steps 0 and 1: which card, which versions, whether every module of ours imports here; the kernels' own self-check,
+and whether a kernel reads page-locked memory, beyond 4 GB into it as well."""
 from __future__ import annotations
 
 import os
