@@ -60,7 +60,7 @@ def shape_of(entry: catalogue.Entry, layers: int | None = None) -> Shape:
             config.layer_types = config.layer_types[:layers]
     skeleton = build_skeleton(config, entry.name)
     modules = experts_modules(skeleton, entry.name)
-    spec = model_spec(entry.name, config, skeleton, modules)
+    spec = model_spec(entry.name, skeleton, modules)
     return Shape(entry.name, entry.title, config, skeleton, modules, spec,
                  Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden)))
 

@@ -85,7 +85,7 @@ class Checkpoint:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return model_spec(self.name, self.text_config, self.skeleton, self._experts)
+        return model_spec(self.name, self.skeleton, self._experts)
 
     @cached_property
     def expert_bytes(self) -> int:

@@ -15,13 +15,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from engine.core import ModelSpec, UserError
 from engine.disk import ordinary_files
-from engine.files.model_spec import KV_BYTES, read_config_json, spec_from_config
+from engine.files.config_json import read_config_json
 
 DECODED = ("mxfp4", "fp8")
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 TOP_K = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
 STEP = 64                 # hidden must be a multiple: the smallest group of codes
 UNKNOWN_CONTEXT = 4096    # for configurations that state no maximum
+CACHE_BYTES, STATE_BYTES = 2, 4     # 16-bit keys, values and convolutions; recurrent states stay float32
 TRANSFORMERS = (5, 23)    # the first whose caches and quantizers have the form that is used here
 
 
@@ -35,11 +36,12 @@ def check_transformers(version: str) -> None:
 check_transformers(transformers.__version__)
 
 
-def read_config(folder: Path):
-    """The folder's transformers configuration without its quantisation. UserError where there is none to use."""
+def read_config(folder: Path, methods: tuple[str, ...] = DECODED):
+    """The folder's transformers configuration without its quantisation. UserError where there is none to use. methods:
+    of quantisation that the caller can read."""
     written = read_config_json(folder)
     ordinary_files(folder)
-    _refuse_quantised(folder, written)
+    _refuse_quantised(folder, written, methods)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         parts = config, text_config_of(config)
@@ -85,32 +87,70 @@ def experts_modules(skeleton, name: str) -> dict[str, torch.nn.Module]:
     return found
 
 
-def model_spec(name: str, text_config, skeleton, modules: dict[str, torch.nn.Module]) -> ModelSpec:
-    """The numbers of a model: weights counted, caches as the configuration says. neurons, hidden: of one expert."""
-    experts, neurons, hidden = _dimensions(next(iter(modules.values())))
-    routed = sum(p.numel() for module in modules.values() for p in module.parameters(recurse=False))
-    token_bytes, state_bytes = _cache_bytes(text_config, name)
+def spec_of_folder(folder: Path, name: str) -> ModelSpec:
+    """The numbers of the model that a folder's config.json describes, whatever else lies there. UserError."""
+    return spec_of(text_config_of(read_config(folder, (*DECODED, "floe"))), name)
+
+
+def spec_of(text_config, name: str) -> ModelSpec:
+    """UserError for a dense model and for numbers that do not go together."""
+    skeleton = build_skeleton(text_config, name)
+    try:
+        return model_spec(name, skeleton, experts_modules(skeleton, name))
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"The configuration of {name} lacks a number that planning needs, or is damaged ({error}); "
+                        "download it again.") from error
+
+
+def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> ModelSpec:
+    """The numbers of a model on the meta device: weights counted, caches as a forward of its leaves them. neurons,
+    hidden: of one expert; biases of the experts count as trunk."""
+    config, (experts, neurons, hidden) = skeleton.config, _dimensions(next(iter(modules.values())))
+    token_bytes, state_bytes = _cache_bytes(skeleton, modules)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     return ModelSpec(
-        name=name, layers=len(modules), experts=experts, top_k=_top_k(text_config, name), neurons=neurons,
-        hidden=hidden, decoder_layers=text_config.num_hidden_layers, vocabulary=text_config.vocab_size,
-        trunk_params=sum(p.numel() for p in skeleton.parameters()) - routed,
-        embedding_params=0 if tied else embedding.weight.numel(),
-        kv_bytes_per_token=token_bytes, state_bytes=state_bytes,
-        context=getattr(text_config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
-        model_type=text_config.model_type)
+        name=name, layers=len(modules), experts=experts, top_k=_top_k(config, name), neurons=neurons, hidden=hidden,
+        decoder_layers=config.num_hidden_layers, vocabulary=config.vocab_size,
+        trunk_params=sum(p.numel() for p in skeleton.parameters()) - len(modules) * experts * 3 * neurons * hidden,
+        embedding_params=0 if tied else embedding.weight.numel(), kv_bytes_per_token=token_bytes,
+        state_bytes=state_bytes, context=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
+        model_type=config.model_type.removesuffix("_text"))
 
 
-def _cache_bytes(text_config, name: str) -> tuple[int, int]:
-    """Bytes of cache per token and for ever; keys and values in every layer where the configuration is unusual."""
+def _cache_bytes(skeleton, modules: dict[str, torch.nn.Module]) -> tuple[int, int]:
+    """Bytes of cache per token and for ever: windows and recurrent states do not grow with the tokens."""
+    cache = _cache_of(skeleton, modules)
+    if cache is None:
+        config = skeleton.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * CACHE_BYTES * config.num_hidden_layers * heads * width, 0
+    token_bytes, state_bytes = 0, STATE_BYTES * sum(map(torch.numel, filter(len, getattr(cache, "linear_cache", ()))))
+    for layer in cache.layers:
+        kept = [tensor for part in ("keys", "values", "indexer_keys")
+                if (tensor := getattr(layer, part, None)) is not None]
+        per_token = CACHE_BYTES * sum(tensor.numel() // tensor.shape[-2] for tensor in kept)
+        window = getattr(layer, "sliding_window", None)
+        token_bytes += 0 if window else per_token
+        state_bytes += per_token * (window or 0)
+        for part, size in (("conv_states", CACHE_BYTES), ("recurrent_states", STATE_BYTES)):
+            state_bytes += size * sum(state.numel() for state in getattr(layer, part, {}).values() if state is not None)
+    return token_bytes, state_bytes
+
+
+@torch.no_grad()
+def _cache_of(skeleton, modules: dict[str, torch.nn.Module]):
+    """transformers' cache after two tokens; None for a model that does not run without memory."""
+    for module in modules.values():
+        module.forward = lambda hidden, *_, **__: hidden    # what is routed where is no question of shapes
     try:
-        shape = spec_from_config(text_config.to_dict(), name)
-        return shape.kv_bytes_per_token, shape.state_bytes
-    except UserError:
-        heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-        width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-        return 2 * KV_BYTES * text_config.num_hidden_layers * heads * width, 0
+        return skeleton(torch.ones(1, 2, dtype=torch.long, device="meta"), use_cache=True).past_key_values
+    except Exception:           # reads a value of a tensor, say, or calls a kernel
+        return None
+    finally:
+        for module in modules.values():
+            del module.forward
 
 
 def _dimensions(module) -> tuple[int, int, int]:
@@ -129,20 +169,21 @@ def _top_k(text_config, name: str) -> int:
     raise UserError(f"{name}: config.json does not say how many experts a token uses.")
 
 
-def _refuse_quantised(folder: Path, written: dict) -> None:
+def _refuse_quantised(folder: Path, written: dict, methods: tuple[str, ...]) -> None:
     inner = written.get("text_config")
     quantisation = written.get("quantization_config") or isinstance(inner, dict) and inner.get("quantization_config")
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if not quantisation or method in methods:
+        return
     if method == "floe":
         raise UserError(f"{folder} is already compressed; open it directly, or download it again if floe.json is "
                         "missing.")
-    if quantisation and method not in DECODED:
-        raise UserError(f"{folder} is quantised with {method!r}; take the unquantised checkpoint "
-                        f"(of the quantised ones, {' and '.join(DECODED)} can be read).")
+    raise UserError(f"{folder} is quantised with {method!r}; take the unquantised checkpoint "
+                    f"(of the quantised ones, {' and '.join(DECODED)} can be read).")
 
 
 def _unknown(folder: Path, written: dict, error: Exception) -> str:
-    kind = written.get("model_type")
+    kind = str(written.get("model_type"))[:60]
     if kind in CONFIG_MAPPING:
         return f"{folder / 'config.json'} cannot be used ({_first_line(error)})."
     if "auto_map" in written:

@@ -9,13 +9,13 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from engine.core import MachineError, ModelSpec, Sampling, UserError
 from engine.disk import MOST_JSON
+from engine.files.config_json import read_config_json
 from engine.files.manifest import Manifest, is_compressed
-from engine.files.model_spec import read_config_json, spec_from_config
 from engine.library.hub import Hub
 from engine.paths import data_dir, demo_model, inside, is_name, models_dirs, typed
 from engine.units import size
@@ -27,7 +27,8 @@ AIMS = ("fast", "best", "coding", "long")
 @dataclass(frozen=True)
 class Entry:
     """One model of the catalogue. ready: repository of a finished Floe folder, "" while there is none.
-    unverified: fields written from memory. good_for: what the first-run page may offer it for."""
+    numbers: of its ModelSpec, as transformers' model of `config` has them; unverified: fields written from memory.
+    good_for: what the first-run page may offer it for."""
 
     name: str
     title: str
@@ -36,6 +37,7 @@ class Entry:
     licence: str
     about: str
     config: Mapping
+    numbers: Mapping
     sampling: Sampling
     source_bits: float = 16
     ready: str = ""
@@ -52,7 +54,7 @@ class Entry:
 
     @property
     def spec(self) -> ModelSpec:
-        return spec_from_config(self.config, self.title)
+        return ModelSpec(self.title, **self.numbers)
 
     @property
     def source(self) -> str:
@@ -68,15 +70,26 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model without loading it. folder: where it lies, if it does; compressed: as a Floe folder."""
+    """What is known of a model without loading it. folder: where it lies, if it does; compressed: as a Floe folder.
+    described: the folder that has its config.json; None: only the catalogue knows it."""
 
-    spec: ModelSpec
+    name: str
+    described: Path | None = None
     folder: Path | None = None
     compressed: bool = False
     trunk_bits: int | None = None
     group_size: int | None = None
     calibration: Mapping = field(default_factory=dict)
     entry: Entry | None = None
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The catalogue's numbers, else those that transformers' model has, which loads torch. UserError for what is
+        no Mixture-of-Experts model."""
+        if self.described is None:
+            return self.entry.spec
+        from engine.files.skeleton import spec_of_folder
+        return spec_of_folder(self.described, self.name)
 
 
 @cache
@@ -122,20 +135,21 @@ def look_up(text: str, data: str | Path | None = None) -> ModelInfo:
             return _from_folder(folder)
     entry = find(text)
     if entry:
-        return ModelInfo(entry.spec, entry=entry)
+        return ModelInfo(entry.title, entry=entry)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text, data_dir(data) / "cache")
     raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, or a name of the catalogue: "
                     f"{nearest(text)}.")
 
 
-def _from_folder(folder: Path, name: str = "") -> ModelInfo:
-    spec = spec_from_config(read_config_json(folder), name or folder.name)
+def _from_folder(folder: Path) -> ModelInfo:
+    read_config_json(folder)
+    known = ModelInfo(folder.name, folder, folder, entry=find(folder.name))
     if not is_compressed(folder):
-        return ModelInfo(spec, folder, entry=find(folder.name))
+        return known
     manifest = Manifest.load(folder)
-    return ModelInfo(spec, folder, compressed=True, trunk_bits=manifest.trunk_bits, group_size=manifest.group_size,
-                 calibration=manifest.calibration, entry=find(folder.name))
+    return replace(known, compressed=True, trunk_bits=manifest.trunk_bits, group_size=manifest.group_size,
+                   calibration=manifest.calibration)
 
 
 def _from_hub(repository: str, cache_folder: Path) -> ModelInfo:
@@ -163,4 +177,4 @@ def _from_hub(repository: str, cache_folder: Path) -> ModelInfo:
         folder = known[-1].parent
     if not (folder / "config.json").is_file():
         raise UserError(f"{repository} has no config.json: it is not a transformers checkpoint.")
-    return replace(_from_folder(folder, repository), folder=None)
+    return replace(_from_folder(folder), name=repository, folder=None)

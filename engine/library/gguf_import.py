@@ -22,8 +22,8 @@ from engine.files.gguf.header import require_package
 from engine.files.gguf.source import FLOATS, GgufSource
 from engine.files.gguf.tokenizer import completed, config_of, copy_small
 from engine.files.manifest import CONFIG, COPIED, Manifest
-from engine.files.model_spec import spec_from_config
 from engine.files.quantize import nested
+from engine.files.skeleton import spec_of
 from engine.library import catalogue
 from engine.library import compress as compression
 from engine.library.hub import Hub, Listing, Stopped
@@ -160,7 +160,7 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
             beside = None if model.like else hub.listing(source.repository, source.commit, stop)
             known = model.like or ("" if beside.find(CONFIG) else original)
             fetch_like(hub, known, work / "like", stop, beside)
-        spec = spec_from_config(config_of(work / "like").to_dict(), source.repository)
+        spec = spec_of(config_of(work / "like"), source.repository)
         result = result_bytes(spec, trunk_bits)
         made = sum(path.stat().st_size for path in (work / "made").glob("*"))
         check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))

@@ -24,8 +24,8 @@ from engine.experts.host import HostRuntime
 from engine.experts.runtime import Runtime, offered
 from engine.experts.store import Far, FarCheckpoint
 from engine.files.checkpoint import Checkpoint
+from engine.files.config_json import read_config_json
 from engine.files.manifest import TRUNK, Manifest, is_compressed
-from engine.files.model_spec import read_config_json
 from engine.files.proof import proving
 from engine.machine import detect, errors, failures
 from engine.machine.pinned_memory import CudaDriver

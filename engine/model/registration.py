@@ -123,7 +123,7 @@ class FloeQuantizer(HfQuantizer):
         name = Path(str(model.config.name_or_path or type(model).__name__)).name
         model.floe_machine = machine_for("cpu", Path.cwd())  # its memory before the weights take theirs
         experts = experts_modules(model, name)
-        model.floe_spec = model_spec(name, model.config, model, experts)
+        model.floe_spec = model_spec(name, model, experts)
         if self.quantization_config.binds:
             model.floe_manifest = _manifest_of(model)
         for path, module in experts.items():

@@ -222,11 +222,7 @@ def test_noisy_calibrations_keep_it_so(tiny, data, device, calibration):
 @pytest.fixture(scope="module")
 def tiny():
     """The embedded model's numbers."""
-    return catalogue.spec_from_config({
-        "model_type": "qwen3_moe", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "moe_intermediate_size": 256,
-        "intermediate_size": 512, "num_experts": 16, "num_experts_per_tok": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": True}, "tiny")
+    return catalogue.look_up("demo").spec
 
 
 @pytest.mark.parametrize("name", ["qwen3.6-35b-a3b", "mixtral-8x7b"])
@@ -332,10 +328,10 @@ def test_a_folder_is_planned_at_the_levels_that_it_has(tiny):
     assert len(plan(tiny, CARD_12, replace(wishes, on_disk=False)).levels) == 4
 
 
-def test_a_checkpoint_on_the_disk_is_planned_as_it_runs(tiny, tmp_path):
-    known = catalogue.ModelInfo(tiny, folder=tmp_path)
-    assert plan_for(known, CARD_12).level == "full"
-    assert plan_for(replace(known, compressed=True), CARD_12).level == "exact"
+def test_a_checkpoint_on_the_disk_is_planned_as_it_runs():
+    known = replace(catalogue.look_up("demo"), calibration={})
+    assert plan_for(known, CARD_12).level == "exact"
+    assert plan_for(replace(known, compressed=False), CARD_12).level == "full"
 
 
 def test_the_warm_up_check_speaks():
