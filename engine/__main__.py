@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """A machine's error in one sentence; what is a mistake of this program keeps its traceback."""
-    from engine.machine.failures import in_words  # loads torch; wrong arguments need not wait for it
+    from engine.machine.errors import in_words  # loads torch; wrong arguments need not wait for it
 
     words = in_words(error)
     if words is None:

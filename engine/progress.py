@@ -1,16 +1,18 @@
-"""How far a download is, how fast, how long still: measured over the last seconds, and silent about what it cannot say.
+"""How far work is, how fast, how long still; and how work is ended from outside.
 
-Speed counts bytes that arrived over the network in the last ten seconds, waiting included; bytes that were there
-before do not count. Time left is None until there is a speed to say it with.
+A download's speed counts bytes that arrived over the network in the last ten seconds, waiting included; bytes that were
+there before do not count. Time left is None until there is a speed to say it with.
 """
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock, Thread
 
+from engine.core import Stopped
 from engine.units import size
 
 WINDOW_SECONDS = 10.0
@@ -19,7 +21,10 @@ EVERY_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Progress:
-    """bytes_per_second over the last seconds; seconds_left None where nobody knows. text: what is happening, if new."""
+    """bytes_per_second over the last seconds; seconds_left None where nobody knows. text: what is happening, if new.
+
+    The bytes of a compression are layers, the trunk as one more, and its speed is in weights.
+    """
 
     done_bytes: int
     total_bytes: int
@@ -34,13 +39,25 @@ class Progress:
                 f"{size(self.bytes_per_second)}/s{left}  {self.text}").rstrip()
 
 
+Report = Callable[[Progress], None]
+
+
+def unheard(progress: Progress) -> None:
+    """The report of work that nobody watches."""
+
+
+def said(text: str) -> Progress:
+    """A sentence about work that has not begun."""
+    return Progress(0, 1, 0.0, None, text)
+
+
 class Meter:
     """Counts arriving bytes, from any thread, and reports a few times a second.
 
     other_seconds: how long what goes on beside the network will still take; time left is the longer of the two.
     """
 
-    def __init__(self, total_bytes: int, done_bytes: int, report: Callable[[Progress], None],
+    def __init__(self, total_bytes: int, done_bytes: int, report: Report,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.done, self.report, self.clock = total_bytes, done_bytes, report, clock
         self.other_seconds = 0.0
@@ -59,9 +76,6 @@ class Meter:
                 self._told = now
                 self.report(self._progress(now, text))
 
-    def say(self, text: str) -> None:
-        self.add(0, text)
-
     def _progress(self, now: float, text: str) -> Progress:
         while len(self._arrived) > 1 and self._arrived[1][0] < now - WINDOW_SECONDS:
             self._arrived.popleft()
@@ -72,6 +86,31 @@ class Meter:
         left = max(missing / speed, self.other_seconds) if speed and missing > 0 else None if missing > 0 else (
             self.other_seconds)
         return Progress(self.done, self.total, speed, left, text)
+
+
+def check(stop: Event) -> None:
+    """Stopped, once `stop` is set."""
+    if stop.is_set():
+        raise Stopped
+
+
+def unless(stopped: Callable[[], bool], work: Callable, look_seconds: float = 0.1):
+    """What `work` returns, made in a thread of its own; Stopped soon after `stopped` says so, and the thread is left to
+    end by itself: what waits for a network or a library cannot be cut short."""
+    done: Future = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+    if stopped():
+        raise Stopped
+    Thread(target=run, daemon=True).start()
+    while not wait((done,), look_seconds).done:
+        if stopped():
+            raise Stopped
+    return done.result()
 
 
 def _duration(seconds: float) -> str:

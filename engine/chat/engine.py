@@ -23,7 +23,7 @@ import torch
 from engine.chat.model_info import about
 from engine.chat.turn import Turns
 from engine.core import Event, Options, Sampling, Stopped, UserError, never
-from engine.machine.failures import sentence
+from engine.machine.errors import reason_for
 from engine.model import load
 from engine.planning import explain
 from engine.planning.sizes import DEFAULT_CHUNK, SIDE_CONTEXT
@@ -266,7 +266,7 @@ class Engine:
         if not isinstance(error, UserError):
             _log.error("An answer failed", exc_info=error)
         channel.error = error.with_traceback(None)  # its frames would keep tensors alive
-        return Event("end", sentence(error, self._planned()), reason="error")
+        return Event("end", reason_for(error, self._planned()), reason="error")
 
     def _planned(self) -> str:
         if self._room.machine.device != "cuda":

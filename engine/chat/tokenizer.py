@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from engine.chat.template import LOOK_SECONDS, ChatTemplate
 from engine.core import Stopped, UserError, never
+from engine.progress import unless
 
 # Private-use characters around a control token that a message contains.
 _LEFT, _RIGHT = "\ue0f0", "\ue0f1"
@@ -98,7 +98,7 @@ class Tokens:
         def work() -> list[int]:
             with self._lock:
                 return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
-        return work() if len(text) < LONG and not self._lock.locked() else _unless(stopped, work)
+        return work() if len(text) < LONG and not self._lock.locked() else unless(stopped, work, LOOK_SECONDS)
 
     def _mark(self, value):
         """Control tokens inside the strings of a message, wrapped so that the template's own can be told from them."""
@@ -145,24 +145,6 @@ class TextStream:
     def _text(self, ids: list[int]) -> str:
         before = self._tokens.decode(self._context) if self._context else ""
         return self._tokens.decode(self._context + ids)[len(before):]
-
-
-def _unless(stopped: Callable[[], bool], work: Callable):
-    """What `work` returns; it is left to end by itself, in a thread of its own, when stopped."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-    thread = threading.Thread(target=run, name="tokens", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        if stopped():
-            raise Stopped
-        thread.join(LOOK_SECONDS)
-    return future.result()
 
 
 def _special_tokens(tokenizer) -> dict[int, str]:

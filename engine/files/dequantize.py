@@ -2,7 +2,7 @@
 
 `Dequantized` wraps a `TensorSource`: `x_blocks` + `x_scales` become `x` (gpt-oss: 4-bit floats in blocks of 32 along
 the input, transposed into transformers' layout), and a weight with `x_scale_inv` beside it becomes the product with
-its blockwise scales. All other tensors pass through. The arithmetic is that of transformers' own dequantisation; the
+its blockwise scales. All other tensors pass through. MXFP4 is decoded by transformers, fp8 with its arithmetic; the
 first axis (experts) is never mixed, so a slice of it can be read and decoded alone.
 """
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from engine.core import UserError
 from engine.files.tensor_source import TensorSource
 
 Tensor = torch.Tensor
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+MXFP4_BLOCKS = 1 << 19       # decoded at a time: each of 32 codes takes nine bytes meanwhile
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_BLOCK = 128
 SCALE = "_scale_inv"
@@ -26,32 +27,20 @@ ACTIVATION_SCALES = (".input_scale", ".activation_scale", "_activation_scale")
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """uint8 [E, R, G, 16] (two codes a byte, low first), uint8 [E, R, G] (2^(s-127)) -> bfloat16 [E, G*32, R]."""
-    experts, rows, groups, half = blocks.shape
-    out = torch.empty(experts, rows, groups * half * 2, dtype=torch.bfloat16, device=blocks.device)
-    for e in range(experts):                # one at a time: decoding takes five times the memory of the result
-        out[e] = _mxfp4_matrix(blocks[e], scales[e])
-    return out.transpose(1, 2)
-
-
-def _mxfp4_matrix(blocks: Tensor, scales: Tensor) -> Tensor:
-    values = torch.tensor(FP4_VALUES, device=blocks.device)
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)           # [R, G, 32]
-    return (values[codes.int()] * torch.exp2(scales.float() - 127)[..., None]).flatten(-2)
+    return convert_moe_packed_tensors(blocks, scales, rows_per_chunk=MXFP4_BLOCKS)
 
 
 def block_fp8(weight: Tensor, scales: Tensor) -> Tensor:
     """fp8 [..., R, C] times the scales [..., r, c] of its blocks -> bfloat16; scales as floats, or uint8 2^(s-127).
 
-    Blocks are of 128 where that gives r or c of them (the last may be cut short), else equal parts.
+    Blocks are of 128 where that gives r or c of them (the last may be cut short, which transformers' own refuses, and
+    DeepSeek's have), else equal parts.
     """
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.float() - 127)
-    out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    if weight.dim() < 3:
-        return out.copy_(weight.float() * _spread(scales.float(), weight.shape))
-    for e in range(weight.shape[0]):
-        out[e] = weight[e].float() * _spread(scales[e].float(), weight.shape[1:])
-    return out
+    if weight.dim() > 2:
+        return torch.stack([block_fp8(*expert) for expert in zip(weight, scales, strict=True)])
+    return (weight.float() * _spread(scales.float(), weight.shape)).to(torch.bfloat16)
 
 
 def _spread(scales: Tensor, shape: torch.Size) -> Tensor:

@@ -109,12 +109,17 @@ def open_safetensors(path: Path) -> safe_open:
         raise UserError(f"{path.name} is damaged or incomplete ({error}); download it again.") from error
 
 
-def _index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
+    """Key -> name of its file, as the folder's index says. UserError where it is damaged."""
     try:
         weight_map = read_json(folder / INDEX)["weight_map"]
-        names = {str(key): str(name) for key, name in weight_map.items()}
+        return {str(key): str(name) for key, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{folder / INDEX} is damaged; download it again.") from error
+        raise UserError(f"{folder / INDEX} is damaged; download it again, or choose another source.") from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    names = read_index(folder)
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{INDEX} names {name!r}, which is not a safetensors file of this folder.")

@@ -11,60 +11,57 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from engine.core import ModelSpec
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.folder_writer import FolderWriter, encoded
 from engine.files.manifest import MTP, TRUNK, Manifest, experts_name
+from engine.library.transfer import CompressOptions
 from engine.machine import errors
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a compression is: layer of layers (the trunk counts as one more), weights per second, seconds left."""
-
-    layer: int
-    layers: int
-    weights_per_second: float
-    seconds_left: float
+from engine.planning.sizes import DEFAULT_TRUNK_BITS
+from engine.progress import Progress, Report, said, unheard
 
 
 def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits: int = 16,
-             device: str | None = None, report: Callable[[Progress], None] = lambda progress: None,
-             say: Callable[[str], None] = lambda sentence: None,
-             check: Callable[[], None] = lambda: None) -> Manifest:
+             device: str | None = None, report: Report = unheard, check: Callable[[], None] = lambda: None) -> Manifest:
     """Make the compressed folder `dest` from the checkpoint folder `source`.
 
-    say: receives what a user should know besides the progress (parts of the checkpoint that are left out). check: is
-    called within every expert and may raise.
+    report: hears where it is, and what a user should know besides (parts of the checkpoint that are left out). check:
+    is called within every expert and may raise.
     UserError: not a MoE checkpoint, a group size that does not divide hidden, weights that are not finite, a dest that
     holds something else or was begun with other settings.
     MachineError: full disk, no card. Finished files survive any failure, and the next call goes on behind them.
     """
     source = Path(source)
     return compress_checkpoint(Checkpoint.open(source), source, Path(dest), str(source.resolve()), group_size,
-                               trunk_bits, device, report, say, check)
+                               trunk_bits, device, report, check)
 
 
-def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_size: int | None = None,
-                        trunk_bits: int = 16, device: str | None = None,
-                        report: Callable[[Progress], None] = lambda progress: None,
-                        say: Callable[[str], None] = lambda sentence: None,
-                        check: Callable[[], None] = lambda: None) -> Manifest:
+def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_size: int | None,
+                        trunk_bits: int, device: str | None, report: Report, check: Callable[[], None]) -> Manifest:
     """`compress` for a checkpoint that is open already. source: the folder of its tokenizer; origin: see
-    `FolderWriter.begin`; check: is called within every expert and before every tensor, and may
-    raise."""
+    `FolderWriter.begin`; check: is called within every expert and before every tensor, and may raise."""
     if checkpoint.left_out:
-        say(f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}.")
-    spec = checkpoint.spec
-    clock = _Clock(spec.layers + 1, spec.experts * 3 * spec.neurons * spec.hidden, report)
+        report(said(left_out(checkpoint)))
+    clock = _Clock(checkpoint.spec, report)
     with writer_for(checkpoint, dest, origin, group_size, trunk_bits) as writer:
         for unit in units_of(writer, checkpoint, errors.device_for(device)[0], check):
             if not unit.done:
                 unit.work()
             if unit.layer:
-                clock.tell(unit.layer, not unit.done)
+                clock.report(unit.layer, not unit.done)
         manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source)
-    clock.tell(spec.layers + 1)
+    clock.report(checkpoint.spec.layers + 1)
     return manifest
+
+
+def left_out(checkpoint: Checkpoint) -> str:
+    return f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}."
+
+
+def settled(choice: CompressOptions) -> tuple[str, int]:
+    """Device and bits of the trunk that a choice means on this machine."""
+    device = errors.device_for(choice.device)[0]
+    return device, choice.trunk_bits or DEFAULT_TRUNK_BITS[device]
 
 
 @dataclass
@@ -118,13 +115,14 @@ def _experts_of(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertLayer]:
 class _Clock:
     """Turns layers done into weights per second and time left, counting only what this run worked on."""
 
-    def __init__(self, steps: int, weights_per_layer: int, report: Callable[[Progress], None]) -> None:
-        self.steps, self.weights, self.report = steps, weights_per_layer, report
+    def __init__(self, spec: ModelSpec, report: Report) -> None:
+        self.layers, self.weights, self.tell = spec.layers, spec.experts * spec.expert_params, report
         self.start, self.n_worked = time.monotonic(), 0
 
-    def tell(self, step: int, worked: bool = False) -> None:
+    def report(self, done: int, worked: bool = False) -> None:
         self.n_worked += worked
-        seconds = time.monotonic() - self.start
-        per_layer = seconds / self.n_worked if self.n_worked else 0.0
+        per_layer = (time.monotonic() - self.start) / self.n_worked if self.n_worked else 0.0
         rate = self.weights / per_layer if per_layer else 0.0
-        self.report(Progress(step, self.steps, rate, per_layer * (self.steps - step)))
+        text = (f"Compressing layer {done + 1} of {self.layers}" if done < self.layers else
+                "Compressing the rest" if done == self.layers else "Compressed")
+        self.tell(Progress(done, self.layers + 1, rate, per_layer * (self.layers + 1 - done), text))

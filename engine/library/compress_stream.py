@@ -9,28 +9,26 @@ original is to be kept.
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 
 import torch
 
 from engine.core import UserError
-from engine.disk import check_room, read_json, write_text_atomically
+from engine.disk import check_room, write_text_atomically
 from engine.files.checkpoint import Checkpoint
 from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
 from engine.files.skeleton import read_config
-from engine.files.tensor_source import SafetensorsFolder, open_safetensors
-from engine.library.compress import Unit, units_of, writer_for
-from engine.library.hub import Hub, RemoteFile, Stopped
-from engine.library.installed import Source, partial, partial_share
-from engine.library.transfer import INDEX, CompressOptions, arrived, begin, fetch_all
-from engine.machine import errors
-from engine.planning.sizes import DEFAULT_TRUNK_BITS
-from engine.progress import Meter, Progress
+from engine.files.tensor_source import SafetensorsFolder, open_safetensors, read_index
+from engine.library.compress import Unit, left_out, settled, units_of, writer_for
+from engine.library.hub import Hub, RemoteFile
+from engine.library.installed import Source, partial_share, unfinished
+from engine.library.transfer import INDEX, MADE, CompressOptions, arrived, begin, fetch_all, finish
+from engine.progress import Meter, Report, check
 
 Tensor = torch.Tensor
 MOST_SHARDS = 3                 # on disk at a time, where the layers of the checkpoint allow it
@@ -56,31 +54,29 @@ class ArrivingShards(SafetensorsFolder):
 
 
 def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: CompressOptions,
-                       report: Callable[[Progress], None], stop: Event) -> None:
+                       report: Report, stop: Event) -> None:
     """`dest`, compressed from the original that `source` names; with keep_original also `dest-original`."""
-    work = partial(dest)
-    made, shards, original = work / "made", work / "source", dest.with_name(dest.name + "-original")
+    work = unfinished(dest)
+    made, shards, original = work / MADE, work / "source", dest.with_name(dest.name + "-original")
     if choice.keep_original and original.exists() and (shards.exists() or not made.exists()):
         raise UserError(f"{original} exists already; move it away, or let the original be deleted.")
     if not is_sealed(made):
         begin(work, source)
         with ThreadPoolExecutor(1) as ahead:
             Stream(hub, source, work, choice, report, stop, ahead).run()
-    source.save(made)
     if choice.keep_original and shards.is_dir():
         source.save(shards)
         os.replace(shards, original)
-    os.replace(made, dest)
-    shutil.rmtree(work, ignore_errors=True)
+    finish(work, source, dest)
 
 
 class Stream:
     """One run over all shards that are still needed."""
 
     def __init__(self, hub: Hub, source: Source, work: Path, choice: CompressOptions,
-                 report: Callable[[Progress], None], stop: Event, ahead: ThreadPoolExecutor) -> None:
+                 report: Report, stop: Event, ahead: ThreadPoolExecutor) -> None:
         self.hub, self.source, self.choice, self.stop, self.ahead = hub, source, choice, stop, ahead
-        self.folder, self.made = work / "source", work / "made"
+        self.folder, self.made = work / "source", work / MADE
         self.halt = _Either(stop)
         self.weights = {file.name: file for file in source.files if file.name.endswith(".safetensors")}
         self.report = report
@@ -95,13 +91,13 @@ class Stream:
         self.tensors = ArrivingShards(self.folder, file_of)
         checkpoint = Checkpoint(read_config(self.folder), self.tensors, self.source.repository.partition("/")[2])
         origin = f"{self.source.repository} at {self.source.commit}"
-        device, _ = errors.device_for(self.choice.device)
-        writer = writer_for(checkpoint, self.made, origin, None, self.choice.trunk_bits or DEFAULT_TRUNK_BITS[device])
+        device, bits = settled(self.choice)
+        writer = writer_for(checkpoint, self.made, origin, None, bits)
         if checkpoint.left_out:
-            self.meter.say(f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}.")
+            self.meter.add(0, left_out(checkpoint))
         try:
             with writer:
-                units = list(units_of(writer, checkpoint, device, self._pause_if_asked))
+                units = list(units_of(writer, checkpoint, device, partial(check, self.stop)))
                 for unit in units:
                     unit.files = frozenset(file_of[key] for key in unit.keys)
                 self._all_shards(units, writer)
@@ -151,9 +147,9 @@ class Stream:
     def _compress(self, units: list[Unit], absent: set[str]) -> None:
         for unit in units:
             if not unit.done and not unit.files & absent:
-                self._pause_if_asked()
+                check(self.stop)
                 n_layers = sum(bool(each.layer) for each in units)
-                self.meter.say(f"Compressing layer {unit.layer} of {n_layers}" if unit.layer else "")
+                self.meter.add(0, f"Compressing layer {unit.layer} of {n_layers}" if unit.layer else "")
                 begun = time.monotonic()
                 unit.work()
                 unit.done = True
@@ -171,10 +167,6 @@ class Stream:
         for name in here - set().union(*(unit.files for unit in units if not unit.done)):
             self.tensors.close(name)
             (self.folder / name).unlink()
-
-    def _pause_if_asked(self) -> None:
-        if self.stop.is_set():
-            raise Stopped
 
     def _check_room(self, units: list[Unit], order: list[str], writer: FolderWriter) -> None:
         files = [self.weights[name] for name in order]
@@ -198,11 +190,7 @@ def most_held(units: list[Unit], files: list[RemoteFile]) -> int:
 
 def names_in_index(folder: Path, weights: dict[str, RemoteFile]) -> dict[str, str]:
     """Key -> shard. UserError for an index that is damaged or names what the repository does not have."""
-    try:
-        weight_map = read_json(folder / INDEX)["weight_map"]
-        names = {str(key): str(name) for key, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The {INDEX} of the repository is damaged; choose another source.") from error
+    names = read_index(folder)
     for name in sorted(set(names.values())):
         if name not in weights:
             raise UserError(f"The repository lacks {name}, which its {INDEX} names; choose another source.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -20,10 +20,10 @@ from engine.disk import check_room
 from engine.files.manifest import MANIFEST, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile
-from engine.library.installed import SOURCE, Source, claimed, partial, place_of
+from engine.library.installed import SOURCE, Source, claimed, place_of, unfinished
 from engine.library.transfer import INDEX, SINGLE, CompressOptions, Wanted, arrived, begin, fetch_all, part_of
 from engine.paths import typed
-from engine.progress import Meter, Progress
+from engine.progress import Meter, Report, unheard
 
 SOURCES = ("ready", "original", "gguf")
 OURS = (SOURCE, "floe.partial.json")        # in folders that we make: of no repository
@@ -41,7 +41,7 @@ def wanted(text: str) -> Wanted:
 
 
 def download(text: str, source: str | None = None, folder: str | Path | None = None, data: str | Path | None = None,
-             hub: Hub | None = None, report: Callable[[Progress], None] = lambda progress: None,
+             hub: Hub | None = None, report: Report = unheard,
              stop: Event | None = None, choice: CompressOptions | None = None, file: str = "", like: str = "") -> Path:
     """The folder of the model, whole. Goes on where an earlier call was; nothing to do if it is there.
 
@@ -56,7 +56,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
     model = replace(model, gguf_file=file or model.gguf_file, like=like)
     dest = typed(folder).resolve() if folder else place_of(model.name, data)
     with claimed(dest):
-        work = partial(dest)
+        work = unfinished(dest)
         if dest.exists():
             return _present(dest, work, model)
         hub = hub or Hub.here()
@@ -73,7 +73,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
     return dest
 
 
-def fetch_ready(hub: Hub, source: Source, work: Path, report: Callable[[Progress], None], stop: Event) -> None:
+def fetch_ready(hub: Hub, source: Source, work: Path, report: Report, stop: Event) -> None:
     """All files of a finished folder into `work`; the manifest's sizes and hashes must be those of the Hub."""
     here = arrived(work, source.files)
     check_room(work, source.bytes - here)

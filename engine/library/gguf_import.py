@@ -6,10 +6,10 @@ adds, matrix kind by matrix kind. Stopped anywhere it goes on at the first layer
 """
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -25,20 +25,17 @@ from engine.files.manifest import CONFIG, COPIED, Manifest
 from engine.files.quantize import nested
 from engine.files.skeleton import spec_of
 from engine.library import catalogue
-from engine.library import compress as compression
-from engine.library.hub import Hub, Listing, Stopped
-from engine.library.installed import Source, partial
-from engine.library.transfer import CompressOptions, Wanted, arrived, begin, fetch_all, part_of
-from engine.machine import errors
+from engine.library.compress import compress_checkpoint, settled
+from engine.library.hub import Hub, Listing
+from engine.library.installed import Source, unfinished
+from engine.library.transfer import MADE, CompressOptions, Wanted, arrived, begin, fetch_all, finish, part_of
 from engine.paths import typed
-from engine.planning.sizes import DEFAULT_TRUNK_BITS
-from engine.progress import Meter, Progress
+from engine.progress import Meter, Progress, Report, check, said, unheard
 from kernels.layout import Layout, default_group_size
 from kernels.planes import decode_down, decode_gate, decode_up, record_rows, sketch_rows
 
 KINDS = ("gate", "up", "down")
 SMALL_FILES = (CONFIG, *COPIED)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,31 +48,28 @@ class Imported:
 
 
 def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int = 16, device: str | None = None,
-                report: Callable[[compression.Progress], None] = lambda progress: None,
-                say: Say = lambda sentence: None, check: Callable[[], None] = lambda: None,
-                hub: Hub | None = None) -> Imported:
+                report: Report = unheard, check: Callable[[], None] = lambda: None, hub: Hub | None = None) -> Imported:
     """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
 
     like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
-    the file. say: receives the warning of what quantising twice costs. check: is called within every expert and may
-    raise. UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it.
+    the file. report: hears what quantising twice costs, too. check: is called within every expert and may raise.
+    UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it.
     """
     paths = parts_of(Path(file))
     with TemporaryDirectory() as scratch:
         folder = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
-        say(f"Reading {paths[0].name}")         # a large vocabulary takes the package ten seconds and more
+        report(said(f"Reading {paths[0].name}"))        # a large vocabulary takes the package ten seconds and more
         source = GgufSource(paths, config_of(folder))
         checkpoint = Checkpoint(config_of(folder), source, source.name.removesuffix(".gguf"))
         checkpoint.check_shapes()
         folder = completed(folder, paths[0], source.texts, Path(scratch) / "made")
         if source.left_out:
-            say(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
-                f"{source.left_out[0]}.")
+            report(said(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
+                        f"{source.left_out[0]}."))
         added = cost(checkpoint)
-        say(warning(source, added))
+        report(said(warning(source, added)))
         origin = f"{source.name} of {sum(path.stat().st_size for path in paths)} bytes"
-        manifest = compression.compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report,
-                                                   say, check)
+        manifest = compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report, check)
     return Imported(manifest, source.kinds, added)
 
 
@@ -126,29 +120,21 @@ def warning(source: GgufSource, added: dict[str, float]) -> str:
 
 
 def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice: CompressOptions,
-                     report: Callable[[Progress], None], stop: Event) -> None:
+                     report: Report, stop: Event) -> None:
     """`dest` from the GGUF files that `source` names; they are removed once they are compressed."""
     require_package()
-    work = partial(dest)
-    made = work / "made"
-    if not is_sealed(made):
-        bits = choice.trunk_bits or DEFAULT_TRUNK_BITS[errors.device_for(choice.device)[0]]
+    work = unfinished(dest)
+    if not is_sealed(work / MADE):
+        device, bits = settled(choice)
         _prepare(hub, source, model, work, bits, stop)
         meter = Meter(source.bytes, arrived(work, source.files), report)
         fetch_all(hub, source, source.files, work, meter, stop)
 
-        def told(progress: compression.Progress) -> None:
-            meter.other_seconds = progress.seconds_left
-            meter.say(f"Compressed layer {progress.layer} of {progress.layers - 1}"
-                      if progress.layer < progress.layers else "Compressed")
-
-        def check() -> None:
-            if stop.is_set():
-                raise Stopped
-        import_gguf(work / source.files[0].name, made, work / "like", bits, choice.device, told, meter.say, check)
-    source.save(made)
-    os.replace(made, dest)
-    shutil.rmtree(work, ignore_errors=True)
+        def heard(progress: Progress) -> None:
+            meter.other_seconds = progress.seconds_left or 0.0
+            meter.add(0, progress.text)
+        import_gguf(work / source.files[0].name, work / MADE, work / "like", bits, device, heard, partial(check, stop))
+    finish(work, source, dest)
 
 
 def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, stop: Event) -> None:
@@ -162,7 +148,7 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
             fetch_like(hub, known, work / "like", stop, beside)
         spec = spec_of(config_of(work / "like"), source.repository)
         result = result_bytes(spec, trunk_bits)
-        made = sum(path.stat().st_size for path in (work / "made").glob("*"))
+        made = sum(path.stat().st_size for path in (work / MADE).glob("*"))
         check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))
     except UserError:
         if not arrived(work, source.files):
@@ -196,7 +182,7 @@ def fetch_like(hub: Hub, like: str, folder: Path, stop: Event | None = None, bes
         files = sorted((file for file in listing.files if file.path in SMALL_FILES), key=lambda f: f.path == CONFIG)
         noted = Source(hub.endpoint, listing.repository, listing.commit, "original", tuple(files))
         begin(folder, noted)
-    fetch_all(hub, noted, noted.files, folder, Meter(noted.bytes, 0, lambda progress: None), stop or Event())
+    fetch_all(hub, noted, noted.files, folder, Meter(noted.bytes, 0, unheard), stop or Event())
 
 
 def _listing(hub: Hub, like: str, stop: Event | None, beside: Listing | None) -> Listing:

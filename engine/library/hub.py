@@ -16,15 +16,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from urllib.parse import quote, urljoin, urlsplit
 
 from engine.core import MachineError, Stopped, UserError
 from engine.disk import writing
+from engine.progress import unless
 
 PIECE_BYTES = 1 << 20
 CHUNK_BYTES = 64 << 20
@@ -159,11 +159,11 @@ class Hub:
             url = self._allowed(urljoin(url, following))
         raise endless
 
-    def fetch(self, listing: Listing, file: RemoteFile, dest: Path, tell: Callable[[int, str], None],
+    def fetch(self, listing: Listing, file: RemoteFile, dest: Path, report: Callable[[int, str], None],
               stop: Event | None = None) -> None:
         """`dest`, whole and verified; goes on behind what `dest.part` holds. Nothing to do if `dest` is there.
 
-        tell(n_bytes, text): n_bytes more have arrived; text says what is wrong while waiting, else "".
+        report(n_bytes, text): n_bytes more have arrived; text says what is wrong while waiting, else "".
         Stopped when `stop` is set. UserError or MachineError in one sentence; the part stays unless it is damaged.
         """
         from huggingface_hub import hf_hub_url
@@ -174,7 +174,7 @@ class Hub:
         part, stop = dest.with_name(dest.name + ".part"), stop or Event()
         url = hf_hub_url(listing.repository, file.path, revision=listing.commit, endpoint=self.endpoint)
         with writing(part, keep=True):
-            with _Part(part, file, tell, stop) as out:
+            with _Part(part, file, report, stop) as out:
                 while out.have < file.bytes:
                     self._patiently(listing.repository, stop, lambda: self._transfer(url, out), out)
                 os.fsync(out.fileno())
@@ -251,7 +251,7 @@ class Hub:
         tries = most = 0
         while True:
             try:
-                return _alone(work, stop)
+                return unless(stop.is_set, work)
             except OfflineModeIsEnabled as error:
                 raise UserError("The network is switched off (HF_HUB_OFFLINE is set): unset it to download.") from error
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -354,24 +354,6 @@ class _Part(io.FileIO):
             found) < 20 else ""
         return MachineError(f"{self.file.name}{size} was changed at the Hub or is damaged: delete the unfinished "
                             "download and start again.")
-
-
-def _alone(work: Callable, stop: Event):
-    """work() in a thread of its own; when `stop` is set it is left there, to end by its timeouts."""
-    done = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-    if stop.is_set():
-        raise Stopped
-    Thread(target=run, daemon=True).start()
-    while not wait((done,), 0.1).done:
-        if stop.is_set():
-            raise Stopped
-    return done.result()
 
 
 def _origin(url: str) -> tuple:

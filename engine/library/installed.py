@@ -100,7 +100,7 @@ def empty_trash(data: str | Path | None = None) -> None:
 def place_of(name: str, data: str | Path | None = None) -> Path:
     """Where the model `name` is, whole or begun, or else is to be made. UserError for a name that none can have."""
     places = [inside(folder, name) for folder in models_dirs(data)]
-    begun = [place for place in places if os.path.exists(place) or os.path.exists(partial(place))]
+    begun = [place for place in places if os.path.exists(place) or os.path.exists(unfinished(place))]
     there = [path.name.removesuffix(PARTIAL) for folder in models_dirs(data) for path in folder.glob("*")]
     for twin in there:
         if twin.casefold() == name.casefold() and name not in there:
@@ -109,7 +109,7 @@ def place_of(name: str, data: str | Path | None = None) -> Path:
     return begun[0] if begun else models_dir(data) / name
 
 
-def partial(dest: Path) -> Path:
+def unfinished(dest: Path) -> Path:
     """Where an unfinished `dest` is made."""
     return dest.parent / (dest.name + PARTIAL)
 

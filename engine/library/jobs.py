@@ -9,19 +9,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
 from engine.core import UserError
 from engine.disk import write_text_atomically
-from engine.library.hub import Stopped
-from engine.library.installed import claimed, models, partial, partial_share, place_of
+from engine.library.installed import claimed, models, partial_share, place_of, unfinished
 from engine.library.transfer import CompressOptions, part_of
 from engine.paths import CALIBRATION_LOG
-from engine.progress import Progress
+from engine.progress import Progress, Report, check, said, unheard
 
 ENDING = "-floe"
-Report = Callable[[Progress], None]
 
 
 def compressed_name(name: str) -> str:
@@ -30,7 +30,7 @@ def compressed_name(name: str) -> str:
 
 
 def compress_installed(name: str, data: str | Path | None = None, choice: CompressOptions | None = None,
-                       report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+                       report: Report = unheard, stop: Event | None = None) -> Path:
     """Compress the checkpoint `name` of the data folder beside it; -> the new folder.
 
     Stopped, within an expert, when `stop` is set. UserError: no such checkpoint, or it cannot be compressed.
@@ -39,37 +39,36 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Compre
     if source is None:
         raise UserError(f"There is no checkpoint {name!r} in the data folder to compress.")
 
-    def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
+    def work(dest: Path, bits: int, device: str, heard: Report, check: Callable[[], None]) -> None:
         from engine.library.compress import compress
-        compress(source, dest, trunk_bits=bits, device=device, report=told, check=check)
+        compress(source, dest, None, bits, device, heard, check)
     return _made(compressed_name(name), data, choice or CompressOptions(), report, stop or Event(), work)
 
 
 def import_file(file: Path, like: str = "", data: str | Path | None = None, choice: CompressOptions | None = None,
-                report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+                report: Report = unheard, stop: Event | None = None) -> Path:
     """Import the GGUF file of that path into the data folder, under the file's name; -> the new folder.
 
     like: see `engine.library.gguf_import.import_gguf`. Stopped, within an expert, when `stop` is set. UserError.
     """
-    def work(dest: Path, bits: int, device: str, told: Callable, check: Callable[[], None]) -> None:
+    def work(dest: Path, bits: int, device: str, heard: Report, check: Callable[[], None]) -> None:
         from engine.library.gguf_import import import_gguf
-        import_gguf(file, dest, like, bits, device, told,
-                    lambda sentence: report(Progress(0, 1, 0.0, None, sentence)), check)
+        import_gguf(file, dest, like, bits, device, heard, check)
     part = part_of(file.name)
     return _made(part[0] if part else file.stem, data, choice or CompressOptions(), report, stop or Event(), work)
 
 
 def calibrate_installed(name: str, data: str | Path | None = None, text: Path | None = None, device: str | None = None,
-                        report: Report = lambda progress: None, stop: Event | None = None) -> Path:
+                        report: Report = unheard, stop: Event | None = None) -> Path:
     """Measure what each level of the compressed model `name` may leave out, on `text` (None: ours); -> its folder.
 
     Stopped, before the next expert, when `stop` is set. UserError: no such model, a text that is too short.
     `seconds_left` is the longest it may take: how many trials a promise needs is not known before.
     """
     folder = _compressed(name, data)
-    stop, begun, saying, told = stop or Event(), 0.0, "", -1
+    stop, begun, saying, heard = stop or Event(), 0.0, "", -1
     with claimed(folder):
-        report(Progress(0, 1, 0.0, None, "Loading the model"))
+        report(said("Loading the model"))
         from engine.quality.calibrate import calibrate
         from engine.quality.texts import CALIBRATION_TEXT, CALIBRATION_TOKENS
 
@@ -77,16 +76,15 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
             nonlocal saying
             saying = line
 
-        def check(read: int, skipped: int, most: int) -> None:
-            nonlocal begun, told
-            if stop.is_set():
-                raise Stopped
-            if read == told:            # asked between two experts of one document
+        def measured(read: int, skipped: int, most: int) -> None:
+            nonlocal begun, heard
+            check(stop)
+            if read == heard:           # asked between two experts of one document
                 return
-            told, begun = read, begun or time.monotonic()
+            heard, begun = read, begun or time.monotonic()
             left = (time.monotonic() - begun) / read * (most - skipped - read) if read else None
             report(Progress(read + skipped, most, 0.0, left, saying))
-        calibrate(folder, [text or CALIBRATION_TEXT], CALIBRATION_TOKENS, None, device, say, check)
+        calibrate(folder, [text or CALIBRATION_TEXT], CALIBRATION_TOKENS, None, device, say, measured)
     return folder
 
 
@@ -111,23 +109,18 @@ def _made(name: str, data: str | Path | None, choice: CompressOptions, report: R
     with claimed(dest):
         if dest.exists():
             raise UserError(f"{name} is there already; delete it first to make it again.")
-        making = partial(dest)
-        report(Progress(0, 1, 0.0, None, "Loading the compressor"))
+        making = unfinished(dest)
+        report(said("Loading the compressor"))
         from engine.files.folder_writer import is_sealed
-        from engine.machine.errors import device_for
-        from engine.planning.sizes import DEFAULT_TRUNK_BITS
-        device, _ = device_for(choice.device)
+        from engine.library.compress import settled
+        device, bits = settled(choice)
 
-        def check() -> None:
-            if stop.is_set():
-                raise Stopped
-
-        def told(progress) -> None:
-            write_text_atomically(partial_share(making), f"{progress.layer / progress.layers:.4f}")
-            report(Progress(progress.layer, progress.layers, 0.0, progress.seconds_left,
-                            f"Compressing layer {min(progress.layer + 1, progress.layers)} of {progress.layers}"))
+        def heard(progress: Progress) -> None:
+            if progress.done_bytes:     # of a sentence there is nothing to note
+                write_text_atomically(partial_share(making), f"{progress.done_bytes / progress.total_bytes:.4f}")
+            report(replace(progress, bytes_per_second=0.0))
         if not is_sealed(making):
-            work(making, choice.trunk_bits or DEFAULT_TRUNK_BITS[device], device, told, check)
+            work(making, bits, device, heard, partial(check, stop))
         partial_share(making).unlink(missing_ok=True)
         os.replace(making, dest)
     return dest

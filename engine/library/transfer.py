@@ -1,7 +1,9 @@
 """The lower half of a download: what is wanted, what is there already, files from the Hub one after the other."""
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from engine.library.hub import Hub, Listing, RemoteFile
 from engine.library.installed import Source, is_begun
 from engine.progress import Meter
 
+MADE = "made"       # in the folder of an unfinished download: the compressed model
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -43,14 +46,14 @@ class CompressOptions:
     keep_original: bool = True
 
 
-def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, counter: Meter,
+def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, meter: Meter,
               stop: Event) -> None:
     """Each file under its plain name, one after the other."""
     listing = Listing(source.repository, source.commit, source.files)
     for file in files:
         if not (folder / file.name).is_file():
-            counter.say(f"Fetching {file.name}")
-        hub.fetch(listing, file, folder / file.name, counter.add, stop)
+            meter.add(0, f"Fetching {file.name}")
+        hub.fetch(listing, file, folder / file.name, meter.add, stop)
 
 
 def begin(work: Path, source: Source) -> None:
@@ -63,6 +66,13 @@ def begin(work: Path, source: Source) -> None:
         raise UserError(f"{work} holds something else; move it away or choose another folder.")
     if Source.load(work) != source:
         source.save(work)
+
+
+def finish(work: Path, source: Source, dest: Path) -> None:
+    """What lies whole in `work`/made gets its name, with a note where it comes from; what it was made from goes."""
+    source.save(work / MADE)
+    os.replace(work / MADE, dest)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def arrived(folder: Path, files: Iterable[RemoteFile]) -> int:

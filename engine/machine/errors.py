@@ -1,10 +1,11 @@
-"""What can go wrong with a graphics card, in plain sentences: before it is used, and in the middle of it.
+"""What goes wrong, in one plain sentence: whether a graphics card can be used at all, and any error in mid-work.
 
-`check` asks torch and the system whether a card can be used at all; `in_words` turns what CUDA, torch or Triton raise
-into one sentence, or None where it is not theirs. Facts are gathered apart from what is made of them.
+`check` asks torch and the system about the card; `in_words` turns what CUDA, torch, Triton, memory or disk raise into
+one sentence, or None where it is nobody's fault but this program's. Facts are gathered apart from what is made of them.
 """
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from engine.core import MachineError
+from engine.core import MachineError, UserError
+from engine.disk import FULL
 from engine.machine.table import MIN_CAPABILITY
 
 AGAIN = "start Floe Chat again, or choose the CPU"
@@ -109,9 +111,8 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 def check() -> None:
     """MachineError, one sentence, unless a card can be used."""
-    sentence = obstacle(facts())
-    if sentence:
-        raise MachineError(sentence)
+    if reason := obstacle(facts()):
+        raise MachineError(reason)
 
 
 def device_for(wish: str | None) -> tuple[str, str]:
@@ -127,9 +128,34 @@ def device_for(wish: str | None) -> tuple[str, str]:
     return ("cpu", why) if why else ("cuda", "")
 
 
+def reason_for(error: BaseException, planned: str = "") -> str:
+    """For the user, about any error. planned: what the plan gave which part of a card's memory."""
+    first = str(error).strip().partition("\n")[0]
+    return in_words(error, planned) or f"The model failed ({type(error).__name__}{first and ': ' + first}); try again."
+
+
 def in_words(error: BaseException, planned: str = "") -> str | None:
-    """One sentence about an error of the card or of its compiler; None for any other. planned: the plan's line about
-    memory, for a card that is full."""
+    """One sentence; None for an error that is nobody's fault but this program's."""
+    if isinstance(error, (UserError, MachineError)):
+        return str(error)
+    if words := _of_card(error, planned):
+        return words
+    if is_out_of_memory(error):
+        return "The computer ran out of memory; close other programs or choose a smaller context, and try again."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FULL.format(where="")
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); check the disk and the rights of its folder."
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of main memory; torch says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _of_card(error: BaseException, planned: str) -> str | None:
+    """About an error of the card or of its compiler; None for any other."""
     text = str(error).strip()
     first, lower = (text.splitlines() or [type(error).__name__])[0], text.lower()
     if isinstance(error, torch.OutOfMemoryError) or "cuda_error_out_of_memory" in lower:

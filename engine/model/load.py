@@ -27,7 +27,7 @@ from engine.files.checkpoint import Checkpoint
 from engine.files.config_json import read_config_json
 from engine.files.manifest import TRUNK, Manifest, is_compressed
 from engine.files.proof import proving
-from engine.machine import detect, errors, failures
+from engine.machine import detect, errors
 from engine.machine.pinned_memory import CudaDriver
 from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
 from engine.model.placement import onto_gpu, trunk_dtype
@@ -114,7 +114,7 @@ def _load_compressed(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, 
             model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
                                                                 output_loading_info=True)
     except Exception as error:  # transformers raises many kinds for what does not go together
-        if isinstance(error, UserError) or failures.is_out_of_memory(error):
+        if isinstance(error, UserError) or errors.is_out_of_memory(error):
             raise
         raise UserError(_damaged(folder)) from error
     if found["missing_keys"] or found["unexpected_keys"]:

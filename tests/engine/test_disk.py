@@ -12,7 +12,7 @@ import pytest
 
 from engine.core import MachineError, UserError
 from engine.disk import check_room, only_one, write_text_atomically, writing
-from engine.machine.failures import in_words
+from engine.machine.errors import in_words
 from engine.paths import CALIBRATION_LOG
 from engine.quality.loss_probe import MeasurementLog
 

@@ -20,7 +20,7 @@ from threading import Event
 from engine import calibrate_installed, compress_installed
 from engine.library.download import download
 from engine.library.hub import Hub
-from engine.library.installed import partial
+from engine.library.installed import unfinished
 from engine.library.transfer import CompressOptions
 from tests.support.loopback_hub import LoopbackHub
 
@@ -74,7 +74,7 @@ class Nursery:
                 whole(folder)
                 finished += 1
                 shutil.rmtree(folder)
-                shutil.rmtree(partial(folder), ignore_errors=True)
+                shutil.rmtree(unfinished(folder), ignore_errors=True)
         return finished
 
 

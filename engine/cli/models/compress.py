@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from engine.cli import report, report_layers
 from engine.paths import typed
 
 
@@ -15,15 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from engine.library.compress import Progress, compress
-
-    def report(progress: Progress) -> None:
-        print(f"layer {progress.layer}/{progress.layers}  {progress.weights_per_second / 1e6:.1f} M weights/s  "
-              f"{progress.seconds_left:.0f} s left", file=sys.stderr)
-
-    manifest = compress(args.source, args.dest, args.group_size, args.trunk_bits, args.device, report,
-                        lambda sentence: print(sentence, file=sys.stderr))
+    from engine.library.compress import compress
+    manifest = compress(args.source, args.dest, args.group_size, args.trunk_bits, args.device, report_layers)
     n_bytes = sum(entry.bytes for entry in manifest.files)
-    print(f"{args.dest}: {n_bytes:,} bytes. Calibrate it next: python -m engine calibrate {args.dest}", file=sys.stderr)
+    report(f"{args.dest}: {n_bytes:,} bytes. Calibrate it next: python -m engine calibrate {args.dest}")
     return {"folder": str(args.dest), "bytes": n_bytes, "layers": manifest.layers, "group_size": manifest.group_size,
             "trunk_bits": manifest.trunk_bits}

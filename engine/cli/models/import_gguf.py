@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from engine.cli import report, report_layers
 from engine.paths import typed
 
 
@@ -18,11 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     from engine.library.gguf_import import import_gguf
-
-    def report(progress) -> None:
-        print(f"layer {progress.layer}/{progress.layers}  {progress.seconds_left:.0f} s left", file=sys.stderr)
-    made = import_gguf(args.file, args.dest, args.like, args.trunk_bits, args.device, report,
-                       lambda sentence: print(sentence, file=sys.stderr))
-    print(f"{args.dest} is ready. Calibrate it next: python -m engine calibrate {args.dest}", file=sys.stderr)
+    made = import_gguf(args.file, args.dest, args.like, args.trunk_bits, args.device, report_layers)
+    report(f"{args.dest} is ready. Calibrate it next: python -m engine calibrate {args.dest}")
     return {"folder": str(args.dest), "bytes": sum(entry.bytes for entry in made.manifest.files),
             "layers": made.manifest.layers, "experts_stored_as": list(made.kinds), "added_error": made.added_error}

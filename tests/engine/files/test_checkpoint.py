@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from engine.files import dequantize
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.dequantize import block_fp8, mxfp4
 from engine.files.key_map import KeyMap
@@ -204,10 +205,14 @@ def test_a_tied_head_is_stored_once(tmp_path):
 # --- quantised sources ----------------------------------------------------------------------------------------
 
 
-def test_mxfp4_is_transformers_own():
+def test_mxfp4_of_an_expert_alone_is_its_part_of_all(monkeypatch):
     blocks = torch.randint(0, 256, (3, 40, 2, 16), dtype=torch.uint8)
     scales = torch.randint(0, 255, (3, 40, 2), dtype=torch.uint8)
-    assert torch.equal(mxfp4(blocks, scales), convert_moe_packed_tensors(blocks, scales))
+    whole = mxfp4(blocks, scales)
+    monkeypatch.setattr(dequantize, "MXFP4_BLOCKS", 7)              # whatever is decoded at a time
+    assert all(torch.equal(mxfp4(blocks[e:e + 1], scales[e:e + 1]), whole[e:e + 1]) for e in range(3))
+    blocks[0, 5, 1, 3], scales[0, 5, 1] = 0xE3, 129                 # codes 3 (1.5) and 14 (-4) times 2^2
+    assert mxfp4(blocks, scales)[0, 32 + 6:32 + 8, 5].tolist() == [6, -16]
 
 
 def transformers_fp8(weight, scales):

@@ -232,13 +232,13 @@ def test_import_makes_what_compress_makes_from_the_same_weights(tmp_path):
     model, path, folder = file_of("qwen3_moe", tmp_path)
     compress(saved(model, tmp_path / "saved"), tmp_path / "a", device="cpu")
     said = []
-    made = import_gguf(path, tmp_path / "b", folder, device="cpu", say=said.append)
+    made = import_gguf(path, tmp_path / "b", folder, device="cpu", report=lambda progress: said.append(progress.text))
     one, other = MappedFile(tmp_path / "a" / TRUNK), MappedFile(tmp_path / "b" / TRUNK)
     for key in one.header.keys() - {"__metadata__"}:
         assert torch.equal(one.tensor(key), other.tensor(key)), key
     assert {path.name for path in (tmp_path / "b").iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
     assert made.manifest == Manifest.load(tmp_path / "b") and made.kinds == ("F32",)
-    reading, sentence = said
+    reading, sentence = said[:2]
     assert reading == "Reading model.gguf"
     assert "stored as F32; 4 bits cost a relative weight error of gate" in sentence
 
@@ -247,7 +247,7 @@ def test_the_warning_says_what_quantising_twice_costs(tmp_path):
     _, path, folder = file_of("qwen3_moe", tmp_path, "Q4_0")
     checkpoint, said = opened(path, folder), []
     added = cost(checkpoint)
-    made = import_gguf(path, tmp_path / "made", folder, device="cpu", say=said.append)
+    made = import_gguf(path, tmp_path / "made", folder, device="cpu", report=lambda heard: said.append(heard.text))
     assert made.added_error == added and list(added) == list(MATRICES)
     stored = [stored_experts(tmp_path / "made", layer) for layer in (0, 1)]
     for i, kind in enumerate(MATRICES):

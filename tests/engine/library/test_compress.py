@@ -19,7 +19,8 @@ from engine.core import MachineError, UserError
 from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import SafetensorsWriter
 from engine.files.folder_writer import PARTIAL
-from engine.library.compress import Progress, compress
+from engine.library.compress import compress
+from engine.progress import Progress
 from tests.support.architectures import config
 from tests.support.folders import checkpoint, stored_experts
 
@@ -241,8 +242,8 @@ def test_the_verb_refuses_in_one_sentence(source, tmp_path, capsys):
 def test_progress_counts_only_its_own_work(source, tmp_path):
     seen: list[Progress] = []
     compress(source, tmp_path / "made", report=seen.append)
-    assert [(p.layer, p.layers) for p in seen] == [(n, LAYERS + 1) for n in range(1, LAYERS + 2)]
-    assert all(p.weights_per_second > 0 for p in seen) and seen[-1].seconds_left == 0
+    assert [(p.done_bytes, p.total_bytes) for p in seen] == [(n, LAYERS + 1) for n in range(1, LAYERS + 2)]
+    assert all(p.bytes_per_second > 0 for p in seen) and seen[-1].seconds_left == 0
     assert seen[0].seconds_left > 0
 
 

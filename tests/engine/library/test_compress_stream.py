@@ -19,7 +19,7 @@ from engine.files.manifest import TRUNK, Manifest, experts_name
 from engine.library.compress import compress
 from engine.library.download import download
 from engine.library.hub import Hub, Stopped
-from engine.library.installed import Source, models, partial, size_of
+from engine.library.installed import Source, models, size_of, unfinished
 from engine.library.transfer import CompressOptions
 from tests.support.architectures import build
 from tests.support.folders import next_logits, write_tokenizer
@@ -132,7 +132,7 @@ def test_a_pause_anywhere_goes_on(loopback, made, tmp_path):
                      stop=stop)
             break
         except Stopped:
-            assert not dest.exists() and partial(dest).is_dir()
+            assert not dest.exists() and unfinished(dest).is_dir()
     assert n > 5
     assert_same(dest, made)
 
@@ -179,7 +179,7 @@ def test_a_branch_that_moves_on_does_not_mix_shards(loopback, made, tmp_path):
             stop.set()
     with pytest.raises(Stopped):
         download(NAME, folder=dest, choice=LEAN, report=report, stop=stop)
-    begun = Source.load(partial(dest)).commit
+    begun = Source.load(unfinished(dest)).commit
     build("qwen3_moe", seed=5, **SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "new", max_shard_size="500KB")
     assert loopback.add_folder(NAME, tmp_path / "new") != begun
     assert_same(download(NAME, folder=dest, choice=LEAN), made)

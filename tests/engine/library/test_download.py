@@ -18,7 +18,7 @@ from engine.core import UserError
 from engine.library import catalogue
 from engine.library.download import download, wanted
 from engine.library.hub import Hub, Stopped
-from engine.library.installed import Source, claimed, delete, models, partial
+from engine.library.installed import Source, claimed, delete, models, unfinished
 from engine.progress import Meter, Progress
 from tests.support.killed import CHUNK, Nursery
 from tests.support.loopback_hub import LoopbackHub
@@ -128,7 +128,7 @@ def test_killed_at_twenty_points(loopback, tmp_path):
             kills += 1
             assert not dest.exists()
             loopback.settle()
-            before, wasted = wasted, served() - on_disk(partial(dest), expected)
+            before, wasted = wasted, served() - on_disk(unfinished(dest), expected)
             assert wasted - before <= CHUNK
     loopback.pause = 0
     download(NAME, folder=dest)
@@ -258,10 +258,10 @@ def test_speed_is_honest():
     assert told[-1].bytes_per_second == pytest.approx(10, rel=0.15)
     assert told[-1].seconds_left == pytest.approx(40, rel=0.15) and told[-1].done_bytes == 600
     now[0] += 60
-    meter.say("The connection was lost")
+    meter.add(0, "The connection was lost")
     assert told[-1].bytes_per_second < 1 and told[-1].text == "The connection was lost"
     now[0] += 60
-    meter.say("still")
+    meter.add(0, "still")
     assert told[-1].bytes_per_second == 0 and told[-1].seconds_left is None
 
 

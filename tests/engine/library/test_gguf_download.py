@@ -24,7 +24,7 @@ from engine.library import catalogue
 from engine.library.download import download
 from engine.library.gguf_import import import_gguf
 from engine.library.hub import Hub, Stopped
-from engine.library.installed import Source, models, partial
+from engine.library.installed import Source, models, unfinished
 from engine.library.transfer import CompressOptions, part_of
 from tests.support.architectures import build
 from tests.support.folders import next_logits
@@ -84,7 +84,7 @@ def test_the_card_of_the_repository_names_the_original(loopback, made, tmp_path)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["Model-GGUF"]
     assert Source.load(folder).kind == "gguf" and gguf_bytes(loopback) == made["gguf"].stat().st_size
     assert any("stored as Q8_0 and are quantised a second time" in text for text in texts)
-    assert "Compressed layer 4 of 4" in texts
+    assert "Compressing layer 4 of 4" in texts
 
 
 def test_the_repository_itself_may_have_it(loopback, made, tmp_path):
@@ -187,7 +187,7 @@ def test_a_pause_anywhere_goes_on(loopback, made, tmp_path):
         except Stopped:
             stops += 1
             assert [model.kind for model in models(tmp_path)] == ["unfinished"]
-            if (partial(tmp_path / "models" / "Model-GGUF") / made["gguf"].name).is_file():
+            if (unfinished(tmp_path / "models" / "Model-GGUF") / made["gguf"].name).is_file():
                 hub = Hub("http://127.0.0.1:9", delays=())
     assert stops > 3 and hub.endpoint.endswith(":9")
     assert_imported(folder, made)
@@ -208,14 +208,14 @@ def test_a_disk_that_fills_up_meanwhile(loopback, made, tmp_path):
     loopback.cards[REPO], before = {"base_model": ORIGINAL}, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def report(progress) -> None:
-        if progress.text == "Compressed layer 1 of 4":
+        if progress.text == "Compressing layer 2 of 4":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(MachineError, match="cannot hold a file of that size"):
             download(REPO, data=tmp_path, choice=CPU, report=report)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    work = partial(tmp_path / "models" / "Model-GGUF")
+    work = unfinished(tmp_path / "models" / "Model-GGUF")
     assert (work / "made" / experts_name(0)).is_file() and not (work / "made" / experts_name(1)).exists()
     assert_imported(download(REPO, data=tmp_path, choice=CPU), made)
     assert gguf_bytes(loopback) == made["gguf"].stat().st_size

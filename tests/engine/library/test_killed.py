@@ -13,7 +13,7 @@ import pytest
 
 from engine import Engine, Options, Sampling, calibrate_installed, compress_installed, delete, models
 from engine.files.folder_writer import PARTIAL
-from engine.library.installed import partial
+from engine.library.installed import unfinished
 from engine.library.transfer import CompressOptions
 from engine.paths import CALIBRATION_LOG
 from tests.support import small_model
@@ -64,7 +64,7 @@ def answer(folder: Path) -> str:
 
 def test_compressing(nursery, data, whole):
     dest, chance, kills, ends = data / "models" / "Small-floe", random.Random(10), 0, 0
-    making, done = partial(dest), {}
+    making, done = unfinished(dest), {}
     while kills < KILLS:
         kills += nursery.killed_when(lambda: False, work="compress", change=chance.randrange(1, 45), name="Small",
                                      data=data)

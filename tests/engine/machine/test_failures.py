@@ -9,7 +9,7 @@ import torch
 from engine.__main__ import main
 from engine.core import MachineError, UserError
 from engine.library import catalogue
-from engine.machine.failures import in_words, sentence
+from engine.machine.errors import in_words, reason_for
 
 
 def too_much() -> RuntimeError:
@@ -29,13 +29,13 @@ MACHINES = [
 
 
 @pytest.mark.parametrize("made, words", MACHINES)
-def test_a_machines_error_ends_a_verb_in_one_sentence(made, words, monkeypatch, capfd):
+def test_a_machines_error_ends_a_verb_in_one_reason_for(made, words, monkeypatch, capfd):
     error = made()
     monkeypatch.setattr(catalogue, "look_up", lambda *_: (_ for _ in ()).throw(error))
     assert main(["plan", "demo", "--json"]) == 3
     out, err = capfd.readouterr()
     assert out == "" and words in err and err.count("\n") == 1 and err.endswith(".\n")
-    assert sentence(error) == err.strip()
+    assert reason_for(error) == err.strip()
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shapes"), KeyError("k"), OSError("odd")])
@@ -44,9 +44,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(error, monkeypatch):
     with pytest.raises(type(error)) as caught:
         main(["plan", "demo"])
     assert caught.value is error and in_words(error) is None
-    assert sentence(error).startswith("The model failed (") and sentence(error).endswith("try again.")
+    assert reason_for(error).startswith("The model failed (") and reason_for(error).endswith("try again.")
 
 
-def test_our_own_errors_are_their_own_sentence():
+def test_our_own_errors_are_their_own_reason_for():
     for error in (UserError("Do this."), MachineError("It broke.")):
-        assert in_words(error) == sentence(error) == str(error)
+        assert in_words(error) == reason_for(error) == str(error)
