@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from engine.cli import report
 from engine.core import LEVELS, Event, MachineError, Options, Sampling, UserError
 from engine.paths import typed
 from engine.units import parse_bytes
@@ -12,7 +13,7 @@ from engine.units import parse_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
     parser.add_argument("--level", choices=LEVELS, default=Options.level)
-    parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: planned)")
+    parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="near memory (default: planned)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens (default: what the model can)")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens that are read at once")
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -29,15 +30,15 @@ def run(args: argparse.Namespace) -> dict | None:
     """The last answer as a document; UserError or MachineError when --prompt could not be answered."""
     if args.json and args.prompt is None:
         raise UserError("--json prints one answer; give the question with --prompt TEXT.")
-    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    options = Options(level=args.level, near_bytes=near, context=args.context, chunk=args.chunk, device=args.device)
+    options = Options(level=args.level, near_bytes=args.near_bytes, context=args.context, chunk=args.chunk,
+                      device=args.device)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
                         repetition_penalty=args.repetition_penalty, seed=args.seed, max_tokens=args.max_tokens,
                         stop=tuple(args.stop))
     from engine.chat.engine import Engine  # loads torch; wrong arguments need not wait for it
 
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    with Engine.open(args.folder, options, progress=lambda text, share: _note(text)) as engine:
+    with Engine.open(args.folder, options, report) as engine:
         if args.prompt is not None:
             return ask(engine, [*messages, {"role": "user", "content": args.prompt}], sampling, not args.json)
         return _converse(engine, messages, sampling)
@@ -62,24 +63,24 @@ def ask(engine, messages: list[dict], sampling: Sampling, aloud: bool = True) ->
         print()
     if end.reason == "error":
         raise answer.error if isinstance(answer.error, (UserError, MachineError)) else MachineError(end.text)
-    _note(f"[{end.tokens_per_second:.1f} tokens/s, {end.counters.hit_rate:.0%} near, "
-          f"{end.counters.far_bytes / max(end.n_tokens, 1) / 1e6:.2f} MB/token, {end.reason}]")
+    far_bytes = end.counters.far_bytes / max(end.n_tokens, 1)
+    report(f"[{end.tokens_per_second:.1f} tokens/s, {end.counters.hit_rate:.0%} near, {far_bytes / 1e6:.2f} MB/token, "
+           f"{end.reason}]")
     return {**texts, "n_tokens": end.n_tokens, "tokens_per_second": end.tokens_per_second,
-            "hit_rate": end.counters.hit_rate, "far_bytes_per_token": end.counters.far_bytes / max(end.n_tokens, 1),
-            "reason": end.reason}
+            "hit_rate": end.counters.hit_rate, "far_bytes_per_token": far_bytes, "reason": end.reason}
 
 
 def _converse(engine, messages: list[dict], sampling: Sampling) -> dict | None:
     """Question and answer until the input ends. A failed question is told and forgotten."""
     document = None
-    _note(f"{engine.info['name']}. Ctrl+C ends an answer, Ctrl+D (Ctrl+Z on Windows) the conversation.")
+    report(f"{engine.info['name']}. Ctrl+C ends an answer, Ctrl+D (Ctrl+Z on Windows) the conversation.")
     while (question := _question()) is not None:
         if not question.strip():
             continue
         try:
             document = ask(engine, [*messages, {"role": "user", "content": question}], sampling)
         except (UserError, MachineError) as error:
-            _note(str(error))
+            report(str(error))
             continue
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": document["answer"]}]
     return document
@@ -97,7 +98,3 @@ def _say(event: Event, aloud: bool) -> None:
     if aloud and event.text:
         dim = sys.stdout.isatty() and event.kind == "thinking"
         print(f"\033[2m{event.text}\033[0m" if dim else event.text, end="", flush=True)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

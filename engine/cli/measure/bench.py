@@ -17,12 +17,12 @@ from engine.units import parse_bytes, rate
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
     parser.add_argument("--level", choices=LEVELS, help="default: balanced where the folder offers it, else its best")
-    parser.add_argument("--near-bytes", metavar="SIZE", help="near memory (default: everything that fits)")
+    parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="near memory (default: all that fits)")
     parser.add_argument("--compare", action="store_true",
                         help="also run transformers' own experts on the same weights, uncompressed")
     parser.add_argument("--source", type=typed, metavar="CHECKPOINT",
                         help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
-    parser.add_argument("--vram", metavar="SIZE", help="on a card: occupy what it has above this")
+    parser.add_argument("--vram", type=parse_bytes, metavar="SIZE", help="on a card: occupy what it has above this")
     parser.add_argument("--project", metavar="CARD", help="on a card: what a token would take on this one of the table")
     parser.add_argument("--table", type=typed, metavar="DIR", help="on a card: append its rows to DIR/<card>.csv")
 
@@ -30,11 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     if args.source and not args.compare:
         raise UserError("--source is the checkpoint of the comparison; add --compare.")
-    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
-    from engine.bench import step_profile, throughput
+    from engine.bench import gpu_kernels, step_profile, throughput
     from engine.machine import errors
     from engine.model import load
-    vram = None if args.vram is None else parse_bytes(args.vram)
     gpu = None if args.project is None else step_profile.gpu_named(args.project)
     for_gpu = args.vram or args.project or args.table
     if for_gpu and args.device == "cpu":
@@ -43,8 +41,9 @@ def run(args: argparse.Namespace) -> dict:
     device, why = errors.device_for("cuda" if for_gpu else args.device)
     if why:
         report(why)
-    speeds, held = _empty_gpu(vram) if device == "cuda" else (None, None)
-    options = Options(level=args.level or Options.level, near_bytes=near, device=device)
+    speeds = gpu_kernels.speeds() if device == "cuda" else None     # while it is empty
+    held = gpu_kernels.reserve_vram(args.vram) if device == "cuda" else None
+    options = Options(level=args.level or Options.level, near_bytes=args.near_bytes, device=device)
     loaded = load.load(args.folder, options, report)
     if args.level and loaded.runtime.level != args.level:
         raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
@@ -61,12 +60,6 @@ def run(args: argparse.Namespace) -> dict:
                    f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
     del held
     return document
-
-
-def _empty_gpu(vram: int | None) -> tuple:
-    """The card's speeds while it is empty, and what keeps the rest of it occupied."""
-    from engine.bench import gpu_kernels
-    return gpu_kernels.speeds(), gpu_kernels.reserve_vram(vram)
 
 
 def _on_gpu(measured, speeds, gpu, folder: Path | None) -> dict:

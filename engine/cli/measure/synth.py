@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=float, help="share of picked experts that the last token picked too")
     parser.add_argument("--repeat-neurons", type=float, help="the same of neurons, where the expert is the same")
     parser.add_argument("--level", choices=LEVELS[1:], default="exact", help="with --in-memory: what is measured")
-    parser.add_argument("--near-bytes", metavar="SIZE", help="with --in-memory: near memory")
+    parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="with --in-memory: near memory")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -41,9 +41,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def _measured(args: argparse.Namespace, shape, calibration: dict) -> dict:
     from engine.bench import synthetic_model, throughput
-    near = None if args.near_bytes is None else parse_bytes(args.near_bytes)
     try:
-        options = Options(args.level, near, device=args.device)
+        options = Options(args.level, args.near_bytes, device=args.device)
         loaded = synthetic_model.open_in_memory(shape, calibration, options, report)
     except RuntimeError as error:
         raise MachineError(f"The model cannot be made up in memory ({str(error).splitlines()[0]}); take fewer "

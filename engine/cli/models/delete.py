@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from engine.cli import report
 from engine.library.installed import delete
 from engine.units import size
 
@@ -14,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     freed = delete(args.name, args.data)
-    print(f"{args.name} is gone, {size(freed)} freed.", file=sys.stderr)
+    report(f"{args.name} is gone, {size(freed)} freed.")
     return {"name": args.name, "freed_bytes": freed}

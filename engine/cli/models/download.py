@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from engine.cli import report
 from engine.library.download import SOURCES, download
 from engine.library.hub import Hub
 from engine.library.transfer import CompressOptions
@@ -30,12 +31,12 @@ def run(args: argparse.Namespace) -> dict:
         folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
                           args.file, args.like)
     except KeyboardInterrupt:
-        print("\nWhat has arrived is kept: start again to go on, or delete it.", file=sys.stderr)
+        report("\nWhat has arrived is kept: start again to go on, or delete it.")
         raise
     finally:
         if sys.stderr.isatty():
             print(file=sys.stderr)      # behind the line that was rewritten
-    print(f"{folder} is ready. Talk to it: python -m engine chat {folder}", file=sys.stderr)
+    report(f"{folder} is ready. Talk to it: python -m engine chat {folder}")
     return {"folder": str(folder)}
 
 
@@ -44,4 +45,4 @@ def _tell(progress: Progress) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{progress}", end="", file=sys.stderr, flush=True)
     elif progress.text:
-        print(progress, file=sys.stderr)
+        report(str(progress))

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from engine.cli import report
 from engine.machine import benchmark, detect
 from engine.paths import data_dir, models_dirs
 from engine.units import size
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> dict:
     found = detect.survey(models_dirs(data)[0])
     machine = benchmark.with_rates(detect.machine(found, args.device), data / "cache", args.refresh)
     for line in _tell(found, machine):
-        print(line, file=sys.stderr)
+        report(line)
     return found.document(machine.copy_bytes_per_second)
 
 

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from engine.cli import report
 from engine.library import catalogue
 from engine.library.installed import Installed, models
 from engine.paths import choose_models_dir
@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     if args.keep_in is not None:
-        print(f"New models are kept in {choose_models_dir(args.keep_in, args.data)}.", file=sys.stderr)
+        report(f"New models are kept in {choose_models_dir(args.keep_in, args.data)}.")
     found = models(args.data)
     for model in found:
-        print(_line(model), file=sys.stderr)
+        report(_line(model))
     if not found:
-        print("No models yet. Get one with python -m engine download MODEL: any Hub id (owner/name), or one of "
-              f"{', '.join(catalogue.entries())}.", file=sys.stderr)
+        report("No models yet. Get one with python -m engine download MODEL: any Hub id (owner/name), or one of "
+              f"{', '.join(catalogue.entries())}.")
     return {"models": [{"name": model.name, "folder": str(model.folder), "kind": model.kind, "bytes": model.bytes,
                         "levels": list(model.levels), "share": model.share, "source": model.source}
                        for model in found]}

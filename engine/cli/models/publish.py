@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from engine.cli import report
 from engine.library.hub import Hub
 from engine.paths import typed
 
@@ -18,6 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     from engine.library.publish import publish
     address = publish(args.folder, args.repository, Hub.here(args.token), args.private,
-                      lambda sentence: print(sentence, file=sys.stderr))
-    print(f"Published: {address}", file=sys.stderr)
+                      report)
+    report(f"Published: {address}")
     return {"repository": args.repository, "commit": address}
