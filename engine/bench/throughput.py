@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 
@@ -97,20 +97,28 @@ class Bench:
         random = self.random
         self.report("the model's own text, cold and warm")
         cold, warm = self._own_text()
-        copy = self._copy or benchmark.measure(self.device.type)["copy_bytes_per_second"]
+        rates = {"copy_bytes_per_second": self._copy} if self._copy else benchmark.measure(self.device.type)
+        copy = rates["copy_bytes_per_second"]
         needed = random.counters.needed_bytes / sizes.decode
         return {
             "prefill_tokens_per_second": sizes.prefill / random.prefill,
             "decode_tokens_per_second": sizes.decode / random.decode,
             "time_to_first_token_ms": random.first_token * 1e3,
             **_per_token(random.counters, sizes.decode),
-            "bound_tokens_per_second": copy / needed,
+            "bound_tokens_per_second": copy / needed, "planned_tokens_per_second": self._planned(rates),
             "device": self.device.type, "level": runtime.level, "near_bytes": runtime.near_bytes,
             "prefill_tokens": sizes.prefill, "decode_tokens": sizes.decode, "chunk": self.chunk,
             "needed_bytes_per_token": needed, "copy_bytes_per_second": copy,
             "own_text": {"cold": cold, "warm": warm}, "note": self.reason,
             **({"synthetic": True} if self.synthetic else {}),
         }
+
+    def _planned(self, rates: dict[str, float]) -> float:
+        """What the plan expects of this level and near memory where the machine has these speeds."""
+        room = replace(self.loaded.room, machine=benchmark.apply(self.loaded.room.machine, rates))
+        runtime, context = self.loaded.runtime, min(self.context, self.loaded.spec.context)
+        made = room.plan(runtime.level, Options(near_bytes=runtime.near_bytes, context=context))
+        return made.decode_tokens_per_second
 
     @property
     def reason(self) -> str:

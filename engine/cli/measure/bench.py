@@ -81,7 +81,8 @@ def _print(document: dict) -> None:
            f"first token after {document['time_to_first_token_ms']:.0f} ms\n"
            f"decode {document['decode_tokens']}: {document['decode_tokens_per_second']:.1f} tokens/s, "
            f"{document['far_bytes_per_token']:,.0f} far bytes a token, {document['hit_rate']:.1%} hits; copying alone "
-           f"would allow {document['bound_tokens_per_second']:,.0f}\n"
+           f"would allow {document['bound_tokens_per_second']:,.0f}, the plan expects "
+           f"{document['planned_tokens_per_second']:.1f}\n"
            f"own text: {own['cold']['decode_tokens_per_second']:.1f} tokens/s cold "
            f"({own['cold']['hit_rate']:.1%} hits), "
            f"{own['warm']['decode_tokens_per_second']:.1f} warm ({own['warm']['hit_rate']:.1%} hits)")

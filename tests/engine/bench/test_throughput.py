@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from engine.core import Options, UserError
 from engine.decode.decoder import DeviceDecoder
 from engine.experts.layer import LevelPlan
 from engine.library.compress import compress
+from engine.machine import benchmark
 from engine.model import load
 from tests.engine.experts.on_device import take_over
 from tests.support import architectures, small_model
 
 KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_ms", "hit_rate",
-        "far_bytes_per_token", "bound_tokens_per_second", "device", "level", "near_bytes"}
+        "far_bytes_per_token", "bound_tokens_per_second", "planned_tokens_per_second", "device", "level", "near_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,21 @@ def test_the_document(folders) -> None:
     assert document["hit_rate"] == 1 and document["far_bytes_per_token"] == 0  # prefill brought all of them
     assert document["own_text"]["warm"]["far_bytes_per_token"] <= document["own_text"]["cold"]["far_bytes_per_token"]
     assert all(document[key] > 0 for key in KEYS if key.endswith(("_second", "_ms")))
+
+
+def test_the_plan_stands_beside_what_was_measured(folders, monkeypatch) -> None:
+    """The same level, near memory and speeds: a machine twice as fast is expected to be so, whatever this one is."""
+    loaded, planned = load.load(folders[1], Options(level="exact", device="cpu")), []
+    loaded.runtime.set_level("exact", loaded.runtime.smallest_bytes())
+    for factor in (1, 2):
+        rates = {name: 1e9 * factor for name in benchmark.RATES} | {"operation_seconds": 1e-6 / factor}
+        monkeypatch.setattr(benchmark, "measure", lambda device, rates=rates: rates)
+        document = throughput.Bench(loaded, sizes=throughput.Sizes(24, 8)).document()
+        room = replace(loaded.room, machine=benchmark.apply(loaded.room.machine, rates))
+        wishes = Options(near_bytes=document["near_bytes"], context=33)
+        assert document["planned_tokens_per_second"] == room.plan("exact", wishes).decode_tokens_per_second
+        planned.append(document["planned_tokens_per_second"])
+    assert planned[1] == pytest.approx(2 * planned[0])
 
 
 def test_near_memory_for_nothing_misses_every_time(folders) -> None:
