@@ -32,7 +32,7 @@ N_TOKENS = 300
 
 def locked(folder: Path) -> FarLocked:
     far = FarLocked(folder, Manifest.load(folder), CudaDriver())
-    assert far.memory.sentence == ""
+    assert far.memory.reason == ""
     return far
 
 

@@ -59,7 +59,7 @@ const phase = (stats) => (stats.state === "ready" ? stats.phase || "idle" : stat
 // What the card itself counts, or in words why there is no such number.
 function cardLine(card) {
   if (!card) return "";
-  if (card.to_card === null) return card.sentence;
+  if (card.to_card === null) return card.reason;
   const line = say("card_link_line", { to: `${bytes(card.to_card)}/s`, back: `${bytes(card.from_card)}/s` });
   return `${TEXT.card_link}: ${line}`;
 }

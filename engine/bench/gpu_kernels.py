@@ -126,8 +126,8 @@ def fills(total_bytes: int, small_pages: bool = False, cases: FillCases | None =
     memory = (SmallPages if small_pages else HostMemory)(total_bytes, driver or CudaDriver())
     cases = cases or FillCases()
     known = {"measured": "fill", "total": total_bytes, "pages": "small" if small_pages else "huge"}
-    if memory.sentence:
-        yield known | {"sentence": memory.sentence}
+    if memory.reason:
+        yield known | {"sentence": memory.reason}
     locked = memory.bytes[:memory.locked_bytes]
     locked[::4096] = 1  # every page is there
     draw, before = torch.Generator().manual_seed(0), gpu_fill.WARPS

@@ -50,8 +50,8 @@ def open_on_gpu(shape: Shape, calibration: Mapping, options: Options, driver: Dr
     """
     memories = [HostMemory(bytes_of(shape), driver)]
     try:
-        if memories[0].sentence:
-            raise MachineError(memories[0].sentence)
+        if memories[0].reason:
+            raise MachineError(memories[0].reason)
         far = FarSynthetic(shape, memories[0].bytes, _repeat(calibration), report=report, release=memories[0].close)
         model = _model(shape, device, report)
         embedding = leave_on_host(model, driver)
@@ -62,7 +62,7 @@ def open_on_gpu(shape: Shape, calibration: Mapping, options: Options, driver: Dr
             memory.close()
         raise
     runtime = loaded.runtime
-    runtime.memories, runtime.link_bytes_per_second = memories[1:], loaded.room.machine.link_bytes_per_second
+    runtime.memories, runtime.link_bytes_per_second = memories[1:], loaded.planner.machine.link_bytes_per_second
     return loaded
 
 
@@ -82,11 +82,11 @@ def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
 def _loaded(model: torch.nn.Module, side: type[Runtime], shape: Shape, calibration: Mapping, far: FarSynthetic,
             options: Options, device: str = "cpu", **given) -> Loaded:
     """Trunk and experts on the device. given: what the device's side wants to know besides."""
-    room = Planner(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
+    planner = Planner(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
     model.to(device)
-    runtime = bind(model, side, far, room, options.level, room.near_bytes(options.level, options), options.predict,
-                   device=device, **given)
-    return Loaded(model.eval(), AutoTokenizer.from_pretrained(demo_model()), runtime, shape.spec, room)
+    near_bytes = planner.near_bytes(options.level, options)
+    runtime = bind(model, side, far, planner, options.level, near_bytes, options.predict, device=device, **given)
+    return Loaded(model.eval(), AutoTokenizer.from_pretrained(demo_model()), runtime, shape.spec, planner)
 
 
 def picks(layers: int, experts: int, top_k: int, repeat: float, n_tokens: int = N_TOKENS, seed: int = 0) -> Tensor:

@@ -79,7 +79,7 @@ class Bench:
         self.device = loaded.model.device
         self.chunk = chunk or DEFAULT_CHUNK[self.device.type]
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
-        self.synthetic = loaded.room.calibration.get("synthetic")  # made-up weights: the picks are made up as well
+        self.synthetic = loaded.planner.calibration.get("synthetic")  # made-up weights: the picks are made up as well
         if self.synthetic:
             loaded.runtime.hook = synthetic_model.FollowPicks(loaded.runtime, self.synthetic["repeat"])
         draw = torch.Generator().manual_seed(0)
@@ -115,15 +115,15 @@ class Bench:
 
     def _planned(self, rates: dict[str, float]) -> float:
         """What the plan expects of this level and near memory where the machine has these speeds."""
-        room = replace(self.loaded.room, machine=benchmark.apply(self.loaded.room.machine, rates))
+        planner = replace(self.loaded.planner, machine=benchmark.apply(self.loaded.planner.machine, rates))
         runtime, context = self.loaded.runtime, min(self.context, self.loaded.spec.context)
-        made = room.plan(runtime.level, Options(near_bytes=runtime.near_bytes, context=context))
+        made = planner.plan(runtime.level, Options(near_bytes=runtime.near_bytes, context=context))
         return made.decode_tokens_per_second
 
     @property
     def reason(self) -> str:
         """Why a device does less than it might (no graph, experts on the processor), else ""."""
-        return self.loaded.runtime.note or self.decoder.reason
+        return self.loaded.runtime.reason or self.decoder.reason
 
     @cached_property
     def random(self) -> Run:
@@ -237,7 +237,7 @@ def context_for(loaded: Loaded, sizes: Sizes) -> int:
     runtime, least = loaded.runtime, sizes.prefill + sizes.decode + 1
     if not isinstance(runtime, DeviceRuntime):
         return least
-    planned = loaded.room.plan(runtime.level, Options(near_bytes=runtime.near_bytes)).context
+    planned = loaded.planner.plan(runtime.level, Options(near_bytes=runtime.near_bytes)).context
     return max(least, min(loaded.spec.context, planned))
 
 
@@ -284,7 +284,7 @@ def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambd
     """
     runtime = loaded.runtime
     level = runtime.levels[0]
-    runtime.set_level(level, loaded.room.near_bytes(level))
+    runtime.set_level(level, loaded.planner.near_bytes(level))
     sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
     prompt = torch.randint(loaded.model.config.vocab_size, (sizes.prefill,),
                            generator=torch.Generator().manual_seed(0)).tolist()

@@ -198,7 +198,7 @@ class Engine:
         live, runtime, far = turns.live, turns.runtime, turns.runtime.far
         return {
             "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
-            "note": runtime.note or turns.decoder.reason,
+            "note": runtime.reason or turns.decoder.reason,
             "phase": live.phase, "tokens_per_second": live.tokens_per_second,
             "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
             "answer": asdict(live.answer) | {"tokens": live.answer_tokens, "seconds": live.answer_seconds},
@@ -212,7 +212,7 @@ class Engine:
 
     def _adopt(self, loaded: load.Loaded, options: Options) -> None:
         device = loaded.model.device.type
-        self._longest, self._room = loaded.spec.context, loaded.room
+        self._longest, self._planner = loaded.spec.context, loaded.planner
         context = self._context_for(options)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
         chunk = options.chunk or DEFAULT_CHUNK[device]
@@ -269,9 +269,9 @@ class Engine:
         return Event("end", reason_for(error, self._planned()), reason="error")
 
     def _planned(self) -> str:
-        if self._room.machine.device != "cuda":
+        if self._planner.machine.device != "cuda":
             return ""
-        return explain.memory(self._room.plan(self.options.level, self.options))
+        return explain.memory(self._planner.plan(self.options.level, self.options))
 
     def _configure(self, options: Options, future: Future) -> None:
         try:
@@ -286,7 +286,7 @@ class Engine:
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
         turns, chunk = self._turns, options.chunk or DEFAULT_CHUNK[self._turns.model.device.type]
         context, before = self._context_for(options), (turns.context, turns.chunk)
-        trades = self._room.machine.device == "cuda" and context != turns.context  # with near memory, for the card's
+        trades = self._planner.machine.device == "cuda" and context != turns.context  # with near memory, for the card's
         if trades and context < turns.context:
             turns.set_context(context, chunk)  # first what gives memory back
         try:
@@ -301,8 +301,8 @@ class Engine:
 
     def _context_for(self, options: Options) -> int:
         """On a card its memory is taken at once, so without a wish it is the plan's."""
-        if options.context is None and self._room.machine.device == "cuda":
-            return min(self._longest, self._room.plan(options.level, options).context)
+        if options.context is None and self._planner.machine.device == "cuda":
+            return min(self._longest, self._planner.plan(options.level, options).context)
         return _context(options, self._longest)
 
     def _set_level(self, options: Options) -> None:
@@ -310,7 +310,7 @@ class Engine:
         runtime = self._turns.runtime
         level, near_bytes = runtime.level, runtime.near_bytes
         try:
-            runtime.set_level(options.level, self._room.near_bytes(options.level, options))
+            runtime.set_level(options.level, self._planner.near_bytes(options.level, options))
         except BaseException:
             runtime.set_level(level, near_bytes)
             raise

@@ -128,11 +128,11 @@ Decoder = HostDecoder | DeviceDecoder
 
 
 def decoder_for(model: torch.nn.Module, runtime, context: int) -> Decoder:
-    """The device alone where it can, else transformers' own cache; runtime.note then says why, on a graphics card."""
+    """The device alone where it can, else transformers' own cache; runtime.reason then says why, on a graphics card."""
     if not isinstance(runtime, DeviceRuntime):
         return HostDecoder(model)
     try:
         return DeviceDecoder(model, runtime, StepCache(model.config, context, next(model.parameters()).device))
     except NotCapturable as error:
-        runtime.note = str(error)
+        runtime.reason = str(error)
         return HostDecoder(model)

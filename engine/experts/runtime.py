@@ -76,7 +76,7 @@ class Runtime(ABC):
         self.predict, self.device, self.tokens = predict, device, tokens
         self.hook: Hook | None = None  # unset, it costs a comparison a layer
         self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
-        self.note = ""  # why the processor computes what a card was asked for
+        self.reason = ""  # why the processor computes what a card was asked for
         self.memories: list[HostMemory] = []  # of the trunk, locked for a card
         self.prefill_far_bytes = 0
         self.headroom, self.link_bytes_per_second = True, float("inf")  # see engine/policies/prefetch.py

@@ -141,11 +141,11 @@ class FarLocked(FarBlobs):
         return self.memory.locked_bytes // (self.experts * self.layout.blob_bytes)
 
     @property
-    def sentence(self) -> str:
+    def reason(self) -> str:
         """What could not be locked, and what follows; "" when everything is."""
         if self.readable_layers == self.layers:
             return ""
-        return (f"{self.memory.sentence} The processor fetches for {self.layers - self.readable_layers} of "
+        return (f"{self.memory.reason} The processor fetches for {self.layers - self.readable_layers} of "
                 f"{self.layers} layers meanwhile, which is slower.")
 
     def blobs(self, layer: int) -> Tensor:

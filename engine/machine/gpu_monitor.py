@@ -1,7 +1,7 @@
 """The card's own live numbers beside the engine's: what crosses its link, its memory, how busy it is.
 
 NVML answers in a process of its own (engine/machine/nvml.py), because a broken driver may hang or crash; a thread reads
-its lines. What a card does not count is None, and `sentence` says why: a zero is only ever a measured zero.
+its lines. What a card does not count is None, and `reason` says why: a zero is only ever a measured zero.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENDED = "The NVIDIA driver stopped answering; the figures are the engine's own.
 class CardNumbers:
     """Bytes per second towards and from the card, its memory in bytes, share of time it was busy; None: not counted.
 
-    sentence: why a number is missing, "" when none is.
+    reason: why a number is missing, "" when none is.
     """
 
     name: str = ""
@@ -34,7 +34,7 @@ class CardNumbers:
     vram_used_bytes: int | None = None
     vram_total_bytes: int | None = None
     busy: float | None = None
-    sentence: str = ""
+    reason: str = ""
 
 
 class CardMeter:
@@ -53,14 +53,14 @@ class CardMeter:
         """The newest numbers."""
         child, last = self._child, self._last
         if child is None:
-            return CardNumbers(sentence=self._none)
+            return CardNumbers(reason=self._none)
         if child.poll() is not None or last is None or "error" in last:
             waiting = last is None and child.poll() is None and time.monotonic() - self._at < SILENT_SECONDS
-            return CardNumbers(self._name, sentence="" if waiting else _ENDED)
+            return CardNumbers(self._name, reason="" if waiting else _ENDED)
         if time.monotonic() - self._at > SILENT_SECONDS:
-            return CardNumbers(self._name, sentence=_SILENT)
+            return CardNumbers(self._name, reason=_SILENT)
         counted = last.get("to_card") is not None
-        return CardNumbers(self._name, **last, sentence="" if counted else _NO_COUNTER.format(name=self._name))
+        return CardNumbers(self._name, **last, reason="" if counted else _NO_COUNTER.format(name=self._name))
 
     def close(self) -> None:
         child, self._child = self._child, None

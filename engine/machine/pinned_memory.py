@@ -128,7 +128,7 @@ class HostMemory:
             self._mapped, self.locked_bytes, self.refusal = None, self.n_bytes, 0
 
     @property
-    def sentence(self) -> str:
+    def reason(self) -> str:
         """What could not be locked, and what helps; "" when everything is."""
         if self.locked_bytes == self.n_bytes:
             return ""

@@ -40,7 +40,7 @@ def leave_on_host(model: nn.Module, driver: Driver) -> HostMemory | None:
     if type(embedding) is not nn.Embedding or (head is not None and head.weight is embedding.weight):
         return None
     memory = HostMemory(embedding.weight.nbytes, driver)
-    if memory.sentence:
+    if memory.reason:
         memory.close()
         return None
     model.set_input_embeddings(HostEmbedding(embedding.weight, memory))

@@ -47,7 +47,7 @@ class Loaded:
     tokenizer: Any
     runtime: Runtime
     spec: ModelSpec
-    room: Planner
+    planner: Planner
     memory_check: str = ""  # what was planned for opening it and what it took, in one sentence
 
 
@@ -69,7 +69,7 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
         raise
     for sentence in changed:
         report(sentence, 1.0)
-    loaded.runtime.note = " ".join((loaded.runtime.note, *changed)).strip()
+    loaded.runtime.reason = " ".join((loaded.runtime.reason, *changed)).strip()
     report(f"Ready. {loaded.memory_check}", 1.0)
     return loaded
 
@@ -86,20 +86,20 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     tokenizer = load_tokenizer(folder)
     report("Reading the weights", 0.1)
     before, dtype = own_bytes(), trunk_dtype(device)
-    model, far, room = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
+    model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
     report("Preparing near memory", 0.8)
-    room, levels = replace(room, machine=machine), offered(far, level_plans(room.calibration))
+    planner, levels = replace(planner, machine=machine), offered(far, level_plans(planner.calibration))
     level = options.level if options.level in levels else levels[0]
     if level not in (options.level, "full"):
         report(f"Not calibrated for {options.level}: running at {level}", 0.9)
     if device == "cpu":
-        runtime = bind(model, HostRuntime, far, room, level, room.near_bytes(level, options), options.predict)
-        runtime.note = why_not_the_card
+        runtime = bind(model, HostRuntime, far, planner, level, planner.near_bytes(level, options), options.predict)
+        runtime.reason = why_not_the_card
     else:
-        runtime = onto_gpu(model, far, folder, level, room, options, report, CudaDriver())
+        runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     return_freed()
-    check = explain.compare(room.plan(level, options), _taken_bytes(runtime, before)) if device == "cpu" else ""
-    return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, room, check)
+    check = explain.compare(planner.plan(level, options), _taken_bytes(runtime, before)) if device == "cpu" else ""
+    return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, planner, check)
 
 
 def _taken_bytes(runtime: Runtime, before: int) -> int:

@@ -27,45 +27,45 @@ def trunk_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, room: Planner, options: Options, report: Report,
+def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Planner, options: Options, report: Report,
              driver: Driver) -> Runtime:
     """Trunk and experts onto the card. MachineError with the plan's sum when they do not fit."""
     embedding = leave_on_host(model, driver)
     try:
         model.to("cuda")
-        runtime = experts_on_gpu(model, far, folder, level, room, options, report, driver)
+        runtime = experts_on_gpu(model, far, folder, level, planner, options, report, driver)
     except BaseException as error:
         if embedding:
             embedding.close()
         if isinstance(error, torch.OutOfMemoryError):
-            planned = explain.memory(room.plan(level, options))
+            planned = explain.memory(planner.plan(level, options))
             raise MachineError(errors.in_words(error, planned)) from error
         raise
     runtime.memories = [embedding] if embedding else []
-    runtime.link_bytes_per_second = room.machine.link_bytes_per_second
+    runtime.link_bytes_per_second = planner.machine.link_bytes_per_second
     return runtime
 
 
-def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, room: Planner, options: Options,
+def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Planner, options: Options,
                    report: Report, driver: Driver, device: str = "cuda") -> Runtime:
     """Page-lock the folder's experts and let the device compute them; where the card cannot compute such experts, the
     processor does, over `far`."""
-    near_bytes = room.near_bytes(level, options)
+    near_bytes = planner.near_bytes(level, options)
     try:
         if not is_compressed(folder):
             raise NoDevicePath("An uncompressed checkpoint: the processor computes its experts, which is slow.")
         locked = FarLocked(folder, model.floe_manifest, driver,
                            lambda share: report("Reading the experts into page-locked memory", 0.8 + 0.1 * share))
         try:
-            runtime = bind(model, DeviceRuntime, locked, room, level, near_bytes, options.predict, device=device,
+            runtime = bind(model, DeviceRuntime, locked, planner, level, near_bytes, options.predict, device=device,
                            dtype=model.dtype)
         except BaseException:
             locked.close()
             raise
-        runtime.note = locked.sentence
+        runtime.reason = locked.reason
     except NoDevicePath as error:
-        runtime = bind(model, HostRuntime, far, room, level, near_bytes, options.predict)
-        runtime.note = str(error)
-    if runtime.note:
-        report(runtime.note, 0.9)
+        runtime = bind(model, HostRuntime, far, planner, level, near_bytes, options.predict)
+        runtime.reason = str(error)
+    if runtime.reason:
+        report(runtime.reason, 0.9)
     return runtime

@@ -134,15 +134,15 @@ class FloeQuantizer(HfQuantizer):
         if not self.quantization_config.binds or not _bound.get():
             return
         with proving(Path(model.config.name_or_path)):
-            far, room = blobs_of(model)
-            bind(model, HostRuntime, far, room, "exact", room.near_bytes("exact"))
+            far, planner = blobs_of(model)
+            bind(model, HostRuntime, far, planner, "exact", planner.near_bytes("exact"))
 
 
 def blobs_of(model: nn.Module) -> tuple[FarBlobs, Planner]:
     """The far memory of a model whose trunk came from a compressed folder, and its plan for the processor."""
-    manifest = model.floe_manifest
-    room = Planner(model.floe_spec, model.floe_machine, manifest.trunk_bits, manifest.group_size, manifest.calibration)
-    return FarBlobs(Path(model.config.name_or_path), manifest), room
+    stored = model.floe_manifest
+    planner = Planner(model.floe_spec, model.floe_machine, stored.trunk_bits, stored.group_size, stored.calibration)
+    return FarBlobs(Path(model.config.name_or_path), stored), planner
 
 
 def _manifest_of(model: nn.Module) -> Manifest:
@@ -167,12 +167,13 @@ def level_plans(calibration: dict) -> dict[str, LevelPlan]:
             for level, found in calibration.get("levels", {}).items() if "budgets" in found or "thresholds" in found}
 
 
-def bind(model: nn.Module, side: type[Runtime], far: Far, room: Planner, level: str, near_bytes: int | None,
+def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, level: str, near_bytes: int | None,
          predict: bool = True, **given: Any) -> Runtime:
     """Put one runtime of that side over `far` behind the model's experts modules. given: its device, tokens, dtype."""
     places = [(path, module) for path, module in model.named_modules() if isinstance(module, FloeExperts)]
     layers = [_layer(model, path, index, far, given.get("device", "cpu")) for index, (path, _) in enumerate(places)]
-    runtime = side(far, layers, room.spec.top_k, level_plans(room.calibration), level, near_bytes, predict, **given)
+    levels = level_plans(planner.calibration)
+    runtime = side(far, layers, planner.spec.top_k, levels, level, near_bytes, predict, **given)
     for layer, (_, module) in zip(layers, places, strict=True):
         module.runtime, module.layer = runtime, layer
     model.floe = runtime

@@ -57,7 +57,7 @@ def near_bytes(loaded: Loaded, level: str, wish: int | str) -> int:
 
     Leaves the runtime at `level`.
     """
-    runtime, everything = loaded.runtime, loaded.room.near_bytes(level)
+    runtime, everything = loaded.runtime, loaded.planner.near_bytes(level)
     runtime.set_level(level, everything)
     if wish == "all":
         return everything

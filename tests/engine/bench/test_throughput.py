@@ -51,9 +51,9 @@ def test_the_plan_stands_beside_what_was_measured(folders, monkeypatch) -> None:
         rates = {name: 1e9 * factor for name in benchmark.RATES} | {"operation_seconds": 1e-6 / factor}
         monkeypatch.setattr(benchmark, "measure", lambda device, rates=rates: rates)
         document = throughput.Bench(loaded, sizes=throughput.Sizes(24, 8)).document()
-        room = replace(loaded.room, machine=benchmark.apply(loaded.room.machine, rates))
+        planner = replace(loaded.planner, machine=benchmark.apply(loaded.planner.machine, rates))
         wishes = Options(near_bytes=document["near_bytes"], context=33)
-        assert document["planned_tokens_per_second"] == room.plan("exact", wishes).decode_tokens_per_second
+        assert document["planned_tokens_per_second"] == planner.plan("exact", wishes).decode_tokens_per_second
         planned.append(document["planned_tokens_per_second"])
     assert planned[1] == pytest.approx(2 * planned[0])
 

@@ -27,7 +27,7 @@ def on_device(folder, ledger: Ledger | None = None, said: list | None = None) ->
     loaded = load.load(folder, OPTIONS)
     near_bytes = loaded.runtime.far.layers * loaded.runtime.far.experts * loaded.runtime.far.expert_bytes // 2
     said = [] if said is None else said
-    loaded.runtime = experts_on_gpu(loaded.model, loaded.runtime.far, folder, "exact", loaded.room,
+    loaded.runtime = experts_on_gpu(loaded.model, loaded.runtime.far, folder, "exact", loaded.planner,
                                     replace(OPTIONS, near_bytes=near_bytes), lambda text, share: said.append(text),
                                     ledger or Ledger(), "cpu")
     return loaded
@@ -150,7 +150,7 @@ def test_the_context_is_a_limit_and_can_be_changed(engines):
 def test_context_and_near_memory_are_traded_without_loading(demo_checkpoint):
     """As on a small card: more context leaves less near memory, and back; the trunk stays where it is."""
     with Engine(on_device(demo_checkpoint), OPTIONS) as engine:
-        engine._room, near = _Small(engine._room), {}
+        engine._planner, near = _Small(engine._planner), {}
         weights, text = engine._turns.model.lm_head.weight, told(finish(engine.chat(TALK, GREEDY))[0])
         for context in (100, 500, 100):
             engine.configure(replace(OPTIONS, context=context))
@@ -165,8 +165,8 @@ class _Small:
 
     machine = described("rtx-3060-12gb")
 
-    def __init__(self, room):
-        self.plan = room.plan
+    def __init__(self, planner):
+        self.plan = planner.plan
 
     def near_bytes(self, level, options):
         return 1_500_000 - 1_000 * options.context
@@ -228,11 +228,11 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
 def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(name, tmp_path):
     folder = compressed(name, tmp_path)[2]
     loaded = load.load(folder, replace(OPTIONS, context=64))
-    runtime = experts_on_gpu(loaded.model, loaded.runtime.far, folder, "exact", loaded.room,
+    runtime = experts_on_gpu(loaded.model, loaded.runtime.far, folder, "exact", loaded.planner,
                              replace(OPTIONS, near_bytes=1 << 20), lambda text, share: None, Ledger(), "cpu")
     decoder = decoder_for(loaded.model, runtime, 64)
     prefix = decoder.prefix
-    assert isinstance(decoder, HostDecoder) and "runs step by step" in runtime.note
+    assert isinstance(decoder, HostDecoder) and "runs step by step" in runtime.reason
     with torch.no_grad():
         assert prefix.feed([3, 4, 5]).isfinite().all() and prefix.feed([6]).isfinite().all()
     assert runtime.counters().needed_bytes > 0
@@ -240,13 +240,13 @@ def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(na
 
 def test_a_full_card_is_said_with_the_plans_sum(demo_checkpoint, monkeypatch):
     loaded = load.load(demo_checkpoint, OPTIONS)
-    room = replace(loaded.room, machine=described("rtx-3060-12gb"))
+    planner = replace(loaded.planner, machine=described("rtx-3060-12gb"))
 
     def full(device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.10 GiB.")
     monkeypatch.setattr(loaded.model, "to", full)
     with pytest.raises(MachineError, match=r"ran out of memory.*Planned was: Video memory: .* trunk .* experts "):
-        onto_gpu(loaded.model, loaded.runtime.far, demo_checkpoint, "exact", room, OPTIONS, lambda text, share: None,
+        onto_gpu(loaded.model, loaded.runtime.far, demo_checkpoint, "exact", planner, OPTIONS, lambda text, share: None,
                  Ledger())
 
 

@@ -10,7 +10,7 @@ from engine.model.registration import bind
 def take_over(loaded: Loaded, far: FarBlobs | None = None, device: str = "cpu", tokens: int = 1) -> DeviceRuntime:
     """far: locked, for a card. The trunk is where it was."""
     before = loaded.runtime
-    runtime = bind(loaded.model, DeviceRuntime, far or before.far, loaded.room, "exact", None, before.predict,
+    runtime = bind(loaded.model, DeviceRuntime, far or before.far, loaded.planner, "exact", None, before.predict,
                    device=device, tokens=tokens, dtype=loaded.model.dtype)
     runtime.plans.update(before.plans)
     runtime.set_level(before.level, before.near_wish)

@@ -53,7 +53,7 @@ def test_far_memory_is_the_files(folder):
     manifest, ledger, shares = Manifest.load(folder), Ledger(), []
     plain, locked = FarBlobs(folder, manifest), FarLocked(folder, manifest, ledger, shares.append)
     assert locked.memory.locked_bytes == plain.layers * plain.experts * plain.layout.blob_bytes
-    assert sum(ledger.registered.values()) == locked.memory.n_bytes and locked.memory.sentence == ""
+    assert sum(ledger.registered.values()) == locked.memory.n_bytes and locked.memory.reason == ""
     assert shares == sorted(shares) and shares[-1] == 1.0
     for layer in range(plain.layers):
         for view in ("blobs", "sketches", "records"):
@@ -97,20 +97,20 @@ def test_a_refusal_leaves_what_is_locked_and_says_so(n_units):
     memory = HostMemory(4 << 20, ledger, 1 << 20)
     assert memory.locked_bytes == sum(ledger.registered.values()) == n_units << 20
     assert memory.bytes.shape == (4 << 20,) and len(ledger.registered) == 1
-    assert memory.sentence.startswith(f"The system page-locks only {n_units}") and "CUDA error 2" in memory.sentence
-    assert memory.sentence.endswith(".") and memory.sentence.count(".") < 4
+    assert memory.reason.startswith(f"The system page-locks only {n_units}") and "CUDA error 2" in memory.reason
+    assert memory.reason.endswith(".") and memory.reason.count(".") < 4
 
 
 def test_what_the_system_does_not_lock_the_driver_may_have():
     ledger = Ledger(limit=0, own=1 << 22)
     memory = HostMemory(3 << 20, ledger)
-    assert memory.locked_bytes == memory.n_bytes and len(ledger.allocated) == 1 and not memory.sentence
+    assert memory.locked_bytes == memory.n_bytes and len(ledger.allocated) == 1 and not memory.reason
     memory.bytes.copy_(torch.arange(3 << 20) % 251)
     assert int(memory.bytes[1000]) == 1000 % 251
     memory.close()
     assert not ledger.allocated
     refused = HostMemory(3 << 20, Ledger(limit=0))
-    assert refused.locked_bytes == 0 and refused.sentence and refused.bytes.shape == (3 << 20,)
+    assert refused.locked_bytes == 0 and refused.reason and refused.bytes.shape == (3 << 20,)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells how memory is mapped")

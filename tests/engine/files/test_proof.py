@@ -97,7 +97,7 @@ def test_what_a_person_may_change_is_said_and_read(folder):
     assert loaded.tokenizer.chat_template == "mine"
     for name in ("chat_template.jinja", "generation_config.json"):
         (sentence,) = [text for text in said if name in text]
-        assert sentence.endswith(".") and sentence in loaded.runtime.note
+        assert sentence.endswith(".") and sentence in loaded.runtime.reason
 
 
 def test_large_files_are_read_once(folder, monkeypatch):

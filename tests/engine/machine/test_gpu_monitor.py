@@ -34,35 +34,35 @@ def test_a_card_that_counts(driver, meter):
     now = watched.now()
     assert (now.to_card, now.from_card, now.busy) == (12 * 10**9, 250_000, 0.42)
     assert (now.vram_used_bytes, now.vram_total_bytes) == (388 * 2**20, 12288 * 2**20)
-    assert now.name.endswith("3060") and now.sentence == ""
+    assert now.name.endswith("3060") and now.reason == ""
 
 
 def test_a_measured_zero_is_a_zero(driver, meter):
     driver(RTX_3060, link="0,0")
     watched = meter()
     until(lambda: watched.now().to_card is not None)
-    assert watched.now().to_card == 0 and watched.now().sentence == ""
+    assert watched.now().to_card == 0 and watched.now().reason == ""
 
 
 def test_a_card_without_a_counter_says_so(driver, meter):
     driver(RTX_3060)
     watched = meter()
     until(lambda: watched.now().vram_total_bytes is not None)
-    assert watched.now().to_card is None and "no counter" in watched.now().sentence
+    assert watched.now().to_card is None and "no counter" in watched.now().reason
 
 
 def test_a_driver_that_stops_answering_is_noticed(driver, meter, monkeypatch):
     monkeypatch.setattr(gpu_monitor, "SILENT_SECONDS", 0.5)
     driver(RTX_3060, fault="link-hang")
     watched = meter()
-    until(lambda: watched.now().sentence)
-    assert watched.now().to_card is None and watched.now().sentence.endswith("the engine's own.")
+    until(lambda: watched.now().reason)
+    assert watched.now().to_card is None and watched.now().reason.endswith("the engine's own.")
 
 
 def test_no_card_is_said_in_words(driver, meter):
     driver(RTX_3060, fault="init:9")
     now = meter().now()
-    assert now.to_card is None and "not running" in now.sentence
+    assert now.to_card is None and "not running" in now.reason
 
 
 def test_the_process_ends_with_the_meter(driver, meter):

@@ -23,19 +23,19 @@ def demo(repository: Path) -> Loaded:
 
 @pytest.mark.parametrize("level", ["exact", "quality", "balanced", "fast", "floe"])
 def test_everything_where_it_fits_and_the_least_where_nothing_does(demo: Loaded, level: str) -> None:
-    runtime, room = demo.runtime, demo.room
-    small = replace(room, machine=replace(room.machine, ram_free_bytes=10**8))
+    runtime, planner = demo.runtime, demo.planner
+    small = replace(planner, machine=replace(planner.machine, ram_free_bytes=10**8))
     runtime.set_level(level, small.near_bytes(level))
     assert runtime.near_bytes == small.near_bytes(level) == runtime.smallest_bytes()
-    runtime.set_level(level, room.near_bytes(level))
-    assert runtime.near_bytes == room.near_bytes(level) == runtime.everything_bytes()
+    runtime.set_level(level, planner.near_bytes(level))
+    assert runtime.near_bytes == planner.near_bytes(level) == runtime.everything_bytes()
 
 
 @pytest.mark.parametrize("level", ["exact", "balanced"])
 def test_in_between_the_cache_takes_what_the_plan_says(demo: Loaded, level: str) -> None:
-    runtime, room = demo.runtime, demo.room
+    runtime, planner = demo.runtime, demo.planner
     for wish in (1_000_000, 5_000_000, 11_000_000):
-        planned = room.plan(level, Options(level=level, near_bytes=wish, device="cpu"))
+        planned = planner.plan(level, Options(level=level, near_bytes=wish, device="cpu"))
         runtime.set_level(level, planned.near_bytes)
         assert runtime.near_bytes == planned.near_bytes <= wish
 
