@@ -10,7 +10,7 @@ def report(text: str, share: float | None = None) -> None:
 
 
 def report_layers(progress: Progress) -> None:
-    """A line about a compression."""
-    known = progress.seconds_left is not None
-    pace = f"  {progress.bytes_per_second / 1e6:.1f} M weights/s  {progress.seconds_left:.0f} s left" if known else ""
-    report(progress.text + pace)
+    """A line about a compression: a sentence, or where it is."""
+    report(progress.text if progress.seconds_left is None else
+           f"layer {progress.done_bytes}/{progress.total_bytes}  {progress.bytes_per_second / 1e6:.1f} M weights/s  "
+           f"{progress.seconds_left:.0f} s left")
