@@ -17,10 +17,10 @@ import torch
 
 from engine.core import UserError
 from engine.disk import writing
-from engine.files.tensor_source import open_safetensors
+from engine.files.tensor_source import DTYPES, open_safetensors
 
-_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
-           torch.float32: "F32", torch.int32: "I32", torch.bool: "BOOL", torch.float64: "F64"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 class SafetensorsWriter:
@@ -49,7 +49,7 @@ class SafetensorsWriter:
         n_bytes = dtype.itemsize
         for size in shape:
             n_bytes *= size
-        self.header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape),
+        self.header[name] = {"dtype": _NAMES[dtype], "shape": list(shape),
                              "data_offsets": [self.position, self.position + n_bytes]}
         self.position += n_bytes
 
@@ -96,7 +96,7 @@ class MappedFile:
     def tensor(self, name: str) -> torch.Tensor:
         """A read-only view of the file; never write to it."""
         entry = self.header[name]
-        dtype = next(d for d, text in _DTYPES.items() if text == entry["dtype"])
+        dtype = DTYPES[entry["dtype"]]
         low, high = entry["data_offsets"]
         if high == low:
             return torch.empty(entry["shape"], dtype=dtype)
@@ -116,8 +116,8 @@ class ExpertsFile(MappedFile):
             self.blobs = self.tensor("blobs")
             self.blobs_at = self.start + self.header["blobs"]["data_offsets"][0]  # bytes from the start of the file
             self.checksums = self.tensor("checksums").tolist()
-            self.biases = {name: self.tensor(name) for name in ("gate_bias", "up_bias", "down_bias") if name in self}
-        except (KeyError, StopIteration) as error:
+            self.biases = {name: self.tensor(name) for name in BIASES if name in self}
+        except KeyError as error:
             raise UserError(f"{path} is damaged; download or compress the model again.") from error
         self._verified = [False] * len(self.checksums)
 

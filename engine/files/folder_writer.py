@@ -20,7 +20,7 @@ import torch
 from engine.core import ModelSpec, UserError
 from engine.disk import read_json, trouble, write_text_atomically, writing
 from engine.files.checkpoint import ExpertLayer
-from engine.files.compressed import SafetensorsWriter
+from engine.files.compressed import BIASES, SafetensorsWriter
 from engine.files.manifest import (
     COPIED,
     MTP,
@@ -39,7 +39,6 @@ from kernels.planes import record_rows, sketch_rows
 
 PARTIAL = "floe.partial.json"
 BYTES_PER_WEIGHT = {16: 2.0, 8: 1.1, 4: 0.8}        # of the trunk, scales and the parts that stay finer included
-BIASES = ("gate_bias", "up_bias", "down_bias")
 PLACES = ("_name_or_path", "name_or_path")          # where a model lay on its maker's disk, or its Hub id
 Tensor = torch.Tensor
 

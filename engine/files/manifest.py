@@ -22,6 +22,7 @@ from kernels.layout import Layout
 FORMAT_VERSION = 2
 MOST_BYTES = 4 << 20  # of floe.json; a third of a megabyte for 61 layers of 384 experts
 MANIFEST, CONFIG, TRUNK, MTP = "floe.json", "config.json", "trunk.safetensors", "mtp.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"     # of a checkpoint
 # What a compressed folder takes over from its checkpoint; the first four a person may change, with a note to say so.
 CHANGEABLE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE")
 COPIED = (*CHANGEABLE, "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",

@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from engine.core import UserError
 from engine.disk import read_json
+from engine.files.manifest import INDEX, SINGLE
 
 Tensor = torch.Tensor
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Pickle protocols 2 to 5; the zip archives that torch.save writes.
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

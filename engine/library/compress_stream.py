@@ -22,13 +22,14 @@ from engine.core import UserError
 from engine.disk import check_room, write_text_atomically
 from engine.files.checkpoint import Checkpoint
 from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
+from engine.files.manifest import INDEX
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors, read_index
 from engine.library.compress import Unit, left_out, settled, units_of, writer_for
 from engine.library.hub import Hub, RemoteFile
 from engine.library.installed import Source, partial_share, unfinished
-from engine.library.transfer import INDEX, MADE, CompressOptions, arrived, begin, fetch_all, finish
-from engine.progress import Meter, Report, check
+from engine.library.transfer import MADE, CompressOptions, arrived, begin, fetch_all, finish
+from engine.progress import Meter, Report, check, unless
 
 Tensor = torch.Tensor
 MOST_SHARDS = 3                 # on disk at a time, where the layers of the checkpoint allow it
@@ -77,7 +78,7 @@ class Stream:
                  report: Report, stop: Event, ahead: ThreadPoolExecutor) -> None:
         self.hub, self.source, self.choice, self.stop, self.ahead = hub, source, choice, stop, ahead
         self.folder, self.made = work / "source", work / MADE
-        self.halt = _Either(stop)
+        self.ended = Event()        # what is fetched ahead is wanted no more
         self.weights = {file.name: file for file in source.files if file.name.endswith(".safetensors")}
         self.report = report
         self.seconds_per_unit = 0.0
@@ -86,7 +87,7 @@ class Stream:
         self.folder.mkdir(exist_ok=True)
         self.meter = Meter(self.source.bytes, arrived(self.folder, self.source.files), self.report)
         small = [file for file in self.source.files if file.name not in self.weights]
-        fetch_all(self.hub, self.source, small, self.folder, self.meter, self.halt)
+        fetch_all(self.hub, self.source, small, self.folder, self.meter, self.stop)
         file_of = self._file_of()
         self.tensors = ArrivingShards(self.folder, file_of)
         checkpoint = Checkpoint(read_config(self.folder), self.tensors, self.source.repository.partition("/")[2])
@@ -103,13 +104,13 @@ class Stream:
                 self._all_shards(units, writer)
                 writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder)
         finally:
-            self.halt.set()
+            self.ended.set()
 
     def _file_of(self) -> dict[str, str]:
         """Key -> shard; without an index all shards have to arrive before they can be asked."""
         if (self.folder / INDEX).is_file():
             return names_in_index(self.folder, self.weights)
-        fetch_all(self.hub, self.source, self.weights.values(), self.folder, self.meter, self.halt)
+        fetch_all(self.hub, self.source, self.weights.values(), self.folder, self.meter, self.stop)
         return {key: name for name in self.weights for key in open_safetensors(self.folder / name).keys()}
 
     def _all_shards(self, units: list[Unit], writer: FolderWriter) -> None:
@@ -119,7 +120,7 @@ class Stream:
         for n, name in enumerate(order):
             if next_one is None:
                 next_one = self._fetch(order, n)
-            next_one.result()
+            unless(self.stop.is_set, next_one.result)
             here = {each for each in order[:n + 1] if (self.folder / each).is_file()}
             next_one = self._fetch(order, n + 1) if len(here) < MOST_SHARDS else None
             self._compress(units, set(order[n + 1:]))
@@ -142,7 +143,7 @@ class Stream:
         if n >= len(order):
             return None
         file = self.weights[order[n]]
-        return self.ahead.submit(fetch_all, self.hub, self.source, [file], self.folder, self.meter, self.halt)
+        return self.ahead.submit(fetch_all, self.hub, self.source, [file], self.folder, self.meter, self.ended)
 
     def _compress(self, units: list[Unit], absent: set[str]) -> None:
         for unit in units:
@@ -195,20 +196,3 @@ def names_in_index(folder: Path, weights: dict[str, RemoteFile]) -> dict[str, st
         if name not in weights:
             raise UserError(f"The repository lacks {name}, which its {INDEX} names; choose another source.")
     return names
-
-
-class _Either(Event):
-    """Set when it is set itself or the other event is."""
-
-    def __init__(self, other: Event) -> None:
-        super().__init__()
-        self.other = other
-
-    def is_set(self) -> bool:
-        return super().is_set() or self.other.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        end = time.monotonic() + (timeout or 0)
-        while not self.is_set() and time.monotonic() < end:
-            super().wait(min(0.1, max(0.0, end - time.monotonic())))
-        return self.is_set()

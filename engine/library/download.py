@@ -17,11 +17,11 @@ from threading import Event
 
 from engine.core import UserError
 from engine.disk import check_room
-from engine.files.manifest import MANIFEST, Manifest
+from engine.files.manifest import INDEX, MANIFEST, SINGLE, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile
 from engine.library.installed import SOURCE, Source, claimed, place_of, unfinished
-from engine.library.transfer import INDEX, SINGLE, CompressOptions, Wanted, arrived, begin, fetch_all, part_of
+from engine.library.transfer import CompressOptions, Wanted, arrived, begin, fetch_all, part_of
 from engine.paths import typed
 from engine.progress import Meter, Report, unheard
 

@@ -16,7 +16,6 @@ from engine.library.installed import Source, is_begun
 from engine.progress import Meter
 
 MADE = "made"       # in the folder of an unfinished download: the compressed model
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
