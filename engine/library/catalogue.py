@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 from engine.core import MachineError, ModelSpec, Sampling, UserError
@@ -88,8 +88,14 @@ class ModelInfo:
         no Mixture-of-Experts model."""
         if self.described is None:
             return self.entry.spec
-        from engine.files.skeleton import spec_of_folder
-        return spec_of_folder(self.described, self.name)
+        return _counted(self.described, self.name, (self.described / "config.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _counted(folder: Path, name: str, changed_ns: int) -> ModelSpec:
+    """Once for each config.json: a large model takes a second or two, and a page plans it at every move of a slider."""
+    from engine.files.skeleton import spec_of_folder
+    return spec_of_folder(folder, name)
 
 
 @cache
