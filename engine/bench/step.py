@@ -136,6 +136,6 @@ class StepRun:
         return {"measured": "prefill", **self.known, "tokens": n, "seconds": seconds, "tokens_per_second": n / seconds}
 
     def _peak(self, n_bytes: int) -> Row:
-        plan = self.loaded.room.plan(self.case.level, self.case.options)
+        plan = self.loaded.planner.plan(self.case.level, self.case.options)
         return {"measured": "peak", **self.known, "vram_peak": n_bytes, "vram_planned": plan.planned_bytes,
                 "memory": explain.memory(plan), "sentence": explain.compare(plan, n_bytes)}

@@ -104,9 +104,9 @@ def read_back(n_bytes: int, driver: Driver, device: str = "cuda", n_read: int = 
     start, case = time.perf_counter(), size(n_bytes)
     memory = HostMemory(n_bytes, driver)
     try:
-        yield Finding("memory is page-locked", not memory.sentence, time.perf_counter() - start, "s", case=case,
-                      note=memory.sentence).row()
-        if not memory.sentence:
+        yield Finding("memory is page-locked", not memory.reason, time.perf_counter() - start, "s", case=case,
+                      note=memory.reason).row()
+        if not memory.reason:
             yield _fetched(memory.bytes, device, n_read, case)
     finally:
         memory.close()
