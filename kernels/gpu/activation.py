@@ -34,8 +34,8 @@ def _rounded(x):
 
 @triton.jit
 def _quantize(x, codes, low, scales, sums, GROUPS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-              HALVES: tl.constexpr, LARGEST: tl.constexpr):
-    """Grid: GROUPS/STEP, T."""
+              HALVES: tl.constexpr, PAIRED: tl.constexpr, LARGEST: tl.constexpr):
+    """Grid: GROUPS/STEP, T. PAIRED: of eight codes the four even ones, then the four odd ones."""
     group = tl.program_id(1) * GROUPS + tl.program_id(0) * STEP + tl.arange(0, STEP)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None]
     values = tl.load(x + at).to(tl.float32)
@@ -47,6 +47,9 @@ def _quantize(x, codes, low, scales, sums, GROUPS: tl.constexpr, GROUP: tl.const
     code = tl.minimum(tl.maximum(code, -LARGEST * 1.0), LARGEST * 1.0)
     code = tl.where(scale[:, None] < float("inf"), code, 0).to(tl.int32)
     tl.store(scales + group, scale)
+    if PAIRED:
+        column = tl.arange(0, GROUP)[None]
+        at = group[:, None] * GROUP + (column // 8 * 8 + column % 2 * 4 + column % 8 // 2)
     if HALVES:
         high = (code + 128) >> 8
         tl.store(codes + at, high.to(tl.int8))
@@ -60,21 +63,23 @@ def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
-    _launch(x, group, codes, codes, scales, scales, False)
+    _launch(x, group, codes, codes, scales, scales, False, False)
     return codes, scales
 
 
-def fixed_point(x: Tensor, group: int) -> FixedPoint:
-    """float32 [T, H] -> 16 bits each."""
+def fixed_point(x: Tensor, group: int, paired: bool = False) -> FixedPoint:
+    """float [T, H] -> 16 bits each. paired: of eight values the four even ones, then the four odd ones."""
     high, low = torch.empty(2, *x.shape, dtype=torch.int8, device=x.device)
     scale, sums = torch.empty(2, x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
-    _launch(x, group, high, low, scale, sums, True)
+    _launch(x, group, high, low, scale, sums, True, paired)
     return FixedPoint(high, low, scale, sums)
 
 
-def _launch(x: Tensor, group: int, codes: Tensor, low: Tensor, scales: Tensor, sums: Tensor, halves: bool) -> None:
+def _launch(x: Tensor, group: int, codes: Tensor, low: Tensor, scales: Tensor, sums: Tensor, halves: bool,
+            paired: bool) -> None:
     assert x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous() and x.shape[1] % group == 0
     groups = x.shape[1] // group
     step = groups_at_once(groups, 8)
-    _quantize[(groups // step, x.shape[0])](x, codes, low, scales, sums, GROUPS=groups, GROUP=group, STEP=step,
-                                            HALVES=halves, LARGEST=LARGEST if halves else 127, num_warps=4)
+    _quantize[(groups // step, x.shape[0])](
+        x, codes, low, scales, sums, GROUPS=groups, GROUP=group, STEP=step, HALVES=halves, PAIRED=paired,
+        LARGEST=LARGEST if halves else 127, num_warps=4)

@@ -18,7 +18,7 @@ from kernels import select
 from kernels.activation import Gate
 from kernels.gpu.activation import FixedPoint, fixed_point
 from kernels.gpu.gate import check_gate, gated, kind_of
-from kernels.gpu.planes import dot2, groups_at_once, scale_offset, words_of, x_words
+from kernels.gpu.planes import add_splits, dot2, groups_at_once, scale_offset, words_of, x_words
 from kernels.layout import Layout
 
 Tensor = torch.Tensor
@@ -189,16 +189,6 @@ def _down(products, starts, sketches, place, records, record_place, neurons, out
     tl.store(out + word * 8 + 7, tl.sum(t7, axis=0) + constant)
 
 
-@triton.jit
-def _add_splits(partial, out, HIDDEN: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: blocks of H, T*k. partial [T*k, SPLITS, H] -> out [T*k, H], always in the same order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial + (tl.program_id(1) * SPLITS + split) * HIDDEN + at)
-    tl.store(out + tl.program_id(1) * HIDDEN + at, total)
-
-
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:
@@ -250,6 +240,5 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
     if splits == 1:
         return partial[:, :, 0]
     out = torch.empty(n_tokens, n_routed, layout.padded, dtype=torch.float32, device=x.device)
-    _add_splits[(layout.padded // DOWN_CODES, n_tokens * n_routed)](
-        partial, out, HIDDEN=layout.padded, SPLITS=splits, BLOCK=DOWN_CODES, num_warps=1)
+    add_splits(partial, out)
     return out

@@ -1,4 +1,4 @@
-"""Device side of kernels/planes.py: dot products of packed codes, scale pairs, device scalars.
+"""Device side of kernels/planes.py: dot products of packed codes, scale pairs, sums of blocks, device scalars.
 
 Legend: W words of a plane (16 two-bit or 8 four-bit codes each), G groups, P words of a group. Activations are int8 in
 natural order: four of them are one int32 word, and shift s of code word w meets activation word 4*w + s.
@@ -21,10 +21,10 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dp4a(codes, x, total):
-    """total + the four products of the int8 halves of two int32 words; codes are 0..15."""
+    """total + the four products of the int8 quarters of two int32 words."""
     if INTERPRETED:
         for b in tl.static_range(4):
-            total += ((codes >> (8 * b)) & 255) * ((x << (24 - 8 * b)) >> 24)
+            total += ((codes << (24 - 8 * b)) >> 24) * ((x << (24 - 8 * b)) >> 24)
         return total
     return tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, total], dtype=tl.int32,
                                      is_pure=True, pack=1)
@@ -68,6 +68,28 @@ def scale_offset(pair):
     scale = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     offset = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, offset
+
+
+@triton.jit
+def _add_splits(partial, bias, out, width, SPLITS: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: blocks of the width W, rows. partial [rows, SPLITS, W] -> out [rows, W]."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + (tl.program_id(1) * SPLITS + split) * width + at, mask=there, other=0)
+    if BIASED:
+        total += tl.load(bias + at, mask=there, other=0).to(tl.float32)
+    tl.store(out + tl.program_id(1) * width + at, total.to(out.dtype.element_ty), mask=there)
+
+
+def add_splits(partial: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """partial float32 [..., splits, W] -> out [..., W] in its dtype: the partial sums, always in the same order, and
+    bias [W]."""
+    width, n_rows = out.shape[-1], out.numel() // out.shape[-1]
+    _add_splits[(triton.cdiv(width, 256), n_rows)](
+        partial, partial if bias is None else bias, out, width, SPLITS=partial.shape[-2], BIASED=bias is not None,
+        BLOCK=256, num_warps=1)
 
 
 def groups_at_once(groups: int, limit: int) -> int:

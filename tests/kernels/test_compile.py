@@ -18,6 +18,7 @@ from kernels.gpu import apply as gpu_apply
 from kernels.gpu import dequantize as gpu_dequantize
 from kernels.gpu import evict as gpu_evict
 from kernels.gpu import fill as gpu_fill
+from kernels.gpu import linear as gpu_linear
 from kernels.gpu import pool as gpu_pool
 from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
@@ -81,6 +82,22 @@ def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
                                                 torch.zeros(1, 512, hidden, dtype=dtype), layout)
 
 
+def matrix(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """codes, scales of a trunk matrix."""
+    codes = bytes_(rows, columns // 2) if bits == 4 else bytes_(rows, columns).view(torch.int8)
+    return codes, torch.zeros(rows, columns // 64, *((2,) if bits == 4 else ()), dtype=torch.float16)
+
+
+def linear_call(rows: int, columns: int, bits: int, dtype: torch.dtype = torch.bfloat16, biased: bool = False,
+                ) -> Callable:
+    bias = torch.zeros(rows, dtype=dtype) if biased else None
+    return lambda: gpu_linear.linear(torch.zeros(1, columns, dtype=dtype), *matrix(rows, columns, bits), bias)
+
+
+def dequantize_rows_call(bits: int) -> Callable:
+    return lambda: gpu_linear.dequantize_rows(*matrix(64, 2048, bits), torch.zeros(64, 2048, dtype=torch.bfloat16))
+
+
 def select_call(n: int, counted: bool) -> Callable:
     return lambda: gpu_select.select(torch.zeros(1, n), integers(1), integers(1), n // 2,
                                         integers(1, 4096) if counted else None)
@@ -108,6 +125,8 @@ def fill_call(n_bytes: int, listed: bool) -> Callable:
                                     integers(99), integers(99), integers(100) if listed else None)
 
 
+LINEAR_SHAPES = [(8192, 2048), (512, 2048), (2048, 512), (256, 2880), (4096, 2816), (4096, 4096), (1024, 5120),
+                 (151_936, 2048)]
 CALLS = {
     "quantize": lambda: gpu_activation.quantize_activation(torch.zeros(1, 2048), 128),
     "score biased": score_call(2880, biased=True),
@@ -134,11 +153,20 @@ CALLS = {
     "dense biased": dense_call(2880, biased=True),
     "dequantize": dequantize_call(2048, torch.bfloat16),
     "dequantize 2880": dequantize_call(2880, torch.float16),
+    # The catalogue's trunks: queries, keys, the delta-net's and the shared expert's, the head; R, K.
+    **{f"linear {bits} bits {rows} x {columns}": linear_call(rows, columns, bits)
+       for bits in (8, 4) for rows, columns in LINEAR_SHAPES},
+    "linear biased": linear_call(4096, 2880, 4, torch.float16, biased=True),
+    "linear biased, split": linear_call(64, 2880, 8, torch.float16, biased=True),
+    "rows 8 bits": dequantize_rows_call(8),
+    "rows 4 bits": dequantize_rows_call(4),
 }
 
 
 SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "take four tokens", "take ahead",
-              "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880"}
+              "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
+              "linear biased", "linear biased, split", "rows 8 bits",
+              *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 
 
 @pytest.mark.parametrize("card", cards())

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
 
-FILES = ("memory", "choice", "product", "dequantize")
+FILES = ("memory", "choice", "product", "dequantize", "linear")
 
 
 def run_cases(repository, name: str, *options: str) -> None:

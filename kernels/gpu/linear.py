@@ -1,0 +1,134 @@
+"""Device version of kernels/linear.py: a few rows and stretches of columns a block, four codes a multiplication.
+
+The activation is 16-bit fixed point in two int8 halves, as for the experts: what binds is memory, so the second half is
+free, and a token read alone gives the numbers of one read in a prompt. Few rows are spread over more blocks, first by
+fewer rows a block, then by splitting the columns, whose sums are added in order: by shape alone, never by card.
+
+Legend as in kernels/linear.py; G groups of a row, words are int32 of WORDS a group (4 or 8 codes each).
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.activation import fixed_point
+from kernels.gpu.planes import add_splits, dp4a, scale_offset, words_of
+from kernels.linear import MOST_TOKENS, columns
+
+Tensor = torch.Tensor
+
+MOST_ROWS, LEAST_ROWS = 16, 4       # of a block of four warps
+TILE_WORDS = 2048                   # code words that a block has under way
+BLOCKS = 256                        # wanted: twice the multiprocessors of the largest cards
+SPLIT_BELOW = 128                   # blocks; only then the sums of columns are worth a second kernel
+STRETCH = 1024                      # columns that a block of `_dequantize` turns
+
+
+@triton.jit
+def _dot(words, at, high, low, valid, FOUR: tl.constexpr):
+    """Code words [ROWS, STEP, WORDS] times the activation words at `at` [STEP, WORDS] -> int32 [ROWS, STEP]."""
+    if FOUR:
+        upper = (words >> 4) & 0x0F0F0F0F
+        words = words & 0x0F0F0F0F
+        total = dp4a(words, tl.load(high + 2 * at, mask=valid, other=0)[None], tl.zeros_like(words))
+        total = dp4a(upper, tl.load(high + 2 * at + 1, mask=valid, other=0)[None], total) * 256
+        total = dp4a(words, tl.load(low + 2 * at, mask=valid, other=0)[None], total)
+        total = dp4a(upper, tl.load(low + 2 * at + 1, mask=valid, other=0)[None], total)
+    else:
+        total = dp4a(words, tl.load(high + at, mask=valid, other=0)[None], tl.zeros_like(words)) * 256
+        total = dp4a(words, tl.load(low + at, mask=valid, other=0)[None], total)
+    return tl.sum(total, axis=2)
+
+
+@triton.jit
+def _linear(high, low, x_scale, x_sum, codes, scales, bias, out, n_rows, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+            STEP: tl.constexpr, STEPS: tl.constexpr, FOUR: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr):
+    """Grid: T, blocks of rows, splits of STEPS steps. codes, high, low in words; out [T, splits, R]."""
+    token, split = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    there = row < n_rows
+    x_words: tl.constexpr = GROUPS * WORDS * (2 if FOUR else 1)
+    high += token * x_words
+    low += token * x_words
+    total = tl.zeros((ROWS, STEP), tl.float32)
+    for step in range(STEPS):
+        group = (split * STEPS + step) * STEP + tl.arange(0, STEP)
+        inside = group < GROUPS
+        valid = there[:, None] & inside[None]
+        at = group[:, None] * WORDS + tl.arange(0, WORDS)[None]
+        words = tl.load(codes + row[:, None, None] * (GROUPS * WORDS) + at[None], mask=valid[:, :, None], other=0)
+        dot = _dot(words, at, high, low, inside[:, None], FOUR)
+        scale_x = tl.load(x_scale + token * GROUPS + group, mask=inside, other=0)[None]
+        pair = tl.load(scales + row[:, None] * GROUPS + group[None], mask=valid, other=0)
+        if FOUR:
+            scale, offset = scale_offset(pair)
+            sum_x = tl.load(x_sum + token * GROUPS + group, mask=inside, other=0)[None]
+            total += scale * (dot.to(tl.float32) * scale_x) + offset * sum_x
+        else:
+            total += pair.to(tl.float32) * (dot.to(tl.float32) * scale_x)
+    value = tl.sum(total, axis=1)
+    if BIASED:
+        value += tl.load(bias + row, mask=there, other=0).to(tl.float32)
+    out += (token * tl.num_programs(2) + split) * n_rows
+    tl.store(out + row, value.to(out.dtype.element_ty), mask=there)
+
+
+def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As kernels.linear.linear."""
+    n_tokens, n_rows = len(x), len(codes)
+    four, groups = codes.dtype == torch.uint8, scales.shape[1]
+    assert x.shape == (n_tokens, columns(codes)) and n_tokens <= MOST_TOKENS, (x.shape, codes.shape)
+    assert codes.is_contiguous() and scales.is_contiguous() and scales.dtype == torch.float16
+    assert bias is None or bias.is_contiguous()
+    fixed = fixed_point(x.contiguous(), x.shape[1] // groups, paired=four)
+    rows, step, splits = partition(n_rows, groups, words := codes.shape[1] // groups // 4)
+    steps = triton.cdiv(triton.cdiv(groups, step), splits)
+    out = torch.empty(n_tokens, n_rows, dtype=x.dtype, device=x.device)
+    sums = out if splits == 1 else torch.empty(n_tokens, splits, n_rows, dtype=torch.float32, device=x.device)
+    added = bias is not None and splits == 1
+    _linear[(n_tokens, triton.cdiv(n_rows, rows), splits)](
+        fixed.high.view(torch.int32), fixed.low.view(torch.int32), fixed.scale, fixed.sums,
+        words_of(codes.view(torch.uint8)), scales.view(torch.int32)[..., 0] if four else scales,
+        bias if added else fixed.scale, sums, n_rows, GROUPS=groups, WORDS=words, STEP=step, STEPS=steps, FOUR=four,
+        BIASED=added, ROWS=rows, num_warps=4)
+    if splits > 1:
+        add_splits(sums, out, bias)
+    return out
+
+
+def partition(n_rows: int, groups: int, words: int) -> tuple[int, int, int]:
+    """-> rows of a block, groups of a step, splits of the columns; words: of a group."""
+    rows = MOST_ROWS
+    while rows > LEAST_ROWS and triton.cdiv(n_rows, rows) < BLOCKS:
+        rows //= 2
+    step = min(TILE_WORDS // rows // words, triton.next_power_of_2(groups))
+    blocks, steps = triton.cdiv(n_rows, rows), triton.cdiv(groups, step)
+    return rows, step, 1 if blocks >= SPLIT_BELOW else min(steps, triton.cdiv(SPLIT_BELOW, blocks))
+
+
+@triton.jit
+def _dequantize(codes, scales, out, COLUMNS: tl.constexpr, GROUP: tl.constexpr, FOUR: tl.constexpr,
+                STRETCH: tl.constexpr):
+    """Grid: R, stretches of K. scales: words of two float16 where FOUR."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
+    valid = column < COLUMNS
+    pair = tl.load(scales + row * (COLUMNS // GROUP) + column // GROUP, mask=valid, other=0)
+    if FOUR:
+        code = tl.load(codes + row * (COLUMNS // 2) + column // 2, mask=valid, other=0).to(tl.int32)
+        scale, offset = scale_offset(pair)
+        value = scale * ((code >> (4 * (column % 2))) & 15).to(tl.float32) + offset
+    else:
+        value = pair.to(tl.float32) * tl.load(codes + row * COLUMNS + column, mask=valid, other=0).to(tl.float32)
+    tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=valid)
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """As kernels.linear.dequantize_rows."""
+    n_rows, n_columns = len(codes), columns(codes)
+    four, groups = codes.dtype == torch.uint8, scales.shape[1]
+    assert out.shape == (n_rows, n_columns) and out.is_contiguous() and codes.is_contiguous()
+    _dequantize[(n_rows, triton.cdiv(n_columns, STRETCH))](
+        codes, scales.view(torch.int32)[..., 0] if four else scales, out, COLUMNS=n_columns,
+        GROUP=n_columns // groups, FOUR=four, STRETCH=STRETCH, num_warps=4)
