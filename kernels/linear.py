@@ -56,7 +56,7 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """-> the weights, float32 [..., K]."""
     if codes.dtype == torch.int8:
         grouped = codes.unflatten(-1, (scales.shape[-1], -1)).float()
-        return (grouped * scales.float()[..., None]).flatten(-2)
+        return grouped.mul_(scales.float()[..., None]).flatten(-2)
     both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     grouped = both.unflatten(-1, (scales.shape[-2], -1)).float()
     return torch.addcmul(scales[..., 1:].float(), grouped, scales[..., :1].float()).flatten(-2)

@@ -20,10 +20,11 @@ from engine.core import SPARSE_LEVELS, Counters, Machine, ModelSpec, UserError
 from engine.experts.device import DeviceRuntime
 from engine.machine import table
 from engine.model.load import Loaded
+from engine.model.packed import stored_bytes
 
 # Kernels of kernels/gpu/ as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
-                  "_products", "_down", "_add_splits", "_decide", "_free", "_dequantize"})
+                  "_products", "_down", "_linear", "_add_splits", "_decide", "_free", "_dequantize"})
 # Waits for a stream or the device; a finished token is read by waiting for an event, which is none of these. The
 # profiler's own wait at its end counts as well.
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
@@ -170,11 +171,11 @@ def expert_bytes(runtime: DeviceRuntime, used: Counters, n_tokens: int) -> float
 
 def trunk_bytes(model: torch.nn.Module) -> int:
     """Bytes of weights on the device that every token reads: all but an embedding that is not also the head."""
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    weights = {id(p): stored_bytes(p) for p in model.parameters()}
     embedding = getattr(model.get_input_embeddings(), "weight", None)   # none: it lies in host memory
     head = model.get_output_embeddings()
-    if embedding is not None and (head is None or head.weight.data_ptr() != embedding.data_ptr()):
-        weights.pop(embedding.data_ptr(), None)
+    if embedding is not None and (head is None or head.weight is not embedding):
+        weights.pop(id(embedding), None)
     return sum(weights.values())
 
 

@@ -208,6 +208,7 @@ class Engine:
             "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.layers * far.experts * far.expert_bytes,
             "mark_bytes": live.mark_bytes, "rss_bytes": self._process.memory_info().rss, "context": turns.context,
             "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
+            "trunk_bits": self._planner.trunk_bits,
         }
 
     def _adopt(self, loaded: load.Loaded, options: Options) -> None:

@@ -1,9 +1,9 @@
 """Where Floe Chat meets transformers: registrations, the experts module without weights, the runtime behind it.
 
 After `import engine.hf`, `AutoModelForCausalLM.from_pretrained(folder)` opens a compressed folder like any other
-checkpoint: the quantizer puts an experts module without parameters in place of each routed-experts module, decodes the
-trunk, and binds the modules to far memory, computed by the processor. engine/model/load.py asks it not to, and binds
-them itself when it knows where they are to be computed.
+checkpoint: the quantizer puts an experts module without parameters in place of each routed-experts module, leaves the
+trunk's matrices in their codes (engine/model/packed.py), and binds the modules to far memory, computed by the
+processor. engine/model/load.py asks it not to, and binds them itself when it knows where they are to be computed.
 """
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from engine.files.proof import proving
 from engine.files.skeleton import experts_modules, model_spec
 from engine.files.trunk import CODES, SCALES
 from engine.machine.detect import machine_for
+from engine.model.packed import packed_parameter
 from engine.planning.planner import Planner
 from kernels.linear import decode
 
@@ -92,8 +93,9 @@ class UnboundConfig(FloeConfig):
     binds = False
 
 
-class DecodeTrunk(ConversionOps):
-    """`name:codes` and `name:scales` to the weight `name`."""
+class TrunkWeight(ConversionOps):
+    """`name:codes` and `name:scales` to the weight `name`, which stays in its codes where a module multiplies with it
+    or looks rows up in it. A router's is decoded: it is small, and look-ahead reads it too."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer  # tells transformers not to cast what it hands over
@@ -101,7 +103,11 @@ class DecodeTrunk(ConversionOps):
     def convert(self, input_dict: dict, full_layer_name: str | None = None, model=None, **kwargs) -> dict:
         codes, scales = (input_dict[key][0] if isinstance(input_dict[key], list) else input_dict[key]
                          for key in (CODES, SCALES))
-        return {full_layer_name: decode(codes, scales).to(model.get_parameter(full_layer_name).dtype)}
+        weight, module = model.get_parameter(full_layer_name), model.get_submodule(full_layer_name.rpartition(".")[0])
+        router = tuple(weight.shape) == (model.floe_spec.experts, model.floe_spec.hidden)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not router:
+            return {full_layer_name: packed_parameter(codes, scales, weight.dtype)}
+        return {full_layer_name: decode(codes, scales).to(weight.dtype)}
 
 
 @register_quantizer("floe")
@@ -117,7 +123,7 @@ class FloeQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         """The trunk is stored under the model's own names: of all conversions only ours applies."""
-        return [WeightConverter([CODES, SCALES], [""], [DecodeTrunk(self)])]
+        return [WeightConverter([CODES, SCALES], [""], [TrunkWeight(self)])]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         name = Path(str(model.config.name_or_path or type(model).__name__)).name

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine.core import Machine, ModelSpec
 from engine.planning import cost_model, miss_curves
-from engine.planning.sizes import WEIGHT_BYTES
+from engine.planning.sizes import near_trunk_bytes
 from engine.units import rate, size
 from kernels.layout import Layout, default_group_size
 
@@ -60,7 +60,7 @@ def _parts(spec: ModelSpec, calibration: Mapping, machine: Machine, snapshot: Ma
     near = cost_model.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"],
                            expert_misses=far / each)
     context = snapshot["context_used"]
-    trunk = WEIGHT_BYTES[machine.device] * (spec.trunk_params - spec.embedding_params)
+    _, trunk = near_trunk_bytes(spec, snapshot["trunk_bits"], machine.device)
     if machine.device == "cpu":
         return cost_model.token_on_cpu(spec, machine, layout, sparse, level, near, trunk, context, cached=1.0)
     pageable = 1 - min(1.0, machine.pinned_limit_bytes / (spec.n_experts_total * each))

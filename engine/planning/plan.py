@@ -59,6 +59,7 @@ class Plan:
     level: str
     context: int
     chunk: int
+    trunk_bits: int
     near: Near
     vram_bytes: int
     ram_bytes: int

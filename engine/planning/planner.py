@@ -25,8 +25,8 @@ from engine.planning.sizes import (
     WEIGHT_BYTES,
     bounce_bytes,
     expert_bytes,
+    near_trunk_bytes,
     prefill_bytes,
-    read_params,
     side_bytes,
     tile_experts,
     trunk_bytes,
@@ -110,7 +110,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: L
     chunk = min(wishes.chunk or DEFAULT_CHUNK[machine.device], context)
     disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * expert_bytes(model, layout, level)
     common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
-              "context": context, "chunk": chunk, "disk_bytes": disk, "wished_speed": wishes.speed,
+              "context": context, "chunk": chunk, "trunk_bits": bits, "disk_bytes": disk, "wished_speed": wishes.speed,
               "n_experts": model.n_experts_total}
     side = _on_gpu if machine.device == "cuda" else _on_cpu
     made = side(model, machine, wishes, layout, known, common)
@@ -122,7 +122,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: L
 def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
-    trunk, embedding = (WEIGHT_BYTES["cuda"] * n for n in (read_params(model), model.embedding_params))
+    embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cuda")
     kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
     memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
               ("side jobs' context memory", side_bytes(model, context)),
@@ -172,7 +172,8 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     far_each = expert_bytes(model, layout, level)
     near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
     far = model.n_experts_total * far_each
-    memory = (("trunk", WEIGHT_BYTES["cpu"] * model.trunk_params), ("context memory (KV)", kv),
+    embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cpu")
+    memory = (("trunk", embedding + trunk), ("context memory (KV)", kv),
               ("recurrent and window state", 2 * model.state_bytes),
               ("side jobs' context memory", 2 * side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
               ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
@@ -183,8 +184,7 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     near, stay = _near_on_cpu(model, layout, known, level, room, far_each, near_each)
     ram = fixed + near.total_bytes
     cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
-    token = cost_model.token_on_cpu(model, machine, layout, known, level, stay,
-                                    WEIGHT_BYTES["cpu"] * read_params(model), context, cached)
+    token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, trunk, context, cached)
     prefill = cost_model.chunk_on_cpu(model, machine, chunk, stay)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
     return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,
@@ -231,7 +231,7 @@ def _assumptions(best: Plan, known: miss_curves.Sparsity, machine: Machine) -> t
     if not known.measured and best.level != "full":
         said.append("budgets and hit rates are assumed from another model until this one has been calibrated")
     if best.device == "cuda":
-        said.append("the trunk is held at 16 bits and its one-token forward is captured as transformers has it")
+        said.append("the trunk's one-token forward is captured as transformers has it")
     elif not machine.gemv_bytes_per_second:
         said.append("this machine's speed has not been measured")
     return tuple(said)

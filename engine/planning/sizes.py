@@ -16,7 +16,7 @@ TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way
 FRAGMENTATION_BYTES = 200 * 10**6
 # Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
 PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
-# Of a weight of the trunk while it runs, whatever it takes on disk: transformers' own layers hold it unpacked.
+# Of a weight that transformers' own layers hold as a number: a trunk of 16 bits, and of any other the routers.
 WEIGHT_BYTES = {"cuda": 2, "cpu": 4}
 
 
@@ -33,6 +33,17 @@ def trunk_bytes(model: ModelSpec, bits: int) -> tuple[int, int]:
         return int(eight * model.embedding_params), int(eight * (head + rest))
     edges = min(1.0, 2 / model.decoder_layers)
     return int(eight * model.embedding_params), int(eight * head + (eight * edges + four * (1 - edges)) * rest)
+
+
+def near_trunk_bytes(model: ModelSpec, bits: int, device: str) -> tuple[int, int]:
+    """(embedding, everything else of the trunk) in bytes while it runs; a token reads the second. 8 and 4 bits stay in
+    their codes, but for the routers."""
+    each, head_and_rest = WEIGHT_BYTES[device], model.trunk_params - model.embedding_params
+    if bits == 16:
+        return each * model.embedding_params, each * head_and_rest
+    embedding, rest = trunk_bytes(model, bits)
+    routers = model.layers * model.experts * model.hidden
+    return embedding, rest + int((each - rest / head_and_rest) * routers)
 
 
 def expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
@@ -61,8 +72,3 @@ def bounce_bytes(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, 
     if level in ("exact", "full"):
         return model.top_k * expert_bytes(model, layout, level)
     return model.top_k * layout.sketch_bytes + cost_model.bounce_records(model, known, level) * layout.record
-
-
-def read_params(model: ModelSpec) -> int:
-    """Trunk weights that one token reads."""
-    return model.trunk_params - model.embedding_params

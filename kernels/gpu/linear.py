@@ -1,8 +1,9 @@
 """Device version of kernels/linear.py: a few rows and stretches of columns a block, four codes a multiplication.
 
-The activation is 16-bit fixed point in two int8 halves, as for the experts: what binds is memory, so the second half is
-free, and a token read alone gives the numbers of one read in a prompt. Few rows are spread over more blocks, first by
-fewer rows a block, then by splitting the columns, whose sums are added in order: by shape alone, never by card.
+The activation becomes 16-bit fixed point in two int8 halves, as for the experts: what binds is memory, so the second
+half is free, and a token read alone gives the numbers of one read in a prompt. Every block does that for itself, which
+spares a node of the graph. Few rows are spread over more blocks, first by fewer rows a block, then by splitting the
+columns, whose sums are added in order: by shape alone, never by card.
 
 Legend as in kernels/linear.py; G groups of a row, words are int32 of WORDS a group (4 or 8 codes each).
 """
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.activation import fixed_point
+from kernels.gpu.activation import LARGEST, codes_of
 from kernels.gpu.planes import add_splits, dp4a, scale_offset, words_of
 from kernels.linear import MOST_TOKENS, columns
 
@@ -26,31 +27,23 @@ STRETCH = 1024                      # columns that a block of `_dequantize` turn
 
 
 @triton.jit
-def _dot(words, at, high, low, valid, FOUR: tl.constexpr):
-    """Code words [ROWS, STEP, WORDS] times the activation words at `at` [STEP, WORDS] -> int32 [ROWS, STEP]."""
-    if FOUR:
-        upper = (words >> 4) & 0x0F0F0F0F
-        words = words & 0x0F0F0F0F
-        total = dp4a(words, tl.load(high + 2 * at, mask=valid, other=0)[None], tl.zeros_like(words))
-        total = dp4a(upper, tl.load(high + 2 * at + 1, mask=valid, other=0)[None], total) * 256
-        total = dp4a(words, tl.load(low + 2 * at, mask=valid, other=0)[None], total)
-        total = dp4a(upper, tl.load(low + 2 * at + 1, mask=valid, other=0)[None], total)
-    else:
-        total = dp4a(words, tl.load(high + at, mask=valid, other=0)[None], tl.zeros_like(words)) * 256
-        total = dp4a(words, tl.load(low + at, mask=valid, other=0)[None], total)
-    return tl.sum(total, axis=2)
+def _dot(words, code):
+    """Code words [ROWS, STEP, WORDS] times activations int32 [STEP, WORDS, 4] of 16 bits -> int32 like words."""
+    shift = (8 * tl.arange(0, 4))[None, None]
+    high = (code + 128) >> 8
+    low = tl.sum(((code - high * 256) & 255) << shift, axis=2)
+    total = dp4a(words, tl.sum((high & 255) << shift, axis=2)[None], tl.zeros_like(words)) * 256
+    return dp4a(words, low[None], total)
 
 
 @triton.jit
-def _linear(high, low, x_scale, x_sum, codes, scales, bias, out, n_rows, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-            STEP: tl.constexpr, STEPS: tl.constexpr, FOUR: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr):
-    """Grid: T, blocks of rows, splits of STEPS steps. codes, high, low in words; out [T, splits, R]."""
+def _linear(x, codes, scales, bias, out, n_rows, GROUPS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
+            STEPS: tl.constexpr, FOUR: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr):
+    """Grid: T, blocks of rows, splits of STEPS steps. codes in words, scales where FOUR as well; out [T, splits, R]."""
     token, split = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = row < n_rows
-    x_words: tl.constexpr = GROUPS * WORDS * (2 if FOUR else 1)
-    high += token * x_words
-    low += token * x_words
+    group_size: tl.constexpr = WORDS * (8 if FOUR else 4)
     total = tl.zeros((ROWS, STEP), tl.float32)
     for step in range(STEPS):
         group = (split * STEPS + step) * STEP + tl.arange(0, STEP)
@@ -58,15 +51,19 @@ def _linear(high, low, x_scale, x_sum, codes, scales, bias, out, n_rows, GROUPS:
         valid = there[:, None] & inside[None]
         at = group[:, None] * WORDS + tl.arange(0, WORDS)[None]
         words = tl.load(codes + row[:, None, None] * (GROUPS * WORDS) + at[None], mask=valid[:, :, None], other=0)
-        dot = _dot(words, at, high, low, inside[:, None], FOUR)
-        scale_x = tl.load(x_scale + token * GROUPS + group, mask=inside, other=0)[None]
         pair = tl.load(scales + row[:, None] * GROUPS + group[None], mask=valid, other=0)
+        column = group[:, None] * group_size + tl.arange(0, group_size)[None]
+        values = tl.load(x + token * (GROUPS * group_size) + column, mask=inside[:, None], other=0)
+        code, scale_x = codes_of(values.to(tl.float32), LARGEST)
         if FOUR:
+            even, odd = code.reshape(STEP, WORDS, 4, 2).split()
+            dot = _dot(words & 0x0F0F0F0F, even) + _dot((words >> 4) & 0x0F0F0F0F, odd)
             scale, offset = scale_offset(pair)
-            sum_x = tl.load(x_sum + token * GROUPS + group, mask=inside, other=0)[None]
-            total += scale * (dot.to(tl.float32) * scale_x) + offset * sum_x
+            sum_x = tl.sum(code, axis=1).to(tl.float32) * scale_x
+            total += scale * (tl.sum(dot, axis=2).to(tl.float32) * scale_x[None]) + offset * sum_x[None]
         else:
-            total += pair.to(tl.float32) * (dot.to(tl.float32) * scale_x)
+            dot = _dot(words, code.reshape(STEP, WORDS, 4))
+            total += pair.to(tl.float32) * (tl.sum(dot, axis=2).to(tl.float32) * scale_x[None])
     value = tl.sum(total, axis=1)
     if BIASED:
         value += tl.load(bias + row, mask=there, other=0).to(tl.float32)
@@ -81,17 +78,15 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None)
     assert x.shape == (n_tokens, columns(codes)) and n_tokens <= MOST_TOKENS, (x.shape, codes.shape)
     assert codes.is_contiguous() and scales.is_contiguous() and scales.dtype == torch.float16
     assert bias is None or bias.is_contiguous()
-    fixed = fixed_point(x.contiguous(), x.shape[1] // groups, paired=four)
     rows, step, splits = partition(n_rows, groups, words := codes.shape[1] // groups // 4)
     steps = triton.cdiv(triton.cdiv(groups, step), splits)
     out = torch.empty(n_tokens, n_rows, dtype=x.dtype, device=x.device)
     sums = out if splits == 1 else torch.empty(n_tokens, splits, n_rows, dtype=torch.float32, device=x.device)
     added = bias is not None and splits == 1
     _linear[(n_tokens, triton.cdiv(n_rows, rows), splits)](
-        fixed.high.view(torch.int32), fixed.low.view(torch.int32), fixed.scale, fixed.sums,
-        words_of(codes.view(torch.uint8)), scales.view(torch.int32)[..., 0] if four else scales,
-        bias if added else fixed.scale, sums, n_rows, GROUPS=groups, WORDS=words, STEP=step, STEPS=steps, FOUR=four,
-        BIASED=added, ROWS=rows, num_warps=4)
+        x.contiguous(), words_of(codes.view(torch.uint8)), scales.view(torch.int32)[..., 0] if four else scales,
+        bias if added else x, sums, n_rows, GROUPS=groups, WORDS=words, STEP=step, STEPS=steps, FOUR=four,
+        BIASED=added, ROWS=rows, LARGEST=LARGEST, num_warps=4)
     if splits > 1:
         add_splits(sums, out, bias)
     return out

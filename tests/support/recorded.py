@@ -14,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.experts import device, runtime
+from engine.model import packed
 
-KERNELS = ("age", "apply", "dense", "fill", "quantize_activation", "resolve_experts", "resolve_neurons", "score",
-           "score_up", "select", "select_above")
+KERNELS = ("age", "apply", "dense", "dequantize_rows", "fill", "linear", "quantize_activation", "resolve_experts",
+           "resolve_neurons", "score", "score_up", "select", "select_above")
 LAUNCHES = {"apply": 4, "dense": 4, "age": 3}  # kernels that a function launches on a card, where it is more than one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
          "empty", "detach", "alias")  # nothing for a device to do
@@ -52,8 +53,8 @@ def as_node(function: Callable) -> Callable:
 
 @contextmanager
 def kernels_as_nodes():
-    """Inside, the kernels that the device's runtime imported are nodes."""
-    before = [(module, name, getattr(module, name)) for name in KERNELS for module in (runtime, device)
+    """Inside, the kernels that the device's runtime and the packed trunk imported are nodes."""
+    before = [(module, name, getattr(module, name)) for name in KERNELS for module in (runtime, device, packed)
               if hasattr(module, name)]
     assert len(before) == len(KERNELS)
     try:

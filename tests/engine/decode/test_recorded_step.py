@@ -10,7 +10,9 @@ from engine.core import Options, Sampling
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.step import Step
 from engine.experts.layer import LevelPlan
+from engine.files import trunk
 from engine.model import load
+from engine.model.packed import Packed
 from engine.model.static_cache import StepCache, forward
 from engine.planning import cost_model
 from tests.engine.experts.on_device import take_over
@@ -56,16 +58,19 @@ def from_here(step: Step, once) -> tuple[list[list[int]], list[torch.Tensor]]:
     return packets, logits
 
 
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("name, trunk_bits", [*((name, 16) for name in CAPTURED), ("qwen3_5_moe_text", 4),
+                                              ("gpt_oss", 4), pytest.param("gemma4_text", 8, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_replay_equals_eager(name, tmp_path):
-    folder = compressed(name, tmp_path)[2]
+def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):
+    monkeypatch.setattr(trunk, "SMALLEST", 1024)  # the matrices of these models are small
+    folder = compressed(name, tmp_path, trunk_bits)[2]
     for level in ("exact", "fast"):
         step = opened(folder, level)
         start = step.save(PROMPT.shape[1] - 1)
         run(step)                                    # warm-up: what is made at first use must not be recorded
         graph, names = record(partial(run, step))
         assert not asks_the_host(names) and len(names) > 50
+        assert (trunk_bits < 16) == any(isinstance(p, Packed) for p in step.model.parameters())
         step.restore(start)
         eager, expected = from_here(step, partial(run, step))
         step.restore(start)

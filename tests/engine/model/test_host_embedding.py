@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engine.core import Options
+from engine.files import trunk
 from engine.model import load
 from engine.model.host_embedding import HostEmbedding, leave_on_host
 from tests.engine.experts.test_far_locked import Ledger
@@ -28,6 +29,19 @@ def test_a_model_computes_the_same_with_its_embedding_on_the_host(dtype, tmp_pat
     assert torch.equal(model.get_input_embeddings()(IDS), rows) and torch.equal(model(IDS).logits, plain)
     memory.close()
     assert not ledger.registered
+
+
+@pytest.mark.parametrize("hidden_size", [64, 192])  # of a row's bytes some are only there for whole 16
+@torch.no_grad()
+def test_packed_rows_lie_on_the_host_as_they_are(hidden_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(trunk, "SMALLEST", 1024)
+    folder, ledger = compressed("qwen3_moe", tmp_path, trunk_bits=8, hidden_size=hidden_size)[2], Ledger()
+    model = load.load(folder, Options("exact", device="cpu")).model
+    plain, rows = model(IDS).logits, model.get_input_embeddings()(IDS)
+    memory = leave_on_host(model, ledger)
+    assert memory.n_bytes == 128 * (hidden_size + 16)
+    assert torch.equal(model.get_input_embeddings()(IDS), rows) and torch.equal(model(IDS).logits, plain)
+    memory.close()
 
 
 def test_weights_that_the_head_shares_stay_with_it(demo_checkpoint):

@@ -1,0 +1,109 @@
+"""A large matrix of the trunk that stays in the codes of its file while transformers' own modules use it.
+
+`Packed` is a tensor as far as a module can tell: shape, type and device are those of the weight, and it is tied, moved
+and copied like one. Where a module multiplies with it (`F.linear`, whatever the module is) a few tokens are computed
+from the codes, and more of them from tiles that are decoded into scratch; where it looks rows up (`F.embedding`), those
+rows are decoded. Any other operation gets the whole matrix, decoded for it alone: right, and slow.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from kernels.linear import MOST_TOKENS, columns, decode, dequantize_rows, linear
+
+Tensor = torch.Tensor
+
+TILE_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}  # of scratch: what a processor's cache holds; few launches of a card
+_aten = torch.ops.aten
+_COPIES = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten._to_copy.default}
+
+
+class Packed(Tensor):
+    """codes, scales: of kernels/linear.py, [R, ..]; dtype: what it passes for, and what its rows are decoded to."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Packed:
+        self = Tensor._make_wrapper_subclass(cls, (len(codes), columns(codes)), dtype=dtype, device=codes.device)
+        self.codes, self.scales = codes, scales
+        return self
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        own = _OWN.get(function)
+        if own is not None and isinstance(args[1], Packed):
+            return own(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _COPIES:
+            return _copied(function, args[0], kwargs)
+        args, kwargs = tree_map(_plain, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def __repr__(self, **_) -> str:
+        return f"Packed({tuple(self.shape)}, {8 * self.packed_bytes / self.numel():.2f} bits, {self.device})"
+
+
+def packed_parameter(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(Packed(codes, scales, dtype), requires_grad=False)
+
+
+def stored_bytes(parameter: Tensor) -> int:
+    """What a parameter takes in memory, packed or not."""
+    return parameter.packed_bytes if isinstance(parameter, Packed) else parameter.nbytes
+
+
+def _plain(value):
+    return decode(value.codes, value.scales).to(value.dtype) if isinstance(value, Packed) else value
+
+
+def _copied(function, weight: Packed, kwargs: dict) -> Packed:
+    """Another type is only another face; what is copied or moved are the codes."""
+    dtype = kwargs.pop("dtype", None) or weight.dtype
+    return Packed(function(weight.codes, **kwargs), function(weight.scales, **kwargs), dtype)
+
+
+@torch.no_grad()
+def _linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] -> [..., R]."""
+    rows = x.reshape(-1, x.shape[-1])
+    few = len(rows) <= MOST_TOKENS
+    out = linear(rows, weight.codes, weight.scales, bias) if few else _by_tiles(rows, weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def _by_tiles(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(len(x), len(weight))
+    step = max(1, TILE_BYTES[x.device.type] // (x.shape[1] * x.element_size()))
+    scratch = x.new_empty(min(step, len(weight)), x.shape[1])
+    for first in range(0, len(weight), step):
+        at = slice(first, min(first + step, len(weight)))
+        tile = scratch[:at.stop - first]
+        dequantize_rows(weight.codes[at], weight.scales[at], tile)
+        torch.mm(x, tile.T, out=out[:, at])
+    return out if bias is None else out.add_(bias)
+
+
+@torch.no_grad()
+def _embedding(ids: Tensor, weight: Packed, *_, **__) -> Tensor:
+    """ids [...] -> rows [..., K]. What further arguments say is for training."""
+    at = ids.flatten()
+    rows = torch.empty(len(at), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    dequantize_rows(weight.codes[at], weight.scales[at], rows)
+    return rows.view(*ids.shape, -1)
+
+
+_OWN = {F.linear: _linear, F.embedding: _embedding}
