@@ -1,19 +1,22 @@
 """The decode step as a CUDA graph: captured once for each kind of near memory, replayed for every token.
 
 One graph for the sparse levels, one for `exact` and one for `floe`, each with and without look-ahead where that is
-switched, in one memory pool. A capture runs every kernel first, because compiling and loading are not allowed inside
-it, and puts back whatever those runs changed. Then the graph has to prove itself: one replay must give the logits that
-running the step gave. A model that cannot be captured runs the same kernels one by one, and `reason` says so.
+switched, in one memory pool. The draw is part of it where the sampler needs 256 logits and no more. A capture runs
+every kernel first, because compiling and loading are not allowed inside it, and puts back whatever those runs changed.
+Then the graph has to prove itself: two replays must give the logits that running the step gave at two positions, one
+behind the other, because what was frozen at the first would be right there and wrong from the second on. A model that
+cannot be captured runs the same kernels one by one, and `reason` says so.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from engine.decode.step import Step
 
-WARM_UPS = 3        # torch's own advice: libraries pick their algorithms in the first runs
+POSITIONS = 2       # at which a graph has to prove itself; run twice before, for libraries to pick their algorithms
 AGREEMENT = 2e-2    # share of the largest logit: a library may choose another algorithm inside a graph
 Run = Callable[[], None]
 
@@ -37,7 +40,7 @@ class Capture:
                 run()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream().wait_stream(self._stream)  # what was launched before it failed still writes
 
     def record(self, run: Run) -> Run:
         """-> the graph's replay."""
@@ -60,16 +63,23 @@ class Graphs:
         self._graphs: dict[tuple, Run] = {}
 
     def launch(self, position: int) -> None:
-        """Compute the logits behind `position` tokens; returns before they are there."""
+        """The next token behind `position` tokens; returns before it is there."""
         key = self._key()
         if not self.reason and key not in self._graphs:
             self._make(key, position)
-        self._graphs.get(key, self.step.compute)()
+        self._graphs.get(key, self._run)()
+        if not self.step.sampler.usual:
+            self.step.choose()
+
+    @property
+    def _run(self) -> Run:
+        """What is captured."""
+        return self.step.run if self.step.sampler.usual else self.step.compute
 
     def _key(self) -> tuple:
         """What a graph was made for: it holds the addresses of one arena and one branch of look-ahead."""
         runtime = self.step.runtime
-        return runtime.n_arenas, runtime.kind, runtime.looks_ahead
+        return runtime.n_arenas, runtime.kind, runtime.looks_ahead, self.step.sampler.usual
 
     def _make(self, key: tuple, position: int) -> None:
         """A graph under `key`, or a reason why not; either way the sequence is where it was."""
@@ -88,17 +98,28 @@ class Graphs:
             self.reason = f"This model's step cannot be captured ({reason[0]})"
         if self.reason:
             self.reason += "; its kernels are launched one by one, which is slower."
+            self.step.runtime.reset()  # a run that broke off has given places to what never came, and left its counts
         self.step.restore(before)
 
     def _prove(self, before: tuple) -> tuple[Run, bool]:
-        """-> the graph, and whether its replay computes what the step itself does."""
-        step = self.step
-        for left in reversed(range(WARM_UPS)):
-            self._capture.beside(step.compute, strictly=left == 0)
-            expected = step.logits.clone()
-            step.restore(before)
-        graph = self._capture.record(step.compute)
-        step.restore(before)
-        graph()
-        limit = AGREEMENT * float(expected.abs().max())
-        return graph, bool((step.logits - expected).abs().max() <= limit)
+        """-> the graph, and whether its replays compute what the step itself does."""
+        run = self._run
+        for strictly in (False, True):
+            self.step.restore(before)
+            expected, tokens = self._consecutive(partial(self._capture.beside, run, strictly))
+        graph = self._capture.record(run)
+        self.step.restore(before)
+        found, _ = self._consecutive(graph, tokens)
+        return graph, all(bool((a - b).abs().max() <= AGREEMENT * b.abs().max())
+                          for a, b in zip(found, expected, strict=True))
+
+    def _consecutive(self, once: Run, tokens: Sequence[torch.Tensor] = ()) -> tuple[list, list]:
+        """Logits and tokens of steps one behind the other. tokens: read in place of what the steps draw."""
+        step, logits, drawn = self.step, [], []
+        for i in range(POSITIONS):
+            once()
+            logits.append(step.logits.clone())
+            drawn.append(step.token.clone())
+            step.token.copy_(tokens[i] if tokens else drawn[i])
+            step.done.zero_()  # else nothing would be at the next position
+        return logits, drawn

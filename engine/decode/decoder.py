@@ -110,8 +110,7 @@ class DeviceDecoder:
         if self.graphs:
             self.graphs.launch(position)
         else:
-            self.step.compute()
-        self.step.choose()
+            self.step.run()
         self._packets.send(turn)
 
     def _adapt(self, drawn: Drawn, is_first: bool) -> None:

@@ -34,7 +34,7 @@ class Drawn:
 
 
 class Step:
-    """The tensors of one decode step, and its two halves: `compute` gives the logits [V], `choose` draws the token."""
+    """The tensors of one decode step: `run` is `compute`, which gives the logits [V], and `choose`, which draws."""
 
     def __init__(self, model: torch.nn.Module, runtime: DeviceRuntime, cache: StepCache,
                  sampler: DeviceSampler) -> None:
@@ -55,6 +55,10 @@ class Step:
         self.left.fill_(limit)
         self.ends.copy_(torch.tensor(sorted(ends) + [-1] * (MOST_ENDS - len(ends))))
         self.done.zero_()
+
+    def run(self) -> None:
+        self.compute()
+        self.choose()
 
     def compute(self) -> None:
         self.logits.copy_(forward(self.model, self.token[None], self.cache)[0, -1])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,13 @@ class LayerExperts:
     gate: Gate = field(init=False)  # the module's own function, until a device puts one that its kernels know
 
     def __post_init__(self) -> None:
-        self.gate = Gate("other", function=lambda g, u: self.apply_gate(self.join(g, u)))
+        # No method of this object: it would live on until the next collection, and its router with it on a card.
+        self.gate = Gate("other", function=partial(_gated, self.apply_gate, self.interleaved))
         if self.biases:
             self.gate_up_bias = self.join(self.biases["gate_bias"], self.biases["up_bias"])
 
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
-        return torch.stack((gate, up), -1).flatten(-2) if self.interleaved else torch.cat((gate, up), -1)
+        return _joined(gate, up, self.interleaved)
 
     def halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the rows of gate and of up in [2I, H]."""
@@ -81,6 +83,14 @@ class LayerExperts:
             y = self.finish(product[token, place] @ down, expert)
             out.index_add_(0, token, y * weights[token, place, None])
         return out
+
+
+def _joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
+    return torch.stack((gate, up), -1).flatten(-2) if interleaved else torch.cat((gate, up), -1)
+
+
+def _gated(apply_gate: Callable[[Tensor], Tensor], interleaved: bool, gate: Tensor, up: Tensor) -> Tensor:
+    return apply_gate(_joined(gate, up, interleaved))
 
 
 def recognised(apply_gate: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Gate | None:

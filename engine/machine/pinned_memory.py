@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import weakref
 from contextlib import suppress
 from typing import Protocol
 
@@ -67,12 +68,40 @@ class CudaDriver:
         return self._cuda.cuMemFreeHost(ctypes.c_void_p(address))
 
 
+class _Debt:
+    """What the driver has been told of one piece of memory, and `mapped`, which must not go before it is taken back."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver, self.registered, self.owned = driver, 0, 0
+        self.mapped: mmap.mmap | None = None
+
+    def register(self, address: int, n_bytes: int) -> int:
+        code = self.driver.register(address, n_bytes)
+        self.registered = 0 if code else address
+        return code
+
+    def unregister(self) -> None:
+        if self.registered:
+            self.driver.unregister(self.registered)
+        self.registered = 0
+
+    def settle(self) -> None:
+        self.unregister()
+        if self.owned:
+            self.driver.free(self.owned)
+        self.owned, self.mapped = 0, None
+
+
 class HostMemory:
-    """`bytes`: uint8 [n_bytes]. locked_bytes: how much of it, from the start, a card can read. Close it when done."""
+    """`bytes`: uint8 [n_bytes]. locked_bytes: how much of it, from the start, a card can read.
+
+    Close it when done; what is dropped without it is unlocked before it is unmapped all the same.
+    """
 
     def __init__(self, n_bytes: int, driver: Driver, unit_bytes: int | None = None) -> None:
         """unit_bytes: where not everything can be locked, a multiple of it is; None: all or nothing."""
-        self._driver, self._registered, self._owned = driver, 0, 0
+        self._debt = _Debt(driver)
+        weakref.finalize(self, self._debt.settle).atexit = False  # the end of the process settles it
         self.n_bytes, self.refusal, self._unit = n_bytes, 0, unit_bytes or n_bytes
         self._map(n_bytes)
         self.locked_bytes = self._lock()
@@ -83,13 +112,13 @@ class HostMemory:
         """Anonymous memory that begins at a huge page; nothing of it is touched yet."""
         # Python maps shared memory unless told otherwise, and Linux gives that no huge pages.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-        self._mapped = mmap.mmap(-1, max(n_bytes, 1) + HUGE_PAGE, **private)
+        mapped = self._debt.mapped = mmap.mmap(-1, max(n_bytes, 1) + HUGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
-                self._mapped.madvise(mmap.MADV_HUGEPAGE)
+                mapped.madvise(mmap.MADV_HUGEPAGE)
             except OSError:  # a kernel without huge pages: the same memory in small ones
                 pass
-        whole = torch.frombuffer(self._mapped, dtype=torch.uint8)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
         self.bytes = whole[start:start + n_bytes]
 
@@ -101,31 +130,25 @@ class HostMemory:
         while fails - fits > 1:
             middle = (fits + fails) // 2
             if self._register(middle * unit):
-                self._unregister()
+                self._debt.unregister()
                 fits = middle
             else:
                 fails = middle
         return fits * unit if fits and self._register(fits * unit) else 0
 
     def _register(self, n_bytes: int) -> bool:
-        code = self._driver.register(self.bytes.data_ptr(), n_bytes) if n_bytes else 0
-        self._registered = 0 if code or not n_bytes else self.bytes.data_ptr()
+        code = self._debt.register(self.bytes.data_ptr(), n_bytes) if n_bytes else 0
         self.refusal = code or self.refusal
         return not code
 
-    def _unregister(self) -> None:
-        if self._registered:
-            self._driver.unregister(self._registered)
-        self._registered = 0
-
     def _let_the_driver_allocate(self) -> None:
         """Memory of the driver's own, in place of ours, all or nothing."""
-        code, address = self._driver.allocate(self.n_bytes)
+        code, address = self._debt.driver.allocate(self.n_bytes)
         if code == 0 and address:
-            self._owned = address
+            self._debt.owned = address
             buffer = (ctypes.c_uint8 * self.n_bytes).from_address(address)
             self.bytes = torch.frombuffer(buffer, dtype=torch.uint8)
-            self._mapped, self.locked_bytes, self.refusal = None, self.n_bytes, 0
+            self._debt.mapped, self.locked_bytes, self.refusal = None, self.n_bytes, 0
 
     @property
     def reason(self) -> str:
@@ -137,8 +160,5 @@ class HostMemory:
 
     def close(self) -> None:
         """Unlock, which waits for the card, and let go of the memory."""
-        self._unregister()
-        if self._owned:
-            self._driver.free(self._owned)
-        self._owned, self.locked_bytes = 0, 0
-        self.bytes = self._mapped = None
+        self._debt.settle()
+        self.locked_bytes, self.bytes = 0, None

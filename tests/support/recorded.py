@@ -73,6 +73,25 @@ def record(step: Callable[[], None]) -> tuple[torch.fx.GraphModule, list[str]]:
     return graph, [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 
 
+class Recording:
+    """A capture by make_fx."""
+
+    def __init__(self) -> None:
+        self.n_warm, self.n_graphs, self.n_replays = 0, 0, 0
+
+    def beside(self, run, strictly: bool) -> None:
+        self.n_warm += 1
+        run()
+
+    def record(self, run):
+        graph, self.n_graphs = record(run)[0], self.n_graphs + 1
+
+        def replay() -> None:
+            self.n_replays += 1
+            graph()
+        return replay
+
+
 def asks_the_host(names: list[str]) -> list[str]:
     """The recorded operators that would stop a device to look at a value."""
     return [name for name in names if any(word in name for word in HOST)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.core import Options, Sampling
+from engine.decode.cuda_graph import Graphs
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.step import Step
 from engine.experts.layer import LevelPlan
@@ -17,7 +18,7 @@ from engine.model.static_cache import StepCache, forward
 from engine.planning import cost_model
 from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
-from tests.support.recorded import asks_the_host, device_nodes, record
+from tests.support.recorded import Recording, asks_the_host, device_nodes, record
 
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
 N_TOKENS, CONTEXT = 200, 224
@@ -42,11 +43,6 @@ def opened(folder, level: str) -> Step:
     return step
 
 
-def run(step: Step) -> None:
-    step.compute()
-    step.choose()
-
-
 def from_here(step: Step, once) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Packets and logits of N_TOKENS steps from an empty near memory on."""
     step.runtime.reset()
@@ -67,12 +63,16 @@ def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):
     for level in ("exact", "fast"):
         step = opened(folder, level)
         start = step.save(PROMPT.shape[1] - 1)
-        run(step)                                    # warm-up: what is made at first use must not be recorded
-        graph, names = record(partial(run, step))
+        step.run()                                   # warm-up: what is made at first use must not be recorded
+        graph, names = record(step.run)
         assert not asks_the_host(names) and len(names) > 50
         assert (trunk_bits < 16) == any(isinstance(p, Packed) for p in step.model.parameters())
         step.restore(start)
-        eager, expected = from_here(step, partial(run, step))
+        graphs = Graphs(step, Recording())
+        graphs.launch(PROMPT.shape[1] - 1)
+        assert graphs.reason == ""                   # as a card's graph proves itself: at two positions
+        step.restore(start)
+        eager, expected = from_here(step, step.run)
         step.restore(start)
         replayed, found = from_here(step, graph)
         assert replayed == eager

@@ -1,6 +1,8 @@
 """The experts' step of a device against the host's path, its oracle: the same tokens, the same bytes, step by step."""
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from engine.core import Options, UserError
 from engine.experts.device import DeviceRuntime, NoDevicePath
-from engine.experts.layer import LevelPlan, recognised
+from engine.experts.layer import LayerExperts, LevelPlan, recognised
 from engine.experts.prefill import Staging
 from engine.model import load
 from engine.model.registration import FloeExperts
@@ -311,3 +313,17 @@ def test_near_memory_for_less_than_a_step_is_a_sentence(folder):
     runtime = opened(folder, "exact", 1.0, False, True).runtime
     with pytest.raises(UserError, match=f"give at least {K * runtime.far.layout.blob_bytes:,}"):
         runtime.set_level(runtime.level, K * runtime.far.layout.blob_bytes - 1)
+
+
+def test_a_layer_goes_with_its_last_reader():
+    """Not with the next collection, until when its router would stay on a card."""
+    layer = LayerExperts(0, True, lambda gate_up: gate_up[..., ::2] * gate_up[..., 1::2], {},
+                         router_weight=torch.zeros(4, 64))
+    assert layer.gate(torch.tensor([2.0]), torch.tensor([3.0])).tolist() == [6.0]
+    gone = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -91,6 +91,21 @@ def test_memory_starts_at_a_huge_page_and_has_its_exact_size():
     memory.close()
 
 
+def test_memory_that_is_dropped_is_unlocked_while_it_is_still_mapped():
+    """Also where its maker failed before anybody could close it."""
+    class Reading(Ledger):
+        def unregister(self, address: int) -> int:
+            assert bytes((ctypes.c_uint8 * 16).from_address(address)) == b"\7" * 16  # unmapped, this ends the process
+            return super().unregister(address)
+    ledger, own = Reading(), Ledger(limit=0, own=1 << 22)
+    for driver in (ledger, own):
+        memory = HostMemory(3 << 20, driver)
+        memory.bytes.fill_(7)
+        assert driver.registered or driver.allocated
+        del memory
+        assert not driver.registered and not driver.allocated
+
+
 @pytest.mark.parametrize("n_units", [1, 2, 3])
 def test_a_refusal_leaves_what_is_locked_and_says_so(n_units):
     ledger = Ledger(limit=(n_units << 20) + 5, own=0)
