@@ -1,7 +1,7 @@
 """Device version of kernels/score.py: the sketch rows of all routed experts against the int8 activation, four codes a
 multiplication, and on the way out a histogram of the scores that spares `select` half of its work.
 
-A block of four warps takes 32 neurons of one routed expert. Legend as in kernels/score.py; words are int32.
+A block takes 32 neurons of one routed expert. Legend as in kernels/score.py; words are int32.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernels.select import BINS, KEY_SHIFT
 
 Tensor = torch.Tensor
 
-ROWS = 32               # neurons of a block
+ROWS, WARPS = 32, 8     # neurons and warps of a block: four warps take 128 registers a lane and more, eight 48
 BIN_SHIFT = tl.constexpr(KEY_SHIFT + 12)
 
 
@@ -106,5 +106,5 @@ def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weig
         NEURONS=layout.neurons, PLANE=layout.plane2 // 4, ROW=layout.sketch_row // 4, GROUPS=layout.groups,
         WORDS=layout.group // 16, STEP=groups_at_once(layout.groups, 2048 // layout.group),
         SCALES_AT=layout.sketch_scales_at // 4, KIND=kind_of(gate), BIASED=up_bias is not None, UP=up_only,
-        COUNTED=histogram is not None, BINS=BINS, ROWS=ROWS, num_warps=4)
+        COUNTED=histogram is not None, BINS=BINS, ROWS=ROWS, num_warps=WARPS)
     return scores
