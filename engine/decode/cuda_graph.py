@@ -16,7 +16,8 @@ import torch
 
 from engine.decode.step import Step
 
-POSITIONS = 2       # at which a graph has to prove itself; run twice before, for libraries to pick their algorithms
+POSITIONS = 2       # at which a graph has to prove itself
+WARM_UPS = 2 * POSITIONS  # runs before the recorded one: libraries pick their algorithms in the first of them
 AGREEMENT = 2e-2    # share of the largest logit: a library may choose another algorithm inside a graph
 Run = Callable[[], None]
 
