@@ -1,0 +1,97 @@
+"""Compiled twin of kernels/score.py: every sketch row of the routed experts once, at the speed of memory.
+
+Legend as there; a piece of work is ROWS neurons of one token's routed expert.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, float32, int32, njit
+
+from kernels.activation import Gate
+from kernels.cpu.activation import blocks8
+from kernels.cpu.gate import gated, kind_of
+from kernels.cpu.rows import LINE, ask_for, score_row
+from kernels.cpu.threads import address, claim, fields, pointer, run, task
+from kernels.layout import Layout
+from kernels.select import KEY_SHIFT
+
+Tensor = torch.Tensor
+
+ROWS = 64
+AHEAD = 4   # rows: without asking for them the processor stops at every page of 4 KiB (measured: half the speed)
+UP_ONLY = -1    # in place of a gate's kind: score_up
+
+
+@njit(cache=True, nogil=True)
+def _row(plane, pairs, x, n_blocks, group):
+    return score_row(plane, pairs, x, n_blocks, 128) if group == 128 else score_row(plane, pairs, x, n_blocks, 64)
+
+
+RECORD = fields("pairs routed neurons row_bytes plane scales group x x_bytes sketches stride place weight kind "
+                "gate_bias up_bias scores", floats="alpha limit")
+
+
+@task
+def _score(table):
+    a = carray(pointer(table), 1, RECORD)[0]
+    slots, weights = carray(pointer(a.place), a.pairs, int32), carray(pointer(a.weight), a.pairs, float32)
+    scores, n_blocks = carray(pointer(a.scores), (a.pairs, a.neurons), float32), a.plane // LINE
+    gate_bias = carray(pointer(a.gate_bias), (a.pairs, a.neurons), float32)
+    up_bias = carray(pointer(a.up_bias), (a.pairs, a.neurons), float32)
+    per_pair = (a.neurons + ROWS - 1) // ROWS
+    piece = claim(table)
+    while piece < a.n_pieces:
+        pair, first = piece // per_pair, piece % per_pair * ROWS
+        x = a.x + pair // a.routed * a.x_bytes
+        for neuron in range(first, min(first + ROWS, a.neurons)):
+            row = a.sketches + slots[pair] * a.stride + neuron * a.row_bytes
+            ask_for(row + AHEAD * a.row_bytes, a.row_bytes)
+            score = _row(row + a.plane, row + 2 * a.plane + a.scales, x, n_blocks, a.group)
+            if a.up_bias:
+                score += up_bias[pair, neuron]
+            if a.kind != UP_ONLY:
+                gate = _row(row, row + 2 * a.plane, x, n_blocks, a.group)
+                if a.gate_bias:
+                    gate += gate_bias[pair, neuron]
+                score = gated(gate, score, a.kind, a.alpha, a.limit) * weights[pair]
+            scores[pair, neuron] = abs(score)
+        piece = claim(table)
+
+
+def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout,
+          gate: Gate, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
+          histogram: Tensor | None = None) -> Tensor:
+    """As kernels.score.score."""
+    scores = _launch(codes, scales, sketches, place, weight, layout, kind_of(gate), gate_bias, up_bias, gate)
+    if histogram is not None:
+        _count(scores.numpy(), histogram.numpy())
+    return scores
+
+
+def score_up(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, layout: Layout,
+             up_bias: Tensor | None = None) -> Tensor:
+    """As kernels.score.score_up."""
+    return _launch(codes, scales, sketches, place, scales, layout, UP_ONLY, None, up_bias, Gate())
+
+
+def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout, kind: int,
+            gate_bias: Tensor | None, up_bias: Tensor | None, gate: Gate) -> Tensor:
+    assert sketches.stride(1) == 1 and sketches.shape[1] >= layout.neurons * layout.sketch_row, sketches.shape
+    (tokens, routed), neurons, x = place.shape, layout.neurons, blocks8(codes, scales)
+    place, weight = place.int().contiguous(), weight.contiguous()
+    gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
+    scores = torch.empty(tokens, routed * neurons)
+    run(_score, RECORD, tokens * routed * -(-neurons // ROWS), pairs=tokens * routed, routed=routed, neurons=neurons,
+        row_bytes=layout.sketch_row, plane=layout.plane2, scales=layout.scales, group=layout.group, x=address(x),
+        x_bytes=x.stride(0), sketches=address(sketches), stride=sketches.stride(0), place=address(place),
+        weight=address(weight), kind=kind, gate_bias=address(gate_bias), up_bias=address(up_bias),
+        scores=address(scores), alpha=gate.alpha, limit=gate.limit)
+    return scores
+
+
+@njit(cache=True, nogil=True)
+def _count(scores, histogram):
+    for t in range(len(scores)):
+        for bits in scores[t].view(np.int32):
+            histogram[t, bits >> KEY_SHIFT + 12] += 1

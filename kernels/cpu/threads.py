@@ -1,0 +1,89 @@
+"""Work in pieces over the threads that torch computes with already: a second pool would wait against the first.
+
+A task is compiled with `task` and takes its pieces from a counter; what a piece computes depends on nothing but its
+number, so results depend neither on the number of threads nor on which of them was first.
+"""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, types
+from numba.extending import intrinsic
+
+from kernels.cpu.vectors import INT64
+
+Tensor = torch.Tensor
+
+task = cfunc("void(int64)", cache=True)     # of the address of its record
+
+
+def fields(names: str, floats: str = "") -> np.dtype:
+    """The record that a task is told everything in: int64 and float32, and before them its counter and its pieces.
+    The task reads it as `carray(pointer(address), 1, dtype)[0]`."""
+    return np.dtype([(name, np.int64) for name in ("next", "n_pieces", *names.split())]
+                    + [(name, np.float32) for name in floats.split()])
+
+
+@intrinsic
+def claim(context, address):
+    """The next piece of the record at this address: a number that no other thread gets."""
+    def generate(context, builder, signature, arguments):
+        counter = builder.inttoptr(arguments[0], ir.PointerType(INT64))
+        return builder.atomic_rmw("add", counter, ir.Constant(INT64, 1), "monotonic")
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def pointer(context, address):
+    """An address as numba's `carray` takes it."""
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.PointerType(ir.IntType(8)))
+    return types.voidptr(types.int64), generate
+
+
+def run(function, record: np.dtype, n_pieces: int, /, **values: float) -> None:
+    """Compute all pieces of a task and wait for them. values: of the record's fields, addresses among them; whoever
+    calls keeps alive what lies there."""
+    table = np.array([(0, n_pieces, *(values[name] for name in record.names[2:]))], record)
+    n = min(n_pieces, torch.get_num_threads())
+    if n > 1:
+        _parallel()(function.address, table.ctypes.data, n)
+    elif n:
+        function.ctypes(table.ctypes.data)
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _parallel() -> Callable[[int, int, int], None]:
+    """A function of address, argument and number of threads that calls the one there in every thread."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
+        library = ctypes.CDLL(str(path))        # loaded already, this asks for its handle
+        if hasattr(library, "GOMP_parallel"):   # GNU's own, and LLVM's but on Windows
+            library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            library.GOMP_parallel.restype = None
+            return lambda address, argument, n: library.GOMP_parallel(address, argument, n, 0)
+    return _python_threads
+
+
+def _python_threads(address: int, argument: int, n: int) -> None:
+    """Where torch's pool cannot be asked; each start costs some ten microseconds more."""
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
+    started = [_pool().submit(function, argument) for _ in range(n - 1)]
+    function(argument)
+    wait(started)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="kernels")

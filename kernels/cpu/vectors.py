@@ -1,0 +1,231 @@
+"""A small language for the inside of a numba intrinsic: vectors of 16 lanes, their arithmetic, loads, stores, loops.
+
+Sixteen lanes of 32 bits are one register of AVX-512, two of AVX2, four of NEON; LLVM splits them. An intrinsic here is
+a function of a `Code` and of `Scalar` arguments; addresses are int64 and offsets bytes.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from kernels.cpu.target import features
+
+LANES = 16
+INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+HALF_IN_HARDWARE = bool(features() & {"f16c", "fullfp16", "neon"})
+
+
+def vector(kind: ir.Type, lanes: int = LANES) -> ir.Type:
+    return ir.VectorType(kind, lanes)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A vector or scalar that is computed, with the operators of its kind; a plain number counts for every lane."""
+
+    code: Code
+    value: ir.Value
+
+    @property
+    def kind(self) -> ir.Type:
+        return self.value.type
+
+    @property
+    def lanes(self) -> int:
+        return self.kind.count if isinstance(self.kind, ir.VectorType) else 0
+
+    @property
+    def _is_float(self) -> bool:
+        return (self.kind.element if self.lanes else self.kind) in (HALF, FLOAT)
+
+    def _same(self, other: Value | float) -> ir.Value:
+        return other.value if isinstance(other, Value) else self.code.constant(self.kind, other).value
+
+    def _binary(self, name: str, other: Value | float) -> Value:
+        builder = self.code.builder
+        return Value(self.code, getattr(builder, name)(self.value, self._same(other)))
+
+    def __add__(self, other: Value | float) -> Value:
+        return self._binary("fadd" if self._is_float else "add", other)
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self._binary("fsub" if self._is_float else "sub", other)
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self._binary("fmul" if self._is_float else "mul", other)
+
+    def __truediv__(self, other: Value) -> Value:
+        return self._binary("fdiv", other)
+
+    def __and__(self, other: Value | int) -> Value:
+        return self._binary("and_", other)
+
+    def __or__(self, other: Value | int) -> Value:
+        return self._binary("or_", other)
+
+    def __lshift__(self, bits: int) -> Value:
+        return self._binary("shl", bits) if bits else self
+
+    def __rshift__(self, bits: int) -> Value:
+        """Without the sign."""
+        return self._binary("lshr", bits) if bits else self
+
+    def signed_shift(self, bits: int) -> Value:
+        return self._binary("ashr", bits) if bits else self
+
+    def as_type(self, kind: ir.Type) -> Value:
+        """The same bits."""
+        return Value(self.code, self.code.builder.bitcast(self.value, kind))
+
+    def to_float(self) -> Value:
+        return Value(self.code, self.code.builder.sitofp(self.value, vector(FLOAT, self.lanes)))
+
+    def pick(self, order: list[int], other: Value | None = None) -> Value:
+        """Lanes of this one, then of `other`, in a new order."""
+        second = ir.Constant(self.kind, ir.Undefined) if other is None else other.value
+        at = ir.Constant(vector(INT32, len(order)), order)
+        return Value(self.code, self.code.builder.shuffle_vector(self.value, second, at))
+
+    def magnitude(self) -> Value:
+        return self.code.call(f"llvm.fabs.v{self.lanes}f32", self.kind, self)
+
+    def parts(self, n: int) -> list[Value]:
+        """n vectors of equal length."""
+        size = self.lanes // n
+        return [self.pick(list(range(i * size, (i + 1) * size))) for i in range(n)]
+
+    def total(self) -> Value:
+        """The sum of a vector of floats, halves added to halves: one order on every processor."""
+        found = self
+        while found.lanes > 1:
+            low, high = found.parts(2)
+            found = low + high
+        return Value(self.code, self.code.builder.extract_element(found.value, ir.Constant(INT32, 0)))
+
+
+def joined(parts: list[Value]) -> Value:
+    """Vectors of equal length, one after the other; their number is a power of two."""
+    while len(parts) > 1:
+        lanes = list(range(2 * parts[0].lanes))
+        parts = [low.pick(lanes, high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+class Code:
+    """Where an intrinsic writes its instructions."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.builder = builder
+
+    def constant(self, kind: ir.Type, number: float) -> Value:
+        is_vector = isinstance(kind, ir.VectorType)
+        return Value(self, ir.Constant(kind, [number] * kind.count if is_vector else number))
+
+    def call(self, name: str, result: ir.Type, *arguments: Value) -> Value:
+        """An LLVM intrinsic by its full name."""
+        module = self.builder.module
+        kind = ir.FunctionType(result, [argument.kind for argument in arguments])
+        function = module.globals.get(name) or ir.Function(module, kind, name)
+        return Value(self, self.builder.call(function, [argument.value for argument in arguments]))
+
+    def pointer(self, address: Value, kind: ir.Type) -> ir.Value:
+        return self.builder.inttoptr(address.value, ir.PointerType(kind))
+
+    def load(self, address: Value, kind: ir.Type, aligned: int = 1) -> Value:
+        return Value(self, self.builder.load(self.pointer(address, kind), align=aligned))
+
+    def store(self, value: Value, address: Value, aligned: int = 1) -> None:
+        self.builder.store(value.value, self.pointer(address, value.kind), align=aligned)
+
+    def prefetch(self, address: Value) -> None:
+        """Ask for a cache line, into the second cache; any address will do."""
+        constants = [self.constant(INT32, number) for number in (0, 2, 1)]      # to read, how near, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), Value(self, self.pointer(address, INT8)), *constants)
+
+    def splat(self, scalar: Value, lanes: int = LANES) -> Value:
+        empty = ir.Constant(vector(scalar.kind, lanes), ir.Undefined)
+        first = Value(self, self.builder.insert_element(empty, scalar.value, ir.Constant(INT32, 0)))
+        return first.pick([0] * lanes)
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once where the processor can."""
+        return self.call(f"llvm.fmuladd.v{a.lanes}f32", a.kind, a, b, c)
+
+    def halves(self, address: Value, n: int) -> Value:
+        """n float16 -> float32."""
+        if HALF_IN_HARDWARE:
+            loaded = self.load(address, vector(HALF, n), 2)
+            return Value(self, self.builder.fpext(loaded.value, vector(FLOAT, n)))
+        bits = self.load(address, vector(INT16, n), 2)
+        wide = Value(self, self.builder.zext(bits.value, vector(INT32, n)))
+        size = ((wide & 0x7FFF) << 13).as_type(vector(FLOAT, n)) * 2.0 ** 112   # the exponents' zeros lie apart
+        return (size.as_type(vector(INT32, n)) | (wide & 0x8000) << 16).as_type(vector(FLOAT, n))
+
+    def rounded(self, values: Value) -> Value:
+        """float32 -> int32, halves to even; NaN is 0."""
+        n = values.lanes
+        whole = self.call(f"llvm.rint.v{n}f32", values.kind, values)
+        return self.call(f"llvm.fptosi.sat.v{n}i32.v{n}f32", vector(INT32, n), whole)
+
+    def variable(self, initial: Value) -> Variable:
+        place = cgutils.alloca_once(self.builder, initial.kind)
+        self.builder.store(initial.value, place)
+        return Variable(self, place)
+
+    @contextmanager
+    def loop(self, count: Value) -> Iterator[Value]:
+        """`with code.loop(n) as i`: the body, for i = 0 .. n-1."""
+        with cgutils.for_range(self.builder, count.value) as step:
+            yield Value(self, step.index)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What changes from one round of a loop to the next; LLVM keeps it in registers."""
+
+    code: Code
+    place: ir.Value
+
+    def get(self) -> Value:
+        return Value(self.code, self.code.builder.load(self.place))
+
+    def set(self, value: Value) -> None:
+        self.code.builder.store(value.value, self.place)
+
+
+def in_vectors(signature: str) -> Callable:
+    """Decorate `body(code, literal..., *arguments)` to be called from numba code as f(*arguments, *literals).
+
+    signature: "f32(i64, i64) 1": result, arguments, and how many literal ints (compiled in) follow them. result "void"
+    for none.
+    """
+    result, _, rest = signature.partition("(")
+    names, _, n_literals = rest.partition(")")
+    kinds = [name.strip() for name in names.split(",")]
+    numba_types = {"i64": types.int64, "f32": types.float32, "void": types.void}
+    declared = [numba_types[kind] for kind in kinds]
+    n_literals = int(n_literals or 0)
+
+    def decorate(body: Callable) -> object:
+        def typing(context, *given):
+            literals = given[len(kinds):]
+            numbers = [literal.literal_value for literal in literals]
+
+            def generate(context, builder, signature, arguments):
+                code = Code(builder)
+                found = body(code, *numbers, *(Value(code, value) for value in arguments[:len(kinds)]))
+                return context.get_dummy_value() if found is None else found.value
+            return numba_types[result](*declared, *literals), generate
+        words = ["context", *(f"argument{i}" for i in range(len(kinds) + n_literals))]
+        typing.__signature__ = Signature([Parameter(word, Parameter.POSITIONAL_OR_KEYWORD) for word in words])
+        typing.__name__, typing.__doc__ = body.__name__, body.__doc__
+        return intrinsic(prefer_literal=True)(typing)
+    return decorate
