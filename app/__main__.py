@@ -99,6 +99,7 @@ def _keep_inside(data: Path) -> None:
     """Gradio's temporary files and every other cache go below the data folder."""
     os.environ["GRADIO_TEMP_DIR"] = str(data / "cache" / "gradio")
     os.environ.setdefault("HF_HOME", str(data / "cache" / "huggingface"))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(data / "cache" / "numba"))     # what is compiled for this processor
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from engine.core import MachineError, UserError
-from engine.paths import typed
+from engine.paths import data_path, typed
 
 GROUPS = {
     "models": {
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         args = build_parser(argv[0]).parse_args(argv[1:])
+        _keep_compiled(data_path(args.data) / "cache")
         document = module_of(argv[0]).run(args)
     except (UserError, MachineError) as error:
         print(error, file=sys.stderr)
@@ -86,6 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(document))
     return 0
+
+
+def _keep_compiled(cache: Path) -> None:
+    """What numba compiles for this processor goes where the application has it too, if that is there."""
+    if cache.is_dir():
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
 
 
 def _failed(error: Exception) -> int:

@@ -65,9 +65,14 @@ def _short(text: str) -> str:
     return repr(text if len(text) < 80 else text[:77] + "...")
 
 
+def data_path(override: str | os.PathLike | None = None) -> Path:
+    """Where the data folder is, or would be."""
+    return typed(override or os.environ.get("FLOECHAT_HOME") or _platform_dir()).absolute()
+
+
 def data_dir(override: str | os.PathLike | None = None) -> Path:
     """The data folder, made if missing, with models/, logs/ and cache/ in it. UserError if it cannot be made."""
-    folder = typed(override or os.environ.get("FLOECHAT_HOME") or _platform_dir()).absolute()
+    folder = data_path(override)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for path in (folder, *(folder / name for name in ("models", "logs", "cache"))):

@@ -50,7 +50,7 @@ class Gate:
         return act(gate) * up
 
 
-@twin("kernels.gpu.activation")
+@twin("kernels.gpu.activation", "kernels.cpu.activation")
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group.
 

@@ -31,7 +31,7 @@ def neuron_products(x: Tensor, sketch: Tensor, records: Tensor, fidelity: Tensor
     return gate(g, u)
 
 
-@twin("kernels.gpu.apply")
+@twin("kernels.gpu.apply", "kernels.cpu.apply")
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:

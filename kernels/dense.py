@@ -14,7 +14,7 @@ from kernels.planes import decode_down, decode_gate, decode_up
 Tensor = torch.Tensor
 
 
-@twin("kernels.gpu.apply")
+@twin("kernels.gpu.apply", "kernels.cpu.apply")
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:
     """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down.

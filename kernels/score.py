@@ -28,7 +28,7 @@ def sketch_products(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tens
     return (torch.einsum("tkih,th->tki", gate.view(shape), x), torch.einsum("tkih,th->tki", up.view(shape), x))
 
 
-@twin("kernels.gpu.score")
+@twin("kernels.gpu.score", "kernels.cpu.score")
 def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout,
           gate: Gate, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
           histogram: Tensor | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight
     return scores
 
 
-@twin("kernels.gpu.score")
+@twin("kernels.gpu.score", "kernels.cpu.score")
 def score_up(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, layout: Layout,
              up_bias: Tensor | None = None) -> Tensor:
     """FloE's score, |u| alone, per expert and without the router's weight -> float32 [T, k*I]."""

@@ -29,7 +29,7 @@ def histogram_of(scores: Tensor) -> Tensor:
     return torch.stack([torch.bincount(row, minlength=BINS) for row in bins]).int()
 
 
-@twin("kernels.gpu.select")
+@twin("kernels.gpu.select", "kernels.cpu.select")
 def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capacity: int | None = None,
            histogram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """-> neurons int32 [T, capacity] ascending, then -1; fidelity int8 [T, capacity] (REFINED for the n_refined best).
@@ -50,7 +50,7 @@ def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capac
     return (_padded(best.gather(1, order).int(), capacity, -1), _padded(fidelity.gather(1, order), capacity, 0))
 
 
-@twin("kernels.gpu.select")
+@twin("kernels.gpu.select", "kernels.cpu.select")
 def select_above(scores: Tensor, threshold: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
     """FloE's rule: every neuron whose score is above its expert's threshold (NaN is), the first `capacity` of them.
 

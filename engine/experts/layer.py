@@ -42,11 +42,12 @@ class LayerExperts:
     biases: dict[str, Tensor]  # float32 gate_bias, up_bias [E, I], down_bias [E, H], or nothing
     post_norm: Callable[[Tensor], Tensor] | None = None
     router_weight: Tensor | None = None  # float32 [E, H], for prediction
-    gate: Gate = field(init=False)  # the module's own function, until a device puts one that its kernels know
+    gate: Gate = field(init=False)  # one that the kernels know, else the module's own function
 
     def __post_init__(self) -> None:
         # No method of this object: it would live on until the next collection, and its router with it on a card.
-        self.gate = Gate("other", function=partial(_gated, self.apply_gate, self.interleaved))
+        own = Gate("other", function=partial(_gated, self.apply_gate, self.interleaved))
+        self.gate = recognised(self.apply_gate, self.join) or own
         if self.biases:
             self.gate_up_bias = self.join(self.biases["gate_bias"], self.biases["up_bias"])
 

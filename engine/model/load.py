@@ -35,6 +35,7 @@ from engine.model.registration import Report, UnboundConfig, bind, blobs_of, lev
 from engine.model.tokenizer_trial import what_is_wrong
 from engine.planning import explain
 from engine.planning.planner import Planner
+from kernels import dispatch
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -87,6 +88,9 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     report("Reading the weights", 0.1)
     before, dtype = own_bytes(), trunk_dtype(device)
     model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
+    if device == "cpu":
+        report("Preparing the processor (half a minute the first time)", 0.7)
+        why_slow = dispatch.compile_all()
     report("Preparing near memory", 0.8)
     planner, levels = replace(planner, machine=machine), offered(far, level_plans(planner.calibration))
     level = options.level if options.level in levels else levels[0]
@@ -94,7 +98,7 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
         report(f"Not calibrated for {options.level}: running at {level}", 0.9)
     if device == "cpu":
         runtime = bind(model, HostRuntime, far, planner, level, planner.near_bytes(level, options), options.predict)
-        runtime.reason = why_not_the_card
+        runtime.reason = " ".join((why_not_the_card, why_slow)).strip()
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     return_freed()

@@ -31,7 +31,7 @@ def _scale(x, largest):
     return top / np.float32(largest)
 
 
-@njit(cache=True, nogil=True)
+@njit("void(float32[:,::1], int64, int8[:,::1], float32[:,::1])", cache=True, nogil=True)
 def _quantize(x, group, codes, scales):
     for t in range(len(x)):
         for g in range(scales.shape[1]):
@@ -52,7 +52,7 @@ def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-@njit(cache=True, nogil=True)
+@njit("void(int8[:,::1], float32[:,::1], int8[:,:,::1], float32[:,:,::1])", cache=True, nogil=True)
 def _lay_out8(codes, scales, blocks, floats):
     """codes int8 [T, H], scales [T, G] -> blocks int8 [T, B, BLOCK8], which floats views as float32."""
     group = codes.shape[1] // scales.shape[1]
@@ -73,7 +73,7 @@ def blocks8(codes: Tensor, scales: Tensor) -> Tensor:
     return _blocks(BLOCK8, _lay_out8, codes.contiguous(), scales.contiguous().numpy())
 
 
-@njit(cache=True, nogil=True)
+@njit("void(float32[:,::1], int64, int8[:,:,::1], float32[:,:,::1])", cache=True, nogil=True)
 def _lay_out16(x, group, blocks, floats):
     """x float32 [T, H] -> blocks int8 [T, B, BLOCK16], which floats views as float32."""
     for t in range(len(x)):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba import carray, float32, int8, int32, njit
 
-from kernels.activation import Gate
+from kernels.activation import KINDS, Gate
 from kernels.cpu.activation import blocks16
 from kernels.cpu.down import NEURONS, TILE, add_rows, weigh_rows, weights_bytes
 from kernels.cpu.gate import gated, kind_of
@@ -121,7 +121,7 @@ def _add_neurons(table):
         piece = claim(table)
 
 
-@njit(cache=True, nogil=True)
+@njit("int32[:,::1](int32[:,::1], int64, int64)", cache=True, nogil=True)
 def _pieces_of(neurons, routed, per_expert):
     """neurons int32 [T, N] ascending, then -1 -> int32 [pieces, 4]: token, expert, first rank, and the one behind."""
     pieces = np.empty((neurons.size // PIECE + len(neurons) * routed, 4), np.int32)
@@ -149,7 +149,7 @@ def _every_piece(tokens: int, routed: int, per_expert: int) -> np.ndarray:
     return pieces.reshape(-1, 4)
 
 
-@njit(cache=True, nogil=True)
+@njit("void(int32[:,::1], float32[:,::1], float32[:,:,::1])", cache=True, nogil=True)
 def _add_pieces(pieces, partial, out):
     """out float32 [T, k, H] += the pieces [n, H], in their order."""
     for n in range(len(pieces)):
@@ -162,6 +162,8 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:
     """As kernels.apply.apply."""
+    if gate.kind not in KINDS:
+        return NotImplemented
     neurons, record_place, fidelity = neurons.int().contiguous(), record_place.int().contiguous(), fidelity.contiguous()
     assert neurons.shape == record_place.shape == fidelity.shape and fidelity.dtype == torch.int8
     assert records.stride(1) == 1 and records.shape[1] >= layout.record, (records.shape, layout.record)
@@ -173,6 +175,8 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:
     """As kernels.dense.dense."""
+    if gate.kind not in KINDS:
+        return NotImplemented
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
     pieces = _every_piece(*place.shape, layout.neurons)
     return _launch(x, blobs, place, (None, None, None, None), pieces, layout, gate, gate_bias, up_bias)

@@ -54,10 +54,9 @@ class TwoWay(Plain):
 
     def add(self, sums: list[Value], codes: Value, x: Value) -> list[Value]:
         as_bytes = vector(INT8, 64 // self.parts)
-        found = []
-        for total, *pair in zip(sums, codes.parts(self.parts), x.parts(self.parts), strict=True):
-            found.append(total + total.code.call(self.products, self.kind, *(value.as_type(as_bytes) for value in pair)))
-        return found
+        operands = [[part.as_type(as_bytes) for part in value.parts(self.parts)] for value in (codes, x)]
+        return [total + total.code.call(self.products, self.kind, *pair)
+                for total, *pair in zip(sums, *operands, strict=True)]
 
     def sums(self, sums: list[Value]) -> Value:
         wide = vector(INT32, 16 // self.parts)

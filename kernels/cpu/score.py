@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numba import carray, float32, int32, njit
 
-from kernels.activation import Gate
+from kernels.activation import KINDS, Gate
 from kernels.cpu.activation import blocks8
 from kernels.cpu.gate import gated, kind_of
 from kernels.cpu.rows import LINE, ask_for, score_row
+from kernels.cpu.select import HALF_KEY
 from kernels.cpu.threads import address, claim, fields, pointer, run, task
 from kernels.layout import Layout
 from kernels.select import KEY_SHIFT
@@ -63,6 +64,8 @@ def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight
           gate: Gate, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
           histogram: Tensor | None = None) -> Tensor:
     """As kernels.score.score."""
+    if gate.kind not in KINDS:
+        return NotImplemented
     scores = _launch(codes, scales, sketches, place, weight, layout, kind_of(gate), gate_bias, up_bias, gate)
     if histogram is not None:
         _count(scores.numpy(), histogram.numpy())
@@ -90,8 +93,8 @@ def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weig
     return scores
 
 
-@njit(cache=True, nogil=True)
+@njit("void(float32[:,::1], int32[:,::1])", cache=True, nogil=True)
 def _count(scores, histogram):
     for t in range(len(scores)):
         for bits in scores[t].view(np.int32):
-            histogram[t, bits >> KEY_SHIFT + 12] += 1
+            histogram[t, bits >> KEY_SHIFT + HALF_KEY] += 1

@@ -9,7 +9,6 @@ import hashlib
 from pathlib import Path
 
 import llvmlite.binding as llvm
-import numba
 from numba import config
 
 # Features of processors that somebody may ask for by name; any other name gets plain vectors.
@@ -23,15 +22,14 @@ def features() -> frozenset[str]:
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 
 
-def _keep_code() -> None:
-    """numba asks only whether a function's own file has changed, not what it was compiled from: so every version of
-    this package has a folder of its own."""
-    if config.CACHE_DIR:
-        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-        config.CACHE_DIR = str(Path(config.CACHE_DIR) / hashlib.sha256(sources).hexdigest()[:16])
+def version_of(folder: Path) -> str:
+    """Of the sources there. numba asks only whether a function's own file has changed, not what else it was compiled
+    from, so every version of this package keeps its code in a folder of its own."""
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 if config.CPU_NAME and config.CPU_FEATURES is None and config.CPU_NAME != llvm.get_host_cpu_name():
     config.CPU_FEATURES = ""    # those that LLVM knows of this name
-_keep_code()
-assert numba.version_info.short >= (0, 60), numba.__version__
+_HERE = Path(__file__).parent
+config.CACHE_DIR = str(Path(config.CACHE_DIR or _HERE / "__pycache__") / version_of(_HERE))
