@@ -45,7 +45,7 @@ def _quantize(x, group, codes, scales):
 
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
-    x = x.float().contiguous()
+    x = x.detach().float().contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[0], x.shape[1] // group)
     _quantize(x.numpy(), group, codes.numpy(), scales.numpy())
@@ -101,5 +101,5 @@ def _blocks(block_bytes: int, lay_out: Callable, values: Tensor, scales: np.ndar
     tokens, n_blocks = len(values), values.shape[1] // CODES
     blocks = torch.empty(tokens, n_blocks * block_bytes, dtype=torch.int8)
     shaped = blocks.numpy().reshape(tokens, n_blocks, block_bytes)
-    lay_out(values.numpy(), scales, shaped, shaped.view(np.float32))
+    lay_out(values.detach().numpy(), scales, shaped, shaped.view(np.float32))
     return blocks

@@ -66,7 +66,7 @@ def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capac
     assert 0 <= n_refined <= n_total <= capacity <= scores.shape[1], (n_refined, n_total, capacity, scores.shape)
     neurons = torch.empty(len(scores), capacity, dtype=torch.int32)
     fidelity = torch.empty(len(scores), capacity, dtype=torch.int8)
-    _select(scores.contiguous().numpy(), n_refined, n_total, neurons.numpy(), fidelity.numpy())
+    _select(scores.detach().contiguous().numpy(), n_refined, n_total, neurons.numpy(), fidelity.numpy())
     if histogram is not None:
         histogram.zero_()
     return neurons, fidelity
@@ -90,7 +90,8 @@ def select_above(scores: Tensor, threshold: Tensor, capacity: int | None = None)
     """As kernels.select.select_above."""
     assert capacity is not None or len(scores) == 1, "one token at a time: the number kept differs between tokens"
     neurons = torch.empty(len(scores), scores.shape[1] if capacity is None else capacity, dtype=torch.int32)
-    kept = _select_above(scores.contiguous().numpy(), threshold.expand_as(scores).contiguous().numpy(), neurons.numpy())
+    threshold = threshold.expand_as(scores).contiguous()
+    kept = _select_above(scores.detach().contiguous().numpy(), threshold.numpy(), neurons.numpy())
     if capacity is None:
         neurons = neurons[:, :kept].contiguous()
     return neurons, torch.full_like(neurons, FLOE, dtype=torch.int8)

@@ -92,7 +92,8 @@ def test_several_tokens_at_once_equal_one_by_one(level, folder):
         runtime.phase = "decode"
         out[on_device] = [runtime.forward(layer, rows, ids, weights) for layer in runtime.layers]
         assert runtime.counters().needed_bytes > 0
-    torch.testing.assert_close(out[True], out[False], rtol=1e-4, atol=1e-5)
+    # Compiled for the processor, an activation has 16 bits; whole experts that are decoded to float32 take all of it.
+    torch.testing.assert_close(out[True], out[False], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma4_text", "glm4_moe", "mixtral"])

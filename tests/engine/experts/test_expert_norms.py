@@ -42,7 +42,7 @@ def test_a_norm_behind_every_expert(level, folder):
         decode = [runtime.forward(layer, x, ids, weights) for layer in runtime.layers]
         runtime.phase = "prefill"
         out[on_device] = decode, [runtime.forward(layer, x, ids, weights) for layer in runtime.layers]
-    torch.testing.assert_close(out[True], out[False], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[True], out[False], rtol=1e-3, atol=1e-3)     # 16-bit activations against float32
     for index, layer in enumerate(runtime.layers):
         gate, up, down = stored_experts(folder, index)
         expected = torch.zeros_like(x)

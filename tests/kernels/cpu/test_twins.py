@@ -218,6 +218,14 @@ def test_a_gate_that_only_python_knows_is_left_to_the_reference():
     assert torch.equal(dense(*arguments), dense.reference(*arguments))
 
 
+def test_what_asks_for_gradients_is_computed_without():
+    case = Case(Layout(256, 20, 128), 1, 2, Gate(), True, 0)
+    case.x.requires_grad_()
+    found = cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, *case.biases)
+    codes, _ = cpu_activation.quantize_activation(case.x, 128)
+    assert found.isfinite().all() and not found.requires_grad and codes.any()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_any_number_of_threads_makes_the_same_bits(share):
     case = Case(Layout(320, 300, 64), 3, 3, Gate(), True, 1)
