@@ -122,9 +122,9 @@ def check_room(folder: Path, n_bytes: int, hint: str = "") -> None:
 def size_of(folder: Path) -> int:
     """Bytes of all files below, but our own notes, whose names begin with a dot, and what vanishes meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() and path.name[0] != "." else 0
-        except OSError:
-            continue
+    for place, _, names in os.walk(folder):         # unlike rglob it goes on behind a folder that vanishes
+        for name in names:
+            with suppress(OSError):
+                state = os.stat(os.path.join(place, name))
+                total += state.st_size if stat.S_ISREG(state.st_mode) and name[0] != "." else 0
     return total

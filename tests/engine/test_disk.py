@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.core import MachineError, UserError
-from engine.disk import check_room, only_one, write_text_atomically, writing
+from engine.disk import check_room, only_one, size_of, write_text_atomically, writing
 from engine.machine.errors import in_words
 from engine.paths import CALIBRATION_LOG
 from engine.quality.loss_probe import MeasurementLog
@@ -116,3 +116,19 @@ def test_room_is_asked_for_where_the_folder_will_be(tmp_path):
     check_room(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=f"The disk of {tmp_path} has .* free, and .* are needed; make room, or so or"):
         check_room(tmp_path / "not" / "yet", 1 << 60, ", or so")
+
+
+def test_what_vanishes_while_it_is_counted_does_not_count(tmp_path, monkeypatch):
+    """A download renames and removes folders beside the page that asks for sizes."""
+    folder = tmp_path / "models"
+    for name in ("a/one", "b/two", "c/three", "c/.note"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("12345")
+    scandir = os.scandir
+
+    def vanishing(place):
+        if Path(place) == folder / "b":
+            os.rename(place, tmp_path / "elsewhere")
+        return scandir(place)
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert size_of(folder) == 10 and (tmp_path / "elsewhere").is_dir()
