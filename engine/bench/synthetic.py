@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from engine.bench.blobs import Blobs
 from engine.core import ModelSpec, UserError
-from engine.experts.store import FarBlobs
+from engine.experts.store import FarMemory
 from engine.files.folder_writer import FolderWriter
 from engine.files.manifest import Manifest
 from engine.files.skeleton import build_skeleton, experts_modules, model_spec, text_config_of
@@ -176,7 +176,7 @@ def made_up(shape: Shape, layer: int, blobs: Blobs, seed: int) -> Iterator[tuple
         yield blob, {name: bias[expert:expert + 1] for name, bias in biases.items()}
 
 
-class FarSynthetic(FarBlobs):
+class FarSynthetic(FarMemory):
     """Experts made up in memory. memory: uint8 of at least `bytes_of(shape)`, page-locked for a card."""
 
     def __init__(self, shape: Shape, memory: Tensor, repeat_neurons: float = REPEAT_NEURONS, seed: int = 0,
@@ -196,15 +196,6 @@ class FarSynthetic(FarBlobs):
             if layer:   # other places, the same numbers: drawing 18 GB takes most of a minute
                 self._blobs[layer].copy_(self._blobs[0])
             report(f"Made up layer {layer + 1} of {self.layers}", (layer + 1) / self.layers)
-
-    def blobs(self, layer: int) -> Tensor:
-        return self._blobs[layer]
-
-    def biases(self, layer: int) -> dict[str, Tensor]:
-        return self._biases[layer]
-
-    def verify(self, layer: int, expert: int) -> None:
-        """Random bytes have no checksum."""
 
     def close(self) -> None:
         self._blobs = None

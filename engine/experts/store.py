@@ -99,7 +99,20 @@ class FarBlobs(Far):
         down.copy_(decode_down(records, self.layout)[:, :self.hidden])
 
 
-class FarLocked(FarBlobs):
+class FarMemory(FarBlobs):
+    """Blobs that lie in memory: `_blobs` uint8 [L, E, 1, blob_bytes], `_biases` one dictionary a layer."""
+
+    def blobs(self, layer: int) -> Tensor:
+        return self._blobs[layer]
+
+    def biases(self, layer: int) -> dict[str, Tensor]:
+        return self._biases[layer]
+
+    def verify(self, layer: int, expert: int) -> None:
+        """Nothing: what comes here is checked on its way or made up, and nobody else can change memory."""
+
+
+class FarLocked(FarMemory):
     """All blobs in page-locked memory, layer after layer, expert after expert, so that the misses of one expert share
     its pages. Where the system locks only part of it, the first layers are the kernels' and the host fetches for the
     others."""
@@ -147,15 +160,6 @@ class FarLocked(FarBlobs):
             return ""
         return (f"{self.memory.reason} The processor fetches for {self.layers - self.readable_layers} of "
                 f"{self.layers} layers meanwhile, which is slower.")
-
-    def blobs(self, layer: int) -> Tensor:
-        return self._blobs[layer]
-
-    def biases(self, layer: int) -> dict[str, Tensor]:
-        return self._biases[layer]
-
-    def verify(self, layer: int, expert: int) -> None:
-        """Nothing: every expert was checked while it was read, and nobody else can change memory."""
 
     def close(self) -> None:
         self._blobs = None
