@@ -265,7 +265,7 @@ def test_nothing_ends_the_models_thread(engine, forwards, monkeypatch, error):
         raise error
     forwards.on[1] = fail
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "sentence", fail)  # not even an error that cannot be put into words
+        patch.setattr(generate, "reason_for", fail)  # not even an error that cannot be put into words
         events, end = finish(engine.chat(TALK, GREEDY))
     assert end.reason == "error" and end.text.endswith(".")
     engine._jobs.put((fail,))
