@@ -19,7 +19,6 @@ from engine import (
     Options,
     UserError,
     data_dir,
-    demo_model,
     empty_trash,
     make_private,
     only_one,
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when it works")
     parser.add_argument("--level", choices=LEVELS, help="default: what the plan chooses for this machine")
     parser.add_argument("--model", type=typed, metavar="FOLDER",
-                        help="a model folder (default: the embedded demonstration)")
+                        help="a model folder (default: the last one that was open, at first the demo)")
     return parser
 
 
@@ -71,8 +70,7 @@ def _serve_from(data: Path, listener: socket.socket, args: argparse.Namespace) -
     from app.server import Parts, serve
 
     options = Options(device=args.device, **({"level": args.level} if args.level else {}))
-    model = args.model.absolute() if args.model else demo_model()
-    parts = Parts.make(data, model, options, plan_level=args.level is None)
+    parts = Parts.make(data, args.model and args.model.absolute(), options, plan_level=args.level is None)
     link = StartLink(data, not args.no_browser)
     try:
         serve(parts, listener, link.announce, link.entered)

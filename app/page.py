@@ -7,21 +7,20 @@ what is set of the engine; there is no gr.State and with it no heartbeat connect
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import gradio as gr
 
 from app.chat.titles import MODEL_TITLES
 from app.strings import TEXT
-from engine import LEVELS, MachineError, UserError
+from engine import LEVELS, UserError
 
 HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">')
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the system's own: nothing is fetched
 _MIB = 1 << 20
+FASTER = 1.05  # a plan is no more exact than that
 # always_last: Gradio's own choice drops what a person does while the same event's last answer is still under way
 FREE = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
-MAY_WARN = FREE | {"queue": True}  # Gradio shows a warning only where the event went through its queue
 
 
 def theme() -> gr.themes.Base:
@@ -61,7 +60,8 @@ def _engine_controls(parts) -> None:
     level = gr.Dropdown(choices=list(LEVELS), value=parts.models.level, label=TEXT["level"],
                         info=TEXT["level_info"], interactive=False, elem_id="level")
     near = gr.Slider(0, 1, value=1, step=0.25, label=TEXT["near"], info=TEXT["near_info"], interactive=False,
-                     elem_id="near")
+                     elem_id="near", buttons=[])
+    planned = gr.Button(TEXT["near_planned"], size="sm", elem_id="near-planned")
     panel = _element("panel")
     titles = gr.Checkbox(label=TEXT["model_titles"], info=TEXT["model_titles_info"], elem_id="model-titles")
 
@@ -78,25 +78,34 @@ def _engine_controls(parts) -> None:
         parts.chats.set_preference(MODEL_TITLES, wished)
 
     panel.change(present, None, [level, near, titles], **FREE)  # the script triggers it when a model has been opened
-    level.input(set_level, level, [level, near], **MAY_WARN)
-    near.release(set_near, near, [level, near], **MAY_WARN)
+    level.input(set_level, level, [level, near], **FREE)
+    near.release(set_near, near, [level, near], **FREE)
+    planned.click(lambda: _configure(parts, near_bytes=None), None, [level, near], **FREE)
     titles.input(set_titles, titles, None, **FREE)
 
 
 def _configure(parts, **changes):
     try:
-        parts.models.configure(replace(parts.models.options, **changes))
-    except (UserError, MachineError) as error:
-        gr.Warning(str(error))
+        parts.models.configure(**changes)
+    except UserError as error:
+        parts.models.refuse(error)
     return _level_update(parts), _near_update(parts)
 
 
 def _level_update(parts):
-    info = parts.models.info()
-    levels = info.get("levels") or {}
+    """The wished level: it runs from the next answer on."""
+    levels = parts.models.info().get("levels") or {}
     choices = [(_level_name(name, levels), name) for name in LEVELS if name in levels]
-    about = TEXT["level_unmeasured"] if list(levels) == ["exact"] else TEXT["level_info"]
-    return gr.update(choices=choices or list(LEVELS), value=parts.models.level, interactive=bool(choices), info=about)
+    return gr.update(choices=choices or list(LEVELS), value=parts.models.options.level, interactive=bool(choices),
+                     info=_about_levels(parts.models.levels()))
+
+
+def _about_levels(expected: dict[str, float]) -> str:
+    """expected: tokens a second by level."""
+    if list(expected) == ["exact"]:
+        return TEXT["level_unmeasured"]
+    faster = [name for name, speed in expected.items() if speed > FASTER * expected.get("exact", math.inf)]
+    return TEXT["level_info"] if faster or not expected else TEXT["level_slower"]
 
 
 def _level_name(name: str, levels) -> str:

@@ -6,7 +6,8 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: no telemetry, no version check
@@ -27,7 +28,7 @@ from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.panel import Panel
-from engine import Options
+from engine import Options, UserError, demo_model
 
 PAGE_FIRST_SECONDS = 3.0
 UI = Path(__file__).resolve().parents[1] / "assets" / "ui"
@@ -47,12 +48,17 @@ class Parts:
     around: Surroundings
 
     @staticmethod
-    def make(data: Path, model: Path, options: Options, plan_level: bool = False) -> Parts:
+    def make(data: Path, model: Path | None, options: Options, plan_level: bool = False) -> Parts:
+        """model: None for the last that was open, at its level and context."""
         chats, around = Chats(data / "chats.db"), Surroundings(data, options.device)
         drafts = Drafts(chats)
-        models = Models(model, options, around, plan_level)
+        if model is None:
+            model, options, plan_level = _last(chats.preference("opened", {}), options, plan_level)
+        models = Models(model, options, around, plan_level, remember=partial(chats.set_preference, "opened"))
         jobs = Jobs(chats, models)
-        shelf, panel = Shelf(models, around), Panel(models)
+        shelf = Shelf(models, around, keep=partial(chats.set_preference, "works"),
+                      unfinished=chats.preference("works", []))
+        panel = Panel(models)
         stream = Stream(panel, lambda: jobs.live, lambda: api.state(chats, jobs, models, shelf))
         models.on_change = jobs.on_change = shelf.works.on_change = stream.changed
         return Parts(chats, drafts, models, jobs, shelf, panel, stream, around)
@@ -63,6 +69,19 @@ class Parts:
         self.models.close()
         self.around.close()
         self.chats.close()
+
+
+def _last(opened: dict, options: Options, plan_level: bool) -> tuple[Path, Options, bool]:
+    """What the last start had open, as far as that still is: folder, options, whether the plan chooses the level.
+    opened: a stored document, which may hold anything. A level that was asked for goes before."""
+    try:
+        folder, context = Path(opened["folder"]), opened["context"]
+        level = opened["level"] if plan_level and opened["level"] else options.level
+        if (folder / "config.json").is_file():
+            return folder, replace(options, level=level, context=context), plan_level and not opened["level"]
+    except (KeyError, TypeError, ValueError, OSError, UserError):
+        pass
+    return demo_model(), options, plan_level
 
 
 def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:

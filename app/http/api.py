@@ -55,7 +55,8 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
     """Everything that is not text of a conversation: small, sent whenever it changes."""
     live, device = jobs.live, models.snapshot().get("device")
     return {"model": {"state": models.state, "step": models.step, "name": models.folder.name,
-                      "opening": models.opening(), "opened": models.opened()} | _shown_info(models),
+                      "opening": models.opening(), "opened": models.opened(),
+                      "refused": models.refused} | _shown_info(models),
             "level": models.level,
             "live": live and {"message": live.message_id, "conversation": live.conversation_id, "phase": live.phase},
             "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],

@@ -41,6 +41,12 @@ _CLOSED = ("/gradio_api/proxy=", "/proxy=", "/monitoring", "/gradio_api/monitori
 # The address bar, the history and a reload keep nothing of the start link.
 _ENTRY = ("<!doctype html><meta charset=utf-8><title>{title}</title><script>localStorage.setItem('floe-key', {key}); "
           "location.replace('/');</script><p>{text}</p>")
+# For somebody who comes with a bookmark: what to do, and the way in once this browser has been let in by another tab.
+_REFUSED = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            "<title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:34em;margin:18vh auto;"
+            "padding:0 20px;color-scheme:light dark;background:Canvas;color:CanvasText}}</style><h1>{title}</h1>"
+            "<p>{text}</p><script>setInterval(() => fetch('/api/strings').then((reply) => reply.ok && "
+            "location.replace('/'), () => {{}}), 1500)</script>")
 _KEY_SCRIPT = b'<head><script src="/ui/key.js"></script>'
 
 
@@ -73,7 +79,11 @@ class Guard:
         refusal = foreign or self._refusal(scope, headers)
         if refusal:
             status, text = refusal
-            return await _answer(send, status, TEXT["link_used"] if token and not foreign else text)
+            text = TEXT["link_used"] if token and not foreign else text
+            if status == 401 and scope["method"] == "GET" and "text/html" in "".join(headers.get("accept", [])):
+                page = _REFUSED.format(title=escape(TEXT["app"]), text=escape(text))
+                return await _answer(send, status, page, [(b"cache-control", b"no-store")], "html")
+            return await _answer(send, status, text)
         if token:  # an old link in a browser that is in already
             return await _answer(send, 303, "", [(b"location", b"/")])
         return await self._app(scope, receive, _with_headers(_with_key(send) if scope["path"] == "/" else send))

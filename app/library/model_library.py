@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from app.library.background_tasks import Works
+from app.library.background_tasks import Run, Works
 from app.library.machine_status import Surroundings
 from app.library.open_model import Models
 from app.strings import TEXT
@@ -47,15 +47,20 @@ SUGGESTIONS = 40
 class Shelf:
     """Models on disk and on their way. `on_change` may be called from any thread."""
 
-    def __init__(self, opened: Models, around: Surroundings, on_change: Callable[[], None] = lambda: None):
+    def __init__(self, opened: Models, around: Surroundings, on_change: Callable[[], None] = lambda: None,
+                 keep: Callable[[list[dict]], None] = lambda unfinished: None, unfinished: list = ()):
+        """keep, unfinished: see Works."""
         self._opened, self._around, self._data = opened, around, around.data
-        self.works = Works(on_change)
+        self.works = Works(on_change, keep)
+        self.works.restore(unfinished, self._run_of)
         self._offered: tuple[object, list[dict]] | None = None
 
     def shown(self) -> dict:
         """Everything the models page draws."""
         machine, found = self._around.look()
-        on_disk = [self._demo(), *(self._on_disk(model) for model in models(self._data))]
+        made = {work["name"] for work in self.works.shown()}  # shown as work, not as a model of the disk as well
+        found_models = [model for model in models(self._data) if model.kind != "unfinished" or model.name not in made]
+        on_disk = [self._demo(), *map(self._on_disk, found_models)]
         folder = models_dirs(self._data)[0]
         return {"disk": on_disk, "offers": self._offers(machine), "notes": list(found.notes),
                 "works": self.works.shown(), "used_bytes": sum(model["bytes"] for model in on_disk[1:]),
@@ -112,28 +117,36 @@ class Shelf:
         """Start a download, or go on with one that was stopped. name: of the catalogue, or a Hub id."""
         offers = self._offers(self._around.look()[0])
         known = next((offer["name"] for offer in offers if name in (offer["name"], offer["repository"])), "")
-        self.works.start(known or name.rsplit("/", 1)[-1], "download", lambda report, stop: download(
-            name, data=self._data, report=report, stop=stop))
+        self._begin(known or name.rsplit("/", 1)[-1], "download", name=name)
 
     def compress(self, name: str) -> None:
         """Compress a checkpoint of the disk, beside it."""
-        self.works.start(compressed_name(name), "compress", lambda report, stop: compress_installed(
-            name, self._data, report=report, stop=stop))
+        self._begin(compressed_name(name), "compress", name=name)
 
     def bring_in(self, file: str, like: str = "") -> None:
         """Import a GGUF file of this computer. like: where the original's configuration and tokenizer are, "" beside
         the file. UserError when there is no such file."""
         path = _existing(file, "gguf")
-        self.works.start(path.stem, "import", lambda report, stop: import_file(
-            path, like.strip(), self._data, report=report, stop=stop))
+        self._begin(path.stem, "import", file=str(path), like=like.strip())
 
     def measure(self, name: str, text: str = "") -> None:
         """Measure what each level of a compressed model may leave out. text: path of the file to measure on, "" for
         ours. UserError when there is no such file, or no memory for the model beside the one that is open."""
         path = _existing(text, "text") if text.strip() else None
         plan_for(self._known_on_disk(name), self._around.look()[0], "exact")
-        self.works.start(name, "measure", lambda report, stop: calibrate_installed(
-            name, self._data, path, self._around.device, report=report, stop=stop))
+        self._begin(name, "measure", name=name, text=path and str(path))
+
+    def _begin(self, name: str, kind: str, /, **asked) -> None:
+        self.works.start(name, kind, asked, self._run_of(kind, asked))
+
+    def _run_of(self, kind: str, asked: dict) -> Run:
+        """What does a work of this kind. KeyError, TypeError for what is none."""
+        work = {"download": lambda name, **how: download(name, data=self._data, **how),
+                "compress": lambda name, **how: compress_installed(name, self._data, **how),
+                "import": lambda file, like, **how: import_file(Path(file), like, self._data, **how),
+                "measure": lambda name, text, **how: calibrate_installed(
+                    name, self._data, text and Path(text), self._around.device, **how)}[kind]
+        return lambda report, stop: work(**asked, report=report, stop=stop)
 
     def pause(self, name: str) -> None:
         self.works.pause(name)
@@ -153,6 +166,8 @@ class Shelf:
         """Delete a model, whole or unfinished; bytes freed. Refused for the one that is open."""
         if any(model.name == name and model.folder == self._opened.folder for model in models(self._data)):
             raise UserError(TEXT["model_in_use"].format(name=name))
+        if other := self.works.reads(name):
+            raise UserError(TEXT["source_in_use"].format(name=name, other=other))
         self.works.pause(name)
         freed = delete(name, self._data)
         self.works.forget(name)
@@ -205,7 +220,7 @@ class Shelf:
     def _on_disk(self, model) -> dict:
         return {"name": model.name, "kind": model.kind, "bytes": model.bytes, "levels": list(model.levels),
                 "share": model.share, "open": model.folder == self._opened.folder, "source": model.source,
-                "folder": str(model.folder)}
+                "folder": str(model.folder), "read_by": self.works.reads(model.name)}
 
     def _demo(self) -> dict:
         folder = demo_model()
@@ -215,7 +230,7 @@ class Shelf:
         except UserError:  # opening it says what is wrong
             levels = ()
         return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(levels),
-                "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder)}
+                "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder), "read_by": ""}
 
 
 def _as_written(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,18 +24,21 @@ class Models:
     """`state` is "loading", "ready" or "failed"; `step` says in words what is happening or what went wrong."""
 
     def __init__(self, folder: Path, options: Options, around: Surroundings, plan_level: bool = False,
-                 on_change: Callable[[], None] = lambda: None):
-        """plan_level: the first model opens at the level that its plan chooses, not at that of the options."""
-        self.folder, self._plan_level = folder, plan_level
+                 on_change: Callable[[], None] = lambda: None, remember: Callable[[dict], None] = lambda opened: None):
+        """plan_level: the first model opens at the level that its plan chooses, not at that of the options. remember:
+        told what the next start should open: {"folder", "level", "context"}, nothing while a model is being opened."""
+        self.folder, self._plan_level, self._remember = folder, plan_level, remember
         self.around = around
         self.options = options
         self.state = "loading"
         self.step = TEXT["step_start"]
+        self.refused = ""  # why the last wish for another level or near memory came to nothing
         self.engine = None
         self.on_change = on_change
         self._changed = threading.Condition()
         self._opening: Opening | None = None
         self._opener: threading.Thread | None = None
+        self._applier: threading.Thread | None = None
         self._known: ModelInfo | None = None
 
     def open(self, folder: Path | None = None, level: str = "", context: int | None = None) -> None:
@@ -69,13 +73,30 @@ class Models:
         except (UserError, MachineError, Stopped):
             return None
 
-    def configure(self, options: Options) -> None:
-        """Change level or near memory; takes effect before the next answer. UserError while no model is open."""
-        if not (engine := self.engine):
-            raise UserError(self.step if self.state == "failed" else TEXT["still_opening"])
-        engine.configure(options)
-        self.options = options
+    def configure(self, **changes) -> None:
+        """Another level or near memory: `options` at once, the engine's before its next answer; of several wishes the
+        last counts. UserError while no model is open."""
+        with self._changed:
+            if not self.engine:
+                raise UserError(self.step if self.state == "failed" else TEXT["still_opening"])
+            self.options, self.refused = replace(self.options, **changes), ""
+            if not self._applier:
+                self._applier = threading.Thread(target=self._apply, args=(self.engine,), name="options", daemon=True)
+                self._applier.start()
         self.on_change()
+
+    def refuse(self, error: UserError | MachineError) -> None:
+        """Told by every page."""
+        self.refused = str(error)
+        self.on_change()
+
+    def levels(self) -> dict[str, float]:
+        """Tokens a second that the plan expects here of each level of the open model."""
+        known, machine, expected = self._known, self.around.machine, {}
+        for level in self.info().get("levels") or () if known and machine else ():
+            with suppress(UserError):  # it does not fit
+                expected[level] = plan_for(known, machine, level).decode_tokens_per_second
+        return expected
 
     def snapshot(self) -> dict:
         """What the panel draws; the engine's own numbers once there is an engine."""
@@ -113,14 +134,44 @@ class Models:
         return dict(self.engine.info) if self.engine and self.state == "ready" else {}
 
     def close(self) -> None:
-        if self.engine:
-            self.engine.close()
-            self.engine = None
+        if self.state == "loading":  # ended in order: a model that takes the program down is not tried again
+            self._note()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with self._changed:
+            engine, self.engine, self._applier = self.engine, None, None
+        if engine:
+            engine.close()
+
+    def _note(self) -> None:
+        level, context = self.options.level, self.options.context
+        self._remember({"folder": str(self.folder), "level": "" if self._plan_level else level, "context": context})
+
+    def _apply(self, engine) -> None:
+        """Bring the engine to the newest wish; it takes one between two answers."""
+        while True:
+            with self._changed:
+                wish = self.options
+                if self.engine is not engine or engine.options == wish:
+                    if self.engine is engine:
+                        self._applier = None
+                    return
+            try:
+                engine.configure(wish)
+                self._note()
+            except (UserError, MachineError) as error:
+                with self._changed:
+                    if self.engine is engine and self.options == wish:
+                        self.options = engine.options
+                self.refuse(error)
+            self.on_change()
 
     def _open(self) -> None:
+        self._remember({})
         try:
             self._opening = Opening(self.folder.name, _size(self.folder), self.around.data / "cache" / "openings.json")
-            self.close()
+            self._let_go()
             self._progress(TEXT["step_import"])
             from engine import Engine
             self._progress(TEXT["step_measure"])
@@ -128,8 +179,10 @@ class Models:
             if self._plan_level:
                 self._take_planned_level()
             self.engine = Engine.open(self.folder, self.options, progress=self._progress)
+            self.options = self.engine.options  # the folder may not offer the wished level
             self._known = look_up(str(self.folder))
             self._opening.finish()
+            self._note()
             self._tell("ready", "")
         except (UserError, MachineError) as error:
             self._tell("failed", str(error))

@@ -4,6 +4,7 @@ import { TEXT, api, button, h, keep, notice, on, say } from "/ui/floe.js";
 import { measureLevels, openModel, showModels, timeLeft, unmeasured } from "/ui/models.js";
 
 const HIDDEN = "floe-graphics-hidden";
+const AWAY = ["gone", "shut"];
 
 export function above() {
   const banner = h("div", { class: "banner", role: "status" });
@@ -15,8 +16,9 @@ export function above() {
     const parts = [];
     if (model.state === "loading") parts.push(h("span", { class: "spinner" }), ...steps(model, opening, since()));
     if (model.state === "failed") parts.push(model.step);
+    if (AWAY.includes(model.state)) parts.push(TEXT[`away_${model.state}`]);
     if (trouble) parts.push(trouble);
-    banner.classList.toggle("bad", model.state === "failed" || Boolean(trouble));
+    banner.classList.toggle("bad", ["failed", ...AWAY].includes(model.state) || Boolean(trouble));
     banner.replaceChildren(...parts);
   }
 
@@ -56,7 +58,8 @@ export function above() {
     return notice(say("made_unmeasured", { name }), open, [TEXT.measure, () => measureLevels(name)]);
   }
 
-  on("state", ({ now }) => {
+  on("state", ({ now, before }) => {
+    if (now.model.refused && now.model.refused !== before.model.refused) notice(now.model.refused);
     opening = now.model.opening;
     received = performance.now();
     drawBanner(now);

@@ -32,6 +32,7 @@ export async function mount(root) {
   log.addEventListener("click", clicked);
   on("opened", () => { drawn.limit = 40; load(); });
   on("state", changed);
+  on("presence", (now) => now === "here" && load());
   on("text", grow);
   document.addEventListener("keydown", shortcut);
   document.addEventListener("keydown", applyNumber, true);
@@ -65,6 +66,7 @@ export async function load() {
   if (stay === null) follow(true);
   else scroller.scrollTop = stay;
   if (outlived()) setTimeout(() => outlived() && load(), 200);
+  return true;
 }
 
 // A message stays as it is drawn until it changes: an edit that has been begun outlives the answer that ends meanwhile.
@@ -113,7 +115,7 @@ function changed({ now, before }) {
   document.body.classList.toggle("answering", Boolean(now.live));
   const ended = before.live && before.live.message !== now.live?.message;
   const begun = now.live && before.live?.message !== now.live.message && now.live.conversation === opened.id;
-  if (ended && before.live.conversation === opened.id) load().then(announce);
+  if (ended && before.live.conversation === opened.id) load().then((there) => there && announce());
   else if (outlived() || (begun && !log.querySelector(`[data-id="${now.live.message}"]`))) load();
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;

@@ -2,6 +2,8 @@
 // Browsers allow six connections to one host. One tab (the holder of the lock) keeps the stream and passes the events
 // on to the others; when it closes, the next one takes over. Knows no element.
 
+const AGAIN_MS = 700; // until a stream that ended is asked for again
+
 export const bus = new EventTarget();
 export function on(name, handler) {
   bus.addEventListener(name, (event) => handler(event.detail));
@@ -29,10 +31,14 @@ async function heard(method, path, body) {
       body: body === undefined || text ? body : JSON.stringify(body),
     });
   } catch {
-    notice(TEXT.offline || "The program does not answer.");
+    if (presence === "here") notice(TEXT.gone || "The program does not answer.");
     throw new Unheard();
   }
   if (reply.ok) return reply;
+  if (reply.status === 401) { // it was started again meanwhile, which is said above the conversation
+    tell("shut");
+    throw new Unheard();
+  }
   const error = (await sentence(reply)) || TEXT.status_error;
   notice(error);
   throw new Said(error);
@@ -175,7 +181,20 @@ function keepUp(update) {
     thinking_blocks: [...thinking.slice(0, update.thinking_from), ...update.thinking_blocks] };
 }
 
+// Whether the program is "here" for this tab, "gone", or "shut": it was started again and does not know this browser.
+let presence = "here";
+function tell(next) {
+  if (next === presence) return;
+  presence = next;
+  written = null;
+  document.body.classList.toggle("gone", next !== "here");
+  if (next !== "here") // whatever was under way is not any more
+    receive("state", { ...state, live: null, waiting: [], works: [], model: { ...state.model, state: next, opening: null } });
+  emit("presence", next);
+}
+
 function receive(name, document) {
+  if (name === "presence") return tell(document);
   if (name === "text") keepUp(document);
   if (name === "state") {
     const before = state;
@@ -198,14 +217,14 @@ async function refresh() {
 // EventSource sends no headers, and gives up for ever where it is refused once.
 async function hold() {
   for (;;) {
-    await listen().catch(() => {});
-    await new Promise((again) => setTimeout(again, 1000));
+    const reply = await fetch("/events").catch(() => null);
+    pass("presence", reply?.ok ? "here" : reply ? "shut" : "gone");
+    if (reply?.ok) await listen(reply).catch(() => {});
+    await new Promise((again) => setTimeout(again, AGAIN_MS));
   }
 }
 
-async function listen() {
-  const reply = await fetch("/events");
-  if (!reply.ok) return notice(await sentence(reply) || TEXT.status_error);
+async function listen(reply) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   try {
     for (let text = "", read = {}; !read.done; read = await reader.read()) {
@@ -220,7 +239,10 @@ async function listen() {
 
 function take(event) {
   const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(event);
-  const document = JSON.parse(data);
+  pass(name, JSON.parse(data));
+}
+
+function pass(name, document) {
   receive(name, document);
   channel.postMessage({ name, document });
 }
@@ -230,8 +252,8 @@ export function start() {
   if (started) return;
   started = true;
   ready.then(async () => {
+    navigator.locks.request("floe-events", hold);
     await refresh();
     emit("ready");
-    navigator.locks.request("floe-events", hold);
   });
 }

@@ -71,11 +71,10 @@ export async function mount(root) {
       !whole && h("p", { class: "amount" }, say("unfinished", { percent: Math.round(100 * model.share) })),
       h("div", { class: "model-buttons" },
         quiet(TEXT.open_folder, () => api("POST", "/api/models/folder", { name: model.name })),
-        !whole && model.source && !works.querySelector(`[data-name="${CSS.escape(model.name)}"]`) &&
-          quiet(TEXT.resume, () => fetchModel(model.source)),
+        !whole && model.source && quiet(TEXT.resume, () => fetchModel(model.source)),
         model.kind === "checkpoint" && quiet(TEXT.compress, () => api("POST", "/api/models/compress", { name: model.name })),
         !model.open && whole && quiet(TEXT.open, () => open(model.name)),
-        !model.open && model.kind !== "demo" && quiet(TEXT.delete, () => remove(model.name))));
+        !model.open && !model.read_by && model.kind !== "demo" && quiet(TEXT.delete, () => remove(model))));
   }
 
   function offered(offer) {
@@ -108,6 +107,7 @@ export async function mount(root) {
 
   function line(item) {
     if (item.state === "failed") return item.text;
+    if (item.state === "paused" && !item.total) return item.text;
     if (item.state === "paused" && item.kind === "measure") return TEXT.measure_stopped;
     const left = timeLeft(item);
     if (item.kind !== "download") return say("work_line", { text: item.text, left });
@@ -125,8 +125,8 @@ export async function mount(root) {
     if (name.trim()) await api("POST", "/api/models/download", { name });
   }
 
-  async function remove(name) {
-    if (!confirm(say("really_delete", { name }))) return;
+  async function remove({ name, bytes: size }) {
+    if (!confirm(say("really_delete", { name, size: bytes(size) }))) return;
     await api("POST", "/api/models/delete", { name });
     notice(say("freed", { name }));
     load();

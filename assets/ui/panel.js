@@ -49,7 +49,7 @@ export async function mount(root, trigger) {
     link.remember(sample.far_bytes_per_second / 1e6, sample.to_card === null ? null : sample.to_card / 1e6);
   }));
   on("state", ({ now, before }) => {
-    if (before.model.state !== now.model.state) trigger("change");
+    if (before.model.state !== now.model.state || before.level !== now.level) trigger("change");
   });
   start();
 }

@@ -13,6 +13,7 @@ export async function mount(root) {
   place = root;
   on("opened", show);
   on("state", () => form.hint());
+  on("presence", (now) => now === "here" && form.read());
   start();
   show();
 }
@@ -45,7 +46,7 @@ function settingsForm(whose) {
   let asked = Promise.resolve(), last = null, timer;
   const node = h("fieldset", { class: "panel settings", id: "settings", disabled: true, "aria-label": TEXT.tab_chat,
     "data-whose": whose });
-  const own = { whose, node, store, hint };
+  const own = { whose, node, store, hint, read: () => ask("GET", "") };
   const preset = h("select", { id: "preset", onchange: () => ask("PATCH", "", { preset: preset.value }) });
   const name = h("input", { id: "preset-name", maxlength: 60, placeholder: TEXT.preset_hint, "aria-label": TEXT.preset_name,
     onkeydown: (event) => event.key === "Enter" && keepPreset() });
@@ -108,7 +109,7 @@ function settingsForm(whose) {
     if (last.preset === name.value.trim()) name.value = "";
   }
 
-  ask("GET", "");
+  own.read();
   return own;
 }
 

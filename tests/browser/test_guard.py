@@ -1,6 +1,7 @@
 """The running program refuses everybody but its own browser, and ends with one sentence when it cannot start."""
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from app.http.start_link import StartLink
 from tests.support import browser
+from tests.support.browser import expect
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -132,22 +134,55 @@ def test_a_reload_and_a_second_tab_go_on_and_the_address_has_no_link_in_it(app, 
     assert second.url == app.address + "/"
 
 
-def test_a_page_that_stayed_open_goes_on_when_the_program_was_started_anew(chromium, tmp_path):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_pages_that_stayed_open_say_that_the_program_is_gone_and_go_on_later(chromium, tmp_path, ending):
     context = chromium.new_context()
+    context.set_default_timeout(browser.PATIENCE_MS)
     with browser.running(tmp_path) as first:
-        page = context.new_page()
-        page.set_default_timeout(browser.PATIENCE_MS)
-        page.goto(first.link)
-        browser.wait_ready(page)
+        pages = [context.new_page(), context.new_page()]  # one holds the stream, the other hears through it
+        pages[0].goto(first.link)
+        browser.wait_ready(pages[0])
+        pages[1].goto(first.address)
+        browser.ask(pages[0], "Hello!")
+        talk = pages[0].url
+        pages[1].goto(talk)
+        browser.send(pages[1], "Tell me a story about a princess and a wolf.")
+        pages[1].wait_for_selector(".message.running")
+        first.process.send_signal(ending)
+        first.process.wait()
+    for page in pages:
+        expect(page.locator(".banner.bad")).to_contain_text("Floe Chat isn't running. Start it again")
+        expect(page.locator(".spinner:visible, .phase:visible, .work, #stop:visible")).to_have_count(0)
+        browser.send(page, "Is anybody there?")
+        expect(page.locator("#message")).to_have_value("Is anybody there?")
     with browser.running(tmp_path, "--port", first.address.rsplit(":", 1)[1]) as again:
-        page.wait_for_selector("#floe-notice:has-text('newest link')")
+        for page in pages:
+            expect(page.locator(".banner.bad")).to_contain_text("newest link")
+        bookmark = context.new_page()
+        bookmark.goto(first.address)
+        expect(bookmark.locator("p")).to_contain_text("newest link")
         other = context.new_page()
-        other.set_default_timeout(browser.PATIENCE_MS)
         other.goto(again.link)
-        browser.wait_ready(other)
-        browser.ask(page, "Hello!")  # the old one
-        browser.ask(other, "Hello again!")
+        for page in (other, bookmark, *pages):
+            browser.wait_ready(page)
+        for page in pages:
+            assert page.url == talk
+            expect(page.locator("#message")).to_have_value("Is anybody there?")
+            expect(page.locator(".message.running")).to_have_count(0)
+            page.press("#message", "Enter")
+            expect(page.locator(".message.user", has_text="Is anybody there?").last).to_be_visible()
+            browser.settled(page)
     context.close()
+
+
+def test_who_asks_for_a_page_gets_a_page_and_a_script_a_sentence(app):
+    for accept, kind in (("text/html,*/*;q=0.8", "text/html"), ("*/*", "text/plain")):
+        for place in ("/", "/?t=used", "/api/state"):
+            reply = httpx.get(app.address + place, headers={"accept": accept}, timeout=SECONDS)
+            assert reply.status_code == 401 and reply.headers["content-type"].startswith(kind)
+            assert "newest" in reply.text and "default-src 'self'" in reply.headers["content-security-policy"]
+    assert httpx.post(app.address, headers={"accept": "text/html"}, timeout=SECONDS).headers["content-type"].startswith(
+        "text/plain")
 
 
 def test_the_file_that_the_browser_is_started_with_opens_the_page(app, chromium, tmp_path):

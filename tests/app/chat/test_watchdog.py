@@ -220,17 +220,17 @@ def test_whatever_an_answer_dies_of_the_next_one_comes(desk, item):
                                    SystemExit(1), KeyboardInterrupt(), RecursionError()])
 def test_work_that_ends_in_any_error_says_so_and_can_be_begun_again(error):
     works, told = Works(lambda: None), []
-    works.start("boat", "download", lambda report, stop: raising(error)())
+    works.start("boat", "download", {}, lambda report, stop: raising(error)())
     until(lambda: works.shown()[0]["state"] == "failed")
     assert works.shown()[0]["text"].strip()
-    works.start("boat", "download", lambda report, stop: told.append(1))
+    works.start("boat", "download", {}, lambda report, stop: told.append(1))
     until(lambda: works.finished)
     assert told == [1] and works.shown() == []
 
 
 def test_what_is_in_the_middle_of_a_step_is_not_deleted_under_its_hands():
     works, gate = Works(lambda: None), threading.Event()
-    works.start("boat", "compress", lambda report, stop: gate.wait(60))
+    works.start("boat", "compress", {}, lambda report, stop: gate.wait(60))
     with pytest.raises(UserError, match="still in the middle"):
         works.pause("boat", 0.01)
     threading.Timer(0.05, gate.set).start()

@@ -10,7 +10,7 @@ import pytest
 from app.library import model_library
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
-from engine import Options, UserError, calibrate_installed, data_dir, demo_model
+from engine import Options, Stopped, UserError, calibrate_installed, data_dir, demo_model
 from tests.engine.test_names import BAD_NAMES, BAD_PATHS, contents
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.waiting import until
@@ -106,12 +106,38 @@ def test_a_paused_download_goes_on_where_it_was(loopback, shelf):
         shelf.fetch(NAME)
     shelf.pause("Tiny-Floe")
     assert works(shelf)["Tiny-Floe"]["state"] == "paused"
-    assert 0 < on_disk(shelf)["Tiny-Floe"]["share"] < 1
+    assert 0 < works(shelf)["Tiny-Floe"]["done"] < works(shelf)["Tiny-Floe"]["total"]
     loopback.pause = 0.0
     assert shelf.works.go_on("Tiny-Floe")
     until(lambda: not works(shelf))
     assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
     assert sum(loopback.served.values()) < 1.3 * on_disk(shelf)["Tiny-Floe"]["bytes"]  # nothing came twice
+
+
+def test_work_that_was_begun_before_the_program_ended_can_be_resumed_or_cancelled(loopback, shelf, tmp_path):
+    kept = []
+    first = Shelf(shelf._opened, Surroundings(tmp_path, "cpu"), keep=kept.append)
+    loopback.pause = 0.02
+    first.fetch(NAME)
+    until(lambda: works(first)["Tiny-Floe"]["done"] > 500_000)
+    first.close()
+    until(lambda: works(first)["Tiny-Floe"]["state"] == "paused")
+    loopback.pause = 0.0
+    nonsense = [5, {"name": "x"}, {"name": "y", "kind": "of tomorrow", "asked": {}},
+                {"name": "z", "kind": "import", "asked": 1}]
+    again = Shelf(shelf._opened, Surroundings(tmp_path, "cpu"), keep=kept.append, unfinished=[*nonsense, *kept[-1]])
+    assert {name: (work["state"], work["kind"]) for name, work in works(again).items()} == {
+        "Tiny-Floe": ("paused", "download")}
+    assert list(on_disk(again)) == ["demo"]  # once on the page, as work
+    again.works.go_on("Tiny-Floe")
+    until(lambda: not works(again))
+    assert on_disk(again)["Tiny-Floe"]["kind"] == "compressed" and kept[-1] == []
+    again.measure("Tiny-Floe")
+    last = Shelf(shelf._opened, Surroundings(tmp_path, "cpu"), unfinished=kept[-1])
+    assert works(last)["Tiny-Floe"]["kind"] == "measure"
+    again.pause("Tiny-Floe")
+    last.cancel("Tiny-Floe")
+    assert works(last) == {} and "Tiny-Floe" in on_disk(last)
 
 
 def test_a_cancelled_download_leaves_nothing(loopback, shelf, tmp_path):
@@ -270,6 +296,29 @@ def unmeasured(tmp_path, demo_checkpoint):
     tale = "The boat went out to sea and came back with {n} fish. " * 8
     (tmp_path / "tales.txt").write_text("<|endoftext|>\n".join(tale.format(n=n) + "\n" for n in range(9)))
     return tmp_path / "models" / "Small", tmp_path / "tales.txt"
+
+
+@pytest.mark.parametrize("kind", ["compress", "measure"])
+def test_a_model_that_something_is_made_of_is_not_deleted_meanwhile(shelf, kept, kind):
+    def works_until_told(report, stop):
+        stop.wait()
+        raise Stopped
+    shelf.works.start("mine-floe", kind, {"name": "mine"}, works_until_told)
+    assert on_disk(shelf)["mine"]["read_by"] == "mine-floe"
+    with pytest.raises(UserError, match="mine is being read to make mine-floe of it"):
+        shelf.remove("mine")
+    shelf.pause("mine-floe")
+    assert on_disk(shelf)["mine"]["read_by"] == "" and shelf.remove("mine") == 2
+    assert "mine" not in on_disk(shelf)
+
+
+def test_what_is_being_made_is_no_model_of_the_disk_as_well(shelf, kept, tmp_path):
+    (tmp_path / "models" / "mine-floe.partial").mkdir()
+    (tmp_path / "models" / "mine-floe.partial" / "floe.source.json").write_text("{}")
+    assert on_disk(shelf)["mine-floe"]["kind"] == "unfinished"
+    shelf.works.start("mine-floe", "compress", {"name": "mine"}, lambda report, stop: stop.wait())
+    assert "mine-floe" not in on_disk(shelf) and "mine-floe" in works(shelf)
+    assert shelf.cancel("mine-floe") > 0 and "mine-floe" not in on_disk(shelf)
 
 
 def test_levels_are_measured_and_offered_then(shelf, unmeasured):
