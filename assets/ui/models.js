@@ -134,7 +134,7 @@ export async function mount(root) {
 
   async function cancel({ name, kind }) {
     const measure = kind === "measure";
-    if (!confirm(say(measure ? "really_stop_measuring" : "really_cancel", { name }))) return;
+    if (!confirm(TEXT[`really_cancel_${kind}`].replace("{name}", name))) return;
     await api("POST", "/api/models/cancel", { name });
     notice(say(measure ? "measuring_cancelled" : "cancelled", { name }));
     load();

@@ -20,9 +20,9 @@ export async function mount(root, trigger) {
   const totals = h("dl", { class: "totals", id: "totals" });
   const pause = h("button", { type: "button", class: "quiet", "aria-pressed": "false", onclick: () => {
     paused = !paused;
-    pause.textContent = paused ? TEXT.go_on : TEXT.pause;
+    pause.textContent = paused ? TEXT.unfreeze : TEXT.freeze;
     pause.setAttribute("aria-pressed", String(paused));
-  } }, TEXT.pause);
+  } }, TEXT.freeze);
   root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_engine },
     h("div", { class: "panel-head" }, model, pause), device, speed.node, link.node, cardLink, facts,
     h("h2", {}, TEXT.why), why, h("h2", {}, TEXT.activity), heat, h("h2", {}, TEXT.residency), layers, h("h2", {}, TEXT.memory), memory, h("h2", {}, TEXT.totals), totals));

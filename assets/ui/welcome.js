@@ -19,7 +19,7 @@ export function welcome(chat) {
   function ask() {
     place.replaceChildren(h("h2", { id: "welcome-title" }, TEXT.welcome), h("p", {}, TEXT.welcome_text),
       h("div", { class: "aims" }, ...AIMS.map((aim) => h("button", { type: "button", class: "aim", "data-aim": aim,
-        onclick: () => offer(aim) }, icon(ICONS[aim]), TEXT[`welcome_${aim}`]))), foot());
+        onclick: () => offer(aim) }, icon(ICONS[aim]), TEXT[`aim_${aim}`]))), foot());
   }
 
   async function offer(aim) {

@@ -100,7 +100,7 @@ def test_a_branch_goes_on_by_itself(page):
     ask(page, "Hello!")
     ask(page, "How are you?")
     old = page.url
-    act(page, "assistant", "Branch into a new conversation", n=0)
+    act(page, "assistant", "Continue in a new chat", n=0)
     expect(page).not_to_have_url(old)
     expect(page.locator(".message")).to_have_count(2)
     ask(page, "Goodbye!")

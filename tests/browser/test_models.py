@@ -73,7 +73,7 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     page.click(".aim[data-aim=coding]")
     offers = page.locator(".fits li")
     expect(offers).to_have_text([re.compile(r"(fits|slow)[\s\S]*tokens/s here")] * 3)
-    page.get_by_role("button", name="Another wish").click()
+    page.get_by_role("button", name="Back").click()
     page.click(".aim[data-aim=fast]")
     page.wait_for_selector(".fits li")
     hub.pause = 0.2  # it is under way until the demonstration has answered
@@ -102,13 +102,13 @@ def test_a_model_is_downloaded_opened_and_deleted(page):
     page.fill("#hub-id", "tester/Second-Floe")
     page.locator(".hub-id button").first.click()
     second = row(page, "Second-Floe")
-    second.get_by_role("button", name="Open", exact=True).click()
+    second.get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: stats(page).get("model") == "Second-Floe")
     browser.wait_ready(page)
     expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()
     titles_by_the_model(page)
     models_tab(page)
-    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    row(page, "demo").get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: stats(page).get("model") == "demo")
     expect(page.locator("#disk-use")).to_have_text(re.compile(r"^[1-9][\d.]* MB used by models"))
     page.on("dialog", lambda dialog: dialog.accept())
@@ -152,9 +152,9 @@ def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
     work = page.locator("#model-works li[data-name='Second-Floe']")
     expect(work.locator("p")).to_contain_text(" of ")
     work.get_by_role("button", name="Pause").click()
-    work.get_by_role("button", name="Go on").wait_for()
+    work.get_by_role("button", name="Resume").wait_for()
     expect(work).to_contain_text("paused")
-    work.get_by_role("button", name="Go on").click()
+    work.get_by_role("button", name="Resume").click()
     work.get_by_role("button", name="Pause").wait_for()
     answers = [False, True]
     page.on("dialog", lambda dialog: dialog.accept() if answers.pop(0) else dialog.dismiss())
@@ -182,7 +182,7 @@ def test_level_and_context_change_the_plans_words_and_are_opened_with(page):
     demo.locator("input[type=number]").fill("640")
     expect(plan).to_contain_text("context of 640 tokens")
     expect(plan).to_have_attribute("data-verdict", re.compile("fits|slow"))
-    demo.get_by_role("button", name="Open with these").click()
+    demo.locator(".choose").get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: (stats(page).get("level"), stats(page).get("context")) == ("fast", 640))
     browser.wait_ready(page)
     expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
@@ -201,7 +201,7 @@ def test_opening_a_model_shows_its_steps_and_the_time_left(page):
     models_tab(page)
     for _ in range(5):  # a model this small may be open before the page has looked twice
         row(page, "demo").locator("summary").click()
-        row(page, "demo").get_by_role("button", name="Open with these").click()
+        row(page, "demo").locator(".choose").get_by_role("button", name="Load", exact=True).click()
         until(page, lambda: state(page)["model"]["opened"] is not None)
         browser.wait_ready(page)
         seen = set(page.evaluate("[...window.steps]"))
@@ -221,20 +221,20 @@ def test_the_folder_of_a_model_opens_in_the_file_manager(app, page):
 
 def test_new_models_are_kept_in_another_folder(page, tmp_path):
     models_tab(page)
-    page.locator("summary", has_text="Keep models in another folder").click()
-    path, button = page.get_by_label("Folder of this computer"), page.get_by_role("button", name="Keep them there")
+    page.locator("summary", has_text="Model storage location").click()
+    path, button = page.get_by_label("Folder on this computer"), page.get_by_role("button", name="Store new models there")
     path.fill(str(tmp_path))
     button.click()
-    page.wait_for_selector(f".notice:has-text('New models are kept in {tmp_path}')")
+    page.wait_for_selector(f".notice:has-text('New models are stored in {tmp_path}')")
     expect(page.locator("#disk-use")).to_contain_text(str(tmp_path))
     page.fill("#hub-id", "tester/Second-Floe")
     page.locator(".hub-id button").first.click()
-    row(page, "Second-Floe").get_by_role("button", name="Open", exact=True).wait_for()  # a part has none
+    row(page, "Second-Floe").get_by_role("button", name="Load", exact=True).wait_for()  # a part has none
     assert (tmp_path / "Second-Floe" / "floe.json").is_file()
     page.on("dialog", lambda dialog: dialog.accept())
     row(page, "Second-Floe").get_by_role("button", name="Delete").click()
     row(page, "Second-Floe").wait_for(state="detached")
-    page.locator("summary", has_text="Keep models in another folder").click()
+    page.locator("summary", has_text="Model storage location").click()
     path.fill("")
     button.click()
     expect(page.locator("#disk-use")).not_to_contain_text(str(tmp_path))
@@ -242,7 +242,7 @@ def test_new_models_are_kept_in_another_folder(page, tmp_path):
 
 def test_the_aim_narrows_the_catalogue_to_three(page):
     models_tab(page)
-    page.get_by_label("What is it for?").select_option("coding")
+    page.get_by_label("What will you use it for?").select_option("coding")
     best = [name for name, entry in catalogue.entries().items() if "coding" in entry.good_for]
     expect(page.locator("#offers li")).to_have_count(min(3, len(best)))
     shown = page.eval_on_selector_all("#offers li", "all => all.map(row => row.dataset.name)")
@@ -267,9 +267,9 @@ def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
     page.fill("#gguf-like", str(tmp_path / "original"))
     page.click("#gguf-import")
     made = row(page, "Tiny-Boat")
-    made.get_by_role("button", name="Open", exact=True).click()
+    made.get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: stats(page).get("model") == "Tiny-Boat")
-    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    row(page, "demo").get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: stats(page).get("model") == "demo")
 
 
@@ -286,7 +286,7 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     row(page, "Little").get_by_role("button", name="Compress").click()
     made = page.locator(".notice", has_text="Little-floe is ready at level exact")
     expect(made.get_by_role("button")).to_have_count(3)  # open, measure, hide
-    made.get_by_role("button", name="Open").click()
+    made.get_by_role("button", name="Load").click()
     until(page, lambda: stats(page).get("model") == "Little-floe")
     browser.wait_ready(page)
     page.get_by_role("tab", name="Engine").click()
@@ -298,7 +298,7 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     work = page.locator("#model-works li[data-name='Little-floe']")
     expect(work.locator("p")).to_contain_text("at most")
     work.get_by_role("button", name="Pause").click()
-    expect(work).to_contain_text("is kept for going on")
+    expect(work).to_contain_text("measurements so far are kept")
     work.get_by_role("button", name="Cancel").click()
     work.wait_for(state="detached")
     little.get_by_label("Text file to measure on").fill(str(tmp_path / "tales"))
@@ -308,10 +308,10 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     page.wait_for_selector("#works .work:has-text('Little-floe')")  # above the conversation, too
     measured = page.locator(".notice", has_text="The levels of Little-floe are measured")
     expect(little.locator("summary", has_text="Measure levels")).to_have_count(0)
-    measured.get_by_role("button", name="Open").click()
+    measured.get_by_role("button", name="Load").click()
     until(page, lambda: "fast" in state(page)["model"].get("levels", {}))
     page.get_by_role("tab", name="Engine").click()
-    expect(page.locator("#level")).to_contain_text("Lower levels are faster")
+    expect(page.locator("#level")).to_contain_text(re.compile("[Ll]ower levels"))
     page.click("#level input")
     expect(page.locator("#level [role=option]")).to_contain_text(["exact", "quality", "balanced", "fast", "floe"])
     page.locator("#level [role=option]", has_text="fast").click()
@@ -321,9 +321,9 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     for wish in ("Thinking", "Effort"):
         expect(page.get_by_label(wish, exact=True)).to_be_visible()
     page.click("#model-chip")  # what is open, and the way to the models
-    row(page, "demo").get_by_role("button", name="Open", exact=True).click()
+    row(page, "demo").get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: stats(page).get("model") == "demo")
-    expect(page.locator("#model-chip")).to_contain_text("Demonstration")
+    expect(page.locator("#model-chip")).to_contain_text("Demo")
     page.get_by_role("tab", name="This chat").click()
     for wish in ("Thinking", "Effort"):
         expect(page.get_by_label(wish, exact=True)).to_be_hidden()

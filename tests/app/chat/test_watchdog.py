@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_opened_is_said_and_the_next_one_is_asked(tmp_pat
         models.wait(threading.Event())
     monkeypatch.setattr(Engine, "open", opening)
     models.open()
-    with pytest.raises(UserError, match="being opened"):  # and not two at once
+    with pytest.raises(UserError, match="being loaded"):  # and not two at once
         models.open()
     assert models.wait(threading.Event())
     models.close()

@@ -112,7 +112,7 @@ def test_the_first_model_opens_at_the_level_of_its_plan(around):
 
 def test_a_control_that_is_used_while_no_model_is_open_hears_so(around):
     models = Models(demo_model(), Options(device="cpu"), around("cpu"))
-    with pytest.raises(UserError, match="being opened"):
+    with pytest.raises(UserError, match="being loaded"):
         models.configure(level="exact")
     models.state, models.step = "failed", "It cannot be opened."
     with pytest.raises(UserError, match="cannot be opened"):

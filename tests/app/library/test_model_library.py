@@ -90,7 +90,7 @@ def test_a_model_is_fetched_opened_and_deleted(loopback, shelf):
     assert on_disk(shelf)["demo"]["open"]
     shelf.open("Tiny-Floe")
     assert on_disk(shelf)["Tiny-Floe"]["open"] and not on_disk(shelf)["demo"]["open"]
-    with pytest.raises(UserError, match="is open"):
+    with pytest.raises(UserError, match="is loaded"):
         shelf.remove("Tiny-Floe")
     shelf.open("demo")
     assert shelf.shown()["used_bytes"] == on_disk(shelf)["Tiny-Floe"]["bytes"] > 10_000_000
