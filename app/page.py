@@ -120,5 +120,6 @@ def _near_update(parts):
     least = math.ceil(4 * snapshot["near_least_bytes"] / _MIB) / 4
     most = math.ceil(4 * max(snapshot["near_most_bytes"], snapshot["near_bytes"]) / _MIB) / 4
     most = max(most, least + 0.25)  # a slider has two ends, however small the model
-    now = min(max(round(snapshot["near_bytes"] / _MIB, 2), least), most)
+    wished = parts.models.options.near_bytes or snapshot["near_bytes"]  # an answer may still be under way
+    now = min(max(round(wished / _MIB, 2), least), most)
     return gr.update(minimum=least, maximum=most, value=now, step=0.25, interactive=True)

@@ -53,15 +53,15 @@ class _Sized(APIRoute):
 
 def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
     """Everything that is not text of a conversation: small, sent whenever it changes."""
-    live, device = jobs.live, models.snapshot().get("device")
+    live, snapshot = jobs.live, models.snapshot()
     return {"model": {"state": models.state, "step": models.step, "name": models.folder.name,
                       "opening": models.opening(), "opened": models.opened(),
-                      "refused": models.refused} | _shown_info(models),
+                      "near_bytes": snapshot.get("near_bytes"), "refused": models.refused} | _shown_info(models),
             "level": models.level,
             "live": live and {"message": live.message_id, "conversation": live.conversation_id, "phase": live.phase},
             "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],
             "conversations": [_listed(conversation) for conversation in chats.conversations()],
-            "works": shelf.works.shown(), "finished": shelf.works.finished, "graphics": models.around.graphics(device),
+            "works": shelf.works.shown(), "finished": shelf.works.finished, "graphics": models.around.graphics(snapshot.get("device")),
             "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble or chats.mended}
 
 

@@ -50,7 +50,9 @@ export async function mount(root) {
     notes.textContent = shelf.notes.join(" ");
     use.textContent = say(shelf.free_bytes === null ? "disk_gone" : "disk_use",
       { used: bytes(shelf.used_bytes), free: bytes(shelf.free_bytes), folder: shelf.folder });
-    keep(disk, shelf.disk.map((model) => [JSON.stringify(model), model]), onDisk);
+    keep(disk, shelf.disk.map((model) => [JSON.stringify({ ...model, read_by: "" }), model]), onDisk, (node, model) => {
+      for (const button of node.querySelectorAll(".delete")) button.disabled = Boolean(model.read_by); // something is made of it
+    });
     drawOffers();
   }
 
@@ -60,7 +62,7 @@ export async function mount(root) {
     keep(offers, (aim === "all" ? shown : shown.slice(0, 3)).map((offer) => [JSON.stringify(offer), offer]), offered);
   }
 
-  const quiet = (text, onclick) => h("button", { type: "button", class: "quiet", onclick }, text);
+  const quiet = (text, onclick, name = "quiet") => h("button", { type: "button", class: name, onclick }, text);
 
   function onDisk(model) {
     const whole = model.kind !== "unfinished";
@@ -74,7 +76,7 @@ export async function mount(root) {
         !whole && model.source && quiet(TEXT.resume, () => fetchModel(model.source)),
         model.kind === "checkpoint" && quiet(TEXT.compress, () => api("POST", "/api/models/compress", { name: model.name })),
         !model.open && whole && quiet(TEXT.open, () => open(model.name)),
-        !model.open && !model.read_by && model.kind !== "demo" && quiet(TEXT.delete, () => remove(model))));
+        !model.open && model.kind !== "demo" && quiet(TEXT.delete, () => remove(model), "quiet delete")));
   }
 
   function offered(offer) {

@@ -49,7 +49,8 @@ export async function mount(root, trigger) {
     link.remember(sample.far_bytes_per_second / 1e6, sample.to_card === null ? null : sample.to_card / 1e6);
   }));
   on("state", ({ now, before }) => {
-    if (before.model.state !== now.model.state || before.level !== now.level) trigger("change");
+    const set = ({ model, level }) => `${model.state} ${level} ${model.near_bytes}`;
+    if (set(before) !== set(now)) trigger("change");
   });
   start();
 }

@@ -222,7 +222,8 @@ def test_the_folder_of_a_model_opens_in_the_file_manager(app, page):
 def test_new_models_are_kept_in_another_folder(page, tmp_path):
     models_tab(page)
     page.locator("summary", has_text="Model storage location").click()
-    path, button = page.get_by_label("Folder on this computer"), page.get_by_role("button", name="Store new models there")
+    path = page.get_by_label("Folder on this computer")
+    button = page.get_by_role("button", name="Store new models there")
     path.fill(str(tmp_path))
     button.click()
     page.wait_for_selector(f".notice:has-text('New models are stored in {tmp_path}')")
