@@ -61,7 +61,8 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
             "live": live and {"message": live.message_id, "conversation": live.conversation_id, "phase": live.phase},
             "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],
             "conversations": [_listed(conversation) for conversation in chats.conversations()],
-            "works": shelf.works.shown(), "finished": shelf.works.finished, "graphics": models.around.graphics(snapshot.get("device")),
+            "works": shelf.works.shown(), "finished": shelf.works.finished,
+            "graphics": models.around.graphics(snapshot.get("device")),
             "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble or chats.mended}
 
 
