@@ -89,6 +89,7 @@ TEXT = {
     "status_interrupted": "Interrupted when the program ended.",
     "status_error": "Something went wrong.",
     "edited": "Edited",
+    "same_again": "With temperature 0 or a fixed seed an answer is the same again; change it under This chat.",
     "dropped": "{n} earlier messages did not fit the context and were left out.",
     "stat_first": "first token {ms}",
     "stat_prefill": "prefill {n} tok/s",

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from app.chat.chat_settings import ChatSettings
 from app.chat.chats import Chats, Message
@@ -21,10 +21,11 @@ from app.chat.context_window import fit, to_prompt
 from app.chat.titles import Titles
 from app.library.open_model import Models
 from app.strings import TEXT
-from engine import Counters, Event, MachineError, Stopped, UserError
+from engine import Counters, Event, MachineError, Sampling, Stopped, UserError
 
 CHECKPOINT_SECONDS = 0.8
 PAUSE_SECONDS = 1.0
+AGAIN_TEMPERATURE = 0.7  # of one more version where the model itself recommends none: the same words are no version
 _log = logging.getLogger(__name__)
 _DONE = {"stop": "done", "length": "length", "stopped": "stopped", "error": "error"}
 
@@ -56,6 +57,7 @@ class Jobs:
         self.on_change = on_change
         self._wake = threading.Condition()
         self._asked: list[Message] = []  # answers to write: fresh ones, or one to continue
+        self._versions: set[int] = set()  # of those, the ones that should say something else than one beside them
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="answers", daemon=True)
 
@@ -100,8 +102,10 @@ class Jobs:
         message = self.chats.message(message_id)
         with self._wake:
             self._refuse_when_busy()
-            return {"message": self._answer(message.conversation_id,
-                                            message.parent_id if message.role == "assistant" else message.id)}
+            again = message.role == "assistant"
+            answer = self._answer(message.conversation_id, message.parent_id if again else message.id)
+            self._versions |= {answer} if again else set()
+            return {"message": answer}
 
     def resume(self, message_id: int) -> dict:
         """Let the model go on with an answer that ended early."""
@@ -205,6 +209,9 @@ class Jobs:
         wishes = ChatSettings.of(self.chats.conversation(answer.conversation_id).settings)
         messages = to_prompt(self._given(answer), wishes.system, wishes.keep_thinking)
         info, sampling = engine.info, wishes.sampling()
+        if answer.id in self._versions:
+            self._versions.discard(answer.id)
+            sampling, live.stats["certain"] = _another(sampling, info["sampling"])
         reserve = min(sampling.max_tokens or 256, info["context"] // 4)
         stopped, asked = live.stop.is_set, wishes.template()
         prompt = fit(messages, info["context"], reserve, wishes.policy,
@@ -234,6 +241,13 @@ class Jobs:
             _log.error("Something failed beside an answer", exc_info=error)
             self.disk_trouble = said
             self.on_change()
+
+
+def _another(sampling: Sampling, recommended: dict) -> tuple[Sampling, int]:
+    """How one more version is drawn, and 1 where it can only be the same again, as the person has set it."""
+    if sampling.temperature is None and not recommended["temperature"]:
+        sampling = replace(sampling, temperature=AGAIN_TEMPERATURE)
+    return sampling, int(sampling.temperature == 0 or sampling.seed is not None)
 
 
 def _ended(live: Live, end: Event) -> str:

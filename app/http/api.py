@@ -101,8 +101,9 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
         return _listed(conversation)
 
     @router.get("/conversations/{conversation_id}")
-    def read(conversation_id: Id, limit: int = WINDOW):
-        return _document(chats, jobs, conversation_id, max(1, min(limit, 10_000)))
+    def read(conversation_id: Id, limit: int = WINDOW, reach: Annotated[int, Query(alias="with")] = 0):
+        """The newest `limit` messages, and more where only that reaches the one called `with`."""
+        return _document(chats, jobs, conversation_id, max(1, min(limit, 10_000)), reach)
 
     @router.get("/conversations/{conversation_id}/context")
     def context(conversation_id: Id):
@@ -353,9 +354,10 @@ def _listed(conversation: Conversation) -> dict:
             "updated_at": conversation.updated_at}
 
 
-def _document(chats: Chats, jobs: Jobs, conversation_id: Id, limit: int) -> dict:
+def _document(chats: Chats, jobs: Jobs, conversation_id: Id, limit: int, reach: int) -> dict:
     conversation = chats.conversation(conversation_id)
     path = chats.path(conversation_id)
+    limit = max(limit, *(len(path) - i for i, message in enumerate(path) if message.id == reach), 1)
     versions = chats.versions(conversation_id)
     shown = [_shown(message, versions[message.id], jobs) for message in path[-limit:]]
     return {"conversation": _listed(conversation), "messages": shown, "n_messages": len(path)}

@@ -1,6 +1,7 @@
 // The middle of the page: messages, the answer while it grows, the queue, and the place to write.
 // A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
-import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
+import { dismiss } from "/ui/dismiss.js";
+import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { showModels } from "/ui/models.js";
@@ -9,6 +10,7 @@ import { begin, draft, stored } from "/ui/settings.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
+let goal = null; // the message that a search has found
 let log, scroller, queue, title, meter, chip, drawn = { id: null, limit: 40 };
 
 export async function mount(root) {
@@ -26,11 +28,12 @@ export async function mount(root) {
       button("menu", TEXT.menu, () => toggle("left")), title, chip,
       button("theme", TEXT.theme, switchTheme, { id: "theme" }),
       button("gauge", TEXT.panel_toggle, () => toggle("right"))),
-    ...above(), welcome(() => scroller.parentElement), scroller, down,
+    ...above(), welcome(() => scroller.parentElement), scroller, down, notices,
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
   on("opened", () => { drawn.limit = 40; load(); });
+  on("goal", (id) => { goal = id; });
   on("state", changed);
   on("presence", (now) => now === "here" && load());
   on("text", grow);
@@ -45,28 +48,49 @@ export async function mount(root) {
 
 // Loading and drawing
 
-export async function load() {
+// stay: what is seen stays where it is, however near the end.
+export async function load(stay = false) {
   const id = opened.id;
   const turn = ++loads.begun;
   if (!id) return drawEmpty();
   let conversation;
   try {
-    conversation = await api("GET", `/api/conversations/${id}?limit=${drawn.limit}`);
+    conversation = await api("GET", `/api/conversations/${id}?limit=${drawn.limit}&with=${goal || 0}`);
   } catch (error) {
     if (opened.id === id && !(error instanceof Unheard)) opened.id = null; // it is gone
     return;
   }
   if (opened.id !== id || turn < loads.drawn) return; // a newer answer has overtaken this one
   loads.drawn = turn;
-  const stay = drawn.id === id && !nearEnd() ? scroller.scrollTop : null;
-  drawn.id = id;
+  const hold = drawn.id === id && (stay || !nearEnd()) ? seen() : null;
+  drawn = { id, limit: Math.max(drawn.limit, conversation.messages.length) };
   title.textContent = conversation.conversation.title || TEXT.untitled;
   drawMessages(conversation);
   measure(id, turn);
-  if (stay === null) follow(true);
-  else scroller.scrollTop = stay;
+  if (goal) await showFound();
+  else if (hold) scroller.scrollTop += hold.node.getBoundingClientRect().top - hold.top;
+  else follow(true);
   if (outlived()) setTimeout(() => outlived() && load(), 200);
   return true;
+}
+
+// The first message in sight, and where: what comes above it moves it, and is taken back by as much.
+function seen() {
+  const edge = scroller.getBoundingClientRect().top;
+  const node = [...log.querySelectorAll(".message")].find((each) => each.getBoundingClientRect().bottom > edge);
+  return node && { node, top: node.getBoundingClientRect().top };
+}
+
+// The message that was searched for, in the middle; where it is of a version that is not shown, that is shown first.
+async function showFound() {
+  const id = goal, found = () => log.querySelector(`[data-id="${id}"]`);
+  goal = null;
+  if (!found()) {
+    await api("POST", `/api/messages/${id}/show`);
+    await load();
+  }
+  found()?.classList.add("hit");
+  found()?.scrollIntoView({ block: "center" });
 }
 
 // A message stays as it is drawn until it changes: an edit that has been begun outlives the answer that ends meanwhile.
@@ -75,7 +99,7 @@ function drawMessages({ messages, n_messages: n }) {
   const key = ({ m }) => (m.status === "running" ? Symbol("growing") : JSON.stringify(m));
   const earlier = n > messages.length ? [["earlier", null]] : [];
   keep(log, [...earlier, ...rows.map((row) => [key(row), row])], (row) => (row ? message(row.m)
-    : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(); } }, TEXT.earlier)),
+    : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(true); } }, TEXT.earlier)),
   (node, row) => row && offerActions(node, row.m, row.last, act));
 }
 
@@ -224,6 +248,7 @@ function shortcut(event) {
   const control = event.ctrlKey || event.metaKey;
   if (control && event.key.toLowerCase() === "k") emit("search");
   else if (control && event.shiftKey && event.key.toLowerCase() === "o") emit("new-chat");
+  else if (event.key === "Escape" && dismiss()) return;
   else if (event.key === "Escape" && state.live && !event.target.closest("input, .editing")) api("POST", "/api/stop");
   else return;
   event.preventDefault();

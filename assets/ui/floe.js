@@ -135,19 +135,17 @@ const ICONS = {
 export const button = (name, label, onclick, extra = {}) =>
   h("button", { type: "button", class: "icon-button", title: label, "aria-label": label, onclick, ...extra }, icon(name));
 
+export const notices = h("div", { id: "floe-notice", role: "status", "aria-live": "polite" });
+
 // Notices, each said once. actions: [label, handler] each; a notice that asks for something stays until it is answered.
 export function notice(text, ...actions) {
-  let place = document.getElementById("floe-notice");
-  if (!place) {
-    place = h("div", { id: "floe-notice", role: "status", "aria-live": "polite" });
-    document.body.append(place);
-  }
-  for (const old of [...place.children]) if (old.text === text) old.remove();
+  if (!notices.isConnected) document.body.append(notices); // the page has not been drawn yet
+  for (const old of [...notices.children]) if (old.text === text) old.remove();
   const node = h("div", { class: "notice" }, h("span", {}, text), ...actions.map(([label, handler]) =>
     h("button", { type: "button", onclick: () => { node.remove(); handler(); } }, label)),
   actions.length > 0 && button("close", TEXT.dismiss, () => node.remove()));
   node.text = text;
-  place.append(node);
+  notices.append(node);
   if (!actions.length) setTimeout(() => node.remove(), 6000);
 }
 

@@ -1,4 +1,5 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
+import { placeMenu } from "/ui/dismiss.js";
 import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
 
 const MOST_BYTES = 60 << 20; // of a file to import
@@ -8,7 +9,7 @@ export async function mount(root) {
   const search = h("input", { type: "search", placeholder: TEXT.search, "aria-label": TEXT.search, id: "search", maxlength: 1000,
     oninput: () => { clearTimeout(search.timer); search.timer = setTimeout(look, 150); },
     onkeydown: (event) => { if (event.key === "Escape") { search.value = ""; look(); } } });
-  const list = h("ul", { class: "conversations", "aria-label": TEXT.conversations });
+  const list = h("ul", { class: "conversations", "aria-label": TEXT.conversations, onscroll: followRow });
   const file = h("input", { type: "file", accept: ".json,.md,.txt", hidden: true, "aria-label": TEXT.import,
     id: "import-file", onchange: () => importFile(file) });
   root.replaceChildren(
@@ -43,6 +44,10 @@ export async function mount(root) {
   draw();
 }
 
+function followRow() {
+  for (const menu of document.querySelectorAll("details.menu[open]")) placeMenu(menu, menu.lastChild);
+}
+
 function newChat() {
   opened.id = null; // a conversation exists once its first message was sent
   emit("focus");
@@ -52,8 +57,10 @@ function foundItem(found) {
   const snippet = h("span", { class: "snippet" });
   for (const part of found.snippet.split(/(\u0002[^\u0003]*\u0003)/))
     snippet.append(part.startsWith("\u0002") ? h("mark", {}, part.slice(1, -1)) : part);
-  return h("li", {}, h("button", { type: "button", class: "open", onclick: () => { opened.id = found.id; } },
-    h("span", { class: "title" }, found.title || TEXT.untitled), snippet));
+  return h("li", {}, h("button", { type: "button", class: "open", onclick: () => {
+    emit("goal", found.message_id);
+    opened.id = found.id;
+  } }, h("span", { class: "title" }, found.title || TEXT.untitled), snippet));
 }
 
 function item(conversation) {
@@ -85,7 +92,10 @@ function menu(conversation, row) {
   details.addEventListener("focusout", (event) => {
     if (!details.contains(event.relatedTarget)) details.open = false;
   });
-  details.addEventListener("toggle", () => details.open || again()); // what changed meanwhile
+  details.addEventListener("toggle", () => {
+    if (details.open) placeMenu(details, details.lastChild);
+    else again(); // what changed meanwhile
+  });
   return details;
 }
 

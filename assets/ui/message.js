@@ -47,6 +47,7 @@ export function showThinking(node, update) {
 function notes(m) {
   const found = [];
   if (m.stats.dropped) found.push(say("dropped", { n: m.stats.dropped }));
+  if (m.stats.certain) found.push(TEXT.same_again);
   if (m.stats.edited) found.push(TEXT.edited);
   if (m.status === "error") found.push(m.stats.error || TEXT.status_error);
   else if (["stopped", "length", "interrupted"].includes(m.status)) found.push(TEXT[`status_${m.status}`]);

@@ -17,9 +17,9 @@ import time
 import pytest
 
 from app.chat import answers as jobs_module
-from app.chat.answers import Jobs
+from app.chat.answers import AGAIN_TEMPERATURE, Jobs, _another
 from app.chat.chats import Chats
-from engine import Counters, Event, MachineError, UserError
+from engine import Counters, Event, MachineError, Sampling, UserError
 from tests.support import waiting
 
 until = waiting.until
@@ -33,7 +33,7 @@ class Steps:
         self.asked: list[list[dict]] = []
         self.stopped = threading.Event()
 
-    info = {"name": "Boat", "context": 100}
+    info = {"name": "Boat", "context": 100, "sampling": {"temperature": 0.7}}
 
     def count_tokens(self, messages, wishes, stopped):
         return sum(self.weigh(message, stopped) + 1 for message in messages)
@@ -260,7 +260,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}]
 from app.chat.chats import Chats
-from app.chat.answers import Jobs
+from app.chat.answers import AGAIN_TEMPERATURE, Jobs, _another
 from tests.app.chat.test_answers import Opened
 chats, models = Chats(Path({file!r})), Opened()
 jobs = Jobs(chats, models)
@@ -316,3 +316,11 @@ def test_killed_at_random_moments_the_database_opens_and_only_the_last_second_is
         assert not chats._rows("SELECT 1 FROM conversations c WHERE leaf_id IS NOT NULL AND NOT EXISTS "
                                "(SELECT 1 FROM messages m WHERE m.id = c.leaf_id AND m.conversation_id = c.id)")
         chats.close()
+
+
+@pytest.mark.parametrize("wished, recommended, temperature, certain", [
+    ({}, 0.0, AGAIN_TEMPERATURE, 0), ({}, 0.6, None, 0), ({"temperature": 0.0}, 0.6, 0.0, 1),
+    ({"temperature": 0.3}, 0.0, 0.3, 0), ({"seed": 4}, 0.6, None, 1), ({"seed": 4}, 0.0, AGAIN_TEMPERATURE, 1)])
+def test_one_more_version_is_drawn_unless_the_person_has_set_otherwise(wished, recommended, temperature, certain):
+    sampling, same = _another(Sampling(**wished), {"temperature": recommended})
+    assert (sampling.temperature, same) == (temperature, certain) and sampling.seed == wished.get("seed")
