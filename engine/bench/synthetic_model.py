@@ -27,6 +27,7 @@ from engine.model.placement import trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind
 from engine.paths import demo_model
 from engine.planning.planner import Planner
+from engine.planning.sizes import DEFAULT_TRUNK_BITS
 
 Tensor = torch.Tensor
 N_TOKENS = 1024  # picks; then the list begins again
@@ -71,9 +72,11 @@ def _repeat(calibration: Mapping) -> float:
 
 
 def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
-    """A random trunk, in main memory, around experts that are not there yet."""
+    """A random trunk, in main memory and in the codes that the device's plan takes, around experts that are not there
+    yet."""
     report("Making up the trunk", 0.0)
-    trunk = {name: parts[name] for name, parts in trunk_of(shape, 16, seed=0)}
+    stored = trunk_of(shape, DEFAULT_TRUNK_BITS[device], seed=0)
+    trunk = {name: tensor for _, parts in stored for name, tensor in parts.items()}
     return type(shape.skeleton).from_pretrained(None, config=shape.config, state_dict=trunk,
                                                 dtype=trunk_dtype(device),
                                                 quantization_config=UnboundConfig())
@@ -82,7 +85,8 @@ def _model(shape: Shape, device: str, report: Report) -> torch.nn.Module:
 def _loaded(model: torch.nn.Module, side: type[Runtime], shape: Shape, calibration: Mapping, far: FarSynthetic,
             options: Options, device: str = "cpu", **given) -> Loaded:
     """Trunk and experts on the device. given: what the device's side wants to know besides."""
-    planner = Planner(shape.spec, machine_for(device, demo_model()), 16, shape.layout.group, calibration)
+    bits, machine = DEFAULT_TRUNK_BITS[device], machine_for(device, demo_model())
+    planner = Planner(shape.spec, machine, bits, shape.layout.group, calibration)
     model.to(device)
     near_bytes = planner.near_bytes(options.level, options)
     runtime = bind(model, side, far, planner, options.level, near_bytes, options.predict, device=device, **given)

@@ -30,6 +30,7 @@ from engine.files.proof import proving
 from engine.machine import detect, errors
 from engine.machine.pinned_memory import CudaDriver
 from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
+from engine.model.packed import Packed
 from engine.model.placement import onto_gpu, trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind, blobs_of, level_plans, unbound
 from engine.model.tokenizer_trial import what_is_wrong
@@ -102,13 +103,16 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     return_freed()
-    check = explain.compare(planner.plan(level, options), _taken_bytes(runtime, before)) if device == "cpu" else ""
+    taken = _taken_bytes(model, runtime, before)
+    check = explain.compare(planner.plan(level, options), taken) if device == "cpu" else ""
     return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, planner, check)
 
 
-def _taken_bytes(runtime: Runtime, before: int) -> int:
-    """What opening took of main memory. Rows of near memory that are still empty count: they are this model's."""
-    return own_bytes() - before + runtime.near_bytes - runtime.near_used_bytes()
+def _taken_bytes(model: nn.Module, runtime: Runtime, before: int) -> int:
+    """What opening took of main memory. Rows of near memory that are still empty count: they are this model's. So do
+    the trunk's codes, which lie where the file is mapped."""
+    codes = sum(p.packed_bytes for p in model.parameters() if isinstance(p, Packed))
+    return codes + own_bytes() - before + runtime.near_bytes - runtime.near_used_bytes()
 
 
 def _load_compressed(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, Planner]:

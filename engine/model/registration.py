@@ -114,6 +114,10 @@ class TrunkWeight(ConversionOps):
 class FloeQuantizer(HfQuantizer):
     """Empty experts before the weights are loaded, far memory behind them afterwards."""
 
+    def __init__(self, quantization_config: FloeConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = True  # wherever they come from: codes must not be cast to the model's type
+
     def is_serializable(self, *_: Any) -> bool:
         return False
 
