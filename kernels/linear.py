@@ -26,7 +26,7 @@ MOST_TOKENS = 4         # of one call of `linear`; more are a matrix product ove
 BLOCK = 1 << 18         # weights that the reference decodes at a time: they stay in a processor's cache
 
 
-@twin("kernels.gpu.linear")
+@twin("kernels.gpu.linear", "kernels.cpu.linear")
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K] float32, bfloat16 or float16, T <= MOST_TOKENS -> x @ weight.T + bias, [T, R] in x's dtype.
 

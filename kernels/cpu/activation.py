@@ -19,7 +19,7 @@ LARGEST = 127 * 256 + 127   # so that both halves fit in int8
 
 
 @njit(cache=True, nogil=True)
-def _scale(x, largest):
+def scale_of(x, largest):
     """float32 [n] -> what one step of its codes is worth."""
     top = np.float32(1e-20)
     for value in x:
@@ -36,7 +36,7 @@ def _quantize(x, group, codes, scales):
     for t in range(len(x)):
         for g in range(scales.shape[1]):
             first = g * group
-            scale = _scale(x[t, first:first + group], 127)
+            scale = scale_of(x[t, first:first + group], 127)
             scales[t, g] = scale
             for at in range(first, first + group):
                 code = np.rint(x[t, at] / scale)
@@ -78,7 +78,7 @@ def _lay_out16(x, group, blocks, floats):
     """x float32 [T, H] -> blocks int8 [T, B, BLOCK16], which floats views as float32."""
     for t in range(len(x)):
         for g in range(x.shape[1] // group):
-            scale = _scale(x[t, g * group:(g + 1) * group], LARGEST)
+            scale = scale_of(x[t, g * group:(g + 1) * group], LARGEST)
             usable = math.isfinite(scale)
             for word in range(g * group // 16, (g + 1) * group // 16):
                 block, lane, total = word // 16, word % 16, 0

@@ -71,6 +71,9 @@ class Value:
     def __or__(self, other: Value | int) -> Value:
         return self._binary("or_", other)
 
+    def __xor__(self, other: Value | int) -> Value:
+        return self._binary("xor", other)
+
     def __lshift__(self, bits: int) -> Value:
         return self._binary("shl", bits) if bits else self
 
