@@ -61,7 +61,7 @@ def test_the_logits_are_those_of_the_decoded_trunk(name, tmp_path, monkeypatch):
         assert sum(map(stored_bytes, kept.values())) < 1.04 * coded
         found = logits_by_steps(model, TOKENS, N_PREFILL)
         expected = logits_by_steps(decoded(model), TOKENS, N_PREFILL)
-        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()     # activations of 16 bits
     assert not whole
 
 
