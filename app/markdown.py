@@ -20,6 +20,7 @@ from xml.etree.ElementTree import Element, tostring
 from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.dollarmath.index import math_inline_dollar
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
@@ -42,6 +43,9 @@ LANGUAGES = frozenset("""
     django jinja http awk sed vbnet cobol ada tcl""".split())
 _LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _MATH_TAG = re.compile(r"math|m[a-z]+")
+_DISPLAY = re.compile(r"\\\[|\\begin\{((?:equation|align|alignat|gather|multline|flalign)\*?)\}")
+_TASK = re.compile(r"\[([ xX])\] ")
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _MATH_VALUE = re.compile(r"[\w .#%+-]*")
 _MATH_ATTRIBUTES = {"display", "mathvariant", "stretchy", "linethickness", "accent", "columnalign", "rowspacing",
                     "fence", "columnspacing", "columnlines", "rowlines", "displaystyle", "scriptlevel", "movablelimits",
@@ -93,6 +97,9 @@ def _put_off(state) -> None:
 
 def _words(self, tokens, index, options, env) -> str:
     content = tokens[index].content
+    task = _TASK.match(content) if index > 1 and tokens[index - 2].type == "list_item_open" else None
+    if task:
+        content = ("☐ " if task[1] == " " else "☑ ") + content[task.end():]
     if len(content) > PARAGRAPH_CHARS or time.monotonic() > env["until"]:
         return _plain(content)
     return _inline(content, env["links"])
@@ -144,6 +151,60 @@ def _bracket_math(state, silent: bool) -> bool:
         token = state.push("math_inline" if closing == "\\)" else "math_inline_double", "math", 0)
         token.content = state.src[state.pos + 2:end]
     state.pos = end + 2
+    return True
+
+
+def _display(state, start: int, end: int, silent: bool) -> bool:
+    r"""\[ ... \] and \begin{align} ... over several lines: what begins with + or - in there is no list. As in TeX, a
+    blank line ends it; one that is still growing stays as it is written until it is closed."""
+    first = state.src[state.bMarks[start] + state.tShift[start]:state.eMarks[start]]
+    opening = _DISPLAY.match(first)
+    if not opening or state.is_code_block(start):
+        return False
+    closing = f"\\end{{{opening[1]}}}" if opening[1] else "\\]"
+    last = next((line for line in range(start, end) if closing in _line(state, line) or state.isEmpty(line)), end - 1)
+    whole = "\n".join(_line(state, line) for line in range(start, last + 1)).strip()
+    closed = whole.endswith(closing) and len(whole) > len(opening[0]) + len(closing)
+    if not closed and (last + 1 < end or last == start):
+        return False  # something else, or for the paragraph to read
+    if not silent:
+        state.line = last + 1
+        token = state.push("math_block" if closed else "growing_math", "", 0)
+        token.content = whole if opening[1] or not closed else whole[2:-2]
+        token.map = [start, state.line]
+    return True
+
+
+def _line(state, line: int) -> str:
+    return state.src[state.bMarks[line] + state.tShift[line]:state.eMarks[line]]
+
+
+def _growing_math(self, tokens, index, options, env) -> str:
+    return f"<p>{_plain(tokens[index].content)}</p>"
+
+
+def _no_money(dollar):
+    """$a$ is a formula, $HOME/$USER none: no letter comes behind the closing dollar."""
+    def rule(state, silent: bool) -> bool:
+        before, n_tokens, pending = state.pos, len(state.tokens), state.pending
+        if not dollar(state, silent):
+            return False
+        if state.src[before:before + 2] == "$$" or not state.src[state.pos:state.pos + 1].isalnum():
+            return True
+        state.pos, state.pending = before, pending
+        del state.tokens[n_tokens:]
+        return False
+    return rule
+
+
+def _line_break(state, silent: bool) -> bool:
+    """<br>, which models write into the cells of tables; no other HTML is anything but text."""
+    found = _BREAK.match(state.src, state.pos)
+    if not found:
+        return False
+    if not silent:
+        state.push("hardbreak", "br", 0)
+    state.pos = found.end()
     return True
 
 
@@ -199,8 +260,12 @@ def _build() -> MarkdownIt:
     markdown.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True,
                  renderer=_math)
     markdown.inline.ruler.before("escape", "bracket_math", _bracket_math)
+    markdown.inline.ruler.at("math_inline", _no_money(math_inline_dollar(False, False, True)))
+    markdown.inline.ruler.before("escape", "line_break", _line_break)
+    markdown.block.ruler.before("list", "display", _display, {"alt": ["paragraph", "reference", "blockquote", "list"]})
     markdown.validateLink = lambda address: bool(_LINK.match(address))
-    for name, rule in (("fence", _fence), ("image", _image), ("link_open", _link_open), ("words", _words)):
+    for name, rule in (("fence", _fence), ("image", _image), ("link_open", _link_open), ("words", _words),
+                       ("growing_math", _growing_math)):
         markdown.add_render_rule(name, rule)
     markdown.add_render_rule("code_block", _fence)
     return markdown

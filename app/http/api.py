@@ -4,7 +4,9 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from pathlib import PurePath
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -379,6 +381,7 @@ def _file_name(title: str) -> str:
 
 
 def _download(text: str, name: str) -> Response:
-    ascii_name = name.encode("ascii", "ignore").decode() or "conversation"
+    """name: in any script (RFC 6266); a browser that does not know that gets a plain one with the same ending."""
+    plain = name if name.isascii() else f"conversation{PurePath(name).suffix}"
     return PlainTextResponse(text, headers={
-        "content-disposition": f"attachment; filename={json.dumps(ascii_name)}"})
+        "content-disposition": f"attachment; filename={json.dumps(plain)}; filename*=UTF-8''{quote(name)}"})

@@ -49,9 +49,9 @@ export const api = async (method, path, body) => (await heard(method, path, body
 // A link of the page's own cannot carry the key, so what is to be kept is fetched first.
 export async function download(path) {
   const reply = await heard("GET", path);
-  const [, name] = /filename=("[^"]*")/.exec(reply.headers.get("content-disposition"));
+  const [, name] = /filename\*=UTF-8''(.*)/.exec(reply.headers.get("content-disposition"));
   const address = URL.createObjectURL(await reply.blob());
-  h("a", { href: address, download: JSON.parse(name) }).click();
+  h("a", { href: address, download: decodeURIComponent(name) }).click();
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 

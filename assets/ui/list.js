@@ -6,7 +6,7 @@ const MOST_BYTES = 60 << 20; // of a file to import
 
 export async function mount(root) {
   await ready;
-  const search = h("input", { type: "search", placeholder: TEXT.search, "aria-label": TEXT.search, id: "search", maxlength: 1000,
+  const search = h("input", { type: "search", dir: "auto", placeholder: TEXT.search, "aria-label": TEXT.search, id: "search", maxlength: 1000,
     oninput: () => { clearTimeout(search.timer); search.timer = setTimeout(look, 150); },
     onkeydown: (event) => { if (event.key === "Escape") { search.value = ""; look(); } } });
   const list = h("ul", { class: "conversations", "aria-label": TEXT.conversations, onscroll: followRow });
@@ -100,7 +100,7 @@ function menu(conversation, row) {
 }
 
 function rename(conversation, row) {
-  const input = h("input", { value: conversation.title, maxlength: 200, "aria-label": TEXT.rename, class: "rename" });
+  const input = h("input", { value: conversation.title, maxlength: 200, "aria-label": TEXT.rename, dir: "auto", class: "rename" });
   const finish = async (keep) => {
     input.replaceWith(row.shown);
     if (keep && input.value.trim()) await api("PATCH", `/api/conversations/${conversation.id}`, { title: input.value });

@@ -8,7 +8,7 @@ export function message(m) {
   if (m.attachments.length)
     node.append(h("div", { class: "files" }, ...m.attachments.map((file) => h("span", { class: "file" }, file.name))));
   if (m.role === "assistant") node.append(thought(m, running));
-  node.append(h("div", { class: "answer md", html: m.html }));
+  node.append(h("div", { class: "answer md", dir: "auto", html: m.html }));
   if (m.role === "assistant") {
     node.append(h("div", { class: "phase", hidden: !running }, TEXT.waiting_for_model));
     node.append(...notes(m));
@@ -28,7 +28,7 @@ export function offerActions(node, m, last, act) {
 function thought(m, running) {
   const label = m.stats.thinking_s ? say("thought_for", { s: m.stats.thinking_s.toFixed(1) }) : TEXT.thinking;
   return h("details", { class: "thought", hidden: !m.thinking_html },
-    h("summary", {}, running ? TEXT.thinking_now : label), h("div", { class: "md", html: m.thinking_html }));
+    h("summary", {}, running ? TEXT.thinking_now : label), h("div", { class: "md", dir: "auto", html: m.thinking_html }));
 }
 
 export function showThinking(node, update) {
@@ -86,7 +86,7 @@ function actions(m, last, act, node) {
 
 async function edit(m, node, act) {
   const { text } = await api("GET", `/api/messages/${m.id}`);
-  const area = h("textarea", { "aria-label": TEXT.edit, rows: Math.min(14, text.split("\n").length + 1) });
+  const area = h("textarea", { "aria-label": TEXT.edit, dir: "auto", rows: Math.min(14, text.split("\n").length + 1) });
   area.value = text;
   const answer = node.querySelector(".answer");
   const form = h("div", { class: "editing" }, area, h("div", { class: "edit-buttons" },

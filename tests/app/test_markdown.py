@@ -179,3 +179,32 @@ def test_code_is_shown_to_the_last_character(language):
         html = render(f"```{language}\n{code[:length]}\n```")
         shown = re.search("<code>(.*)</code>", html, re.DOTALL)[1]
         assert unescape(re.sub("<[^>]*>", "", shown)) == code[:length] + "\n"
+
+
+DISPLAYS = ["\\[\n+ a - b\n- c + d\n\\]", "\\begin{align*} a &= b \\\\ c &= d \\end{align*}",
+            "\\begin{equation}\n- x\n\\end{equation}", "words\n\\[\n- x\n\\]\nwords"]
+
+
+@pytest.mark.parametrize("text", DISPLAYS)
+def test_a_formula_over_several_lines_is_no_list(text):
+    html = render(text)
+    assert html.count('<math display="block">') == 1 and "<li>" not in html and "begin" not in html and "[" not in html
+
+
+@pytest.mark.parametrize("text", [*DISPLAYS, "\\[ open\n\n- list", "\\[ x \\] and more", "\\begin{align} a\n\nb"])
+def test_a_formula_that_grows_ends_as_the_whole_text(text):
+    growing = Growing()
+    for end in range(1, len(text) + 1):
+        growing.update(text[:end])
+    assert "".join(growing.blocks) == render(text)
+
+
+@pytest.mark.parametrize("text, there, not_there", [
+    ("$HOME/$USER and $x$", "$HOME/$USER", "<mi>H"), ("it costs $5 or $6", "$5 or $6", "<math"),
+    ("$a$.", "<mi>a</mi>", "$"),
+    ("- [ ] milk\n- [x] bread\n- [y](http://a.b)", "<li>☐ milk</li>\n<li>☑ bread</li>", "[x]"),
+    ("a [ ] b", "a [ ] b", "☐"), ("x<br>y<BR/>z", "x<br />\ny<br />\nz", "&lt;"), ("`<br>`", "&lt;br&gt;", "<br"),
+    ("<b>bold</b>", "&lt;b&gt;", "<b>"), ("a\\<br>", "&lt;br&gt;", "<br"), ("    \\[ x \\]", "\\[ x \\]", "<math")])
+def test_what_a_reader_expects_of_small_marks(text, there, not_there):
+    html = render(text)
+    assert there in html and not_there not in html

@@ -117,6 +117,33 @@ def test_markdown_code_and_math_are_shown(page):
     assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n"
 
 
+def test_each_paragraph_runs_as_its_own_script_does(page):
+    arabic = "مرحبا بالعالم، كيف الحال؟"
+    bring(page, arabic, [{"role": "user", "text": arabic},
+                         {"role": "assistant", "text": f"Hello.\n\n{arabic}\n\n- {arabic}"}])
+    edges = """element => { const range = document.createRange(); range.selectNodeContents(element);
+        const text = range.getBoundingClientRect(), box = element.getBoundingClientRect();
+        return [text.left - box.left, box.right - text.right]; }"""
+    for place, right in ((".message.assistant p >> nth=0", False), (".message.assistant p >> nth=1", True),
+                         (".message.assistant li", True), (".bar h1", True), (".conversations .current .title", True)):
+        left, gap = page.locator(place).evaluate(edges)
+        assert (gap < left) is right, (place, left, gap)
+    page.fill("#message", arabic)
+    assert page.evaluate("document.querySelector('#message').matches(':dir(rtl)')")
+
+
+def test_words_of_a_table_and_formulas_stay_whole_on_a_phone(page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    row = "| Incomprehensibilities | Internationalisation | Disestablishment |"
+    text = f"{row}\n|---|---|---|\n{row}\n\n$$x = \\frac{{\\sqrt{{\\pi}}}}{{2}}$$"
+    bring(page, "Table", [{"role": "user", "text": "?"}, {"role": "assistant", "text": text}])
+    heights = page.eval_on_selector_all(".md td", "all => all.map(cell => cell.clientHeight)")
+    one = page.locator(".md th").first.evaluate("cell => parseFloat(getComputedStyle(cell).lineHeight)")
+    assert len(heights) == 3 and max(heights) < 2 * one, heights
+    formula = page.locator(".math.block").evaluate("place => [place.scrollHeight, place.clientHeight]")
+    assert formula[0] <= formula[1] and page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_thinking_is_folded_and_timed(page):
     bring(page, "Thought", [{"role": "user", "text": "How many oars?"},
                             {"role": "assistant", "text": "Two.", "thinking": "A boat has two sides.",
