@@ -69,7 +69,7 @@ def _serve_from(data: Path, listener: socket.socket, args: argparse.Namespace) -
     _keep_inside(data)
     from app.server import Parts, serve
 
-    options = Options(device=args.device, **({"level": args.level} if args.level else {}))
+    options = Options(args.level, device=args.device)
     parts = Parts.make(data, args.model and args.model.absolute(), options, plan_level=args.level is None)
     link = StartLink(data, not args.no_browser)
     try:

@@ -47,7 +47,7 @@ class Options:
     device: "cpu" or "cuda"; predict: fetch ahead of the router (never changes the output).
     """
 
-    level: str = "balanced"
+    level: str | None = None
     near_bytes: int | None = None
     context: int | None = None
     chunk: int | None = None
@@ -55,7 +55,7 @@ class Options:
     predict: bool = True
 
     def __post_init__(self) -> None:
-        _check(self.level in LEVELS, f"There is no level {self.level!r}; choose one of {', '.join(LEVELS)}.")
+        _check(self.level in (None, *LEVELS), f"There is no level {self.level!r}; choose one of {', '.join(LEVELS)}.")
         _check(self.device in (None, "cpu", "cuda"), f"There is no device {self.device!r}; choose cpu or cuda.")
         for name in ("near_bytes", "context", "chunk"):
             value = getattr(self, name)
@@ -197,8 +197,8 @@ class Machine:
     """One machine as plain numbers: what the planner may spend, in bytes and bytes per second.
 
     vram_*: 0 without a usable card. link: host to device. pinned_limit: what may be page-locked. Speeds are what is
-    reached, not what is printed on the box. On a CPU the last four count: a copy in memory, a float32 matrix times a
-    vector, one small tensor operation, packed weights decoded. 0 means not known.
+    reached, not what is printed on the box. On a CPU the last five count: a copy in memory, a float32 matrix times a
+    vector, one small tensor operation, packed experts times a token, packed weights decoded. 0 means not known.
     """
 
     name: str
@@ -216,6 +216,7 @@ class Machine:
     flops_per_second: float = 0.0
     gemv_bytes_per_second: float = 0.0
     operation_seconds: float = 0.0
+    packed_bytes_per_second: float = 0.0
     decode_weights_per_second: float = 0.0
 
     def __post_init__(self) -> None:

@@ -285,6 +285,7 @@ class Engine:
         old = self.options
         if (options.device, options.predict) != (old.device, old.predict):
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
+        options = replace(options, level=options.level or old.level)
         turns, chunk = self._turns, options.chunk or DEFAULT_CHUNK[self._turns.model.device.type]
         context, before = self._context_for(options), (turns.context, turns.chunk)
         trades = self._planner.machine.device == "cuda" and context != turns.context  # with near memory, for the card's

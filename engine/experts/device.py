@@ -1,9 +1,7 @@
-"""The runtime of a device: one decode step of the experts without a single decision of the host.
+"""The runtime on a card: one decode step of the experts without a single decision of the host.
 
-Experts stay packed: sketches and records at the sparse levels, whole blobs at `exact`. The levels of a kind share one
-near memory, told apart by values on the device, and every kind lies in the same arena; so a recorded step goes on with
-another level. Far memory must be readable by the kernels (`FarLocked`); for layers where it is not, the host fetches,
-and such a step cannot be recorded.
+Far memory must be readable by the kernels (`FarLocked`); for layers where it is not, the host fetches, and such a step
+cannot be recorded. Prefill streams packed experts tile by tile.
 
 Legend: T tokens of a step, k routed experts, I neurons, H hidden, E experts, L layers.
 """
@@ -15,13 +13,11 @@ from itertools import accumulate
 import torch
 
 from engine.core import SPARSE_LEVELS, UserError
-from engine.experts.cache import BlobCache, NearMemory, SparseCache
 from engine.experts.layer import LayerExperts, LevelPlan, recognised
 from engine.experts.prefill import PRODUCT_ROW, Staging, product
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
 from kernels.activation import Gate
-from kernels.dense import dense
 
 Tensor = torch.Tensor
 MOST_TOKENS = 4  # of one step: what the kernels are written for
@@ -45,53 +41,22 @@ class DeviceRuntime(Runtime):
         for layer in range(far.layers):
             for expert in range(far.experts):
                 far.verify(layer, expert)
-        self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self.staging = Staging(far.layout, far.experts, device, dtype)
         super().__init__(far, layers, top_k, plans, level, near_bytes, predict, device, tokens)
 
     # --- near memory --------------------------------------------------------------------------------------------
     @property
-    def whole_bytes(self) -> int:
-        return self.far.layout.blob_bytes
-
-    @property
     def kind(self) -> str:
-        """What near memory holds; a recorded step belongs to one kind and to one arena."""
-        return "dense" if self.level not in SPARSE_LEVELS else "floe" if self.level == "floe" else "sparse"
-
-    def _new_cache(self) -> NearMemory:
-        far = self.far
-        wish = self.everything_bytes() if self.near_wish is None else self.near_wish
-        if wish == self.arena_bytes and self.kind in self._kinds:
-            return self._kinds[self.kind]
-        sizes = (far.layout, far.layers, far.experts, self.top_k)
-        rest = (wish, self.device, self.tokens, lambda n_bytes: self._arena_of(wish)[:n_bytes])
-        cache = BlobCache(*sizes, *rest) if self.kind == "dense" else SparseCache(*sizes, self._most_records(), *rest)
-        self._kinds[self.kind] = cache
-        return cache
-
-    def _arena_of(self, n_bytes: int) -> Tensor:
-        if n_bytes != self.arena_bytes:
-            self._kinds.clear()  # the old arena goes before the new one comes: there is no room for both
-            self.near = self.sparse = self.whole = self._arena = None
-            self.arena_bytes = -1  # until there is one: the card may be full
-            self._arena, self.arena_bytes = torch.empty(n_bytes, dtype=torch.uint8, device=self.device), n_bytes
-            self.n_arenas += 1
-        return self._arena
+        """The levels of a kind are told apart by values on the device; a recorded step belongs to one kind and to one
+        arena."""
+        return "dense" if not self.is_sparse else "floe" if self.level == "floe" else "sparse"
 
     def _most_records(self) -> list[int]:
         """Those of every level that shares the near memory of this one."""
-        if self.kind == "floe":
+        if self.kind != "sparse":
             return super()._most_records()
         shared = [self.plans[level].budgets for level in SPARSE_LEVELS if level in self.plans and level != "floe"]
         return [max(sum(pair) for pair in pairs) for pairs in zip(*shared, strict=True)]
-
-    # --- a step -------------------------------------------------------------------------------------------------
-    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        place = self._bring_experts(layer.index, ids)
-        self._look_ahead(layer, x)
-        sums = dense(self._padded(x), self.whole.blobs, place, self.far.layout, layer.gate, *layer.neuron_biases(ids))
-        return self._weighted(layer, sums, ids, weights)
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -104,7 +69,7 @@ class DeviceRuntime(Runtime):
         wanted = [expert for expert, n in enumerate(counts) if n]
         ends = torch.tensor([first[expert + 1] for expert in wanted], dtype=torch.int32, pin_memory=x.is_cuda)
         ends, done = ends.to(x.device, non_blocking=True), 0
-        for group, tile in self.staging.stream(wanted, partial(self._copy, layer.index, slots)):
+        for group, tile in self.staging.stream(wanted, partial(self._into_tile, layer.index, slots)):
             start, end = first[group[0]], first[group[-1] + 1]
             rows, of_group = order[start:end], ends[done:done + len(group)] - start
             done += len(group)
@@ -116,13 +81,13 @@ class DeviceRuntime(Runtime):
 
     def _near_slots(self, layer: int) -> list[int]:
         """Where whole experts of a layer, or their sketches, lie near; -1 for those that are far."""
-        pool = self._objects(layer, False)[0]
+        pool, _ = self.near.pools()[0]
         return pool.slot_of.view(self.far.layers, -1)[layer].tolist()
 
-    def _copy(self, layer: int, slots: list[int], group: list[int], tile: Tensor) -> None:
+    def _into_tile(self, layer: int, slots: list[int], group: list[int], tile: Tensor) -> None:
         """Experts into the rows of a tile, what is far in as few copies as it takes."""
         far, at = self.far.blobs(layer)[:, 0], 0
-        near = self._objects(layer, False)[1]
+        near = self.near.rows(layer, False)
         while at < len(group):
             end, kept = at + 1, 0
             if slots[group[at]] >= 0:

@@ -1,16 +1,26 @@
-"""The runtime of the processor: whole experts decoded to float32, one after the other; the reference of the device's.
+"""The runtime on a processor: packed experts computed where the file's map has them, or in an arena of their own.
 
-At the sparse levels a step is the base's own, one token at a time, over the kernels' references. Prefill takes the
-dense path: whole experts at their 4-bit values. Far memory is verified as it is first used.
+With near memory for everything nothing is copied: the map is near memory, which the system is asked to read ahead, and
+an expert becomes near at its first use, when its checksum is looked at. With less there is an arena as on a card; what
+is missing is copied from the map, what the next layer is likely to want beside the computing. Prefill decodes one
+expert after the other into float32 for torch's products.
 """
 from __future__ import annotations
 
+from threading import Thread
+from typing import Any
+
+import numpy as np
 import torch
 
-from engine.core import SPARSE_LEVELS
-from engine.experts.cache import NearMemory, SparseCache, WholeCache, whole_row_bytes
-from engine.experts.layer import LayerExperts, Rows
+from engine.experts.cache import MappedCache, NearMemory
+from engine.experts.layer import LayerExperts, recognised
+from engine.experts.prefill import expert_by_expert
 from engine.experts.runtime import Runtime
+from engine.experts.side_stream import SideThread
+from engine.experts.store import Far
+from kernels.dense import dequantize
+from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
 
@@ -18,94 +28,99 @@ Tensor = torch.Tensor
 class HostRuntime(Runtime):
     """Steps of one token; hidden states may have any dtype, and may lie on a card."""
 
-    fixed_shapes = False  # FloE's rule lists what it keeps, and no more
+    def __init__(self, far: Far, layers: list[LayerExperts], *given: Any, **named: Any) -> None:
+        for layer in layers:
+            layer.gate = recognised(layer.apply_gate, layer.join) or layer.gate
+        self._mapped: MappedCache | None = None
+        super().__init__(far, layers, *given, **named)
+        self._side = SideThread()
 
-    @property
-    def whole_bytes(self) -> int:
-        return whole_row_bytes(self.far.neurons, self.far.hidden)
+    def everything_bytes(self) -> int:
+        return self.far.layers * self.far.experts * self.whole_bytes  # nothing bounces
 
     def _new_cache(self) -> NearMemory:
-        far, wish = self.far, self.everything_bytes() if self.near_wish is None else self.near_wish
-        if self.level in SPARSE_LEVELS:
-            return SparseCache(far.layout, far.layers, far.experts, self.top_k, self._most_records(), wish, self.device)
-        return WholeCache(far.layers, far.experts, self.top_k, far.neurons, far.hidden, wish, self.device)
+        if self.near_wish is not None and self.near_wish < self.everything_bytes():
+            return super()._new_cache()
+        self._drop_arena()
+        if self._mapped is None:
+            self._mapped = MappedCache(self.far)
+            Thread(target=self.far.read_ahead, name="read ahead", daemon=True).start()
+        return self._mapped
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether near memory is the file's map, of which the process holds nothing for itself."""
+        return self.near is self._mapped
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
-        self._verify(layer, ids)
-        return super()._bring_experts(layer, ids, most_ahead)
+        chosen = ids.flatten().tolist()
+        if not self.is_mapped:
+            self._verify(layer, chosen)
+            return super()._bring_experts(layer, ids, most_ahead)
+        n_new, each = self._read(layer, chosen), self._object_bytes
+        # What a sparse level does not want of an expert yet has come with the rest of it.
+        self._count(each * len(chosen), each * n_new, (self.far.expert_bytes - each) * n_new)
+        return ids.int()
 
-    def _fetch_ahead(self, layer: int, ids: Tensor) -> None:
-        self.counts[3] += self._bring(layer, ids[0].int(), ahead=True)
+    def _bring_neurons(self, layer: int, ids: Tensor, neurons: Tensor, fidelity: Tensor) -> Tensor:
+        if not self.is_mapped:
+            return super()._bring_neurons(layer, ids, neurons, fidelity)
+        layout, there = self.far.layout, neurons.numpy() >= 0
+        n_prefixes = np.count_nonzero(there & (fidelity.numpy() == DOWN_ONLY))
+        self._count(np.count_nonzero(there) * layout.record - n_prefixes * (layout.record - layout.prefix))
+        return self.near.record_places(ids, neurons)
 
     def _bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
-        if self.sparse:
-            self._verify(layer, ids // self.far.neurons if records else ids)
-            return super()._bring(layer, ids, records, ahead)
-        missing = [e for e in ids.tolist() if not self.whole.is_near(layer * self.far.experts + e)]
-        rows = [self._read(self.layers[layer], expert, ahead) for expert in missing]
-        return sum(row >= 0 for row in rows) * self.far.expert_bytes
+        self._verify(layer, (ids // self.far.neurons if records else ids).tolist())
+        return super()._bring(layer, ids, records, ahead)
 
-    def _verify(self, layer: int, ids: Tensor) -> None:
-        for expert in ids.unique().tolist():
+    def _read(self, layer: int, ids: list[int]) -> int:
+        """Experts of the map that were not near yet -> how many."""
+        new = self.near.new(layer, ids)
+        if new:
+            self.far.will_need(layer, new)
+            self._verify(layer, new)
+            self.near.there[layer, new] = True
+        return len(new)
+
+    def _verify(self, layer: int, ids: list[int]) -> None:
+        for expert in ids:
             self.far.verify(layer, expert)
 
-    def _read(self, layer: LayerExperts, expert: int, ahead: bool = False) -> int:
-        """An expert that is far into a row of near memory -> the row; -1 when ahead finds no free one."""
-        item = layer.index * self.far.experts + expert
-        row = self.whole.place(item, int(self.clock), ahead)
-        if row >= 0:
-            try:
-                self.far.decode(layer.index, expert, *layer.halves(self.whole.gate_up[row]), self.whole.down[row])
-            except BaseException:
-                self.whole.forget(item)  # its row holds no expert
-                raise
-        return row
-
-    # --- a step -------------------------------------------------------------------------------------------------
-    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """One token through whole experts, one after the other, so that a single bounce row is enough."""
-        chosen, clock, n_far, sums = ids[0].tolist(), int(self.clock), 0, []
-        for expert in chosen:
-            row = self.whole.near(layer.index * self.far.experts + expert, clock)
-            if row < 0:
-                row, n_far = self._read(layer, expert), n_far + 1
-            sums.append(layer.whole(x, self.whole.gate_up[row], self.whole.down[row], expert))
-        counted = torch.tensor((len(chosen), len(chosen) - n_far, n_far, 0, 0))
-        self.counts.add_(counted * self.far.expert_bytes)
-        self._look_ahead(layer, x)
-        return weights @ torch.cat(sums)
+    def _count(self, needed: int, far: int = 0, ahead: int = 0) -> None:
+        counts = self.counts.numpy()  # a tensor's own addition takes ten times longer
+        for which, n_bytes in enumerate((needed, needed - far, far, ahead)):
+            counts[which] += n_bytes
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Every routed expert once, in order, over the tokens that chose it."""
-        x, weights = x.float(), weights.float()
-        order = ids.flatten().argsort(stable=True)
-        counts = torch.bincount(ids.flatten(), minlength=self.far.experts).tolist()
-        tokens, share = order // ids.shape[1], weights.flatten()[order, None]
-        out, at, scratch = torch.zeros_like(x), 0, None if self.whole else self._scratch()
-        for expert, count in enumerate(counts[:self.far.experts]):
-            if count:
-                rows = tokens[at:at + count]
-                gate_up, down = self._for_prefill(layer, expert, scratch)
-                out.index_add_(0, rows, layer.whole(x[rows], gate_up, down, expert) * share[at:at + count])
-                at += count
-        return out
+        scratch = self._scratch()
+        return expert_by_expert(x, ids, weights, lambda expert, rows: self._product(layer, expert, rows, scratch))
 
-    def _for_prefill(self, layer: LayerExperts, expert: int, scratch: Rows | None) -> Rows:
-        """gate_up [2I, H] and down [I, H] of one expert until the next call: from near, or read."""
-        if self.whole:
-            row = self.whole.near(layer.index * self.far.experts + expert, int(self.clock))
-            if row < 0:
-                row = self._read(layer, expert)
-                self.prefill_far_bytes += self.far.expert_bytes
-            return self.whole.gate_up[row], self.whole.down[row]
+    def _scratch(self) -> tuple[Tensor, Tensor]:
+        """Room for one decoded expert: rows of gate, then of up [1, 2I, H], and of down [1, I, H]."""
+        return (torch.empty(1, 2 * self.far.neurons, self.far.hidden),
+                torch.empty(1, self.far.neurons, self.far.hidden))
+
+    def _product(self, layer: LayerExperts, expert: int, x: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
+        """One whole expert at its 4-bit values: x [n, H] -> [n, H]."""
         gate_up, down = scratch
-        self.far.decode(layer.index, expert, *layer.halves(gate_up), down)
-        self.prefill_far_bytes += self.far.expert_bytes
-        return gate_up, down
+        dequantize(self._blob(layer.index, expert)[None], gate_up, down, self.far.layout)
+        g, u = (x @ gate_up[0].T).chunk(2, -1)
+        if layer.biases:
+            g, u = g + layer.biases["gate_bias"][expert], u + layer.biases["up_bias"][expert]
+        return layer.finish(layer.gate(g, u) @ down[0], expert)
 
-    def _scratch(self) -> Rows:
-        """Room for one decoded expert during a prefill call, where near memory holds packed ones."""
-        n, h = self.far.neurons, self.far.hidden
-        return torch.empty(2 * n, h, device=self.device), torch.empty(n, h, device=self.device)
+    def _blob(self, layer: int, expert: int) -> Tensor:
+        """uint8 [blob_bytes]: from near, or read."""
+        if self.is_mapped:
+            self.prefill_far_bytes += self._read(layer, [expert]) * self.far.expert_bytes
+            return self.near.rows(layer, False)[expert]
+        if not self.is_sparse:
+            slot = int(self.near.pool.slot_of[layer * self.far.experts + expert])
+            if slot >= 0:
+                return self.near.blobs[slot]
+        self.far.verify(layer, expert)
+        self.prefill_far_bytes += self.far.expert_bytes
+        return self.far.blobs(layer)[expert, 0]

@@ -1,8 +1,9 @@
-"""Whole experts for many tokens on a device: packed blobs cross the link tile by tile, ahead of the compute.
+"""Whole experts for many tokens: on a processor one after the other, on a card tile by tile.
 
-A tile is a few consecutive experts of one layer, never a layer: two of them take 128 MB where two layers would take
-most of a gigabyte. While one is decoded by one kernel into 16-bit matrices and multiplied by torch's grouped product,
-the next one is copied on a stream of its own. What is near is copied from near memory instead, which stays as it is.
+On a card packed blobs cross the link ahead of the compute. A tile is a few consecutive experts of one layer, never a
+layer: two of them take 128 MB where two layers would take most of a gigabyte. While one is decoded by one kernel into
+16-bit matrices and multiplied by torch's grouped product, the next one is copied on a stream of its own. What is near
+is copied from near memory instead, which stays as it is.
 
 Legend: n experts of a tile, I neurons, H hidden, t tokens of all of them.
 """
@@ -88,3 +89,18 @@ def product(x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, kind: Gate, 
     if biases[0] is not None:
         g, u = g + biases[0], u + biases[1]
     return F.grouped_mm(kind(g, u).to(x.dtype), down, offs=ends)
+
+
+def expert_by_expert(x: Tensor, ids: Tensor, weights: Tensor, whole: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Every routed expert once, in order, over the tokens that chose it: x [T, H], ids and weights [T, k] -> float32
+    [T, H]. whole(expert, x [n, H]) -> [n, H], before the router's weight."""
+    x, weights, picks = x.float(), weights.float(), ids.flatten()
+    order = picks.argsort(stable=True)
+    tokens, share = order // ids.shape[1], weights.flatten()[order, None]
+    out, at = torch.zeros_like(x), 0
+    for expert, count in enumerate(torch.bincount(picks).tolist()):
+        rows = tokens[at:at + count]
+        if count:
+            out.index_add_(0, rows, whole(expert, x[rows]) * share[at:at + count])
+        at += count
+    return out

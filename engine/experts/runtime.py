@@ -1,12 +1,13 @@
-"""The base of both runtimes: near memory's life, the token's clock, the counters, the step of the sparse levels.
+"""The runtime: near memory's life, the token's clock, the counters, and the decode step over packed experts.
 
-Decode (`phase == "decode"`) goes through near memory: whole experts at levels `full` and `exact`; sketch, score,
-select, fetch, apply at the sparse ones. A token ends, and near memory ages, when the first MoE layer is called for the
-next one. Results do not depend on what is near, nor on prediction. What a step changes are tensors changed in place,
-and nothing here reads them back, so that a device's step can be recorded once and replayed.
+Decode (`phase == "decode"`) goes through near memory: whole experts at level `exact`; sketch, score, select, fetch,
+apply at the sparse ones. A token ends, and near memory ages, when the first MoE layer is called for the next one.
+Results do not depend on what is near, nor on prediction. What a step changes are tensors changed in place, and nothing
+here reads them back, so that a device's step can be recorded once and replayed. Near memory of every kind lies in one
+arena.
 
-The two sides add where near memory lies, how whole experts are computed, and prefill: engine/experts/host.py on the
-processor, engine/experts/device.py over the kernels.
+Three sides add how prefill computes and what is special about their far memory: engine/experts/host.py on the
+processor, device.py on a card, full.py for uncompressed checkpoints.
 
 Legend: T tokens of a step, k routed experts, I neurons, K neurons that a layer keeps, H hidden, L layers, E experts.
 """
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.core import SPARSE_LEVELS, Counters, UserError
-from engine.experts.cache import NearMemory, SparseCache, pinnable
+from engine.experts.cache import NearMemory, SparseCache, WholeCache, least_sparse, pinnable
 from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
 from engine.experts.store import Far, FarBlobs
@@ -28,6 +29,7 @@ from engine.machine.pinned_memory import HostMemory
 from engine.policies.prefetch import next_experts
 from kernels.activation import quantize_activation
 from kernels.apply import apply
+from kernels.dense import dense
 from kernels.evict import age
 from kernels.fill import fill, fill_through_host
 from kernels.pool import Pool, new_pool, pin, take
@@ -62,12 +64,7 @@ class Hook:
 
 
 class Runtime(ABC):
-    """What the experts modules of one open model share. Not thread-safe: one thread owns it.
-
-    fixed_shapes: whether a step's shapes depend on no value, as a recording asks.
-    """
-
-    fixed_shapes = True
+    """What the experts modules of one open model share. Not thread-safe: one thread owns it."""
 
     def __init__(self, far: Far, layers: list[LayerExperts], top_k: int, plans: dict[str, LevelPlan], level: str,
                  near_bytes: int | None = None, predict: bool = True, device: str = "cpu", tokens: int = 1) -> None:
@@ -88,26 +85,13 @@ class Runtime(ABC):
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.thresholds = torch.zeros(far.layers, far.experts, device=device)
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)  # refined, and all that are kept
-        self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device) if self.fixed_shapes else None
+        self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
+        self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self._side = SideStream(device)
         self._picked: dict[int, Tensor] = {}  # of this step, by layer
         self._first_of_layer = far.experts * torch.arange(far.layers, device=device)[:, None]
         self.level, self.near_wish = level, near_bytes
         self.set_level(level, near_bytes)
-
-    # --- what a side adds ---------------------------------------------------------------------------------------
-    @property
-    @abstractmethod
-    def whole_bytes(self) -> int:
-        """What a whole expert takes of near memory."""
-
-    @abstractmethod
-    def _new_cache(self) -> NearMemory:
-        """Near memory for `level` and `near_wish`."""
-
-    @abstractmethod
-    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """A step at a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k] -> [T, H]."""
 
     @abstractmethod
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -131,16 +115,14 @@ class Runtime(ABC):
         except UserError:
             self.level, self.near_wish = before
             raise
-        self.sparse = self.near if isinstance(self.near, SparseCache) else None
-        self.whole = None if self.sparse else self.near
-        if self.sparse:
+        if self.is_sparse:
             self._set_budgets()
         self.reset()
 
     def _set_budgets(self) -> None:
         """The level as values, in the same tensors."""
         plan = self.plans[self.level]
-        self.capacity = self._most_records() if self.fixed_shapes else [None] * self.far.layers
+        self.capacity = self._most_records()
         if self.level == "floe":
             self.thresholds.copy_(torch.tensor(plan.thresholds))
         else:
@@ -153,9 +135,8 @@ class Runtime(ABC):
             for table, empty in zip(pool, fresh, strict=True):
                 table.copy_(empty)
         self.clock.zero_()
-        if self.histogram is not None:
-            self.histogram.zero_()  # a step that was broken off may have left its counts
-        if self.sparse and self.sparse.resident:
+        self.histogram.zero_()  # a step that was broken off may have left its counts
+        if isinstance(self.near, SparseCache) and self.near.resident:
             ids = torch.arange(self.far.experts, dtype=torch.int32, device=self.device)
             for layer in range(self.far.layers):
                 self._bring(layer, ids)
@@ -171,7 +152,7 @@ class Runtime(ABC):
         wanted = [[layer * self.far.experts + expert for layer, expert in experts],
                   [(layer * self.far.experts + expert) * per_expert + neuron for layer, expert, neuron in neurons]]
         pools = self.near.pools()
-        assert len(pools) == 2 or not wanted[1], "records are near at the sparse levels only"
+        assert self.is_sparse or not wanted[1], "records are near at the sparse levels only"
         for (pool, reserve), objects in zip(pools, wanted, strict=False):
             if (n := len(set(objects))) > (most := pinnable(pool, reserve)):
                 raise UserError(f"Near memory has room for {most:,} pinned parts of experts, not for {n:,}; pin less, "
@@ -190,16 +171,30 @@ class Runtime(ABC):
         pin(pool, objects, self.clock)
         self.counted = None
 
+    # --- near memory --------------------------------------------------------------------------------------------
+    @property
+    def is_sparse(self) -> bool:
+        return self.level in SPARSE_LEVELS
+
+    @property
+    def kind(self) -> str:
+        """What near memory holds: levels of one kind share its tables."""
+        return self.level
+
+    @property
+    def whole_bytes(self) -> int:
+        """What a whole expert takes of near memory."""
+        return self.far.layout.blob_bytes
+
     def everything_bytes(self) -> int:
         """Near memory at which nothing is ever fetched twice, at this level."""
-        n_experts = self.far.layers * self.far.experts
-        if self.level not in SPARSE_LEVELS:
-            return n_experts * self.whole_bytes
-        return n_experts * self.far.layout.blob_bytes + self._bounce_bytes()
+        return self.far.layers * self.far.experts * self.whole_bytes + (self._bounce_bytes() if self.is_sparse else 0)
 
     def smallest_bytes(self) -> int:
         """The least near memory that this level can run in."""
-        return self.near.smallest_bytes
+        if self.is_sparse:
+            return least_sparse(self.far.layout, self.top_k * self.tokens, max(self._most_records()) * self.tokens)
+        return self.top_k * self.tokens * self.whole_bytes
 
     def sketches_bytes(self) -> int:
         """Near memory for all sketches and the bounce rows, and not a single record slot."""
@@ -209,10 +204,34 @@ class Runtime(ABC):
         return max(self._most_records()) * self.tokens * self.far.layout.record
 
     def _most_records(self) -> list[int]:
-        """Records that a token may need of each layer, at a sparse level."""
+        """Records that a token may need of each layer."""
         if self.level == "floe":
             return [self.top_k * self.far.neurons] * self.far.layers
         return [sum(pair) for pair in self.plans[self.level].budgets]
+
+    def _new_cache(self) -> NearMemory:
+        """Near memory for `level` and `near_wish`."""
+        wish = self.everything_bytes() if self.near_wish is None else self.near_wish
+        if wish == self.arena_bytes and self.kind in self._kinds:
+            return self._kinds[self.kind]
+        sizes = (self.far.layers, self.far.experts, self.top_k)
+        rest = (wish, self.device, self.tokens, lambda n_bytes: self._arena_of(wish)[:n_bytes])
+        cache = (SparseCache(self.far.layout, *sizes, self._most_records(), *rest) if self.is_sparse
+                 else WholeCache(self.whole_bytes, *sizes, *rest))
+        self._kinds[self.kind] = cache
+        return cache
+
+    def _arena_of(self, n_bytes: int) -> Tensor:
+        if n_bytes != self.arena_bytes:
+            self._drop_arena()  # the old one goes before the new one comes: there is no room for both
+            self._arena, self.arena_bytes = torch.empty(n_bytes, dtype=torch.uint8, device=self.device), n_bytes
+            self.n_arenas += 1
+        return self._arena
+
+    def _drop_arena(self) -> None:
+        self._kinds.clear()
+        self.near = self._arena = None
+        self.arena_bytes = -1  # until there is one: the card may be full
 
     @contextmanager
     def hooked(self, hook: Hook) -> Iterator[None]:
@@ -254,11 +273,13 @@ class Runtime(ABC):
 
     def _count_wasted(self, aged: Tensor, records: bool) -> None:
         """aged: what `age` returned; its second number are objects that were fetched ahead in vain."""
-        if self.whole:
-            each = self.far.expert_bytes
-        else:
-            each = self.far.layout.record if records else self.far.layout.sketch_bytes
+        each = self.far.layout.record if records else self._object_bytes
         self.counts[4:].add_(aged[1:] * each * self.done.logical_not())
+
+    @property
+    def _object_bytes(self) -> int:
+        """Of what a step wants of a routed expert before anything else."""
+        return self.far.layout.sketch_bytes if self.is_sparse else self.far.expert_bytes
 
     # --- the experts function -----------------------------------------------------------------------------------
     def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -280,10 +301,11 @@ class Runtime(ABC):
         if layer.index == 0:
             self._begin_step()
         self._remember(layer.index, ids)
-        step, n = self._whole if self.whole else self._sparse, self.tokens
-        parts = zip(x.float().split(n), ids.contiguous().split(n), weights.float().contiguous().split(n), strict=True)
-        done = [step(layer, *part) for part in parts]
-        return done[0] if len(done) == 1 else torch.cat(done)
+        step, n = self._sparse if self.is_sparse else self._whole, self.tokens
+        given = x.float(), ids.contiguous(), weights.float().contiguous()
+        if len(x) <= n:
+            return step(layer, *given)
+        return torch.cat([step(layer, *part) for part in zip(*(tensor.split(n) for tensor in given), strict=True)])
 
     def _begin_step(self) -> None:
         """The token before has ended: make room for this one."""
@@ -301,33 +323,40 @@ class Runtime(ABC):
             picked = torch.cat((picked.flatten(), self._first_of_layer[-1] + self.far.experts))  # and one token more
             self.recent.mul_(ACTIVITY_DECAY).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
 
-    # --- a step at the sparse levels ----------------------------------------------------------------------------
+    # --- a step -------------------------------------------------------------------------------------------------
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k] -> [T, H]."""
+        place = self._bring_experts(layer.index, ids)
+        self._look_ahead(layer, x)
+        blobs, biases = self.near.rows(layer.index, False), layer.neuron_biases(ids)
+        sums = dense(self._padded(x), blobs, place, self.far.layout, layer.gate, *biases)
+        return self._weighted(layer, sums, ids, weights)
+
     def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sketches, scores, the layer's budget, the records behind it, the product. Shapes as of `_whole`."""
-        near, layout, biases, padded = self.sparse, self.far.layout, layer.neuron_biases(ids), self._padded(x)
+        biases, padded = layer.neuron_biases(ids), self._padded(x)
         place = self._bring_experts(layer.index, ids)
         neurons, fidelity = self._choose(layer, padded, place, ids, weights, biases)
         if self.hook is not None:
             neurons, fidelity = self.hook.selected(layer, ids, weights, neurons, fidelity)
-        first = layer.index * self.far.experts * layout.neurons
-        found = resolve_neurons(near.record_pool, neurons, fidelity, ids, first, layout, self.clock, self.counts,
-                                self.done)
-        where = self._fill(layer.index, True, found)
+        where = self._bring_neurons(layer.index, ids, neurons, fidelity)
         self._look_ahead(layer, x)
-        sums = apply(padded, near.sketches, place, near.records, where, neurons, fidelity, layout, layer.gate, *biases)
+        sketches, records = (self.near.rows(layer.index, records) for records in (False, True))
+        sums = apply(padded, sketches, place, records, where, neurons, fidelity, self.far.layout, layer.gate, *biases)
         return self._weighted(layer, sums, ids, weights)
 
     def _choose(self, layer: LayerExperts, x: Tensor, place: Tensor, ids: Tensor, weights: Tensor, biases: tuple,
                 ) -> tuple[Tensor, Tensor]:
         """-> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
         layout, capacity = self.far.layout, self.capacity[layer.index]
+        sketches = self.near.rows(layer.index, False)
         codes, scales = quantize_activation(x, layout.group)
         if self.level == "floe":
-            scores = score_up(codes, scales, self.sparse.sketches, place, layout, biases[1])
+            scores = score_up(codes, scales, sketches, place, layout, biases[1])
             limits = self.thresholds[layer.index][ids.long()]
             return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
-        histogram = None if self.histogram is None else self.histogram[:len(x)]
-        scores = score(codes, scales, self.sparse.sketches, place, weights, layout, layer.gate, *biases, histogram)
+        histogram = self.histogram[:len(x)]
+        scores = score(codes, scales, sketches, place, weights, layout, layer.gate, *biases, histogram)
         refined, total = self.budgets[layer.index].split(1)
         return select(scores, refined, total, capacity, histogram)
 
@@ -341,20 +370,26 @@ class Runtime(ABC):
         return (y * weights[..., None]).sum(1)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
-    def _objects(self, layer: int, records: bool) -> tuple[Pool, Tensor, Tensor]:
-        """The pool of a layer's packed experts (or their sketches, or their records), near memory, far memory."""
-        if self.whole:
-            return self.whole.pool, self.whole.blobs, self.far.blobs(layer)
-        if records:
-            return self.sparse.record_pool, self.sparse.records, self.far.records(layer)
-        return self.sparse.sketch_pool, self.sparse.sketches, self.far.sketches(layer)
+    def _far(self, layer: int, records: bool) -> Tensor:
+        """Where a layer's packed experts (or their sketches, or their records) are fetched from."""
+        if not self.is_sparse:
+            return self.far.blobs(layer)
+        return self.far.records(layer) if records else self.far.sketches(layer)
 
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
         """Experts or their sketches near -> place int32 [T, k]; with most_ahead ahead of demand, so many bytes."""
-        pool, near, _ = self._objects(layer, False)
-        found = resolve_experts(pool, ids, layer * self.far.experts, near.shape[1], self.clock, self.counts, self.done,
-                                most_ahead)
+        pool, _ = self.near.pools()[0]
+        found = resolve_experts(pool, ids, layer * self.far.experts, self._object_bytes, self.clock, self.counts,
+                                self.done, most_ahead)
         return self._fill(layer, False, found, most_ahead is not None)
+
+    def _bring_neurons(self, layer: int, ids: Tensor, neurons: Tensor, fidelity: Tensor) -> Tensor:
+        """Records near -> place int32 [T, K]."""
+        pool, _ = self.near.pools()[1]
+        first = layer * self.far.experts * self.far.neurons
+        found = resolve_neurons(pool, neurons, fidelity, ids, first, self.far.layout, self.clock, self.counts,
+                                self.done)
+        return self._fill(layer, True, found)
 
     def _fill(self, layer: int, records: bool, found: Resolved, ahead: bool = False) -> Tensor:
         """Bring what is missing -> place int32 [T, n].
@@ -362,23 +397,28 @@ class Runtime(ABC):
         What is fetched ahead crosses the link beside the main stream, which must `join` before it is read.
         """
         source, place, have, need, misses = found
-        _, near, far = self._objects(layer, records)
-        if layer >= self.far.readable_layers:
-            fill_through_host(far, source, near, place, have, need)
-        elif ahead:
-            self._side.run(lambda: fill(far, source, near, place, have, need, misses), *found)
+        if ahead and layer < self.far.readable_layers:
+            self._side.run(lambda: self._copy(layer, records, source, place, have, need, misses), *found)
         else:
-            fill(far, source, near, place, have, need, misses)
+            self._copy(layer, records, source, place, have, need, misses)
         return place
+
+    def _copy(self, layer: int, records: bool, *found: Tensor) -> None:
+        """found: source, place, have and need of `fill`, and its misses where they are known."""
+        source, *rest = found
+        far, near = self._far(layer, records), self.near.rows(layer, records)
+        if layer < self.far.readable_layers:
+            fill(far, source, near, *rest)
+        else:
+            fill_through_host(far, source, near, *rest[:3])
 
     def _bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
         """Between steps: objects `ids` int32 [n] of a layer near, whole -> bytes fetched. ahead: into free slots only,
         as far as they reach."""
-        pool, near, far = self._objects(layer, records)
-        need = torch.full_like(ids, near.shape[1])
+        pool, _ = self.near.pools()[records]
+        need = torch.full_like(ids, self.far.layout.record if records else self._object_bytes)
         place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock, ahead)
-        copy = fill if layer < self.far.readable_layers else fill_through_host
-        copy(far, ids, near, place, have, need)
+        self._copy(layer, records, ids, place, have, need)
         return (need - have)[place >= 0].sum()
 
     @property
@@ -394,11 +434,8 @@ class Runtime(ABC):
         following = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
         if not self.looks_ahead or following is None or following.router_weight is None or self.near.is_complete():
             return
-        self._fetch_ahead(following.index, next_experts(x, following.router_weight, self.top_k))
-
-    def _fetch_ahead(self, layer: int, ids: Tensor) -> None:
-        """Guessed experts, ids [1, k], up to `ahead_bytes`."""
-        self._bring_experts(layer, ids, self.ahead_bytes)
+        guessed = next_experts(x, following.router_weight, self.top_k)
+        self._bring_experts(following.index, guessed, self.ahead_bytes)
 
 
 def offered(far: Far, plans: dict[str, LevelPlan]) -> tuple[str, ...]:

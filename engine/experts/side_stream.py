@@ -6,6 +6,7 @@ lowest priority, so that blocks of the main stream go first. At most one branch 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -33,3 +34,27 @@ class SideStream:
         if self._held:
             torch.cuda.current_stream().wait_stream(self._stream)
         self._held = ()
+
+
+class SideThread:
+    """The same beside a processor's main thread, for work that waits for a disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "fetch ahead")
+        self._running: Future | None = None
+
+    def run(self, work: Callable[[], None], *tensors: Tensor) -> None:
+        self.join()
+        self._running = self._thread.submit(self._in_mode, torch.is_inference_mode_enabled(), work)
+
+    @staticmethod
+    def _in_mode(inference: bool, work: Callable[[], None]) -> None:
+        """A new thread starts outside of inference mode, where tensors made inside may not be changed."""
+        with torch.inference_mode(inference):
+            work()
+
+    def join(self) -> None:
+        """Raises what the work raised."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()

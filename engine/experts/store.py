@@ -37,6 +37,8 @@ class Far(Protocol):
     hidden: int
     expert_bytes: int  # bytes read for one whole expert
 
+    readable_layers: int  # how many, from the first, the side that computes can read by itself
+
     def decode(self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Write the expert's weights into float32 [I, H] each (any strides)."""
 
@@ -68,11 +70,20 @@ class FarBlobs(Far):
 
     @property
     def readable_layers(self) -> int:
-        """How many layers, from the first, a device that computes them can read by itself."""
         return self.layers
 
     def verify(self, layer: int, expert: int) -> None:
         self._files[layer].verify(expert)
+
+    def will_need(self, layer: int, experts: list[int]) -> None:
+        """Have the system read whole experts from the disk, without waiting for it."""
+        for expert in experts:
+            self._files[layer].will_need(expert)
+
+    def read_ahead(self) -> None:
+        """Have the system read everything from the disk into its memory; returns when it has been asked to."""
+        for file in self._files:
+            file.read_ahead()
 
     def blobs(self, layer: int) -> Tensor:
         """uint8 [E, 1, blob_bytes]"""
@@ -110,6 +121,12 @@ class FarMemory(FarBlobs):
 
     def verify(self, layer: int, expert: int) -> None:
         """Nothing: what comes here is checked on its way or made up, and nobody else can change memory."""
+
+    def will_need(self, layer: int, experts: list[int]) -> None:
+        """Nothing: they are there."""
+
+    def read_ahead(self) -> None:
+        """Nothing either."""
 
 
 class FarLocked(FarMemory):
@@ -180,6 +197,8 @@ class FarCheckpoint(Far):
         self._checkpoint = checkpoint
         self._first_read: dict[tuple[int, int], int] = {}
         self.biases = cache(self._biases)
+
+    readable_layers = 0
 
     def decode(self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         weights = self._checkpoint.read_expert(layer, expert)

@@ -11,6 +11,7 @@ import mmap
 import os
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -129,3 +130,16 @@ class ExpertsFile(MappedFile):
             raise UserError(f"{self.path} is damaged (expert {expert} does not match its checksum); "
                             "download or compress the model again.")
         self._verified[expert] = True
+
+    def will_need(self, expert: int) -> None:
+        """Have the system read the blob from the disk, without waiting for it; nothing where it cannot be told."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            low = self.blobs_at + expert * self.blobs.shape[1]
+            first = low - low % mmap.PAGESIZE
+            self.map.madvise(mmap.MADV_WILLNEED, first, low + self.blobs.shape[1] - first)
+
+    def read_ahead(self) -> None:
+        """Have the system read the whole file. Unlike `will_need` it stops no other thread of this process."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError), self.path.open("rb") as file:  # a folder may be gone by now
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -1,9 +1,9 @@
 """How fast this machine really is: half a second of measuring, kept per machine in the data folder's cache.
 
 Only the machine is measured, never a model: a copy (to the card, or within memory), a matrix times a vector, one
-small tensor operation, packed weights decoded, a matrix product. The best of several repeats counts, and it is kept
-only if both halves of the half second agree: a busy moment must not become the machine's speed for good. torch is
-loaded only when something has to be measured.
+small tensor operation, packed experts times a token, packed weights decoded, a matrix product. The best of several
+repeats counts, and it is kept only if both halves of the half second agree: a busy moment must not become the machine's
+speed for good. torch is loaded only when something has to be measured.
 """
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pathlib import Path
 from engine.core import Machine
 from engine.disk import read_json
 
-RATES = ("copy_bytes_per_second", "gemv_bytes_per_second", "operation_seconds", "decode_weights_per_second",
-         "flops_per_second")
-VERSION = 4        # of what is measured and how; a change makes old caches worthless
+RATES = ("copy_bytes_per_second", "gemv_bytes_per_second", "operation_seconds", "packed_bytes_per_second",
+         "decode_weights_per_second", "flops_per_second")
+VERSION = 5        # of what is measured and how; a change makes old caches worthless
 AGREE = 1.3        # the slower half over the faster; on a quiet machine they are a few per cent apart
 MEASURE_SECONDS = 0.5
 MIB = 2**20
@@ -67,7 +67,7 @@ def measure(device: str, seconds: float = MEASURE_SECONDS) -> dict[str, float]:
     import torch
     if device == "cuda":
         return {"copy_bytes_per_second": _link(torch, seconds)}
-    parts = (_copy, _gemv, _operation, _decode, _matrix_product)
+    parts = (_copy, _gemv, _operation, _packed, _decode, _matrix_product)
     with torch.inference_mode():
         return {name: part(torch, seconds / len(parts)) for name, part in zip(RATES, parts, strict=True)}
 
@@ -126,17 +126,29 @@ def _operation(torch, seconds: float) -> float:
     return _best(run, seconds) / 180
 
 
-def _decode(torch, seconds: float) -> float:
-    """Weights per second of a packed expert (256 neurons over 512) turned into float32."""
+def _experts(torch, n: int):
+    """(blobs uint8 [n, blob_bytes], their layout): packed experts of 256 neurons over 512."""
     from kernels.layout import Layout
-    from kernels.planes import decode_down, decode_gate, decode_up
     layout = Layout(512, 256, 128)
-    sketch = torch.zeros(256, layout.sketch_row, dtype=torch.uint8)
-    records = torch.zeros(256, layout.record, dtype=torch.uint8)
+    return torch.zeros(n, layout.blob_bytes, dtype=torch.uint8), layout
 
-    def run() -> None:
-        decode_gate(sketch, records, layout), decode_up(sketch, records, layout), decode_down(records, layout)
-    return 3 * 256 * 512 / _best(run, seconds)
+
+def _packed(torch, seconds: float) -> float:
+    """Experts of 230 kB, eight at a time as a layer of many routes, anywhere in 116 MiB."""
+    from kernels.activation import Gate
+    from kernels.dense import dense
+    blobs, layout = _experts(torch, 512)
+    order = torch.randperm(len(blobs), generator=torch.Generator().manual_seed(0)).int().view(-1, 1, 8)
+    x, places, gate = torch.ones(1, layout.padded), iter(order.repeat(64, 1, 1)), Gate()
+    return 8 * layout.blob_bytes / _best(lambda: dense(x, blobs, next(places), layout, gate), seconds)
+
+
+def _decode(torch, seconds: float) -> float:
+    """Weights per second of packed experts turned into float32, as prefill does."""
+    from kernels.dense import dequantize
+    blobs, layout = _experts(torch, 1)
+    gate_up, down = torch.empty(1, 512, 512), torch.empty(1, 256, 512)
+    return 3 * 256 * 512 / _best(lambda: dequantize(blobs, gate_up, down, layout), seconds)
 
 
 def _matrix_product(torch, seconds: float) -> float:

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core import ModelSpec, Options, UserError
 from engine.disk import ordinary_files
-from engine.experts.host import HostRuntime
 from engine.experts.runtime import Runtime, offered
 from engine.experts.store import Far, FarCheckpoint
 from engine.files.checkpoint import Checkpoint
@@ -31,7 +30,7 @@ from engine.machine import detect, errors
 from engine.machine.pinned_memory import CudaDriver
 from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
 from engine.model.packed import Packed
-from engine.model.placement import onto_gpu, trunk_dtype
+from engine.model.placement import onto_gpu, side_of, trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind, blobs_of, level_plans, unbound
 from engine.model.tokenizer_trial import what_is_wrong
 from engine.planning import explain
@@ -94,11 +93,11 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
         why_slow = dispatch.compile_all()
     report("Preparing near memory", 0.8)
     planner, levels = replace(planner, machine=machine), offered(far, level_plans(planner.calibration))
-    level = options.level if options.level in levels else levels[0]
-    if level not in (options.level, "full"):
+    level = _level(options, levels, planner)
+    if options.level not in (None, level) and level != "full":
         report(f"Not calibrated for {options.level}: running at {level}", 0.9)
     if device == "cpu":
-        runtime = bind(model, HostRuntime, far, planner, level, planner.near_bytes(level, options), options.predict)
+        runtime = bind(model, side_of(far), far, planner, level, planner.near_bytes(level, options), options.predict)
         runtime.reason = " ".join((why_not_the_card, why_slow)).strip()
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
@@ -106,6 +105,14 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     taken = _taken_bytes(model, runtime, before)
     check = explain.compare(planner.plan(level, options), taken) if device == "cpu" else ""
     return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, planner, check)
+
+
+def _level(options: Options, levels: tuple[str, ...], planner: Planner) -> str:
+    """The wished one where the folder offers it, else the plan's."""
+    if options.level in levels or len(levels) == 1:
+        return options.level if options.level in levels else levels[0]
+    planned = planner.plan(None, options).level
+    return planned if planned in levels else levels[0]
 
 
 def _taken_bytes(model: nn.Module, runtime: Runtime, before: int) -> int:

@@ -8,9 +8,10 @@ from torch import nn
 
 from engine.core import MachineError, Options
 from engine.experts.device import DeviceRuntime, NoDevicePath
+from engine.experts.full import FullRuntime
 from engine.experts.host import HostRuntime
 from engine.experts.runtime import Runtime
-from engine.experts.store import Far, FarLocked
+from engine.experts.store import Far, FarBlobs, FarLocked
 from engine.files.manifest import is_compressed
 from engine.machine import errors
 from engine.machine.pinned_memory import Driver
@@ -25,6 +26,11 @@ def trunk_dtype(device: str) -> torch.dtype:
     if device == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def side_of(far: Far) -> type[Runtime]:
+    """What computes these experts on the processor."""
+    return HostRuntime if isinstance(far, FarBlobs) else FullRuntime
 
 
 def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Planner, options: Options, report: Report,
@@ -64,7 +70,7 @@ def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner
             raise
         runtime.reason = locked.reason
     except NoDevicePath as error:
-        runtime = bind(model, HostRuntime, far, planner, level, near_bytes, options.predict)
+        runtime = bind(model, side_of(far), far, planner, level, near_bytes, options.predict)
         runtime.reason = str(error)
     if runtime.reason:
         report(runtime.reason, 0.9)

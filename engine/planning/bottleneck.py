@@ -57,8 +57,7 @@ def _parts(spec: ModelSpec, calibration: Mapping, machine: Machine, snapshot: Ma
     sparse = miss_curves.calibrated(calibration, spec, layout)
     each = 2 * spec.expert_params if level == "full" else layout.blob_bytes
     far = answer["far_bytes"] / answer["tokens"]
-    near = cost_model.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"],
-                           expert_misses=far / each)
+    near = cost_model.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"])
     context = snapshot["context_used"]
     _, trunk = near_trunk_bytes(spec, snapshot["trunk_bits"], machine.device)
     if machine.device == "cpu":

@@ -27,19 +27,16 @@ MATRIX_SHARE = 0.5             # of a card's printed matrix operations in prefil
 SCRATCH_BYTES = 4              # prefill writes every decoded weight once and reads it once, 16 bits each
 
 CPU_DEFAULTS = {"gemv_bytes_per_second": 10e9, "copy_bytes_per_second": 5e9, "operation_seconds": 6e-6,
-                "decode_weights_per_second": 0.2e9, "flops_per_second": 0.1e12}
+                "packed_bytes_per_second": 6e9, "decode_weights_per_second": 1e9, "flops_per_second": 0.1e12}
 DISK_BYTES_PER_SECOND = 0.5e9  # a SATA SSD: experts that do not fit in memory are read from the file at every miss
 # Small operations on a CPU, counted in the unit that engine.machine.benchmark measures: one decoder layer without its
-# experts, whole experts (a layer, and each pick more), the sparse path of one layer, one fetched expert. They belong to
-# the code, not to a model or a machine: fitted once, from the parts of a decode step timed one by one.
+# experts, one layer's step over whole experts, the sparse one, and what either costs more where not everything is near.
+# They belong to the code, not to a model or a machine: fitted once, from the parts of a decode step timed one by one.
 CPU_LAYER_OPERATIONS = 270
-CPU_WHOLE_OPERATIONS, CPU_PICK_OPERATIONS = 6, 55  # a pick also waits for matrices that are in no cache
-CPU_SPARSE_OPERATIONS = 1000
-CPU_FETCH_OPERATIONS = 200
-CPU_FAR_OPERATIONS = 170       # a layer of the sparse path where not everything is near: places given, records moved
+CPU_WHOLE_OPERATIONS, CPU_SPARSE_OPERATIONS = 60, 115
+CPU_WHOLE_FAR_OPERATIONS, CPU_SPARSE_FAR_OPERATIONS = 450, 500
+FULL_FETCH_SHARE = 0.3         # of a plain copy's bandwidth: a checkpoint's weights are cast to float32
 ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
-FETCH_SHARE = 0.65             # of the bare decoding speed: the weights are also copied into their slot
-CHOSEN_ROWS = 5                # rows decoded for a chosen neuron: gate and up twice, down
 
 @dataclass(frozen=True)
 class Residency:
@@ -50,7 +47,6 @@ class Residency:
     expert_slots: int = 0
     far_bytes: float = 0.0
     needed_bytes: float = 0.0
-    expert_misses: float = 0.0      # whole experts fetched per token
 
     @property
     def hit_rate(self) -> float:
@@ -62,8 +58,7 @@ def whole_experts(spec: ModelSpec, sparsity: Sparsity, far_bytes_each: int, slot
     slots = max(0, min(slots, spec.n_experts_total))
     picks = spec.layers * spec.top_k
     misses = 0.0 if slots == spec.n_experts_total else picks * sparsity.miss_rate("blob", "exact", slots)
-    return Residency(expert_slots=slots, far_bytes=misses * far_bytes_each, needed_bytes=picks * far_bytes_each,
-                     expert_misses=misses)
+    return Residency(expert_slots=slots, far_bytes=misses * far_bytes_each, needed_bytes=picks * far_bytes_each)
 
 
 def sketches_and_records(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int) -> Residency:
@@ -161,31 +156,36 @@ def _rate(machine: Machine, name: str) -> float:
 
 def token_on_cpu(spec: ModelSpec, machine: Machine, layout: Layout | None, sparsity: Sparsity, level: str,
                  near: Residency, trunk_bytes: float, context: int, cached: float) -> Times:
-    """cached: share of the experts file that stays in memory. Whole-expert slots hold decoded float32 weights;
-    sparse levels decode what they use of the packed planes at every token."""
+    """cached: share of the experts file that stays in memory beside near memory. Experts are computed from their packed
+    bytes, at `full` from float32."""
     gemv, copy = _rate(machine, "gemv_bytes_per_second"), _rate(machine, "copy_bytes_per_second")
-    decode = _rate(machine, "decode_weights_per_second")
-    operation = _rate(machine, "operation_seconds")
-    operations = spec.decoder_layers * CPU_LAYER_OPERATIONS
-    if level in ("exact", "full"):
-        operations += spec.layers * (CPU_WHOLE_OPERATIONS + spec.top_k * CPU_PICK_OPERATIONS)
+    packed, operation = _rate(machine, "packed_bytes_per_second"), _rate(machine, "operation_seconds")
+    operations, gathered = CPU_WHOLE_OPERATIONS, near.far_bytes / copy
+    if level == "full":
         experts = spec.layers * spec.top_k * spec.expert_params * 4 / gemv
-        misses = near.expert_misses * (spec.expert_params / (FETCH_SHARE * decode) + CPU_FETCH_OPERATIONS * operation)
+        gathered /= FULL_FETCH_SHARE
+    elif level == "exact":
+        experts = near.needed_bytes / packed
     else:
-        budget = sparsity.budgets[level]
-        operations += spec.layers * CPU_SPARSE_OPERATIONS
-        scored = spec.layers * spec.top_k * 2 * spec.hidden * spec.neurons
-        chosen = CHOSEN_ROWS * (budget.refined + budget.down_only) * spec.hidden
-        experts = (scored + chosen) / decode
-        misses = near.far_bytes / (ROWS_SHARE * copy)
-        misses += spec.layers * CPU_FAR_OPERATIONS * operation if near.far_bytes else 0.0
-    far = near.far_bytes * (cached / copy + (1 - cached) / min(copy, DISK_BYTES_PER_SECOND))
+        operations = CPU_SPARSE_OPERATIONS
+        experts = (near.needed_bytes + sparsity.budgets[level].refined * layout.sketch_row) / packed
+        gathered /= ROWS_SHARE
+    if near.far_bytes:
+        operations += CPU_WHOLE_FAR_OPERATIONS if level in ("exact", "full") else CPU_SPARSE_FAR_OPERATIONS
+    misses = gathered + near.far_bytes * (1 - cached) / DISK_BYTES_PER_SECOND
     attention = spec.kv_bytes_per_token * context / gemv
+    small = (spec.decoder_layers * CPU_LAYER_OPERATIONS + spec.layers * operations) * operation
     return (("trunk", trunk_bytes / gemv), ("experts", experts), ("attention", attention),
-            ("small operations", operations * operation), ("misses", misses + far))
+            ("small operations", small), ("misses", misses))
 
 
-def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, near: Residency) -> Times:
-    touched = spec.layers * min(spec.experts, spec.top_k * tokens) * (1 - near.expert_slots / spec.n_experts_total)
+def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, level: str, expert_bytes: int, near: Residency,
+                 cached: float) -> Times:
+    """expert_bytes: of one whole expert as it lies far. Every expert that the chunk wants is decoded anew; at `full`
+    those that are near are not."""
+    touched = spec.layers * min(spec.experts, spec.top_k * tokens)
+    missing = touched * (1 - near.expert_slots / spec.n_experts_total)
+    weights = (missing if level == "full" else touched) * spec.expert_params
     return (("matrix products", 2 * spec.active_params * tokens / _rate(machine, "flops_per_second")),
-            ("decoding", touched * spec.expert_params / _rate(machine, "decode_weights_per_second")))
+            ("decoding", weights / _rate(machine, "decode_weights_per_second")),
+            ("disk", missing * (1 - cached) * expert_bytes / DISK_BYTES_PER_SECOND))

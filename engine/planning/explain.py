@@ -72,8 +72,7 @@ def _near(plan: Plan) -> str:
     else:
         kept = f"{near.sketch_slots:,} of {n_experts:,} experts' sketches ({size(near.sketch_bytes)}) and " \
                f"{near.record_slots:,} neurons' records ({size(near.record_bytes)})"
-    where, source = ("On the card", "main memory") if plan.device == "cuda" else (
-        "Unpacked in memory", "the model's file, as far as there is room in memory from the system's cache")
+    where, source = ("On the card", "main memory") if plan.device == "cuda" else ("In memory", "the model's file")
     return (f"{where}: {kept}. {100 * plan.hit_rate:.0f} % of what a token needs is expected there, "
             f"{size(plan.far_bytes_per_token)} a token come from {source}.")
 

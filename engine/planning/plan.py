@@ -33,8 +33,8 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Near:
-    """The near arena. Whole-expert slots (`exact`, `full`) are counted in expert_*; where they hold packed blobs,
-    sketch_* and record_* are their parts. On a CPU they hold decoded float32 weights and have no such parts."""
+    """Near memory. Whole-expert slots (`exact`, `full`) are counted in expert_*; on a card sketch_* and record_* are
+    their parts. At `full` they hold float32 weights."""
 
     sketch_slots: int = 0
     record_slots: int = 0

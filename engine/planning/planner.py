@@ -88,8 +88,9 @@ class Planner:
     group_size: int | None = None
     calibration: Mapping = field(default_factory=dict)
 
-    def plan(self, level: str, options: Options | None = None) -> Plan:
-        """UserError for a context that the model cannot read."""
+    def plan(self, level: str | None, options: Options | None = None) -> Plan:
+        """level None: the plan's choice among those of the folder. UserError for a context that the model cannot
+        read."""
         options = options or Options()
         wishes = PlanRequest(level, options.context, near_bytes=options.near_bytes, chunk=options.chunk,
                         trunk_bits=self.trunk_bits, group_size=self.group_size, on_disk=True)
@@ -166,43 +167,52 @@ def _near(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: 
 
 def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
             common: dict) -> Plan:
-    """First the smallest arena, then the experts file's place in the system's page cache, then a larger arena."""
+    """Where everything fits, near memory is the experts file itself, where the system keeps it in memory; else it is an
+    arena as large as there is room for, and what is missing comes from the disk."""
     level, context, chunk = common["level"], common["context"], common["chunk"]
     kv = model.kv_bytes_per_token * context * WEIGHT_BYTES["cpu"] // 2
     far_each = expert_bytes(model, layout, level)
-    near_each = 4 * model.expert_params if level in ("exact", "full") else far_each
+    near_each = 4 * model.expert_params if level == "full" else far_each
     far = model.n_experts_total * far_each
     embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cpu")
     memory = (("trunk", embedding + trunk), ("context memory (KV)", kv),
               ("recurrent and window state", 2 * model.state_bytes),
               ("side jobs' context memory", 2 * side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
-              ("prefill workspace", 4 * chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)))
+              ("prefill workspace", 4 * (chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)
+                                         + model.expert_params)))
     fixed = sum(size for _, size in memory)
     free = machine.ram_free_bytes - fixed
-    least = near_each if near_each != far_each else bounce_bytes(model, layout, known, level)
-    room = max(least, free - far if wishes.near_bytes is None else wishes.near_bytes)
-    near, stay = _near_on_cpu(model, layout, known, level, room, far_each, near_each)
+    least = model.top_k * near_each if level == "full" else bounce_bytes(model, layout, known, level)
+    near, stay = _near_on_cpu(model, layout, known, level, max(least, _wished(wishes, free)), near_each)
     ram = fixed + near.total_bytes
     cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
     token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, trunk, context, cached)
-    prefill = cost_model.chunk_on_cpu(model, machine, chunk, stay)
+    prefill = cost_model.chunk_on_cpu(model, machine, chunk, level, far_each, stay, cached)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
     return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,
                      pinned_bytes=0, kv_bytes=kv, near_free_bytes=machine.ram_free_bytes,
                      ram_free_bytes=machine.ram_free_bytes)
 
 
-def _near_on_cpu(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int, far_each: int,
+def _wished(wishes: PlanRequest, free: int) -> int:
+    return free if wishes.near_bytes is None else wishes.near_bytes
+
+
+def _near_on_cpu(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int,
                  near_each: int) -> tuple[Near, cost_model.Residency]:
-    """What engine/experts/cache.py makes of `room` bytes: it counts the rows that serve misses too."""
+    """What engine/experts makes of `room` bytes: its caches count the rows that serve misses too."""
+    n, far_each = model.n_experts_total, expert_bytes(model, layout, level)
     if level in ("exact", "full"):
-        rows = min(model.n_experts_total, room // near_each)
-        slots = rows if rows == model.n_experts_total else rows - 1
-        stay = cost_model.whole_experts(model, known, far_each, slots)
-        return Near(expert_slots=slots, expert_bytes=rows * near_each), stay
+        rows = min(n, room // near_each)
+        slots = rows if rows == n else rows - model.top_k
+        return (Near(expert_slots=slots, expert_bytes=rows * near_each),
+                cost_model.whole_experts(model, known, far_each, slots))
+    if room >= n * near_each:  # the whole file, in which each level finds its parts
+        stay = cost_model.sketches_and_records(model, layout, known, level, room)
+        return Near(n, n * model.neurons, n * layout.sketch_bytes, n * layout.records_bytes), stay
     stay, used = cost_model.cpu_split(model, layout, known, level, room)
     sketch_bytes = stay.sketch_slots * layout.sketch_bytes
-    if stay.sketch_slots < model.n_experts_total:
+    if stay.sketch_slots < n:
         sketch_bytes += model.top_k * layout.sketch_bytes
     return Near(stay.sketch_slots, stay.record_slots, sketch_bytes, used - sketch_bytes), stay
 

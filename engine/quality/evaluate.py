@@ -14,7 +14,6 @@ import torch
 from engine.core import SPARSE_LEVELS, Counters, UserError
 from engine.decode.decoder import given, steps
 from engine.decode.prefix_cache import DynamicPrefix
-from engine.experts.cache import whole_row_bytes
 from engine.model.load import Loaded
 from engine.quality.loss_probe import Sums, check_vocabulary, log_probabilities
 
@@ -107,7 +106,7 @@ def _result(level: str, sums: Sums, used: Counters) -> LevelResult:
 def _reference(loaded: Loaded, ids: list[int]) -> Tensor:
     """float32 [T-1, V]: log-probabilities of the best level, after each token but the last, in one forward."""
     runtime = loaded.runtime
-    runtime.set_level(runtime.levels[0], whole_row_bytes(runtime.far.neurons, runtime.far.hidden))
+    runtime.set_level(runtime.levels[0], runtime.top_k * runtime.tokens * runtime.whole_bytes)
     runtime.phase = "prefill"
     return log_probabilities(loaded.model, torch.tensor([ids], device=loaded.model.device))
 

@@ -11,7 +11,7 @@ from engine.paths import choose_models_dir, data_dir, models_dir, models_dirs
 
 
 def test_the_fields_are_those_that_callers_rest_on():
-    assert asdict(Options()) == dict(level="balanced", near_bytes=None, context=None, chunk=None, device=None,
+    assert asdict(Options()) == dict(level=None, near_bytes=None, context=None, chunk=None, device=None,
                                      predict=True)
     assert asdict(Sampling()) == dict(temperature=None, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                                       seed=None, max_tokens=None, stop=())

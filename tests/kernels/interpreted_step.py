@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from engine.core import Options
-from engine.experts import device as device_runtime
 from engine.experts import runtime as experts_runtime
 from engine.experts.layer import LevelPlan
 from engine.model import load
@@ -71,8 +70,7 @@ def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, 
     folder = compressed(name, tmp_path)[2]
     expected = run(folder, level, tokens)
     for kernel, module in OF.items():
-        module_of = experts_runtime if hasattr(experts_runtime, kernel) else device_runtime
-        monkeypatch.setattr(module_of, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
+        monkeypatch.setattr(experts_runtime, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
     found = run(folder, level, tokens)
     for a, b in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -13,7 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.experts import device, runtime
+from engine.experts import runtime
 from engine.model import packed
 
 KERNELS = ("age", "apply", "dense", "dequantize_rows", "fill", "linear", "quantize_activation", "resolve_experts",
@@ -54,7 +54,7 @@ def as_node(function: Callable) -> Callable:
 @contextmanager
 def kernels_as_nodes():
     """Inside, the kernels that the device's runtime and the packed trunk imported are nodes."""
-    before = [(module, name, getattr(module, name)) for name in KERNELS for module in (runtime, device, packed)
+    before = [(module, name, getattr(module, name)) for name in KERNELS for module in (runtime, packed)
               if hasattr(module, name)]
     assert len(before) == len(KERNELS)
     try:

@@ -12,7 +12,7 @@ from engine.units import parse_bytes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
-    parser.add_argument("--level", choices=LEVELS, default=Options.level)
+    parser.add_argument("--level", choices=LEVELS, help="default: what the plan chooses for this machine")
     parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="near memory (default: planned)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens (default: what the model can)")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens that are read at once")

@@ -16,7 +16,7 @@ from engine.units import parse_bytes, rate
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=typed, metavar="FOLDER", help="a compressed model or an uncompressed checkpoint")
-    parser.add_argument("--level", choices=LEVELS, help="default: balanced where the folder offers it, else its best")
+    parser.add_argument("--level", choices=LEVELS, help="default: what the plan chooses for this machine")
     parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="near memory (default: all that fits)")
     parser.add_argument("--compare", action="store_true",
                         help="also run transformers' own experts on the same weights, uncompressed")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict:
         report(why)
     speeds = gpu_kernels.speeds() if device == "cuda" else None     # while it is empty
     held = gpu_kernels.reserve_vram(args.vram) if device == "cuda" else None
-    options = Options(level=args.level or Options.level, near_bytes=args.near_bytes, device=device)
+    options = Options(level=args.level, near_bytes=args.near_bytes, device=device)
     loaded = load.load(args.folder, options, report)
     if args.level and loaded.runtime.level != args.level:
         raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")

@@ -139,7 +139,7 @@ def test_a_runtime_follows_its_picks(tmp_path):
         loaded = load.load(tmp_path, Options("exact", device="cpu"))
         runtime, far = loaded.runtime, loaded.runtime.far
         runtime.predict = False
-        runtime.set_level(runtime.level, 3 * runtime.top_k * far.layers * runtime.whole.row_bytes // 2)
+        runtime.set_level(runtime.level, 3 * runtime.top_k * far.layers * runtime.whole_bytes // 2)
         runtime.hook = synthetic_model.FollowPicks(runtime, repeat)
         out = loaded.model(torch.tensor([[5]]), use_cache=True)
         before = runtime.counters()

@@ -351,9 +351,9 @@ def test_a_snapshot_while_near_memory_is_made_anew_shows_what_was(engine, traine
     before = engine.snapshot()
 
     def making():
-        kept, runtime.sparse, runtime.whole = (runtime.sparse, runtime.whole), None, None
+        kept, runtime.near = runtime.near, None
         seen.append(engine.snapshot())
-        runtime.sparse, runtime.whole = kept
+        runtime.near = kept
         return make()
     monkeypatch.setattr(runtime, "_new_cache", making)
     engine.configure(replace(engine.options, near_bytes=before["near_bytes"] // 2))

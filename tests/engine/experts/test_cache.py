@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine.experts.cache import SparseCache, WholeCache, whole_row_bytes
+from engine.experts.cache import SparseCache, WholeCache
 from kernels.evict import age
 from kernels.fill import fill
 from kernels.layout import Layout
@@ -115,46 +115,25 @@ class Sparse(RuleBasedStateMachine):
 
 
 class Whole(RuleBasedStateMachine):
-    """Decoded experts as levels `full` and `exact` use them; a read may fail."""
+    """Whole experts as level `exact` uses them."""
 
-    weights = torch.randn(L * E, 3, N, HIDDEN, generator=torch.Generator().manual_seed(1))
-
-    @initialize(rows=st.integers(1, L * E + 2), rest=st.integers(0, 100))
+    @initialize(rows=st.integers(K, L * E + 2), rest=st.integers(0, 100))
     def start(self, rows: int, rest: int) -> None:
-        self.limit = rows * whole_row_bytes(N, HIDDEN) + rest
-        self.cache = WholeCache(L, E, K, N, HIDDEN, self.limit, "cpu")
+        self.limit = rows * LAYOUT.blob_bytes + rest
+        self.cache = WholeCache(LAYOUT.blob_bytes, L, E, K, self.limit, "cpu")
         self.clock, self.used = 1, set()
 
-    def fill(self, item: int, row: int) -> None:
-        self.cache.gate_up[row] = self.weights[item, :2].flatten(0, 1)
-        self.cache.down[row] = self.weights[item, 2]
-
-    def is_there(self, item: int, row: int) -> None:
-        assert torch.equal(self.cache.gate_up[row], self.weights[item, :2].flatten(0, 1))
-        assert torch.equal(self.cache.down[row], self.weights[item, 2])
-
-    @rule(item=st.integers(0, L * E - 1), broken=st.booleans())
-    def need(self, item: int, broken: bool) -> None:
-        row = self.cache.near(item, self.clock)
-        if row < 0:
-            row = self.cache.place(item, self.clock)
-            assert row >= 0
-            if broken:
-                self.cache.gate_up[row] = float("nan")
-                self.cache.forget(item)
-                assert not self.cache.is_near(item)
-                return
-            self.fill(item, row)
-        self.is_there(item, row)
-        if int(self.cache.pool.slot_of[item]) >= 0:
-            self.used.add(item)
-
-    @rule(item=st.integers(0, L * E - 1))
-    def ahead(self, item: int) -> None:
-        if int(self.cache.pool.slot_of[item]) < 0:
-            row = self.cache.place(item, self.clock, ahead=True)
-            if row >= 0:
-                self.fill(item, row)
+    @rule(layer=st.integers(0, L - 1), ids=st.permutations(range(E)), n=st.integers(1, K), ahead=st.booleans())
+    def take_experts(self, layer: int, ids: list[int], n: int, ahead: bool) -> None:
+        ids = torch.tensor(ids[:n], dtype=torch.int32)
+        need = torch.full_like(ids, LAYOUT.blob_bytes)
+        place, have = take(self.cache.pool, ids + layer * E, need, self.clock, ahead)
+        fill(FAR[layer][:, None], ids, self.cache.blobs, place, have, need)
+        assert ahead or (place >= 0).all()
+        for expert, where in zip(ids.tolist(), place.tolist(), strict=True):
+            assert where < 0 or torch.equal(self.cache.blobs[where], FAR[layer, expert])
+            if not ahead and int(self.cache.pool.slot_of[layer * E + expert]) >= 0:
+                self.used.add(layer * E + expert)
 
     @rule()
     def end_token(self) -> None:
@@ -165,11 +144,10 @@ class Whole(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         consistent(self.cache.pool, self.used)
-        tensors = self.cache.gate_up.untyped_storage().nbytes() + self.cache.down.untyped_storage().nbytes()
-        assert tensors == self.cache.near_bytes <= self.limit and self.cache.used_bytes() <= self.cache.near_bytes
+        held = self.cache.blobs.untyped_storage().nbytes()
+        assert held == self.cache.near_bytes <= self.limit and self.cache.used_bytes() <= self.cache.near_bytes
         for slot, item in enumerate(self.cache.pool.object_of.tolist()):
-            if item >= 0:
-                self.is_there(item, slot)
+            assert item < 0 or torch.equal(self.cache.blobs[slot], FAR[item // E, item % E])
 
 
 Sparse.TestCase.settings = Whole.TestCase.settings = SETTINGS

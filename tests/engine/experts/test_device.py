@@ -12,6 +12,7 @@ from engine.core import Options, UserError
 from engine.experts.device import DeviceRuntime, NoDevicePath
 from engine.experts.layer import LayerExperts, LevelPlan, recognised
 from engine.experts.prefill import Staging
+from engine.experts.runtime import Runtime
 from engine.model import load
 from engine.model.registration import FloeExperts
 from kernels.activation import Gate
@@ -51,12 +52,12 @@ def opened(folder: Path, level: str, share: float, predict: bool, on_device: boo
     if on_device:
         runtime = take_over(loaded, tokens=tokens)
     if level == "exact":
-        rows = L * E if share == 1 else n_slots + (K * tokens if on_device else 1)
-        near_bytes = rows * (runtime.far.layout.blob_bytes if on_device else runtime.whole.row_bytes)
+        rows = L * E if share == 1 else n_slots + K * runtime.tokens
+        near_bytes = rows * runtime.far.layout.blob_bytes
     else:
         runtime.set_level(level)
         least = runtime.smallest_bytes()
-        near_bytes = least + int(share * (runtime.everything_bytes() - least))
+        near_bytes = least + int(share * (Runtime.everything_bytes(runtime) - least))  # the same bytes on either side
     runtime.set_level(level, near_bytes)
     return loaded
 
@@ -74,8 +75,8 @@ def test_tokens_and_bytes_are_those_of_the_host(level, share, predict, folder):
         used = loaded.runtime.counters() - start
         found[on_device] = tokens, used, loaded.runtime.residency(), loaded.runtime.near_used_bytes() > 0
     assert isinstance(loaded.runtime, DeviceRuntime) and used.needed_bytes > 0
-    if level == "exact":  # one holds float32, the other packed bytes
-        assert found[True][:3] == found[False][:3]
+    if share == 1:  # the host computes from the file's map, and reads whole experts
+        assert found[True][0] == found[False][0] and used.needed_bytes == found[False][1].needed_bytes
     else:
         assert found[True] == found[False]
 
@@ -109,7 +110,7 @@ def test_other_experts(name, tmp_path):
         for level in ("exact", "fast"):
             runtime.set_level(level)
             before = runtime.counters()
-            found[on_device, level] = answer(loaded), runtime.counters() - before
+            found[on_device, level] = answer(loaded), (runtime.counters() - before).needed_bytes
     assert found[True, "exact"] == found[False, "exact"] and found[True, "fast"] == found[False, "fast"]
 
 
@@ -139,12 +140,12 @@ def test_prefill_through_tiles(name, per_tile, tmp_path):
     runtime.phase = "decode"
     for layer in runtime.layers:
         runtime.forward(layer, x[:1], ids[:1], weights[:1])
-    before, tables, runtime.phase = runtime.prefill_far_bytes, runtime.whole.pool.slot_of.clone(), "prefill"
+    before, tables, runtime.phase = runtime.prefill_far_bytes, runtime.near.pool.slot_of.clone(), "prefill"
     again = [runtime.forward(layer, x, ids, weights) for layer in runtime.layers]
     torch.testing.assert_close(again, found[0], rtol=1e-4, atol=1e-5)
     near = len(set(ids[0].tolist()))
     assert runtime.prefill_far_bytes - before == (used - near) * far.layers * far.expert_bytes
-    assert torch.equal(runtime.whole.pool.slot_of, tables)
+    assert torch.equal(runtime.near.pool.slot_of, tables)
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def test_sketches_that_are_near_are_not_read_again(folder):
     """At a sparse level prefill takes them from near memory; only records cross the link."""
     loaded = opened(folder, "fast", 0.5, False, True)
     runtime, x = loaded.runtime, torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    assert runtime.sparse.resident
+    assert runtime.near.resident
     ids, weights = torch.tensor([[0, 1], [5, 2]]).repeat(20, 1), torch.rand(40, K)
     found = []
     for level in ("fast", "exact"):
@@ -177,7 +178,7 @@ def test_what_is_pinned_stays_near_on_either_path(level, folder):
         runtime.pin(experts, neurons)
         fetched = (runtime.counters() - before).speculative_bytes
         assert answer(loaded) == plain
-        pools = [pool for pool, _ in (runtime.sparse or runtime.whole).pools()]
+        pools = [pool for pool, _ in runtime.near.pools()]
         wanted = [[layer * E + expert for layer, expert in experts],
                   [(layer * E + expert) * N + neuron for layer, expert, neuron in neurons]]
         for pool, objects in zip(pools, wanted, strict=False):

@@ -1,6 +1,9 @@
 """The runtime behind the experts: results never depend on what is near, bytes are counted as they move, limits hold."""
 from __future__ import annotations
 
+import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,15 +11,15 @@ import torch
 
 import engine.experts.runtime
 from engine.core import Options, UserError
-from engine.experts.cache import whole_row_bytes
 from engine.experts.layer import LevelPlan
 from engine.experts.runtime import Runtime
+from engine.files.manifest import experts_name
+from engine.machine import detect
 from engine.model import load
 from kernels.fill import fill
 from tests.support.folders import compressed
 
 L, E, K, N, HIDDEN = 3, 8, 2, 48, 64
-EVERYTHING = L * E * whole_row_bytes(N, HIDDEN)
 PROMPT = torch.randint(3, 128, (1, 10), generator=torch.Generator().manual_seed(2))
 N_TOKENS = 10
 PLANS = {
@@ -73,11 +76,10 @@ def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level,
     assert torch.tensor(loaded.runtime.activity()) == pytest.approx(chosen / N_TOKENS, abs=1e-3)
 
 
-def resident_bytes(runtime: Runtime) -> int:
-    """Of the arenas, by the storage behind the tensors."""
-    cache = runtime.sparse or runtime.whole
-    arenas = (cache.sketches, cache.records) if runtime.sparse else (cache.gate_up, cache.down)
-    storages = [tensor.untyped_storage() for tensor in arenas]  # sketches and records share one
+def held_bytes(runtime: Runtime) -> int:
+    """Of the arena, by the storage behind what the kernels read; of the file's map everything."""
+    rows = [runtime.near.rows(layer, records) for layer in range(L) for records in (False, True)]
+    storages = [tensor.untyped_storage() for tensor in rows]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -96,35 +98,106 @@ def test_the_answer_does_not_depend_on_near_memory_nor_on_prediction(level, load
             answers[near, predict] = answer(loaded)
             used = runtime.counters() - before
             far[near, predict] = used.far_bytes
-            assert resident_bytes(runtime) == runtime.near_bytes <= near
+            assert held_bytes(runtime) == (near if runtime.is_mapped else runtime.arena_bytes) <= near
+            assert runtime.near_bytes <= near and runtime.is_mapped == (near == everything)
             assert runtime.near_used_bytes() <= runtime.near_bytes and max(runtime.residency()) <= 1
             assert used.needed_bytes == used.hit_bytes + used.far_bytes and used.dropped_weight == 0
-            assert used.wasted_bytes <= used.speculative_bytes and (predict or not used.speculative_bytes)
+            assert used.wasted_bytes <= used.speculative_bytes
+            assert predict or runtime.is_mapped or not used.speculative_bytes
     assert len(set(map(tuple, answers.values()))) == 1 and len(set(answers[least, True])) > 2
     fewest, *_, most = by_near = [far[near, False] for near in sorted({near for near, _ in far}, reverse=True)]
     assert by_near == sorted(by_near) and fewest < most
 
 
+@torch.inference_mode()
+def test_what_is_fetched_ahead_comes_beside_the_step_as_the_engine_runs_it(loaded, monkeypatch):
+    """In inference mode, by another thread; a disk that fails ahead of demand stops the answer."""
+    runtime, threads = loaded.runtime, set()
+
+    def noting(*given):
+        threads.add(threading.current_thread())
+        fill(*given)
+    monkeypatch.setattr(engine.experts.runtime, "fill", noting)
+    runtime.set_level("exact", runtime.everything_bytes() // 2)
+    before = runtime.counters()
+    answer(loaded)
+    assert (runtime.counters() - before).speculative_bytes > 0 and len(threads) == 2
+
+    def failing(*given):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("Input/output error")
+        fill(*given)
+    monkeypatch.setattr(engine.experts.runtime, "fill", failing)
+    runtime.reset()
+    with pytest.raises(OSError, match="Input/output"):
+        answer(loaded)
+
+
+@torch.no_grad()
+def test_where_everything_is_near_nothing_is_copied_and_each_expert_is_read_once(loaded, monkeypatch):
+    """The map of the file is near memory, for every level: what one level has read the next one finds."""
+    runtime, read, moved = loaded.runtime, [], []
+    verify = runtime.far.verify
+    monkeypatch.setattr(runtime.far, "verify", lambda *expert: (read.append(expert), verify(*expert))[1])
+    monkeypatch.setattr(engine.experts.runtime, "fill", lambda *given: moved.append(given))
+    blob, tokens = runtime.far.layout.blob_bytes, {}
+    start, prefill = runtime.counters(), runtime.prefill_far_bytes
+    for level in ("exact", *SPARSE):
+        runtime.set_level(level)
+        assert runtime.near_bytes == L * E * blob == runtime.everything_bytes()
+        assert runtime.near.rows(0, False).data_ptr() == runtime.far.blobs(0).data_ptr()
+        tokens[level] = answer(loaded)
+    used = runtime.counters() - start
+    assert len(read) == len(set(read)) > 0 and not moved
+    assert len(read) * blob == used.far_bytes + used.speculative_bytes + runtime.prefill_far_bytes - prefill
+    assert runtime.near_used_bytes() == len(read) * blob and used.wasted_bytes == 0
+    assert used.needed_bytes == used.hit_bytes + used.far_bytes > 0
+    held = {layer: {expert for which, expert in read if which == layer} for layer in range(L)}
+    assert runtime.residency() == [len(held[layer]) / E for layer in range(L)]
+
+
+@torch.no_grad()
+def test_a_damaged_expert_is_noticed_at_its_first_use_wherever_it_is_computed(folder, tmp_path):
+    x, weights = torch.randn(1, HIDDEN), torch.tensor([[0.7, 0.3]])
+    for share, phase in ((1.0, "decode"), (1.0, "prefill"), (0.5, "decode"), (0.5, "prefill")):
+        made = Path(shutil.copytree(folder, tmp_path / f"{share} {phase}"))
+        runtime = load.load(made, Options("exact", device="cpu")).runtime
+        with (made / experts_name(1)).open("r+b") as file:  # an open model's file, on a disk that forgets
+            file.seek(-100, 2)  # in the last expert
+            byte = file.read(1)[0]
+            file.seek(-100, 2)
+            file.write(bytes([byte ^ 1]))
+        runtime.set_level("exact", int(share * runtime.everything_bytes()))
+        runtime.phase = phase
+        for _ in range(2):  # it does not count as near
+            with pytest.raises(UserError, match="damaged .expert 7 does not match its checksum"):
+                runtime.forward(runtime.layers[1], x, torch.tensor([[2, 7]]), weights)
+        runtime.forward(runtime.layers[1], x, torch.tensor([[2, 3]]), weights)
+
+
 @torch.no_grad()
 def test_far_bytes_of_exact_are_misses_times_the_blob(loaded, monkeypatch):
-    runtime, reads = loaded.runtime, []
-    decode = runtime.far.decode
-    monkeypatch.setattr(runtime.far, "decode", lambda *args: (reads.append(args[:2]), decode(*args))[1])
+    runtime, filled = loaded.runtime, []
+
+    def counting(far, source, near, place, have, need, misses=None):
+        filled.append(int(((have < need) & (place >= 0)).sum()))
+        fill(far, source, near, place, have, need, misses)
+    monkeypatch.setattr(engine.experts.runtime, "fill", counting)
+    blob = runtime.far.layout.blob_bytes
     for predict in (False, True):
         runtime.predict = predict
-        runtime.set_level(runtime.level, EVERYTHING // 2)
-        start, prefill = runtime.counters(), runtime.prefill_far_bytes
-        reads.clear()
+        runtime.set_level(runtime.level, runtime.everything_bytes() // 2)
+        start = runtime.counters()
+        filled.clear()
         answer(loaded)
         used = runtime.counters() - start
-        blob = runtime.far.layout.blob_bytes
         assert used.needed_bytes == N_TOKENS * L * K * blob
-        assert len(reads) * blob == used.far_bytes + used.speculative_bytes + runtime.prefill_far_bytes - prefill
+        assert sum(filled) * blob == used.far_bytes + used.speculative_bytes
         assert used.far_bytes % blob == used.wasted_bytes % blob == 0 and (used.speculative_bytes > 0) == predict
 
 
 @pytest.mark.parametrize("level", SPARSE)
-@pytest.mark.parametrize("share", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("share", [0.9, 0.3, 0.0])
 @torch.no_grad()
 def test_far_bytes_of_sparse_levels_are_the_bytes_that_fill_moved(level, share, loaded, monkeypatch):
     runtime = loaded.runtime
@@ -159,13 +232,14 @@ def test_a_byte_too_few_is_a_sentence_and_changes_nothing(level, loaded):
     runtime = loaded.runtime
     least = smallest(runtime, level)
     runtime.set_level(level, least)
-    runtime.set_level("exact", EVERYTHING // 2)
-    cache, near = runtime.whole, runtime.near_bytes
+    half = runtime.everything_bytes() // 2
+    runtime.set_level("exact", half)
+    cache, near = runtime.near, runtime.near_bytes
     with pytest.raises(UserError, match=f"give at least {least:,}") as caught:
         runtime.set_level(level, least - 1)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-    assert (runtime.level, runtime.near_bytes, runtime.near_wish) == ("exact", near, EVERYTHING // 2)
-    assert runtime.whole is cache and runtime.sparse is None
+    assert (runtime.level, runtime.near_bytes, runtime.near_wish) == ("exact", near, half)
+    assert runtime.near is cache
 
 
 def test_no_near_memory_at_all_is_refused_not_taken_for_the_default(folder):
@@ -199,6 +273,16 @@ def test_a_level_that_is_not_calibrated(folder):
         with pytest.raises(UserError, match=f"cannot run at level {level}: it offers exact{way}") as caught:
             opened.runtime.set_level(level)
         assert str(caught.value).endswith(".") and opened.runtime.level == "exact"
+
+
+@pytest.mark.parametrize("packed_speed, level", [(1e12, "exact"), (1e5, "fast")])
+def test_without_a_wish_the_level_is_the_plans_choice(packed_speed, level, repository, monkeypatch):
+    """The best level that is quick enough on a quick machine, the quickest one on a slow machine."""
+    machine = detect.machine
+    monkeypatch.setattr(detect, "machine", lambda *given: replace(machine(*given), packed_bytes_per_second=packed_speed,
+                                                                  operation_seconds=1e-6))
+    opened = load.load(repository / "assets" / "demo", Options(device="cpu"))
+    assert opened.runtime.level == opened.planner.plan(None).level == level
 
 
 @torch.no_grad()

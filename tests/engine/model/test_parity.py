@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.core import Options, UserError
-from engine.experts.cache import whole_row_bytes
 from engine.experts.layer import LevelPlan
 from engine.files.checkpoint import Checkpoint
 from engine.files.skeleton import experts_modules
@@ -70,11 +69,11 @@ def count_reads(far, monkeypatch) -> Counter:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_is_transformers_with_two_experts_near(name, tmp_path, monkeypatch):
+def test_full_is_transformers_with_few_experts_near(name, tmp_path, monkeypatch):
     model = checkpoint(name, tmp_path)
     expected = run(model)
     spec = Checkpoint.open(tmp_path).spec
-    near_bytes = 2 * whole_row_bytes(spec.neurons, spec.hidden)
+    near_bytes = (spec.top_k + 1) * 3 * spec.neurons * spec.hidden * 4
     loaded = load.load(tmp_path, Options("full", near_bytes=near_bytes, device="cpu", predict=False))
     runtime, size = loaded.runtime, expert_bytes_of(model, name)
     assert runtime.near_bytes <= near_bytes and runtime.far.expert_bytes == size
@@ -96,7 +95,7 @@ def test_full_is_transformers_with_two_experts_near(name, tmp_path, monkeypatch)
 def test_a_byte_flipped_in_a_checkpoint_is_noticed(name, tmp_path):
     checkpoint(name, tmp_path)
     spec = Checkpoint.open(tmp_path).spec
-    near_bytes = 2 * whole_row_bytes(spec.neurons, spec.hidden)
+    near_bytes = (spec.top_k + 1) * 3 * spec.neurons * spec.hidden * 4
     loaded = load.load(tmp_path, Options("full", near_bytes=near_bytes, device="cpu"))
     expected = run(loaded.model)
     used = [expert for layer, expert in loaded.runtime.far._first_read if layer == 0]

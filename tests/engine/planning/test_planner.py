@@ -130,14 +130,32 @@ def test_gpt_oss_on_11_and_12_gb_by_hand():
 
 def test_on_a_cpu_by_hand():
     spec = SPECS["olmoe-1b-7b"]
-    machine = replace(table.described("cpu-ddr4"), copy_bytes_per_second=10e9, gemv_bytes_per_second=20e9)
-    made = plan(spec, machine, PlanRequest(level="exact", context=1024, near_bytes=100 * 3 * 2048 * 1024 * 4))
+    machine = replace(table.described("cpu-ddr4"), copy_bytes_per_second=10e9, gemv_bytes_per_second=20e9,
+                      packed_bytes_per_second=15e9)
+    blob = 1024 * (1152 + 2304)                                                            # 4.5 bits a weight
+    made = plan(spec, machine, PlanRequest(level="exact", context=1024, near_bytes=100 * blob + 7))
     assert made.device == "cpu" and made.vram_bytes == made.pinned_bytes == 0
-    assert made.near.expert_slots == 99 and made.near.expert_bytes == 100 * 25_165_824     # one row serves misses
+    assert made.near.expert_slots == 92 and made.near.expert_bytes == 100 * blob           # eight rows serve misses
     assert made.kv_bytes == 2 * 131_072 * 1024                                             # float32
-    trunk = dict(made.token)["trunk"]
+    experts, trunk = (dict(made.token)[part] for part in ("experts", "trunk"))
+    assert experts == pytest.approx(16 * 8 * blob / 15e9)
     assert trunk == pytest.approx(running(spec, "cpu", 8) / 20e9)
     assert dict(made.memory)["trunk"] == running(spec, "cpu", 8) + 50304 * 2048 * 66 // 64       # 8.25 bits
+
+
+def test_a_processor_with_room_computes_from_the_file_and_one_without_from_what_it_holds():
+    """16 layers of 64 experts: 3.62 GB, which the file takes in the system's memory, once."""
+    spec, machine = SPECS["olmoe-1b-7b"], table.described("cpu-ddr4")
+    everything, fixed = 1024 * 1024 * (1152 + 2304), None
+    for level in ("exact", "fast"):
+        roomy = plan(spec, machine, PlanRequest(level=level))
+        assert roomy.near_bytes == everything and roomy.far_bytes_per_token == 0 and roomy.hit_rate == 1
+        assert roomy.ram_bytes == everything + sum(size for _, size in roomy.memory)
+        fixed = roomy.ram_bytes - everything
+        tight = plan(spec, replace(machine, ram_free_bytes=fixed + everything // 2), PlanRequest(level=level))
+        assert tight.verdict != "no" and tight.ram_bytes <= fixed + everything // 2 < tight.ram_bytes + 2**22
+        from_disk = tight.far_bytes_per_token / cost_model.DISK_BYTES_PER_SECOND
+        assert dict(tight.token)["misses"] > 0.98 * from_disk > 0
 
 
 # --- properties -----------------------------------------------------------------------------------------------
@@ -164,19 +182,20 @@ def machines(draw, device: str):
     ram, free, pinned = draw(st.tuples(amounts(2 * GIB, 192 * GIB), amounts(0, 192 * GIB), amounts(0, 192 * GIB)))
     common = dict(name="any", device=device, ram_total_bytes=ram, ram_free_bytes=min(ram, free),
                   disk_free_bytes=draw(amounts(0, 400 * GIB)), pinned_limit_bytes=min(ram, pinned))
-    first, second, third, fourth = draw(st.tuples(*4 * [amounts(1, 100)]))
+    first, second, third, fourth, fifth = draw(st.tuples(*5 * [amounts(1, 100)]))
     if device == "cuda":
         vram = draw(amounts(0, 48 * GIB))
         return Machine(**common, vram_total_bytes=vram, vram_free_bytes=vram, vram_bytes_per_second=first * 2e10,
                        link_bytes_per_second=second * 1e9, flops_per_second=third * 1e12)
     return Machine(**common, gemv_bytes_per_second=first * 1e9, copy_bytes_per_second=second * 1e9,
-                   operation_seconds=third * 5e-7, decode_weights_per_second=fourth * 1e8, flops_per_second=1e11)
+                   operation_seconds=third * 5e-7, decode_weights_per_second=fourth * 1e8,
+                   packed_bytes_per_second=fifth * 5e8, flops_per_second=1e11)
 
 
 GROWING = {"cuda": ("vram_free_bytes", "ram_free_bytes", "disk_free_bytes", "pinned_limit_bytes",
                     "vram_bytes_per_second", "link_bytes_per_second", "flops_per_second"),
            "cpu": ("ram_free_bytes", "disk_free_bytes", "copy_bytes_per_second", "gemv_bytes_per_second",
-                   "decode_weights_per_second", "flops_per_second")}
+                   "packed_bytes_per_second", "decode_weights_per_second", "flops_per_second")}
 
 
 def better(draw, machine: Machine) -> Machine:
@@ -255,11 +274,14 @@ def test_the_cpu_arena_is_the_one_that_the_engine_makes(tiny, level, near):
     """The planned bytes, given to the engine's caches, make exactly the planned slots."""
     from engine.experts.cache import SparseCache, WholeCache
     made = plan(tiny, table.described("cpu-ddr4"), PlanRequest(level=level, near_bytes=near))
+    layout = Layout(256, 256, 128)
+    if near >= 6 * 16 * layout.blob_bytes:  # the whole file, and no arena
+        assert made.near_bytes == 6 * 16 * layout.blob_bytes and made.hit_rate == 1
+        return
     if level == "exact":
-        cache = WholeCache(6, 16, 2, 256, 256, made.near_bytes, "cpu")
+        cache = WholeCache(layout.blob_bytes, 6, 16, 2, made.near_bytes, "cpu")
         assert (len(cache.pool.object_of), cache.near_bytes) == (made.near.expert_slots, made.near.expert_bytes)
         return
-    layout = Layout(256, 256, 128)
     most = cost_model.bounce_records(tiny, miss_curves.assumed(tiny, layout), level)
     cache = SparseCache(layout, 6, 16, 2, [most] * 6, made.near_bytes, "cpu")
     assert (len(cache.sketch_pool.object_of), len(cache.record_pool.object_of)) == (
