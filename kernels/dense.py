@@ -22,10 +22,10 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
     x float32 [T, H]; blobs uint8 [S, blob_bytes], place int32 [T, k]; gate_bias, up_bias float32 [T, k, I] or None.
     """
     out = torch.empty(*place.shape, layout.padded, dtype=torch.float32, device=x.device)
-    for i, slots in enumerate(place.tolist()):
-        for j, slot in enumerate(slots):
-            g, u, down = decode_blob(blobs[slot], layout)
-            g, u = g @ x[i], u @ x[i]
+    for slot in place.unique().tolist():
+        gate_rows, up_rows, down = decode_blob(blobs[slot], layout)
+        for i, j in (place == slot).nonzero().tolist():
+            g, u = gate_rows @ x[i], up_rows @ x[i]
             if gate_bias is not None:
                 g, u = g + gate_bias[i, j], u + up_bias[i, j]
             out[i, j] = gate(g, u) @ down

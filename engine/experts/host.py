@@ -2,8 +2,8 @@
 
 With near memory for everything nothing is copied: the map is near memory, which the system is asked to read ahead, and
 an expert becomes near at its first use, when its checksum is looked at. With less there is an arena as on a card; what
-is missing is copied from the map, what the next layer is likely to want beside the computing. Prefill decodes one
-expert after the other into float32 for torch's products.
+is missing is copied from the map, what the next layer is likely to want beside the computing. Prefill goes expert by
+expert: few tokens are computed as in a step, for many it is decoded into float32 for torch's products.
 """
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from engine.experts.prefill import expert_by_expert
 from engine.experts.runtime import Runtime
 from engine.experts.side_stream import SideThread
 from engine.experts.store import Far
-from kernels.dense import dequantize
+from kernels.dense import dense, dequantize
 from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
+FEW = 16  # tokens of an expert in prefill: so many read its codes quicker one by one than it is decoded
 
 
 class HostRuntime(Runtime):
@@ -105,12 +106,18 @@ class HostRuntime(Runtime):
 
     def _product(self, layer: LayerExperts, expert: int, x: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
         """One whole expert at its 4-bit values: x [n, H] -> [n, H]."""
-        gate_up, down = scratch
-        dequantize(self._blob(layer.index, expert)[None], gate_up, down, self.far.layout)
-        g, u = (x @ gate_up[0].T).chunk(2, -1)
-        if layer.biases:
-            g, u = g + layer.biases["gate_bias"][expert], u + layer.biases["up_bias"][expert]
-        return layer.finish(layer.gate(g, u) @ down[0], expert)
+        blob, biases = self._blob(layer.index, expert), layer.neuron_biases(torch.full((len(x), 1), expert))
+        if len(x) <= FEW:
+            place = torch.zeros(len(x), 1, dtype=torch.int32)
+            y = dense(self._padded(x), blob[None], place, self.far.layout, layer.gate, *biases)[:, 0, :self.far.hidden]
+        else:
+            gate_up, down = scratch
+            dequantize(blob[None], gate_up, down, self.far.layout)
+            g, u = (x @ gate_up[0].T).chunk(2, -1)
+            if layer.biases:
+                g, u = g + biases[0][:, 0], u + biases[1][:, 0]
+            y = layer.gate(g, u) @ down[0]
+        return layer.finish(y, expert)
 
     def _blob(self, layer: int, expert: int) -> Tensor:
         """uint8 [blob_bytes]: from near, or read."""

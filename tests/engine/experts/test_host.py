@@ -11,6 +11,7 @@ import torch
 
 import engine.experts.runtime
 from engine.core import Options, UserError
+from engine.experts.host import FEW
 from engine.experts.layer import LevelPlan
 from engine.experts.runtime import Runtime
 from engine.files.manifest import experts_name
@@ -295,12 +296,14 @@ def test_half_precision_inputs_come_back_in_their_type(loaded):
     assert found.dtype == torch.bfloat16 and (found.float() - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("n", [5, 5 * FEW])
 @torch.no_grad()
-def test_decode_and_prefill_give_the_same_at_whole_levels(loaded):
+def test_decode_and_prefill_give_the_same_at_whole_levels(n, loaded):
+    """Few tokens of an expert, and so many that it is decoded for them."""
     runtime, layer = loaded.runtime, loaded.runtime.layers[0]
-    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(3))
-    ids = torch.tensor([[0, 1], [1, 2], [7, 0], [3, 4], [4, 3]])
-    weights = torch.rand(5, K, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(n, HIDDEN, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[0, 1], [1, 2], [7, 0], [3, 4], [4, 3]]).repeat(n // 5, 1)
+    weights = torch.rand(n, K, generator=torch.Generator().manual_seed(4))
     runtime.phase = "prefill"
     dense = runtime.forward(layer, x, ids, weights)
     runtime.phase = "decode"
