@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from engine.experts.cache import MappedCache, NearMemory
-from engine.experts.layer import LayerExperts, recognised
+from engine.experts.layer import LayerExperts
 from engine.experts.prefill import expert_by_expert
 from engine.experts.runtime import Runtime
 from engine.experts.side_stream import SideThread
-from engine.experts.store import Far
 from kernels.dense import dense, dequantize
 from kernels.select import DOWN_ONLY
 
@@ -29,11 +28,9 @@ FEW = 16  # tokens of an expert in prefill: so many read its codes quicker one b
 class HostRuntime(Runtime):
     """Steps of one token; hidden states may have any dtype, and may lie on a card."""
 
-    def __init__(self, far: Far, layers: list[LayerExperts], *given: Any, **named: Any) -> None:
-        for layer in layers:
-            layer.gate = recognised(layer.apply_gate, layer.join) or layer.gate
+    def __init__(self, *given: Any, **named: Any) -> None:
         self._mapped: MappedCache | None = None
-        super().__init__(far, layers, *given, **named)
+        super().__init__(*given, **named)
         self._side = SideThread()
 
     def everything_bytes(self) -> int:
