@@ -37,12 +37,12 @@ def measured(shape: Shape, device: str = "cuda", time: Time = milliseconds) -> I
     spec, layout = shape.spec, shape.layout
     refined, down_only = (int(share * spec.top_k * spec.neurons) for share in SHARES["fast"])
     n_bytes = must_read(layout, spec.top_k, refined, down_only)
-    runs = _runs(shape, refined, down_only, device)
+    todo = runs(shape, refined, down_only, device)
     for sms in (None, SMALL):
         known = {"model": shape.name, "hidden": spec.hidden, "sms": sms or "all"}
         try:
             with few_multiprocessors(sms):
-                for name, run in runs.items():
+                for name, run in todo.items():
                     took = time(run)
                     yield {"measured": "kernels", **known, "name": name, "us": 1e3 * took, "bytes": n_bytes[name],
                            "gb_per_second": n_bytes[name] / took / 1e6}
@@ -69,7 +69,7 @@ def few_multiprocessors(n: int | None) -> Iterator[None]:
         context.pop_context()
 
 
-def _runs(shape: Shape, refined: int, down_only: int, device: str) -> dict[str, Run]:
+def runs(shape: Shape, refined: int, down_only: int, device: str) -> dict[str, Run]:
     """One call of each kernel, on other experts every time."""
     spec, layout, draw, gate = shape.spec, shape.layout, torch.Generator().manual_seed(0), Gate()
     blobs = random_blobs(layout, min(spec.experts, PLACES * spec.top_k)).to(device)

@@ -214,7 +214,7 @@ def machine(found: Hardware, device: str | None = None) -> Machine:
     common = {"ram_total_bytes": found.ram_total_bytes, "ram_free_bytes": found.ram_free_bytes,
               "disk_free_bytes": found.disk_free_bytes, "pinned_limit_bytes": found.pinned_limit_bytes}
     if gpu is None:
-        return Machine(name=_processor(), **common)
+        return Machine(name=processor_name(), **common)
     printed, flops = _printed_speeds(gpu)
     return Machine(name=gpu.name, device="cuda", vram_total_bytes=gpu.vram_total_bytes,
                    vram_free_bytes=gpu.vram_free_bytes, vram_bytes_per_second=REACHED_BANDWIDTH * printed,
@@ -222,7 +222,7 @@ def machine(found: Hardware, device: str | None = None) -> Machine:
                    compute_capability=gpu.compute_capability, flops_per_second=flops, **common)
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """What a person calls it: on Linux Python only knows the kind ("x86_64"), the system the name."""
     try:
         found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

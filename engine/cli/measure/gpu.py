@@ -1,7 +1,7 @@
 """`gpu first-light|fill|nodes|kernels|step`: what a graphics card does with our kernels, row by row as it is found.
 
 `first-light` is everything at once, in nine minutes, and survives whatever the card does; the others are one
-measurement each, appended to a table.
+measurement each, appended to a table. `gpu kernels --device cpu` measures the processor's functions.
 """
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
+    if args.what == "kernels" and args.device == "cpu":
+        return _on_processor(args)
     return _first_light(args) if args.what == "first-light" else _measurement(args)
 
 
@@ -56,6 +58,17 @@ def _first_light(args: argparse.Namespace) -> dict:
     lines = parent.run(wanted, every, report)
     report("\n" + "\n".join(lines))
     return {"folder": str(args.out), "table": lines}
+
+
+def _on_processor(args: argparse.Namespace) -> dict:
+    from engine.bench import cpu_kernels, rows, synthetic
+    shape = synthetic.shape_named(args.model)
+    table, found = cpu_kernels.processor_table(args.table or TABLE), []
+    for row in cpu_kernels.measured(shape):
+        table.add(row)
+        found.append(row)
+        report(rows.text(row))
+    return {"rows": found, "table": str(table.path)}
 
 
 def _measurement(args: argparse.Namespace) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.bench import single_kernels, synthetic
+from engine.bench import cpu_kernels, single_kernels, synthetic
 from engine.bench.gpu_kernels import bytes_above
 from engine.core import MachineError, UserError
 from kernels.layout import Layout
@@ -26,6 +26,16 @@ def test_kernels_alone_read_what_they_must():
         assert first.isfinite().all() and first.any() and not any(torch.equal(first, other) for other in others)
     if not torch.cuda.is_available():
         assert rows[-1]["sms"] == 28 and rows[-1]["sentence"].startswith("Green contexts do not work")
+
+
+def test_the_processors_functions_are_set_against_a_copy(monkeypatch):
+    pytest.importorskip("numba", reason="needs numba, which compiles these functions")
+    monkeypatch.setattr(cpu_kernels, "COPY_BYTES", 1 << 16)
+    rows = list(cpu_kernels.measured(synthetic.shape_of(tiny("qwen3.6-35b-a3b")), rounds=2))
+    assert [row["name"] for row in rows] == ["score", "apply", "dense", "linear8", "linear4"]
+    for row in rows:
+        assert row["of_copy"] == pytest.approx(row["gb_per_second"] / row["copy_gb_per_second"]) and row["bytes"] > 0
+        assert row["gb_per_second"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
 
 
 def test_chosen_records_lie_where_apply_looks():

@@ -1,0 +1,71 @@
+"""The compiled functions alone on this processor, at a catalogue model's shape, against copies between the calls.
+
+Other programs share memory and cores, so every round times a copy and each function once, and the medians of all rounds
+are set against each other. A copy's bytes are read and written: both count.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from engine.bench.gpu_kernels import Run
+from engine.bench.rows import CardTable, Row
+from engine.bench.single_kernels import PLACES, must_read, runs
+from engine.bench.synthetic import SHARES, Shape
+from engine.core import MachineError
+from engine.machine.detect import processor_name
+from kernels import dispatch
+from kernels.linear import linear
+
+COPY_BYTES = 256 << 20      # several times the largest cache
+LINEAR = (4096, 2048)       # rows and columns: the largest matrix of attention in Qwen3-30B-A3B
+ROUNDS = 30
+
+
+def measured(shape: Shape, rounds: int = ROUNDS) -> Iterator[Row]:
+    """A row a function. MachineError where nothing is compiled: references are not worth a row."""
+    if why := dispatch.compile_all():
+        raise MachineError(why)
+    from kernels.cpu.dots import DOTS
+    spec = shape.spec
+    refined, down_only = (int(share * spec.top_k * spec.neurons) for share in SHARES["fast"])
+    n_bytes, todo = must_read(shape.layout, spec.top_k, refined, down_only), runs(shape, refined, down_only, "cpu")
+    for bits in (8, 4):
+        todo[f"linear{bits}"], n_bytes[f"linear{bits}"] = _linear(bits)
+    source, target = (torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
+    took = {name: [] for name in ("copy", *todo)}
+    for _ in range(rounds):
+        for name, run in (("copy", lambda: target.copy_(source)), *todo.items()):
+            start = perf_counter()
+            run()
+            took[name].append(perf_counter() - start)
+    copied = 2 * COPY_BYTES / median(took["copy"])
+    for name in todo:
+        seconds = median(took[name])
+        yield {"measured": "kernels", "model": shape.name, "hidden": spec.hidden, "name": name, "us": 1e6 * seconds,
+               "bytes": n_bytes[name], "gb_per_second": n_bytes[name] / seconds / 1e9,
+               "copy_gb_per_second": copied / 1e9, "of_copy": n_bytes[name] / seconds / copied,
+               "threads": torch.get_num_threads(), "instructions": f"{type(DOTS).__name__} in {DOTS.parts}"}
+
+
+def _linear(bits: int) -> tuple[Run, int]:
+    """One token through one of several matrices, and the bytes of a matrix."""
+    n_rows, columns = LINEAR
+    draw = torch.Generator().manual_seed(bits)
+    shape = (PLACES, n_rows, columns * bits // 8)
+    codes = torch.randint(0, 127, shape, generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.full((n_rows, columns // 64, *([] if bits == 8 else [2])), 1e-3, dtype=torch.float16)
+    x, matrices = torch.randn(1, columns, generator=draw), cycle(codes)
+    return lambda: linear(x, next(matrices), scales), codes[0].nbytes + scales.nbytes
+
+
+def processor_table(folder: Path) -> CardTable:
+    """`folder`/cpu.csv."""
+    versions = {name: version(name) for name in ("torch", "numba")}
+    return CardTable(folder, "cpu", {"processor": processor_name(), **versions})
