@@ -132,7 +132,7 @@ def _go_back(app: Path, trouble: Trouble, screen: Screen) -> environment.Environ
 
 
 def _self_check(where: environment.Environment, app: Path, screen: Screen) -> None:
-    """One kernel on the device that will be used. What it finds is said; it never keeps the page from starting."""
+    """Every kernel on the device that will be used. What it finds is said; it never keeps the page from starting."""
     done = _run_inside(where, app, "-m", "kernels")
     screen.log(done.stdout)
     lines = done.stdout.strip().splitlines() or ["no answer"]

@@ -1,37 +1,140 @@
-"""`python -m kernels`: one kernel on the best device of this computer, and a line that says what was found.
+"""`python -m kernels`: every kernel on the best device of this computer against its reference, once, in seconds.
 
-On a CUDA device the Triton kernel is compiled, run and compared with its reference: driver, build of torch, C compiler
-and Triton are shown to work together before anybody waits for an answer. Exit code 3 if they do not.
+On a CUDA device Triton's: driver, build of torch, C compiler and Triton are shown to work together, and the card to
+read page-locked memory, before anybody waits for an answer. Elsewhere those that are compiled for the processor; where
+they cannot be used, the last line says so. Exit code 3 if one gives other numbers, or none.
 """
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
-from kernels.activation import quantize_activation
+from kernels.activation import Gate, quantize_activation
+from kernels.apply import apply
+from kernels.dense import dense, dequantize
+from kernels.dispatch import compile_all
+from kernels.evict import age
+from kernels.fill import fill
+from kernels.layout import Layout
+from kernels.linear import dequantize_rows, linear
+from kernels.planes import Nested, record_rows, sketch_rows
+from kernels.pool import new_pool, take
+from kernels.resolve import resolve_experts, resolve_neurons
+from kernels.score import score, score_up
+from kernels.select import histogram_of, select, select_above
 
-GROUP = 64
+Tensor = torch.Tensor
+Case = tuple[Callable, tuple]       # a function of kernels/, what it is given on the host
+LAYOUT = Layout(256, 96, 64)
+VALUES = 1e-3                       # of the largest number: a card computes with activations of 16 bits
 
 
 def main() -> int:
     on_card = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if on_card else f"processor, {torch.get_num_threads()} threads"
+    said, start = f"Self-check on {name}, torch {torch.__version__}: ", time.perf_counter()
+    without = "" if on_card else compile_all()
     try:
-        found = check("cuda" if on_card else "cpu")
-    except (RuntimeError, ImportError, OSError) as error:
-        print(f"Self-check on {name}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+        found = [(function.__name__, agrees(function, function, given, "cuda" if on_card else "cpu"))
+                 for function, given in cases() if on_card or function.is_compiled]
+    except (RuntimeError, ImportError, OSError, AssertionError) as error:
+        print(f"{said}{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
         return 3
-    print(f"Self-check on {name}, torch {torch.__version__}: " + ("the kernels work." if found else "wrong numbers."))
-    return 0 if found else 3
+    wrong = sorted({kernel for kernel, good in found if not good})
+    print(said + (f"wrong numbers from {', '.join(wrong)}." if wrong else without or
+                  f"the kernels work. {len(dict(found))} against their references in {time.perf_counter() - start:.1f} s."))
+    return 3 if wrong else 0
 
 
-def check(device: str) -> bool:
-    """A ramp comes back from its codes and scales within half a step (the scale is 1 here)."""
-    ramp = torch.arange(-31, 33, dtype=torch.float32).repeat(1, 2)
-    codes, scales = quantize_activation((ramp * 127 / 32).to(device), GROUP)
-    values = codes.cpu().float() * scales.cpu().repeat_interleave(GROUP, 1)
-    return bool((values - ramp * 127 / 32).abs().max() <= 0.5 + 1e-3)
+def agrees(run: Callable, function: Callable, given: tuple, device: str) -> bool:
+    """Whether `run` on the device gives, and leaves in what it was given, what the function's reference does."""
+    there, here = (tree_map(lambda leaf, to=to: _copied(leaf, to), given) for to in (device, "cpu"))
+    if function is fill and device == "cuda":
+        there = (given[0].pin_memory(), *there[1:])     # far memory, which the kernel reads where it is
+    results = zip(tree_leaves((run(*there), there)), tree_leaves((function.reference(*here), here)), strict=True)
+    return all(_same(mine, theirs) for mine, theirs in results if isinstance(mine, Tensor) and mine.numel())
+
+
+def _copied(leaf, device: str):
+    return leaf.clone().to(device) if isinstance(leaf, Tensor) else leaf
+
+
+def _same(mine: Tensor, theirs: Tensor) -> bool:
+    mine = mine.cpu()
+    if not mine.is_floating_point():
+        return torch.equal(mine, theirs)
+    return torch.allclose(mine, theirs, rtol=0, atol=VALUES * float(theirs.abs().max()))
+
+
+def cases() -> Iterator[Case]:
+    """Every function that has a twin, once: two tokens, two of three experts."""
+    draw = torch.Generator().manual_seed(0)
+    yield from _products(draw)
+    yield from _places(draw)
+    for bits, width in ((8, 256), (4, 128)):
+        codes = torch.randint(0, 128, (96, width), generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
+        scales = (torch.rand(96, 4, *([2] if bits == 4 else []), generator=draw) / 2**bits).half()
+        yield linear, (torch.randn(2, 256, generator=draw), codes, scales)
+        yield dequantize_rows, (codes, scales, torch.zeros(96, 256))
+
+
+def _products(draw: torch.Generator) -> Iterator[Case]:
+    n, x, gate = LAYOUT.neurons, torch.randn(2, LAYOUT.padded, generator=draw), Gate()
+    blobs = torch.stack([_blob(draw) for _ in range(3)])
+    place, weight = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), torch.rand(2, 2, generator=draw)
+    codes, scales = quantize_activation.reference(x, LAYOUT.group)
+    yield quantize_activation, (x, LAYOUT.group)
+    yield score, (codes, scales, blobs, place, weight, LAYOUT, gate, None, None)
+    yield score_up, (codes, scales, blobs, place, LAYOUT)
+    scores, budget = torch.rand(2, 2 * n, generator=draw), [torch.tensor([k], dtype=torch.int32) for k in (20, 50)]
+    yield select, (scores, *budget, 60, histogram_of(scores))
+    yield select_above, (scores, torch.full_like(scores, 0.8), 60)
+    neurons, fidelity = select.reference(scores, *budget, 60)
+    records = blobs[:, LAYOUT.sketch_bytes:].reshape(-1, LAYOUT.record)
+    where = place.gather(1, (neurons.clamp_min(0) // n).long()) * n + neurons.clamp_min(0) % n
+    yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate)
+    yield dense, (x, blobs, place, LAYOUT, gate)
+    yield dequantize, (blobs, torch.zeros(3, 2 * n, LAYOUT.hidden), torch.zeros(3, n, LAYOUT.hidden), LAYOUT)
+
+
+def _places(draw: torch.Generator) -> Iterator[Case]:
+    """The tables of near memory, and the copy of what is missing."""
+    clock, done = torch.tensor([3], dtype=torch.int32), torch.zeros((), dtype=torch.bool)
+    counts, objects = torch.zeros(5, dtype=torch.int64), torch.randperm(200, generator=draw)[:40].int()
+    pool, need = new_pool(200, 30), torch.full((40,), LAYOUT.record, dtype=torch.int32)
+    yield take, (pool, objects, need, clock)
+    take.reference(pool, objects, need, clock)
+    yield age, (pool, clock + 1, torch.tensor([10], dtype=torch.int32))
+    ids = torch.tensor([[0, 2]])
+    # Everything is missing, so that the whole list of misses is written.
+    yield resolve_experts, (new_pool(3, 1), ids, 0, LAYOUT.sketch_bytes, clock, counts, done)
+    neurons = torch.arange(0, 2 * LAYOUT.neurons, 4, dtype=torch.int32)[None]
+    fidelity = (torch.arange(neurons.numel()) % 2).to(torch.int8)[None]
+    yield resolve_neurons, (new_pool(3 * LAYOUT.neurons, 30), neurons, fidelity, ids, 0, LAYOUT, clock, counts, done)
+    far = torch.randint(0, 256, (3, LAYOUT.neurons, LAYOUT.record), dtype=torch.uint8, generator=draw)
+    source, nothing = torch.randperm(3 * LAYOUT.neurons, generator=draw)[:40].int(), torch.zeros(40, dtype=torch.int32)
+    yield fill, (far, source, torch.zeros(40, LAYOUT.record, dtype=torch.uint8), torch.arange(40, dtype=torch.int32),
+                 nothing, need)
+
+
+def _blob(draw: torch.Generator) -> Tensor:
+    """An expert of random codes, its values about as large as a real one's."""
+    def matrix() -> Nested:
+        shape = (LAYOUT.neurons, LAYOUT.groups)
+        pairs = []
+        for top in (3, 15):
+            scale = (0.5 + torch.rand(shape, generator=draw)) / top / LAYOUT.hidden ** 0.5
+            pairs.append(torch.stack((scale, -scale * top / 2), dim=-1).half())
+        codes = torch.randint(0, 16, (LAYOUT.neurons, LAYOUT.padded), dtype=torch.uint8, generator=draw)
+        return Nested(codes, *pairs)
+    gate, up, down = matrix(), matrix(), matrix()
+    sketch = sketch_rows(gate, up, LAYOUT).flatten()
+    sketch = torch.nn.functional.pad(sketch, (0, LAYOUT.sketch_bytes - len(sketch)))
+    return torch.cat((sketch, record_rows(gate, up, down, LAYOUT).flatten()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def twin(on_device: str, compiled: str | None = None) -> Callable[[Callable], Ca
     """Decorate a reference whose Triton version has the same name and signature in `on_device`, and its compiled one,
     if there is one, in `compiled`, where it may return NotImplemented for what it leaves to the reference.
 
-    The reference itself stays at hand as `.reference`, Triton's version as `.on_gpu()`.
+    The reference itself stays at hand as `.reference`, Triton's version as `.on_gpu()`; `.is_compiled`: whether there
+    is one for the processor.
     """
     if compiled:
         _compiled_modules.add(compiled)
@@ -36,7 +37,7 @@ def twin(on_device: str, compiled: str | None = None) -> Callable[[Callable], Ca
             module = compiled and _import(compiled)
             found = getattr(module, name)(*args, **kwargs) if module else NotImplemented
             return reference(*args, **kwargs) if found is NotImplemented else found
-        pick.reference = reference
+        pick.reference, pick.is_compiled = reference, compiled is not None
         pick.on_gpu = lambda: getattr(import_module(on_device), name)
         return pick
     return decorate
