@@ -45,8 +45,8 @@ def main() -> int:
         print(f"{said}{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
         return 3
     wrong = sorted({kernel for kernel, good in found if not good})
-    print(said + (f"wrong numbers from {', '.join(wrong)}." if wrong else without or
-                  f"the kernels work. {len(dict(found))} against their references in {time.perf_counter() - start:.1f} s."))
+    took = f"{len(dict(found))} against their references in {time.perf_counter() - start:.1f} s"
+    print(said + (f"wrong numbers from {', '.join(wrong)}." if wrong else without or f"the kernels work, {took}."))
     return 3 if wrong else 0
 
 
