@@ -34,7 +34,7 @@ class Progress:
 
     def __str__(self) -> str:
         share = 100 * self.done_bytes / self.total_bytes if self.total_bytes else 100.0
-        left = "" if self.seconds_left is None else f"  {_duration(self.seconds_left)} left"
+        left = "" if self.seconds_left is None else f"  {duration(self.seconds_left)} left"
         return (f"{share:5.1f} %  {size(self.done_bytes)} of {size(self.total_bytes)}  "
                 f"{size(self.bytes_per_second)}/s{left}  {self.text}").rstrip()
 
@@ -113,7 +113,7 @@ def unless(stopped: Callable[[], bool], work: Callable, look_seconds: float = 0.
     return done.result()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -33,9 +33,10 @@ from engine.files.manifest import (
     texts_of,
 )
 from engine.files.quantize import nested
+from engine.files.tensor_source import DTYPES
 from engine.files.trunk import CODES, bits_of, encode
 from kernels.layout import Layout, default_group_size
-from kernels.planes import record_rows, sketch_rows
+from kernels.planes import Nested, record_rows, sketch_rows
 
 PARTIAL = "floe.partial.json"
 BYTES_PER_WEIGHT = {16: 2.0, 8: 1.1, 4: 0.8}        # of the trunk, scales and the parts that stay finer included
@@ -161,6 +162,15 @@ class GrowingFile:
             for name, tensor in tensors.items():
                 self.writer.add(name, tensor)
 
+    def read(self, name: str) -> Tensor:
+        """A tensor that has been added, as it is stored."""
+        entry, file = self.writer.header[name], self.writer.file
+        low, high = entry["data_offsets"]
+        file.seek(self.writer.start + low)
+        content = bytearray(file.read(high - low))
+        file.seek(self.writer.start + self.writer.position)
+        return torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+
     def save(self) -> None:
         """What has been added so far survives a kill."""
         if self.is_open:
@@ -197,11 +207,15 @@ class GrowingFile:
 
 def expert_blob(gate: Tensor, up: Tensor, down: Tensor, layout: Layout, check: Callable[[], None]) -> Tensor:
     """gate, up, down [I, hidden] of one expert -> blob uint8 [blob_bytes] on the CPU."""
-    codes = [nested(matrix, layout, check) for matrix in (gate, up, down)]
+    return blob_of(*(nested(matrix, layout, check) for matrix in (gate, up, down)), layout)
+
+
+def blob_of(gate: Nested, up: Nested, down: Nested, layout: Layout) -> Tensor:
+    """uint8 [blob_bytes] on the CPU."""
     blob = torch.zeros(layout.blob_bytes, dtype=torch.uint8)
     rows = layout.neurons * layout.sketch_row
-    blob[:rows] = sketch_rows(codes[0], codes[1], layout).flatten().cpu()
-    blob[layout.sketch_bytes:] = record_rows(*codes, layout).flatten().cpu()
+    blob[:rows] = sketch_rows(gate, up, layout).flatten().cpu()
+    blob[layout.sketch_bytes:] = record_rows(gate, up, down, layout).flatten().cpu()
     return blob
 
 
@@ -215,7 +229,11 @@ def encoded(experts: Iterable[ExpertLayer], layout: Layout, device: str, layer: 
         except ValueError as error:
             raise UserError(f"Expert {e} of MoE layer {layer:05d} cannot be compressed: {error}; get an intact "
                             "checkpoint.") from error
-        yield blob, {name: bias.float() for name in BIASES if (bias := getattr(expert, name)) is not None}
+        yield blob, biases_of(expert)
+
+
+def biases_of(expert: ExpertLayer) -> dict[str, Tensor]:
+    return {name: bias.float() for name in BIASES if (bias := getattr(expert, name)) is not None}
 
 
 def result_bytes(spec: ModelSpec, trunk_bits: int) -> int:

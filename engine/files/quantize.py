@@ -66,13 +66,14 @@ def _nested_block(weight: Tensor, layout: Layout) -> Nested:
     if not torch.isfinite(groups).all():
         raise ValueError("the weights contain values that are not finite")
     codes, fine = search(groups)
-    coarse = _fit((codes >> 2).float(), groups)
-    return Nested(_padded(codes.flatten(1), layout.padded), _padded_groups(coarse, layout),
-                  _padded_groups(fine, layout))
+    coarse = fit((codes >> 2).float(), groups)
+    return padded(codes.flatten(1), coarse, fine, layout)
 
 
-def search(w: Tensor) -> tuple[Tensor, Tensor]:
+def search(w: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """float32 [R, G, g] -> codes uint8 [R, G, g] 0..15 and their (scale, offset) float16 [R, G, 2].
+
+    weights: of the squared errors, [g] or [G, g], each group's sum is 1; None: all count alike.
 
     Both ends of a group's range are clipped on their own; the best of the 16 ranges, each fitted once, is rounded and
     fitted again twice, then nudged. Squared error on Gaussian groups of 64: 7 % less than with four symmetric ranges.
@@ -83,57 +84,62 @@ def search(w: Tensor) -> tuple[Tensor, Tensor]:
     for above, below in product(CLIPS, CLIPS):
         start = torch.lerp(middle, low, below)
         step = ((torch.lerp(middle, high, above) - start) / 15).clamp_min(TINY)
-        best = _better(w, best, _round(w, step, start))
-    codes = _again(w, _again(w, best[1]))
-    best = _better(w, best, codes)
+        best = _better(w, best, rounded(w, step, start), weights)
+    codes = _again(w, _again(w, best[1], weights), weights)
+    best = _better(w, best, codes, weights)
     for stretch, shift in NUDGES:
         step = best[2][..., :1].float()
         start = best[2][..., 1:].float() + (7.5 * (1 - stretch) + shift * stretch) * step
-        best = _better(w, best, _again(w, _round(w, step * stretch, start)))
+        best = _better(w, best, _again(w, rounded(w, step * stretch, start), weights), weights)
     return best[1].to(torch.uint8), best[2]
 
 
-def _again(w: Tensor, codes: Tensor) -> Tensor:
+def _again(w: Tensor, codes: Tensor, weights: Tensor | None) -> Tensor:
     """Codes of the weights on the grid that fits these codes."""
-    fitted = _fit(codes, w)
-    return _round(w, fitted[..., :1].float(), fitted[..., 1:].float())
+    fitted = fit(codes, w, weights)
+    return rounded(w, fitted[..., :1].float(), fitted[..., 1:].float())
 
 
-def _better(w: Tensor, best: tuple[Tensor, Tensor, Tensor] | None, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _better(w: Tensor, best: tuple[Tensor, Tensor, Tensor] | None, codes: Tensor, weights: Tensor | None,
+            ) -> tuple[Tensor, Tensor, Tensor]:
     """(error [R, G], codes, (scale, offset)): of the best so far and these codes with their fit, group by group."""
-    fitted = _fit(codes, w)
-    error = _error(w, codes, fitted)
+    fitted = fit(codes, w, weights)
+    error = _error(w, codes, fitted, weights)
     if best is None:
         return error, codes, fitted
     better = (error < best[0])[..., None]                          # [R, G, 1]
     return (torch.minimum(error, best[0]), torch.where(better, codes, best[1]), torch.where(better, fitted, best[2]))
 
 
-def _round(w: Tensor, step: Tensor, start: Tensor) -> Tensor:
+def rounded(w: Tensor, step: Tensor, start: Tensor, top: int = 15) -> Tensor:
+    """Codes 0..top, as float32, of the weights on the grid start + step * code."""
     safe = torch.where(step.abs() < TINY, torch.ones_like(step), step)
-    return ((w - start) / safe).round_().clamp_(0, 15)
+    return ((w - start) / safe).round_().clamp_(0, top)
 
 
-def _fit(q: Tensor, w: Tensor) -> Tensor:
+def fit(q: Tensor, w: Tensor, weights: Tensor | None = None) -> Tensor:
     """Least-squares (scale, offset) of w over q, rounded to float16: [R, G, 2]. A flat group gets scale 0."""
-    q_mean, w_mean = q.mean(-1), w.mean(-1)
-    covariance = (q * w).mean(-1) - q_mean * w_mean
-    variance = (q * q).mean(-1) - q_mean * q_mean
+    def mean(values: Tensor) -> Tensor:
+        return values.mean(-1) if weights is None else (values * weights).sum(-1)
+
+    q_mean, w_mean = mean(q), mean(w)
+    covariance = mean(q * w) - q_mean * w_mean
+    variance = mean(q * q) - q_mean * q_mean
     scale = torch.where(variance > 1e-6, covariance / variance.clamp_min(1e-6), torch.zeros_like(variance))
     scale = scale.clamp(-60000, 60000).to(torch.float16)
     offset = (w_mean - scale.float() * q_mean).clamp(-60000, 60000).to(torch.float16)
     return torch.stack((scale, offset), dim=-1)
 
 
-def _error(w: Tensor, q: Tensor, fitted: Tensor) -> Tensor:
+def _error(w: Tensor, q: Tensor, fitted: Tensor, weights: Tensor | None) -> Tensor:
     scale, offset = fitted[..., :1].float(), fitted[..., 1:].float()
-    return (torch.addcmul(offset, q, scale) - w).square_().sum(-1)
+    squares = (torch.addcmul(offset, q, scale) - w).square_()
+    return (squares if weights is None else squares.mul_(weights)).sum(-1)
 
 
-def _padded(codes: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(codes, (0, width - codes.shape[1]))
-
-
-def _padded_groups(scales: Tensor, layout: Layout) -> Tensor:
-    """Groups of the padding get scale and offset 0, so their value is 0 whatever the code."""
-    return torch.nn.functional.pad(scales, (0, 0, 0, layout.groups - scales.shape[1]))
+def padded(codes: Tensor, coarse: Tensor, fine: Tensor, layout: Layout) -> Nested:
+    """Codes [R, hidden] and scales [R, G, 2] to the padded width. Groups of the padding get scale and offset 0, so
+    their value is 0 whatever the code."""
+    more = layout.groups - fine.shape[1]
+    coarse, fine = (torch.nn.functional.pad(scales, (0, 0, 0, more)) for scales in (coarse, fine))
+    return Nested(torch.nn.functional.pad(codes, (0, layout.padded - codes.shape[1])), coarse, fine)

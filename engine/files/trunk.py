@@ -61,12 +61,27 @@ def _encode(name: str, rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _encode8(groups: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (groups.abs().amax(-1) / 127).clamp(6e-8, 65504).to(torch.float16)
+    scale = scale8(groups)
     codes = (groups / scale[..., None].float()).round().clamp(-127, 127).to(torch.int8)
     return codes.flatten(-2), scale
 
 
+def scale8(groups: Tensor) -> Tensor:
+    """float16 step of 8-bit codes that reach the largest weight of each group [..., g]."""
+    return (groups.abs().amax(-1) / 127).clamp(6e-8, 65504).to(torch.float16)
+
+
 def _encode4(groups: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = search(groups)
-    flat = codes.flatten(-2)
-    return flat[..., ::2] | flat[..., 1::2] << 4, scales
+    return packed(codes.flatten(-2)), scales
+
+
+def stored_as(name: str, codes: Tensor, grids: Tensor, bits: int) -> dict[str, Tensor]:
+    """-> tensors to store of codes uint8 [R, C] and their (scale, offset) [R, G, 2]; 8 bits: 127 is zero."""
+    made = (packed(codes), grids) if bits == 4 else ((codes.short() - 127).to(torch.int8), grids[..., 0].contiguous())
+    return {name + CODES: made[0].cpu(), name + SCALES: made[1].cpu()}
+
+
+def packed(codes: Tensor) -> Tensor:
+    """4-bit codes uint8 [..., n] -> [..., n/2]."""
+    return codes[..., ::2] | codes[..., 1::2] << 4

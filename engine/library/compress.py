@@ -11,20 +11,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.core import ModelSpec
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.folder_writer import FolderWriter, encoded
+from engine.files.key_map import Group
 from engine.files.manifest import MTP, TRUNK, Manifest, experts_name
 from engine.library.transfer import CompressOptions
 from engine.machine import errors
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
 from engine.progress import Progress, Report, said, unheard
+from engine.quality.loss_probe import Documents
+from engine.quality.requantize import NO_TEXT, Requantizer, Text, digest, expected
 
 
 def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits: int = 16,
-             device: str | None = None, report: Report = unheard, check: Callable[[], None] = lambda: None) -> Manifest:
+             device: str | None = None, report: Report = unheard, check: Callable[[], None] = lambda: None,
+             text: Text = NO_TEXT) -> Manifest:
     """Make the compressed folder `dest` from the checkpoint folder `source`.
 
+    text: what the model's own inputs are taken from, for codes that err less on them (engine/quality/requantize.py).
     report: hears where it is, and what a user should know besides (parts of the checkpoint that are left out). check:
     is called within every expert and may raise.
     UserError: not a MoE checkpoint, a group size that does not divide hidden, weights that are not finite, a dest that
@@ -33,29 +37,41 @@ def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits
     """
     source = Path(source)
     return compress_checkpoint(Checkpoint.open(source), source, Path(dest), str(source.resolve()), group_size,
-                               trunk_bits, device, report, check)
+                               trunk_bits, device, report, check, text)
 
 
 def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_size: int | None,
-                        trunk_bits: int, device: str | None, report: Report, check: Callable[[], None]) -> Manifest:
+                        trunk_bits: int, device: str | None, report: Report, check: Callable[[], None],
+                        text: Text = NO_TEXT) -> Manifest:
     """`compress` for a checkpoint that is open already. source: the folder of its tokenizer; origin: see
     `FolderWriter.begin`; check: is called within every expert and before every tensor, and may raise."""
     if checkpoint.left_out:
         report(said(left_out(checkpoint)))
-    clock = _Clock(checkpoint.spec, report)
-    with writer_for(checkpoint, dest, origin, group_size, trunk_bits) as writer:
-        for unit in units_of(writer, checkpoint, errors.device_for(device)[0], check):
-            if not unit.done:
+    spec, device, documents = checkpoint.spec, errors.device_for(device)[0], text.documents(source)
+    with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents) as writer:
+        units = list(units_of(writer, checkpoint, device, check, documents))
+        clock = _Clock(sum(bool(unit.layer) for unit in units), spec.experts * spec.expert_params, report)
+        if documents:
+            report(said(expected(spec, documents, device)))
+        for unit in units:
+            worked = not unit.done
+            if worked:
                 unit.work()
+                unit.done = True
             if unit.layer:
-                clock.report(unit.layer, not unit.done)
-        manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source)
-    clock.report(checkpoint.spec.layers + 1)
+                writer.save()
+                clock.report(unit.layer, worked)
+        manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source, calibration=noted(documents))
+    clock.report(clock.layers + 1)
     return manifest
 
 
 def left_out(checkpoint: Checkpoint) -> str:
     return f"Left out, the text model has no place for them: {', '.join(checkpoint.left_out)}."
+
+
+def text_of(choice: CompressOptions) -> Text:
+    return Text(choice.texts, choice.text_tokens)
 
 
 def settled(choice: CompressOptions) -> tuple[str, int]:
@@ -66,45 +82,81 @@ def settled(choice: CompressOptions) -> tuple[str, int]:
 
 @dataclass
 class Unit:
-    """One thing that can be compressed once its keys are there. layer: its number, counted from 1; 0 for others."""
+    """One thing that can be compressed once its keys are there. layer: its number, counted from 1; 0 for others.
+    after: what has to be done before it, over a text."""
 
     keys: list[str]
     work: Callable[[], None]
     done: bool = False
     layer: int = 0
+    after: tuple[Unit, ...] = ()
     files: frozenset[str] = frozenset()         # that hold the keys, where these are still to come
 
+    def is_ready(self, absent: set[str]) -> bool:
+        return not self.done and not self.files & absent and all(unit.done for unit in self.after)
 
-def writer_for(checkpoint: Checkpoint, dest: Path, origin: str, group_size: int | None, trunk_bits: int
-               ) -> FolderWriter:
+
+def writer_for(checkpoint: Checkpoint, dest: Path, origin: str, group_size: int | None, trunk_bits: int,
+               documents: Documents = ()) -> FolderWriter:
+    """UserError as of `FolderWriter.begin`: also for what was begun over another text."""
+    origin = f"{origin}, over the text {digest(documents)}" if documents else origin
     return FolderWriter.begin(dest, checkpoint.spec, len(checkpoint.skeleton.state_dict()), origin, group_size,
                               trunk_bits, len(checkpoint.map.mtp))
 
 
-def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: Callable[[], None]) -> Iterator[Unit]:
+def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: Callable[[], None],
+             documents: Documents = ()) -> Iterator[Unit]:
     """Layers, trunk tensors and multi-token-prediction tensors (kept against a second download, unused for now),
     those of an earlier run marked as done. check: is called within every expert and before every tensor, and
-    may raise."""
+    may raise. documents: the codes are to err less on these, which asks for an order."""
     source = checkpoint.source
-
-    def layer(i: int) -> None:
-        writer.layer(i, encoded(_experts_of(checkpoint, i), writer.layout, device, i, check))
-
-    def group(group) -> None:
-        check()
-        for name, tensor in checkpoint.read_group(group).items():
-            writer.add_to_trunk(name, tensor)
 
     def extra(key: str) -> None:
         check()
         writer.mtp.add({key: source.get(key)})
+    yield from (_over_text(writer, checkpoint, documents, device, check) if documents else
+                _without_text(writer, checkpoint, device, check))
+    for key in checkpoint.map.mtp:
+        yield Unit(source.parts(key), partial(extra, key), MTP in writer.done or key in writer.mtp)
+
+
+def _without_text(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: Callable[[], None],
+                  ) -> Iterator[Unit]:
+    def layer(i: int) -> None:
+        writer.layer(i, encoded(_experts_of(checkpoint, i), writer.layout, device, i, check))
+
+    def group(group: Group) -> None:
+        check()
+        for name, tensor in checkpoint.read_group(group).items():
+            writer.add_to_trunk(name, tensor)
     for i in range(checkpoint.spec.layers):
         yield Unit(checkpoint.layer_keys(i), partial(layer, i), experts_name(i) in writer.done, i + 1)
     for each in checkpoint.trunk_groups():
-        yield Unit([part for key in each.keys for part in source.parts(key)], partial(group, each),
+        yield Unit(_parts(checkpoint, each), partial(group, each),
                    TRUNK in writer.done or all(name in writer.trunk for name in each.targets))
-    for key in checkpoint.map.mtp:
-        yield Unit(source.parts(key), partial(extra, key), MTP in writer.done or key in writer.mtp)
+
+
+def _over_text(writer: FolderWriter, checkpoint: Checkpoint, documents: Documents, device: str,
+               check: Callable[[], None]) -> Iterator[Unit]:
+    """What the layers need, the layers in their order, and the rest of the trunk whenever it comes."""
+    work = Requantizer(checkpoint, writer, documents, device, check)
+    before = [Unit(_parts(checkpoint, group), partial(work.outside, group), work.has([group]))
+              for group in work.walk.before]
+    yield from before
+    last: tuple[Unit, ...] = tuple(before)
+    for n, groups in enumerate(work.walk.within):
+        index = work.index(n)
+        keys = [] if index is None else checkpoint.layer_keys(index)
+        keys += [key for group in groups for key in _parts(checkpoint, group)]
+        unit = Unit(keys, partial(work.layer, n), work.is_done(n), n + 1, last)
+        last = (unit,)
+        yield unit
+    for group in work.walk.behind:
+        yield Unit(_parts(checkpoint, group), partial(work.outside, group), work.has([group]))
+
+
+def _parts(checkpoint: Checkpoint, group: Group) -> list[str]:
+    return [part for key in group.keys for part in checkpoint.source.parts(key)]
 
 
 def _experts_of(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertLayer]:
@@ -112,11 +164,16 @@ def _experts_of(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertLayer]:
         yield checkpoint.read_expert(layer, e)
 
 
+def noted(documents: Documents) -> dict:
+    """What the manifest's "calibration" says of codes that were compensated over a text, until levels are measured."""
+    return {"codes": digest(documents)} if documents else {}
+
+
 class _Clock:
     """Turns layers done into weights per second and time left, counting only what this run worked on."""
 
-    def __init__(self, spec: ModelSpec, report: Report) -> None:
-        self.layers, self.weights, self.tell = spec.layers, spec.experts * spec.expert_params, report
+    def __init__(self, layers: int, weights_per_layer: int, report: Report) -> None:
+        self.layers, self.weights, self.tell = layers, weights_per_layer, report
         self.start, self.n_worked = time.monotonic(), 0
 
     def report(self, done: int, worked: bool = False) -> None:

@@ -25,7 +25,7 @@ from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
 from engine.files.manifest import INDEX
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors, read_index
-from engine.library.compress import Unit, left_out, settled, units_of, writer_for
+from engine.library.compress import Unit, left_out, noted, settled, text_of, units_of, writer_for
 from engine.library.hub import Hub, RemoteFile
 from engine.library.installed import Source, partial_share, unfinished
 from engine.library.transfer import MADE, CompressOptions, arrived, begin, fetch_all, finish
@@ -93,16 +93,17 @@ class Stream:
         checkpoint = Checkpoint(read_config(self.folder), self.tensors, self.source.repository.partition("/")[2])
         origin = f"{self.source.repository} at {self.source.commit}"
         device, bits = settled(self.choice)
-        writer = writer_for(checkpoint, self.made, origin, None, bits)
+        documents = text_of(self.choice).documents(self.folder)
+        writer = writer_for(checkpoint, self.made, origin, None, bits, documents)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
         try:
             with writer:
-                units = list(units_of(writer, checkpoint, device, partial(check, self.stop)))
+                units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents))
                 for unit in units:
                     unit.files = frozenset(file_of[key] for key in unit.keys)
                 self._all_shards(units, writer)
-                writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder)
+                writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder, calibration=noted(documents))
         finally:
             self.ended.set()
 
@@ -123,7 +124,7 @@ class Stream:
             unless(self.stop.is_set, next_one.result)
             here = {each for each in order[:n + 1] if (self.folder / each).is_file()}
             next_one = self._fetch(order, n + 1) if len(here) < MOST_SHARDS else None
-            self._compress(units, set(order[n + 1:]))
+            self._compress(units, set(order[n + 1:]), writer)
             writer.save()
             write_text_atomically(partial_share(self.folder.parent), str(self.meter.done / max(1, self.meter.total)))
             self._release(units, here)
@@ -145,15 +146,17 @@ class Stream:
         file = self.weights[order[n]]
         return self.ahead.submit(fetch_all, self.hub, self.source, [file], self.folder, self.meter, self.ended)
 
-    def _compress(self, units: list[Unit], absent: set[str]) -> None:
+    def _compress(self, units: list[Unit], absent: set[str], writer: FolderWriter) -> None:
         for unit in units:
-            if not unit.done and not unit.files & absent:
+            if unit.is_ready(absent):
                 check(self.stop)
                 n_layers = sum(bool(each.layer) for each in units)
                 self.meter.add(0, f"Compressing layer {unit.layer} of {n_layers}" if unit.layer else "")
                 begun = time.monotonic()
                 unit.work()
                 unit.done = True
+                if unit.after:                  # over a text a layer is hours of work; what it gave to the trunk stays
+                    writer.save()
                 self._pace(units, time.monotonic() - begun, bool(unit.layer))
 
     def _pace(self, units: list[Unit], seconds: float, is_layer: bool) -> None:

@@ -25,12 +25,13 @@ from engine.files.manifest import CONFIG, COPIED, Manifest
 from engine.files.quantize import nested
 from engine.files.skeleton import spec_of
 from engine.library import catalogue
-from engine.library.compress import compress_checkpoint, settled
+from engine.library.compress import compress_checkpoint, settled, text_of
 from engine.library.hub import Hub, Listing
 from engine.library.installed import Source, unfinished
 from engine.library.transfer import MADE, CompressOptions, Wanted, arrived, begin, fetch_all, finish, part_of
 from engine.paths import typed
 from engine.progress import Meter, Progress, Report, check, said, unheard
+from engine.quality.requantize import NO_TEXT, Text
 from kernels.layout import Layout, default_group_size
 from kernels.planes import decode_down, decode_gate, decode_up, record_rows, sketch_rows
 
@@ -48,7 +49,8 @@ class Imported:
 
 
 def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int = 16, device: str | None = None,
-                report: Report = unheard, check: Callable[[], None] = lambda: None, hub: Hub | None = None) -> Imported:
+                report: Report = unheard, check: Callable[[], None] = lambda: None, hub: Hub | None = None,
+                text: Text = NO_TEXT) -> Imported:
     """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
 
     like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
@@ -69,7 +71,7 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
         added = cost(checkpoint)
         report(said(warning(source, added)))
         origin = f"{source.name} of {sum(path.stat().st_size for path in paths)} bytes"
-        manifest = compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report, check)
+        manifest = compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report, check, text)
     return Imported(manifest, source.kinds, added)
 
 
@@ -133,7 +135,8 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
         def heard(progress: Progress) -> None:
             meter.other_seconds = progress.seconds_left or 0.0
             meter.add(0, progress.text)
-        import_gguf(work / source.files[0].name, work / MADE, work / "like", bits, device, heard, partial(check, stop))
+        import_gguf(work / source.files[0].name, work / MADE, work / "like", bits, device, heard, partial(check, stop),
+                    text=text_of(choice))
     finish(work, source, dest)
 
 

@@ -40,9 +40,10 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Compre
         raise UserError(f"There is no checkpoint {name!r} in the data folder to compress.")
 
     def work(dest: Path, bits: int, device: str, heard: Report, check: Callable[[], None]) -> None:
-        from engine.library.compress import compress
-        compress(source, dest, None, bits, device, heard, check)
-    return _made(compressed_name(name), data, choice or CompressOptions(), report, stop or Event(), work)
+        from engine.library.compress import compress, text_of
+        compress(source, dest, None, bits, device, heard, check, text_of(choice))
+    choice = choice or CompressOptions()
+    return _made(compressed_name(name), data, choice, report, stop or Event(), work)
 
 
 def import_file(file: Path, like: str = "", data: str | Path | None = None, choice: CompressOptions | None = None,

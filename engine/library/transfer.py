@@ -15,6 +15,7 @@ from engine.library.hub import Hub, Listing, RemoteFile
 from engine.library.installed import Source, is_begun
 from engine.progress import Meter
 
+TOKENS = 32_768     # of the texts that codes are compensated on, unless somebody wishes otherwise
 MADE = "made"       # in the folder of an unfinished download: the compressed model
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -38,11 +39,14 @@ class Wanted:
 @dataclass(frozen=True)
 class CompressOptions:
     """How to compress where that is needed. trunk_bits None: what the plan takes for the device. keep_original: the
-    checkpoint stays beside the result as NAME-original, a model at level `full`."""
+    checkpoint stays beside the result as NAME-original, a model at level `full`. texts: what its codes are to err less
+    on (engine/quality/requantize.py), about so many tokens together."""
 
     trunk_bits: int | None = None
     device: str | None = None
     keep_original: bool = True
+    texts: tuple[Path, ...] = ()
+    text_tokens: int = TOKENS
 
 
 def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, meter: Meter,

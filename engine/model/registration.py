@@ -181,7 +181,8 @@ def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, leve
          predict: bool = True, **given: Any) -> Runtime:
     """Put one runtime of that side over `far` behind the model's experts modules. given: its device, tokens, dtype."""
     places = [(path, module) for path, module in model.named_modules() if isinstance(module, FloeExperts)]
-    layers = [_layer(model, path, index, far, given.get("device", "cpu")) for index, (path, _) in enumerate(places)]
+    device = given.get("device", "cpu")
+    layers = [layer_experts(model, path, index, far, device) for index, (path, _) in enumerate(places)]
     levels = level_plans(planner.calibration)
     runtime = side(far, layers, planner.spec.top_k, levels, level, near_bytes, predict, **given)
     for layer, (_, module) in zip(layers, places, strict=True):
@@ -190,7 +191,7 @@ def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, leve
     return runtime
 
 
-def _layer(model: nn.Module, path: str, index: int, far: Far, device: str) -> LayerExperts:
+def layer_experts(model: nn.Module, path: str, index: int, far: Far, device: str) -> LayerExperts:
     """What the experts module at `path` computes with, on `device`."""
     module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     norm, router = getattr(module, "post_expert_norm", None), _router_weight(parent, (far.experts, far.hidden))

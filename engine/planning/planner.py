@@ -44,7 +44,8 @@ def plan(model: ModelSpec, machine: Machine, wishes: PlanRequest | None = None,
     if wishes.context and wishes.context > model.context:
         raise UserError(f"{model.name} reads at most {model.context:,} tokens; ask for a context up to that.")
     layout = _layout(model, wishes)
-    known = miss_curves.calibrated(calibration, model, layout) if calibration else miss_curves.assumed(model, layout)
+    measured = (calibration or {}).get("levels")
+    known = miss_curves.calibrated(calibration, model, layout) if measured else miss_curves.assumed(model, layout)
     choice = (wishes.level,) if wishes.level else _offered(wishes, calibration)
     tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
     best = _best(tried)

@@ -26,14 +26,13 @@ from engine.paths import CALIBRATION_LOG
 from engine.quality.budgets import Budgets, LayerTable, OutputErrors, cheapest, record_bytes
 from engine.quality.loss_probe import Documents, LossProbe, MeasurementLog, Sums, check_vocabulary, log_probabilities
 from engine.quality.sparse_forward import DecodedExperts, LayerTrace, Simulation
-from engine.quality.texts import read_tokens
+from engine.quality.texts import LONGEST, read_tokens
 from engine.quality.traces import Trace, miss_curve
 from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
 Report = Callable[[str], None]
 Check = Callable[[int, int, int], None]
-LONGEST = 512        # tokens of a document; longer ones are divided
 PROBE = 0.1          # share of a layer's neurons kept when its sensitivity is measured
 TABLE_TOKENS = 1024  # tokens of each text behind the tables of errors
 STEPS = 8            # trials to meet a promise
@@ -289,6 +288,7 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
     found, usage = calibration.run()
     found |= {"texts": [path.name for path in texts],
               "reference": "exact" if reference_folder is None else reference_folder.name}
+    found |= {"codes": manifest.calibration["codes"]} if "codes" in manifest.calibration else {}
     _store(folder, manifest, found, usage)
     (folder / CALIBRATION_LOG).unlink(missing_ok=True)
     return found

@@ -19,6 +19,7 @@ DOCUMENT_END = "<|endoftext|>"
 MAX_CHARACTERS = 1 << 16
 OWN_TEXTS = Path(__file__).resolve().parents[2] / "assets" / "texts"
 CALIBRATION_TEXT = OWN_TEXTS / "calibration.jsonl"
+LONGEST = 512           # tokens of a document that is calibrated on; longer ones are divided
 LONGEST_LINE = 1 << 24  # characters: more than a conversation of any context
 CALIBRATION_TOKENS = 16_384  # all texts together, unless somebody wishes otherwise
 EVALUATION_TEXT = OWN_TEXTS / "evaluation.jsonl"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from engine.core import Options
@@ -24,6 +25,7 @@ Tensor = torch.Tensor
 def write_tokenizer(folder: Path) -> None:
     """A word for each of 128 tokens: enough for `load`, which wants one."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
 
 

@@ -96,8 +96,8 @@ def fetch(model: str, folder: str, endpoint: str, source: str | None = None, **c
     download(model, source, folder, hub=Hub(endpoint, chunk_bytes=CHUNK), choice=CompressOptions(**choice))
 
 
-def compress(name: str, data: str) -> None:
-    compress_installed(name, data, CompressOptions(16, "cpu"))
+def compress(name: str, data: str, text: str = "") -> None:
+    compress_installed(name, data, CompressOptions(16, "cpu", texts=(Path(text),) if text else ()))
 
 
 def calibrate(name: str, data: str, text: str) -> None:

@@ -10,6 +10,7 @@ from engine.library.hub import Hub
 from engine.library.transfer import CompressOptions
 from engine.paths import typed
 from engine.progress import Progress
+from engine.quality.texts import CALIBRATION_TEXT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), help="bits outside the experts (4 on a card, 8)")
     parser.add_argument("--delete-original", action="store_true",
                         help="remove each part of the original once it is compressed (least disk)")
+    parser.add_argument("--quality", action="store_true", help="make codes that err less, which takes several times as "
+                        "long: minutes on a card, hours on a processor")
+    parser.add_argument("--text", type=typed, action="append", metavar="FILE", help="what --quality reads (.txt or "
+                        ".jsonl chats, also .xz; default: a few chats of ours)")
 
 
 def run(args: argparse.Namespace) -> dict:
-    choice = CompressOptions(args.trunk_bits, args.device, not args.delete_original)
+    texts = tuple(args.text or [CALIBRATION_TEXT]) if args.quality or args.text else ()
+    choice = CompressOptions(args.trunk_bits, args.device, not args.delete_original, texts)
     try:
         folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
                           args.file, args.like)

@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -21,6 +22,7 @@ from engine.library.download import download
 from engine.library.hub import Hub, Stopped
 from engine.library.installed import Source, models, size_of, unfinished
 from engine.library.transfer import CompressOptions
+from engine.quality.requantize import Text
 from tests.support.architectures import build
 from tests.support.folders import next_logits, write_tokenizer
 from tests.support.killed import CHUNK, Nursery
@@ -135,6 +137,29 @@ def test_a_pause_anywhere_goes_on(loopback, made, tmp_path):
             assert not dest.exists() and unfinished(dest).is_dir()
     assert n > 5
     assert_same(dest, made)
+
+
+def test_over_a_text_while_it_arrives_paused_anywhere(loopback, original, tmp_path):
+    """Layer after layer as the shards come, each of which goes when its layers are done; the walk goes on without."""
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(" ".join(f"w{(n * k) % 120}" for k in range(3, 20))
+                                                               for n in range(1, 4)))
+    texts = (tmp_path / "text.txt",)
+    compress(original, tmp_path / "made", trunk_bits=16, device="cpu", text=Text(texts, 200))
+    choice, hub = replace(LEAN, texts=texts, text_tokens=200), Hub(loopback.endpoint, chunk_bytes=CHUNK)
+    for n in range(1, 100):
+        stop, news = Event(), []
+
+        def report(progress, n=n, stop=stop, news=news) -> None:
+            news.extend([progress.text] if progress.text else [])
+            if len(news) > 5 + n % 7:
+                stop.set()
+        try:
+            download(NAME, folder=tmp_path / "Small", choice=choice, hub=hub, report=report, stop=stop)
+            break
+        except Stopped:
+            assert len(list((unfinished(tmp_path / "Small") / "source").glob("*.safetensors"))) <= 4
+    assert n > 5
+    assert_same(tmp_path / "Small", tmp_path / "made")
 
 
 def test_single_file_without_an_index(made, tmp_path):

@@ -21,7 +21,8 @@ from tests.support.killed import Nursery
 
 pytestmark = pytest.mark.slow
 KILLS = 20
-NEEDED = ("engine.library.compress", "engine.quality.calibrate", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+NEEDED = ("engine.library.compress", "engine.quality.requantize", "engine.quality.calibrate",
+          "transformers.models.qwen3_moe.modeling_qwen3_moe",
           "transformers.models.qwen3_moe.configuration_qwen3_moe")
 
 
@@ -79,6 +80,23 @@ def test_compressing(nursery, data, whole):
     assert ends > 1
     folder = compress_installed("Small", data, CompressOptions(16, "cpu"))
     assert contents(folder) == whole and answer(folder)
+
+
+def test_compressing_over_a_text(nursery, data):
+    """Ten kills on one way: the bytes are those of a run that nobody killed."""
+    text, dest, chance, kills = data / "tales.txt", data / "models" / "Small-floe", random.Random(12), 0
+    if dest.exists():
+        delete("Small-floe", data)
+    with_text = contents(compress_installed("Small", data, CompressOptions(16, "cpu", texts=(text,))))
+    delete("Small-floe", data)
+    while kills < 10:
+        kills += nursery.killed_when(lambda: False, work="compress", change=chance.randrange(1, 25), name="Small",
+                                     data=data, text=text)
+        if dest.exists():
+            assert contents(dest) == with_text
+            delete("Small-floe", data)
+    assert contents(compress_installed("Small", data, CompressOptions(16, "cpu", texts=(text,)))) == with_text
+    delete("Small-floe", data)
 
 
 def finished(making: Path) -> dict[str, int]:

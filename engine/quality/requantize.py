@@ -1,0 +1,292 @@
+"""Codes of a checkpoint that know what the weights are multiplied with: layer after layer, over a calibration text.
+
+A layer sees what the layers below it really give, quantised as they are. Its trunk's matrices are compensated over
+their inputs (engine/quality/compensate.py), gate and up over the inputs that are routed to their expert, down over the
+activations that gate and up then give; an expert of few tokens takes the layer's other tokens into account, one of
+none keeps the search without data. The 2-bit view is fitted to the codes that came out, so sketch and record stay
+nested. Memory: the walk's (layer_walk.py), the layer's inputs, one expert with its Hessians.
+"""
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.core import ModelSpec, UserError
+from engine.files.checkpoint import Checkpoint, ExpertLayer
+from engine.files.compressed import ExpertsFile
+from engine.files.folder_writer import FolderWriter, biases_of, blob_of
+from engine.files.key_map import Group
+from engine.files.manifest import TRUNK, experts_name
+from engine.files.quantize import fit, nested, padded
+from engine.files.trunk import CODES, GROUP, SCALES, bits_of, encode, stored_as
+from engine.model.load import load_tokenizer
+from engine.progress import duration
+from engine.quality.compensate import over_inputs, over_neurons
+from engine.quality.layer_walk import Reached, Walk
+from engine.quality.loss_probe import Documents
+from engine.quality.texts import LONGEST, read_tokens
+from kernels.layout import Layout, default_group_size
+from kernels.linear import decode
+from kernels.planes import Nested, decode_down, decode_gate, decode_up
+
+Tensor = torch.Tensor
+PRIOR = 64      # tokens that the layer's own mean counts as beside an expert's tokens
+SAMPLE = 1024   # tokens of a layer that stand for all of them where an expert's activations are asked for
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What one layer's experts were given: x float32 [T, H], ids [T, k], weights float32 [T, k]."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Its tokens x [n, H] and their weights [n]."""
+        token, place = (self.ids == expert).nonzero(as_tuple=True)
+        return self.x[token], self.weights[token, place]
+
+    @property
+    def sample(self) -> Tensor:
+        return self.x[::max(1, len(self.x) // SAMPLE)]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What codes are compensated on. paths: as of `read_tokens`, none: they are not; n_tokens: of all together."""
+
+    paths: tuple[Path, ...] = ()
+    n_tokens: int = 0
+
+    def documents(self, folder: Path) -> Documents:
+        """In the tokens of the model in `folder`. UserError."""
+        tokenizer = load_tokenizer(folder) if self.paths else None
+        return [torch.tensor([ids]) for path in self.paths
+                for ids in read_tokens(path, tokenizer, max(1, self.n_tokens // len(self.paths)), LONGEST)]
+
+
+NO_TEXT = Text()
+
+
+def digest(documents: Documents) -> str:
+    return hashlib.sha256(repr([ids.tolist() for ids in documents]).encode()).hexdigest()[:16]
+
+
+def expected(spec: ModelSpec, documents: Documents, device: str) -> str:
+    """How long it is likely to take here: one made-up expert of the model's shape is tried."""
+    draw, layout = torch.Generator().manual_seed(0), Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden))
+    gate_up, down = (torch.randn(n, spec.hidden, generator=draw).to(device) for n in (2 * spec.neurons, spec.neurons))
+    n_tokens = sum(ids.numel() for ids in documents)
+    x = gate_up[:max(1, min(len(gate_up), n_tokens * spec.top_k // spec.experts))]
+    begun = time.monotonic()
+    over_inputs(gate_up, x.T @ x, layout.group)
+    over_neurons(down, (x @ down.T).T @ (x @ down.T), layout.group)[0].cpu()
+    seconds = (time.monotonic() - begun) * spec.layers * spec.experts
+    per_token = 3 * 2 * (spec.trunk_params + spec.layers * spec.top_k * spec.neurons * spec.hidden)
+    begun = time.monotonic()
+    (down @ down.T @ down).cpu()
+    seconds += n_tokens * per_token * (time.monotonic() - begun) / (4 * spec.neurons ** 2 * spec.hidden)
+    return (f"{n_tokens:,} tokens go through {spec.decoder_layers} layers and {spec.layers * spec.experts:,} experts: "
+            f"about {duration(seconds)} on this {'card' if device != 'cpu' else 'processor'}.")
+
+
+class Requantizer:
+    """Works on one unit after the other: `outside` what the layers need, then `layer` 0, 1, ...; what an earlier run
+    has finished is only read, when the first layer that is not done needs it. check: called between two documents and
+    two experts, may raise."""
+
+    def __init__(self, checkpoint: Checkpoint, writer: FolderWriter, documents: Documents, device: str,
+                 check: Callable[[], None]) -> None:
+        self.checkpoint, self.writer, self.check, self.layout = checkpoint, writer, check, writer.layout
+        self.walk = Walk(checkpoint, _Biases(checkpoint, writer), documents, device)
+
+    def has(self, groups: list[Group]) -> bool:
+        """Whether the trunk holds all that these conversions make."""
+        names = [name for group in groups for name in group.targets]
+        return TRUNK in self.writer.done or all(name in self.writer.trunk for name in names)
+
+    def is_done(self, n: int) -> bool:
+        index = self.index(n)
+        return self.has(self.walk.within[n]) and (index is None or experts_name(index) in self.writer.done)
+
+    def outside(self, group: Group) -> None:
+        """A part of the trunk beside the layers: nothing is compensated."""
+        self.check()
+        for name, tensor in self.checkpoint.read_group(group).items():
+            self._keep(name, encode(name, tensor, self._bits(name, tensor)))
+
+    @torch.inference_mode()
+    def layer(self, n: int) -> None:
+        """UserError for weights that are not finite."""
+        if self.walk.at < 0:
+            for group in self.walk.before:
+                self._put_back(group)
+        for earlier in range(self.walk.at + 1, n):
+            self.walk.open(earlier, {})
+            for group in self.walk.within[earlier]:
+                self._put_back(group)
+            self._leave(earlier)
+        trunk = {name: tensor for group in self.walk.within[n]
+                 for name, tensor in self.checkpoint.read_group(group).items()}
+        self.walk.open(n, trunk)
+        self._trunk(trunk)
+        self._leave(n)
+
+    def _leave(self, n: int) -> None:
+        """The experts of the open layer, unless they are done, and what the layer gives with them."""
+        if self.walk.experts is None:
+            self.walk.leave(list(self.walk.send(_nothing)))
+            return
+        routed, index = self._routed(), self.walk.experts.index
+        if experts_name(index) not in self.writer.done:
+            self.writer.layer(index, self._blobs(index, routed))
+        given = iter(self._outputs(index, routed).split([ids.shape[1] for ids in self.walk.documents]))
+        self.walk.leave(list(self.walk.send(lambda x, ids, weights: next(given))))
+
+    def index(self, n: int) -> int | None:
+        """Which of the layers of experts is in decoder layer n."""
+        return next((i for i, path in enumerate(self.checkpoint.expert_layers) if f".layers.{n}." in path), None)
+
+    # --- trunk --------------------------------------------------------------------------------------------------
+    def _trunk(self, stored: dict[str, Tensor]) -> None:
+        """The open layer's, compensated where it is a product with inputs and not kept at 16 bits."""
+        hessians = self._hessians({name: module for name, module in self.walk.linears().items()
+                                   if name in stored and self._bits(name, stored[name]) < 16})
+        for name, tensor in stored.items():
+            self.check()
+            bits = self._bits(name, tensor)
+            if name in hessians and torch.isfinite(tensor).all():
+                weight = tensor.to(self.walk.device).float()
+                self._keep(name, stored_as(name, *over_inputs(weight, hessians[name], GROUP, bits), bits))
+            else:
+                self._keep(name, encode(name, tensor, bits))
+
+    def _hessians(self, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
+        """Of each module's inputs, where the experts give nothing."""
+        sums, handles = {}, []
+        for name, module in linears.items():
+            def see(module: nn.Module, given: tuple[Tensor], name: str = name) -> None:
+                x = given[0].flatten(0, -2)
+                sums[name] = sums.get(name, 0) + x.T @ x
+            handles.append(module.register_forward_pre_hook(see))
+        for _ in self.walk.send(_nothing) if linears else ():
+            self.check()
+        for handle in handles:
+            handle.remove()
+        return sums
+
+    def _keep(self, name: str, parts: dict[str, Tensor]) -> None:
+        """Into the trunk, and the walk goes on with what is stored."""
+        if TRUNK not in self.writer.done and name not in self.writer.trunk:
+            self.writer.trunk.add(parts)
+        if name + CODES in parts:
+            self.walk.put(name, decode(parts[name + CODES], parts[name + SCALES]))
+        else:
+            self.walk.put(name, parts[name])
+
+    def _put_back(self, group: Group) -> None:
+        """What an earlier run has stored of the trunk, into the walk."""
+        read, header = self.writer.trunk.read, self.writer.trunk.writer.header
+        for name in group.targets:
+            self.walk.put(name, read(name) if name in header else decode(read(name + CODES), read(name + SCALES)))
+
+    def _bits(self, name: str, tensor: Tensor) -> int:
+        return bits_of(name, tensor, self.writer.trunk_bits, self.writer.spec.decoder_layers)
+
+    # --- experts ------------------------------------------------------------------------------------------------
+    def _routed(self) -> Routed:
+        seen = []
+
+        def at_experts(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            seen.append((x.float(), ids, weights.float()))
+            raise Reached
+        for _ in self.walk.send(at_experts):
+            self.check()
+        return Routed(*map(torch.cat, zip(*seen, strict=True)))
+
+    def _blobs(self, index: int, routed: Routed) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        shared = routed.x.T @ routed.x / len(routed.x)
+        for e in range(self.writer.spec.experts):
+            self.check()
+            expert = self.checkpoint.read_expert(index, e)
+            try:
+                yield self._blob(expert, e, routed, shared), biases_of(expert)
+            except ValueError as error:
+                raise UserError(f"Expert {e} of MoE layer {index:05d} cannot be compressed: {error}; get an intact "
+                                "checkpoint.") from error
+
+    def _blob(self, expert: ExpertLayer, e: int, routed: Routed, shared: Tensor) -> Tensor:
+        gate, up, down = (matrix[0].to(self.walk.device).float() for matrix in (expert.gate, expert.up, expert.down))
+        x, weights = routed.of(e)
+        if not len(x) or not all(torch.isfinite(matrix).all() for matrix in (gate, up, down)):
+            return blob_of(*(nested(matrix, self.layout, self.check) for matrix in (gate, up, down)), self.layout)
+        layout, rest = self.layout, PRIOR * weights.square().mean()
+        hessian = (x * weights[:, None]).T @ (x * weights[:, None]) + rest * shared
+        codes, fine = over_inputs(torch.cat((gate, up)), hessian, layout.group)
+        importance = hessian.diagonal().clamp_min(1e-30).unflatten(0, (-1, layout.group))
+        coarse = fit((codes >> 2).unflatten(1, (-1, layout.group)).float(),
+                     torch.cat((gate, up)).unflatten(1, (-1, layout.group)),
+                     importance / importance.sum(1, keepdim=True))
+        views = [padded(*parts, layout) for parts in zip(codes.chunk(2), coarse.chunk(2), fine.chunk(2), strict=True)]
+        own, others = (self._product(e, inputs, views) for inputs in (x, routed.sample))
+        hessian = (own * weights[:, None]).T @ (own * weights[:, None]) + rest / len(others) * (others.T @ others)
+        codes, fine = over_neurons(down, hessian, layout.group)
+        return blob_of(*views, padded(codes, fine, fine, layout), layout)
+
+    def _product(self, e: int, x: Tensor, views: list[Nested]) -> Tensor:
+        """x [n, H] -> act(g) * u [n, I] at the 4-bit view."""
+        layer, hidden = self.walk.experts, self.layout.hidden
+        sides = []
+        for view, name in zip(views, ("gate_bias", "up_bias"), strict=True):
+            scale, offset = view.fine.float().split(1, -1)
+            values = torch.addcmul(offset, view.codes.unflatten(1, (-1, self.layout.group)).float(), scale).flatten(1)
+            sides.append(x @ values[:, :hidden].T + (layer.biases[name][e] if layer.biases else 0.0))
+        return layer.gate(*sides)
+
+    def _outputs(self, index: int, routed: Routed) -> Tensor:
+        """What the layer's experts give as they are in the file [T, H]."""
+        file, layer = ExpertsFile(self.writer.dest / experts_name(index)), self.walk.experts
+        out = torch.zeros_like(routed.x)
+        for e in range(self.writer.spec.experts):
+            self.check()
+            file.verify(e)
+            token, place = (routed.ids == e).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            views = _values(file.blobs[e].to(self.walk.device), self.layout)
+            gate, up, down = (matrix[:, :self.layout.hidden] for matrix in views)
+            y = layer.whole(routed.x[token], layer.join(gate.T, up.T).T, down, e)
+            out.index_add_(0, token, y * routed.weights[token, place, None])
+        return out
+
+
+class _Biases:
+    """What a layer asks of far memory: one that is done has its biases from its file, its original may be gone."""
+
+    def __init__(self, checkpoint: Checkpoint, writer: FolderWriter) -> None:
+        self.checkpoint, self.writer = checkpoint, writer
+        self.experts, self.hidden = writer.spec.experts, writer.spec.hidden
+
+    def biases(self, layer: int) -> dict[str, Tensor]:
+        if experts_name(layer) in self.writer.done:
+            return ExpertsFile(self.writer.dest / experts_name(layer)).biases
+        if not biases_of(self.checkpoint.read_expert(layer, 0)):
+            return {}                               # a whole layer need not be read to see that
+        return biases_of(self.checkpoint.read_layer(layer))
+
+
+def _values(blob: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    sketch = blob[:layout.neurons * layout.sketch_row].view(layout.neurons, -1)
+    records = blob[layout.sketch_bytes:].view(layout.neurons, -1)
+    return decode_gate(sketch, records, layout), decode_up(sketch, records, layout), decode_down(records, layout)
+
+
+def _nothing(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return torch.zeros_like(x)

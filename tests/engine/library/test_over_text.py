@@ -1,0 +1,167 @@
+"""Codes compensated over a text: truer than those without, the same after any stop, from every kind of original."""
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.__main__ import main
+from engine.core import Options, UserError
+from engine.files.compressed import ExpertsFile
+from engine.files.manifest import TRUNK, Manifest, experts_name
+from engine.library.compress import compress
+from engine.library.hub import Stopped
+from engine.library.requantize import requantize
+from engine.model.load import load
+from engine.quality.loss_probe import Sums, log_probabilities
+from engine.quality.requantize import Text
+from tests.support.folders import checkpoint
+
+NAMES = ("qwen3_moe", "gpt_oss", "deepseek_v2", "gemma4_text")  # plain; biased, transposed, windows; dense first; norms
+Tensor = torch.Tensor
+
+
+def words(path: Path, seed: int, n_documents: int, n: int = 60) -> Path:
+    """Documents of random words, in each of which few different ones occur."""
+    chance = random.Random(seed)
+    documents = [" ".join(f"w{chance.choice(few)}" for _ in range(n)) for _ in range(n_documents)
+                 for few in [chance.sample(range(3, 128), 12)]]
+    path.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Text:
+    return Text((words(tmp_path_factory.mktemp("text") / "words.txt", 0, 40),), 2400)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    checkpoint("qwen3_moe", folder, hidden_size=128, num_hidden_layers=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(source, text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "made"
+    compress(source, folder, trunk_bits=4, device="cpu", text=text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "floe.source.json"}
+
+
+def divergence(folder: Path, model: torch.nn.Module, text: Text) -> float:
+    """Nats a token at level `exact`."""
+    found, sums = load(folder, Options(level="exact", device="cpu", predict=False)), Sums()
+    with torch.inference_mode():
+        for ids in text.documents(folder):
+            sums.add(log_probabilities(found.model, ids), log_probabilities(model, ids), ids[0, 1:])
+    return sums.figures()["kl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_less_is_lost_on_other_texts_of_the_kind(name, text, tmp_path):
+    """Random weights, whose inputs have little structure: a fifth at least, all of the model's parts at 4 bits."""
+    model = checkpoint(name, tmp_path / "source", hidden_size=128)
+    other = Text((words(tmp_path / "other.txt", 1, 10),), 600)
+    compress(tmp_path / "source", tmp_path / "plain", trunk_bits=4, device="cpu")
+    compress(tmp_path / "source", tmp_path / "made", trunk_bits=4, device="cpu", text=text)
+    assert divergence(tmp_path / "made", model, other) < 0.8 * divergence(tmp_path / "plain", model, other)
+    assert contents(tmp_path / "made").keys() == contents(tmp_path / "plain").keys()
+    sizes = [{entry.path: entry.bytes for entry in Manifest.load(tmp_path / made).files if "safetensors" in entry.path}
+             for made in ("made", "plain")]
+    assert sizes[0] == sizes[1]
+
+
+def test_an_expert_without_tokens_keeps_what_it_had(source, tmp_path):
+    """Three tokens reach six of eight experts at most."""
+    few = Text((words(tmp_path / "few.txt", 2, 1, 3),), 2)
+    compress(source, tmp_path / "plain", device="cpu")
+    compress(source, tmp_path / "made", device="cpu", text=few)
+    plain, found = (ExpertsFile(tmp_path / made / experts_name(0)).blobs for made in ("plain", "made"))
+    same = [torch.equal(*pair) for pair in zip(plain, found, strict=True)]
+    assert 2 <= sum(same) < len(same)
+
+
+def test_stopped_anywhere_it_ends_in_the_same_bytes(source, text, made, tmp_path):
+    """Ten times in one run, at moments that a seed chooses."""
+    chance, stops, looked = random.Random(4), 0, 0
+
+    def check() -> None:
+        nonlocal left, looked
+        left, looked = left - 1, looked + 1
+        if left == 0:
+            raise Stopped
+    while True:
+        left = chance.randrange(1, 150) if stops < 10 else -1
+        try:
+            compress(source, tmp_path / "made", trunk_bits=4, device="cpu", check=check, text=text)
+            break
+        except Stopped:
+            stops += 1
+    assert stops == 10 and looked > 400 and contents(tmp_path / "made") == contents(made)
+
+
+def test_it_does_not_go_on_with_another_text(source, text, tmp_path):
+    def check() -> None:
+        raise Stopped
+    with pytest.raises(Stopped):
+        compress(source, tmp_path / "made", device="cpu", check=check, text=text)
+    with pytest.raises(UserError, match="begun with other settings"):
+        compress(source, tmp_path / "made", device="cpu")
+
+
+def test_its_cost_is_said_before(source, text, tmp_path):
+    said = []
+
+    def check() -> None:
+        raise Stopped
+    with pytest.raises(Stopped):
+        compress(source, tmp_path / "made", device="cpu", report=said.append, check=check, text=text)
+    assert len(said) == 1 and "go through 3 layers and 24 experts: about" in said[0].text
+
+
+# --- a folder made again ---------------------------------------------------------------------------------------------
+def test_calibrate_makes_the_codes_again_and_measures_them(source, text, tmp_path, capsys):
+    folder, again = tmp_path / "model", tmp_path / "model-again"
+    compress(source, folder, trunk_bits=4, device="cpu")
+    old = contents(folder)
+    argv = ["calibrate", str(folder), "--original", str(source), "--text", str(text.paths[0]), "--tokens", "400",
+            "--device", "cpu"]
+    assert main(argv) == 0
+    compress(source, tmp_path / "straight", trunk_bits=4, device="cpu", text=Text(text.paths, 400))
+    manifest = Manifest.load(folder)
+    assert set(manifest.levels) == {"exact", "quality", "balanced", "fast", "floe"}
+    for name in (TRUNK, experts_name(0)):
+        assert contents(folder)[name] == contents(tmp_path / "straight")[name] != old[name]
+    capsys.readouterr()
+    assert main(argv) == 0 and "are those of this text already" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["model", "straight"] and not again.exists()
+
+
+@pytest.mark.parametrize("found", ["again", "before"])
+def test_killed_between_the_two_renames(source, text, made, tmp_path, found):
+    """`again`: the new folder waits for its name; `before`: only the old one is there."""
+    folder, before, again = (tmp_path / name for name in ("model", "model-before", "model-again"))
+    compress(source, before, trunk_bits=4, device="cpu")
+    if found == "again":
+        shutil.copytree(made, again)
+    requantize(folder, str(source), text, "cpu")
+    assert contents(folder) == contents(made) and os.listdir(tmp_path) == ["model"]
+
+
+def test_another_model_is_not_its_original(source, text, tmp_path):
+    checkpoint("qwen3_moe", tmp_path / "other", hidden_size=128, num_hidden_layers=2)
+    compress(source, tmp_path / "model", device="cpu")
+    old = contents(tmp_path / "model")
+    with pytest.raises(UserError, match="is not what .* was made from"):
+        requantize(tmp_path / "model", str(tmp_path / "other"), text, "cpu")
+    assert contents(tmp_path / "model") == old and sorted(os.listdir(tmp_path)) == ["model", "other"]
+
