@@ -22,10 +22,11 @@ from tests.support.architectures import build
 Tensor = torch.Tensor
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A word for each of 128 tokens: enough for `load`, which wants one."""
+def write_tokenizer(folder: Path, apart: bool = False) -> None:
+    """A word for each of 128 tokens: enough for `load`, which wants one. apart: it reads texts of such words."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
+    if apart:
+        words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
 
 

@@ -38,7 +38,7 @@ def original(tmp_path_factory) -> Path:
     """A sharded checkpoint; the shards are the size of the trunk, roughly a layer and a half."""
     folder = tmp_path_factory.mktemp("original")
     build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500KB")
-    write_tokenizer(folder)
+    write_tokenizer(folder, apart=True)
     assert len(list(folder.glob("*.safetensors"))) > 4
     return folder
 

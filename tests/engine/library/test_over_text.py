@@ -19,10 +19,16 @@ from engine.library.requantize import requantize
 from engine.model.load import load
 from engine.quality.loss_probe import Sums, log_probabilities
 from engine.quality.requantize import Text
-from tests.support.folders import checkpoint
+from tests.support import folders
 
 NAMES = ("qwen3_moe", "gpt_oss", "deepseek_v2", "gemma4_text")  # plain; biased, transposed, windows; dense first; norms
 Tensor = torch.Tensor
+
+
+def checkpoint(name: str, folder: Path, **changes) -> torch.nn.Module:
+    model = folders.checkpoint(name, folder, hidden_size=128, **changes)
+    folders.write_tokenizer(folder, apart=True)
+    return model
 
 
 def words(path: Path, seed: int, n_documents: int, n: int = 60) -> Path:
@@ -42,7 +48,7 @@ def text(tmp_path_factory) -> Text:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    checkpoint("qwen3_moe", folder, hidden_size=128, num_hidden_layers=3)
+    checkpoint("qwen3_moe", folder, num_hidden_layers=3)
     return folder
 
 
@@ -69,7 +75,7 @@ def divergence(folder: Path, model: torch.nn.Module, text: Text) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_less_is_lost_on_other_texts_of_the_kind(name, text, tmp_path):
     """Random weights, whose inputs have little structure: a fifth at least, all of the model's parts at 4 bits."""
-    model = checkpoint(name, tmp_path / "source", hidden_size=128)
+    model = checkpoint(name, tmp_path / "source")
     other = Text((words(tmp_path / "other.txt", 1, 10),), 600)
     compress(tmp_path / "source", tmp_path / "plain", trunk_bits=4, device="cpu")
     compress(tmp_path / "source", tmp_path / "made", trunk_bits=4, device="cpu", text=text)
@@ -158,7 +164,7 @@ def test_killed_between_the_two_renames(source, text, made, tmp_path, found):
 
 
 def test_another_model_is_not_its_original(source, text, tmp_path):
-    checkpoint("qwen3_moe", tmp_path / "other", hidden_size=128, num_hidden_layers=2)
+    checkpoint("qwen3_moe", tmp_path / "other", num_hidden_layers=2)
     compress(source, tmp_path / "model", device="cpu")
     old = contents(tmp_path / "model")
     with pytest.raises(UserError, match="is not what .* was made from"):
