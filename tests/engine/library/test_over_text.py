@@ -139,10 +139,10 @@ def test_calibrate_makes_the_codes_again_and_measures_them(source, text, tmp_pat
     folder, again = tmp_path / "model", tmp_path / "model-again"
     compress(source, folder, trunk_bits=4, device="cpu")
     old = contents(folder)
-    argv = ["calibrate", str(folder), "--original", str(source), "--text", str(text.paths[0]), "--tokens", "400",
+    argv = ["calibrate", str(folder), "--original", str(source), "--text", str(text.paths[0]), "--tokens", "240",
             "--device", "cpu"]
     assert main(argv) == 0
-    compress(source, tmp_path / "straight", trunk_bits=4, device="cpu", text=Text(text.paths, 400))
+    compress(source, tmp_path / "straight", trunk_bits=4, device="cpu", text=Text(text.paths, 240))
     manifest = Manifest.load(folder)
     assert set(manifest.levels) == {"exact", "quality", "balanced", "fast", "floe"}
     for name in (TRUNK, experts_name(0)):
