@@ -26,7 +26,7 @@ from engine.planning.plan import Plan
 from engine.planning.planner import Planner
 
 CARD = "cuda:0"  # with its number: torch asks the driver for one that is left out
-LAYERS = 4      # the fewest with which every kind of layer of every architecture is there
+LAYERS = 6      # the fewest with which every kind of layer of every architecture is there
 
 
 class FarNothing(FarBlobs):
