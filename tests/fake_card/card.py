@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,7 +44,7 @@ class Watch(TorchDispatchMode):
         if name.startswith(COPIES) and len({leaf.device.type for leaf in (*found, *given)} - {"meta"}) > 1:
             self.crossings.append((name, tuple(given[-1].shape)))
         for leaf in found:
-            if leaf.device.type == "cuda":
+            if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda":   # a packed weight is only a face
                 self._hold(leaf.untyped_storage())
         if any(leaf.device.type == "cuda" for leaf in found) and not any(view in name for view in VIEWS):
             self.nodes[name] += 1

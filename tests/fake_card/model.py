@@ -12,24 +12,27 @@ from engine.bench import synthetic
 from engine.core import Options
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.step import Step
-from engine.experts import device
+from engine.experts import device, layer
 from engine.experts.device import DeviceRuntime
-from engine.experts.layer import recognised
 from engine.experts.runtime import Runtime
-from engine.experts.store import FarBlobs
+from engine.experts.store import FarMemory
 from engine.files.skeleton import build_skeleton, experts_modules
+from engine.files.trunk import GROUP, bits_of
 from engine.machine import table
-from engine.model.host_embedding import HostEmbedding
+from engine.model.host_embedding import HostEmbedding, host_bytes
+from engine.model.packed import packed_parameter
 from engine.model.registration import FloeExperts, bind
 from engine.model.static_cache import StepCache, forward
 from engine.planning.plan import Plan
 from engine.planning.planner import Planner
+from engine.planning.sizes import DEFAULT_TRUNK_BITS
 
+RECOGNISED = layer.recognised
 CARD = "cuda:0"  # with its number: torch asks the driver for one that is left out
 LAYERS = 6      # the fewest with which every kind of layer of every architecture is there
 
 
-class FarNothing(FarBlobs):
+class FarNothing(FarMemory):
     """As much far memory as the experts take, without a byte in it."""
 
     def __init__(self, shape: synthetic.Shape) -> None:
@@ -38,15 +41,6 @@ class FarNothing(FarBlobs):
         self.neurons, self.hidden, self.expert_bytes = spec.neurons, spec.hidden, shape.layout.blob_bytes
         self._blobs = torch.empty(spec.layers, spec.experts, 1, self.expert_bytes, dtype=torch.uint8)
         self._biases = [synthetic.biases_of(shape, layer, 0) for layer in range(spec.layers)]
-
-    def blobs(self, layer: int) -> torch.Tensor:
-        return self._blobs[layer]
-
-    def biases(self, layer: int) -> dict[str, torch.Tensor]:
-        return self._biases[layer]
-
-    def verify(self, layer: int, expert: int) -> None:
-        """Nothing is there that could be damaged."""
 
 
 @dataclass
@@ -63,10 +57,10 @@ class OnFakeCard:
 def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str) -> OnFakeCard:
     """Inside `fake_card`. Near memory for two thirds of the sketches, so that everything has to be looked up."""
     calibration = synthetic.calibration_of(shape)
-    _onto_card(model)
-    room = Planner(shape.spec, table.described("rtx-3060-12gb"), 16, shape.layout.group, calibration)
+    _onto_card(shape, model)
+    room = Planner(shape.spec, table.described("rtx-3060-12gb"), DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
     n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * 2 // 3
-    with mock.patch.object(device, "recognised", _recognised):
+    with mock.patch.object(layer, "recognised", _recognised), mock.patch.object(device, "recognised", _recognised):
         runtime = bind(model, DeviceRuntime, FarNothing(shape), room, level, n_near, device=CARD, dtype=torch.bfloat16)
     plan = room.plan(level, Options(level, runtime.near_bytes))
     cache = StepCache(model.config, plan.context, CARD)
@@ -77,7 +71,7 @@ def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str) -> OnFake
 def _recognised(*gate):
     """Which gate it is shows in numbers, so they are real ones."""
     with unset_fake_temporarily():
-        return recognised(*gate)
+        return RECOGNISED(*gate)
 
 
 def nowhere(shape: synthetic.Shape) -> torch.nn.Module:
@@ -89,15 +83,31 @@ def nowhere(shape: synthetic.Shape) -> torch.nn.Module:
     return model
 
 
-def _onto_card(model: torch.nn.Module) -> None:
+def _onto_card(shape: synthetic.Shape, model: torch.nn.Module) -> None:
     """Its embedding, where nothing else uses it, into the host's memory."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is torch.nn.Embedding and head.weight is not embedding.weight:
-        weight = torch.empty(embedding.weight.shape, dtype=torch.bfloat16)
-        memory = SimpleNamespace(bytes=torch.empty(weight.nbytes, dtype=torch.uint8))
+        weight = _stored(shape, "embed_tokens.weight", embedding.weight, "cpu")
+        memory = SimpleNamespace(bytes=torch.empty(host_bytes(weight), dtype=torch.uint8))
         model.set_input_embeddings(HostEmbedding(weight, memory))
-    model.to_empty(device=CARD)
-    model.tie_weights()     # to_empty made two of them
+    for name, weight in list(model.named_parameters()):
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, _stored(shape, name, weight, CARD))
+    for name, buffer in list(model.named_buffers()):
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, torch.empty_like(buffer, device=CARD))
+    model.tie_weights()     # they were two for a moment
+
+
+def _stored(shape: synthetic.Shape, name: str, weight: torch.Tensor, where: str) -> torch.nn.Parameter:
+    """A weight as the plan takes it on a card: large matrices in their codes."""
+    bits = bits_of(name, weight, DEFAULT_TRUNK_BITS["cuda"], shape.spec.decoder_layers)
+    if bits == 16:
+        return torch.nn.Parameter(torch.empty(weight.shape, dtype=torch.bfloat16, device=where), requires_grad=False)
+    rows, width = weight.shape
+    codes = torch.empty(rows, width * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=where)
+    scales = torch.empty(rows, width // GROUP, *((2,) if bits == 4 else ()), dtype=torch.float16, device=where)
+    return packed_parameter(codes, scales, torch.bfloat16)
 
 
 def prefill(on: OnFakeCard) -> None:
