@@ -58,11 +58,12 @@ def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str) -> OnFake
     """Inside `fake_card`. Near memory for two thirds of the sketches, so that everything has to be looked up."""
     calibration = synthetic.calibration_of(shape)
     _onto_card(shape, model)
-    room = Planner(shape.spec, table.described("rtx-3060-12gb"), DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
+    small = table.described("rtx-3060-12gb")
+    planner = Planner(shape.spec, small, DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
     n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * 2 // 3
     with mock.patch.object(layer, "recognised", _recognised), mock.patch.object(device, "recognised", _recognised):
-        runtime = bind(model, DeviceRuntime, FarNothing(shape), room, level, n_near, device=CARD, dtype=torch.bfloat16)
-    plan = room.plan(level, Options(level, runtime.near_bytes))
+        runtime = bind(model, DeviceRuntime, FarNothing(shape), planner, level, n_near, device=CARD, dtype=torch.bfloat16)
+    plan = planner.plan(level, Options(level, runtime.near_bytes))
     cache = StepCache(model.config, plan.context, CARD)
     step = Step(model, runtime, cache, DeviceSampler(shape.spec.vocabulary, plan.context, CARD))
     return OnFakeCard(shape, model.eval(), runtime, step, plan)

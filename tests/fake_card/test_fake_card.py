@@ -55,8 +55,9 @@ def test_a_step_waits_for_nothing_and_has_so_many_nodes(name, level):
         assert counted < COUNTED[kind], "whole experts take fewer"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xfail(
-    name in TOO_LITTLE, raises=AssertionError, reason="the plan counts too little, see NOTES.md")) for name in catalogue.entries()])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.xfail(name in TOO_LITTLE, raises=AssertionError, reason="see NOTES.md"))
+    for name in catalogue.entries()])
 def test_prefill_takes_what_is_planned(name):
     shape = synthetic.shape_named(name, LAYERS)
     model = nowhere(shape)
