@@ -62,7 +62,8 @@ def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str) -> OnFake
     planner = Planner(shape.spec, small, DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
     n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * 2 // 3
     with mock.patch.object(layer, "recognised", _recognised), mock.patch.object(device, "recognised", _recognised):
-        runtime = bind(model, DeviceRuntime, FarNothing(shape), planner, level, n_near, device=CARD, dtype=torch.bfloat16)
+        runtime = bind(model, DeviceRuntime, FarNothing(shape), planner, level, n_near, device=CARD,
+                       dtype=torch.bfloat16)
     plan = planner.plan(level, Options(level, runtime.near_bytes))
     cache = StepCache(model.config, plan.context, CARD)
     step = Step(model, runtime, cache, DeviceSampler(shape.spec.vocabulary, plan.context, CARD))

@@ -26,7 +26,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         """UserError for a folder that has no room for it."""
         self.folder, self.rows, self._lock = folder, [], threading.Lock()
-        self._start, self._run = time.monotonic(), datetime.datetime.now().isoformat(timespec="seconds")
+        self._start, self._run = time.monotonic(), datetime.datetime.now().isoformat(timespec="microseconds")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files = [path for path in folder.rglob("*") if path.is_file()]
