@@ -15,7 +15,7 @@ export function dismiss() {
 
 document.addEventListener("pointerdown", ({ target }) => {
   for (const menu of menus()) if (!menu.contains(target)) menu.open = false;
-  if (target.closest(".bar button")) return; // it opens and closes them itself
+  if (target.closest(".bar button, .notice")) return; // those open and close them; a notice would move away from the click
   for (const [name, drawer] of Object.entries(DRAWERS)) if (!target.closest(drawer)) document.body.classList.remove(name);
 });
 

@@ -100,6 +100,18 @@ def test_what_is_seen_stays_in_its_place_when_earlier_messages_come(page):
             .getBoundingClientRect().top - y) < 60""", arg=[first, before])
 
 
+@pytest.mark.parametrize("button, beside", [("Show or hide conversations", "#new-chat"),
+                                            ("Show or hide engine and settings", "#right [role=tablist]")])
+def test_on_a_phone_a_notice_is_seen_above_a_drawer_and_covers_not_its_head(page, button, beside):
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.evaluate("import('/ui/floe.js').then(({ notice }) => notice('One moment.', ['Undo', () => {}]))")
+    page.get_by_role("button", name=button).click()
+    box, head = page.locator(".notice").bounding_box(), page.locator(beside).bounding_box()
+    assert box["y"] > head["y"] + head["height"] and box["y"] + box["height"] <= 800
+    page.locator(".notice").get_by_role("button", name="Undo").click()
+    expect(page.locator(".notice")).to_have_count(0)
+
+
 def test_notices_cover_neither_queue_nor_tabs_nor_the_place_to_write(page):
     new_chat(page)
     send(page, "Tell me a story about a princess and a wolf.")
