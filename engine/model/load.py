@@ -85,12 +85,12 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     machine = detect.machine(found, device)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
+    if device == "cpu":
+        report("Preparing the processor (half a minute the first time)", 0.05)
+        why_slow = dispatch.compile_all()
     report("Reading the weights", 0.1)
     before, dtype = own_bytes(), trunk_dtype(device)
     model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
-    if device == "cpu":
-        report("Preparing the processor (half a minute the first time)", 0.7)
-        why_slow = dispatch.compile_all()
     report("Preparing near memory", 0.8)
     planner, levels = replace(planner, machine=machine), offered(far, level_plans(planner.calibration))
     level = _level(options, levels, planner)
