@@ -69,7 +69,7 @@ def test_near_memory_for_nothing_misses_every_time(folders) -> None:
 def test_a_sparse_level(folders) -> None:
     loaded = load.load(folders[1], Options(level="exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(budgets=((7, 4),) * small_model.LAYERS)
-    loaded.runtime.set_level("fast")
+    loaded.runtime.set_level("fast", loaded.runtime.everything_bytes() // 2)
     document, layout = throughput.Bench(loaded, sizes=throughput.Sizes(24, 8)).document(), loaded.runtime.far.layout
     records = 7 * layout.record + 4 * layout.prefix
     sketches = small_model.TOP_K * layout.sketch_bytes
