@@ -152,7 +152,9 @@ class ModelSpec:
     layers: MoE layers (not all decoder layers). experts, top_k: routed ones. neurons: intermediate channels of one
     expert. trunk_params: weights outside the routed experts; embedding_params: those of them that a token does not
     read (the input embedding, where it is not also the head). kv_bytes_per_token and state_bytes: 16-bit cache of all
-    attention layers per token, and recurrent or sliding-window state that does not grow.
+    attention layers per token, and recurrent or sliding-window state that does not grow; recurrent_bytes: the part of
+    that which recurrent layers hold. prefill: what one layer's mixer takes while a chunk of a prompt is read, for each
+    kind of mixer (bytes for each token of the chunk, for each of the context, for each pair of both).
     """
 
     name: str
@@ -169,8 +171,11 @@ class ModelSpec:
     context: int
     model_type: str = ""
     embedding_params: int = 0
+    recurrent_bytes: int = 0
+    prefill: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prefill", tuple(map(tuple, self.prefill)))
         for name in ("layers", "experts", "top_k", "neurons", "hidden", "decoder_layers", "vocabulary", "context"):
             _check(getattr(self, name) > 0, f"{self.name}: {name} must be positive, not {getattr(self, name)}.")
         _check(self.top_k <= self.experts, f"{self.name}: top_k {self.top_k} is larger than {self.experts} experts.")

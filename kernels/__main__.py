@@ -46,7 +46,7 @@ def main() -> int:
         return 3
     wrong = sorted({kernel for kernel, good in found if not good})
     took = f"{len(dict(found))} against their references in {time.perf_counter() - start:.1f} s"
-    print(said + (f"wrong numbers from {', '.join(wrong)}." if wrong else without or f"the kernels work, {took}."))
+    print(said + (f"wrong numbers from {', '.join(wrong)}." if wrong else without or f"the kernels work. {took}."))
     return 3 if wrong else 0
 
 

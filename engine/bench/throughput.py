@@ -33,7 +33,7 @@ from engine.experts.device import DeviceRuntime
 from engine.machine import benchmark
 from engine.model.load import Loaded
 from engine.model.registration import FloeExperts
-from engine.planning.sizes import DEFAULT_CHUNK
+from engine.planning.sizes import planned_chunk
 
 PREFILL, DECODE = 512, 128  # tokens
 ROUNDS = 5
@@ -77,7 +77,6 @@ class Bench:
                  sizes: Sizes | None = None, copy_bytes_per_second: float | None = None) -> None:
         self.loaded, self.report, self._copy = loaded, report, copy_bytes_per_second
         self.device = loaded.model.device
-        self.chunk = chunk or DEFAULT_CHUNK[self.device.type]
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
         self.synthetic = loaded.planner.calibration.get("synthetic")  # made-up weights: the picks are made up as well
         if self.synthetic:
@@ -86,6 +85,7 @@ class Bench:
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
         self.context = context_for(loaded, self.sizes)
+        self.chunk = chunk or planned_chunk(loaded.spec, self.device.type, self.context)
         self.decoder = decoder_for(loaded.model, loaded.runtime, self.context)
 
     @torch.inference_mode()

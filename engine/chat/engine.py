@@ -26,7 +26,7 @@ from engine.core import Event, Options, Sampling, Stopped, UserError, never
 from engine.machine.errors import reason_for
 from engine.model import load
 from engine.planning import explain
-from engine.planning.sizes import DEFAULT_CHUNK, SIDE_CONTEXT
+from engine.planning.sizes import SIDE_CONTEXT, planned_chunk
 
 GRACE_SECONDS = 0.5  # that a stopped model has for its last words
 _log = logging.getLogger(__name__)
@@ -212,12 +212,10 @@ class Engine:
         }
 
     def _adopt(self, loaded: load.Loaded, options: Options) -> None:
-        device = loaded.model.device.type
         self._longest, self._planner = loaded.spec.context, loaded.planner
         context = self._context_for(options)
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
-        chunk = options.chunk or DEFAULT_CHUNK[device]
-        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, chunk)
+        self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, self._chunk_for(options, context))
         self._info = about(loaded, self._turns.tokens.template, self._folder, context)
         self._turns.show("idle")
 
@@ -286,8 +284,8 @@ class Engine:
         if (options.device, options.predict) != (old.device, old.predict):
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
         options = replace(options, level=options.level or old.level)
-        turns, chunk = self._turns, options.chunk or DEFAULT_CHUNK[self._turns.model.device.type]
-        context, before = self._context_for(options), (turns.context, turns.chunk)
+        turns, context = self._turns, self._context_for(options)
+        chunk, before = self._chunk_for(options, context), (turns.context, turns.chunk)
         trades = self._planner.machine.device == "cuda" and context != turns.context  # with near memory, for the card's
         if trades and context < turns.context:
             turns.set_context(context, chunk)  # first what gives memory back
@@ -306,6 +304,9 @@ class Engine:
         if options.context is None and self._planner.machine.device == "cuda":
             return min(self._longest, self._planner.plan(options.level, options).context)
         return _context(options, self._longest)
+
+    def _chunk_for(self, options: Options, context: int) -> int:
+        return options.chunk or planned_chunk(self._planner.spec, self._planner.machine.device, context)
 
     def _set_level(self, options: Options) -> None:
         """Change level or near memory; when that fails, everything is as it was."""

@@ -67,8 +67,7 @@ class DeviceDecoder:
         self.prefix = StepPrefix(model, cache)
         sampler = DeviceSampler(model.config.get_text_config().vocab_size, cache.clock.context, device)
         self.step = Step(model, runtime, cache, sampler)
-        recordable = runtime.far.readable_layers == runtime.far.layers
-        self.graphs = Graphs(self.step) if torch.device(device).type == "cuda" and recordable else None
+        self.graphs = Graphs(self.step) if torch.device(device).type == "cuda" else None
         self._packets = Packets(self.step.packet)
 
     @property
@@ -107,7 +106,7 @@ class DeviceDecoder:
             self._runtime.counted = None
 
     def _launch(self, position: int, turn: int) -> None:
-        if self.graphs:
+        if self.graphs and not self._runtime.asks_the_host:
             self.graphs.launch(position)
         else:
             self.step.run()

@@ -15,6 +15,7 @@ import torch
 
 from engine.core import UserError
 from engine.experts.store import FarBlobs
+from engine.planning.arena import ArenaSizes
 from kernels.layout import ALIGN, Layout
 from kernels.pool import Pool, new_pool
 
@@ -28,6 +29,7 @@ class NearMemory:
 
     layers: int
     near_bytes: int
+    kept = 0
 
     def pools(self) -> list[tuple[Pool, int]]:
         """Each pool, with the slots that are kept free for the next token."""
@@ -50,23 +52,34 @@ class NearMemory:
         return (pool.slot_of.view(self.layers, -1) >= 0).float().mean(1).tolist()
 
 
-class WholeCache(NearMemory):
+class _Divided(NearMemory):
+    """An arena divided as engine/planning/arena.py does."""
+
+    def __init__(self, sizes: ArenaSizes, layers: int, near_bytes: int, arena: Arena) -> None:
+        if near_bytes < sizes.least_bytes:
+            raise UserError(f"{near_bytes:,} bytes of near memory do not hold what a step needs at this level; give at "
+                            f"least {sizes.least_bytes:,}.")
+        self.layers, self.split = layers, sizes.divided(near_bytes)
+        self.near_bytes = sizes.bytes_of(self.split)
+        cut = self.split.rows * sizes.row_bytes
+        rows, records = arena(self.near_bytes).split((cut, self.near_bytes - cut))
+        self._rows, self._record_rows = rows.view(self.split.rows, -1), records
+
+    @property
+    def kept(self) -> int:
+        """How many experts, the last ones, have every part near for good."""
+        return self.split.kept
+
+
+class WholeCache(_Divided):
     """Whole experts, with bounce rows for one layer of one step. Object = layer * E + expert."""
 
-    def __init__(self, row_bytes: int, layers: int, experts: int, top_k: int, near_bytes: int, device: str,
-                 tokens: int = 1, arena: Arena | None = None) -> None:
-        """row_bytes: of one expert. tokens: of one step, at most."""
-        bounce = top_k * tokens
-        n_objects, n_rows = layers * experts, near_bytes // row_bytes
-        if n_rows < bounce:
-            raise UserError(f"{near_bytes:,} bytes of near memory do not hold the {bounce} experts of a step; give at "
-                            f"least {bounce * row_bytes:,}.")
-        self.row_bytes, self.n_rows = row_bytes, min(n_rows, n_objects)
-        n_slots = n_objects if n_rows >= n_objects else n_rows - bounce
-        self.pool = new_pool(n_objects, n_slots, device)
-        self.layers, self.near_bytes = layers, self.n_rows * row_bytes
-        self.reserve = min(layers * bounce, max(1, n_slots // KEEP_FREE))
-        self.blobs = (arena or _on(device))(self.near_bytes).view(self.n_rows, -1)
+    def __init__(self, sizes: ArenaSizes, layers: int, near_bytes: int, device: str,
+                 arena: Arena | None = None) -> None:
+        super().__init__(sizes, layers, near_bytes, arena or _on(device))
+        self.row_bytes, self.blobs = sizes.row_bytes, self._rows
+        self.pool = new_pool(sizes.n_experts, self.split.slots, device)
+        self.reserve = _reserve(self.split.slots - self.split.kept, layers * sizes.bounce)
 
     def pools(self) -> list[tuple[Pool, int]]:
         return [(self.pool, self.reserve)]
@@ -78,32 +91,20 @@ class WholeCache(NearMemory):
         return _resident(self.pool) * self.row_bytes
 
 
-class SparseCache(NearMemory):
+class SparseCache(_Divided):
     """Packed sketches and records. When all sketches fit beside one layer's records they simply stay (`resident`)."""
 
-    def __init__(self, layout: Layout, layers: int, experts: int, top_k: int, budgets: list[int], near_bytes: int,
-                 device: str, tokens: int = 1, arena: Arena | None = None) -> None:
-        """budgets: the most records a layer may need for one token, per layer; tokens: of one step, at most."""
-        self.layout, self.layers = layout, layers
-        top_k, budgets = top_k * tokens, [n * tokens for n in budgets]
-        n_sketches, n_records = layers * experts, layers * experts * layout.neurons
-        least = least_sparse(layout, top_k, max(budgets))
-        if near_bytes < least:
-            raise UserError(f"{near_bytes:,} bytes of near memory are too few at this level; give at least {least:,}.")
-        spare = near_bytes - max(budgets) * layout.record
-        self.resident = spare >= n_sketches * layout.sketch_bytes
-        rows = n_sketches if self.resident else max(top_k, 3 * spare // 4 // layout.sketch_bytes)
-        bounce = 0 if self.resident else top_k
-        self.sketch_pool = new_pool(n_sketches, rows - bounce, device)
-        spare -= rows * layout.sketch_bytes
-        slots = min(n_records, spare // layout.record)
-        self.record_pool = new_pool(n_records, slots, device)
-        sizes = rows * layout.sketch_bytes, (slots + max(budgets)) * layout.record
-        sketches, records = (arena or _on(device))(sum(sizes)).split(sizes)
-        self.sketches, self.records = sketches.view(rows, -1), records.view(-1, layout.record)
-        self.near_bytes = self.sketches.numel() + self.records.numel()
-        self.record_reserve = min(sum(budgets), max(1, slots // KEEP_FREE))
-        self.sketch_reserve = min(layers * top_k, max(1, (rows - bounce) // KEEP_FREE))
+    def __init__(self, layout: Layout, sizes: ArenaSizes, layers: int, token_records: int, near_bytes: int, device: str,
+                 arena: Arena | None = None) -> None:
+        """token_records: the most that a step may need of all layers together."""
+        super().__init__(sizes, layers, near_bytes, arena or _on(device))
+        self.layout, split = layout, self.split
+        self.resident = split.slots == sizes.n_experts
+        self.sketches, self.records = self._rows, self._record_rows.view(-1, layout.record)
+        self.sketch_pool = new_pool(sizes.n_experts, split.slots, device)
+        self.record_pool = new_pool(sizes.n_experts * sizes.neurons, split.record_slots, device)
+        self.sketch_reserve = _reserve(split.slots - split.kept, layers * sizes.bounce)
+        self.record_reserve = _reserve(split.record_slots - split.kept * sizes.neurons, token_records)
 
     def pools(self) -> list[tuple[Pool, int]]:
         """The sketches', then the records'."""
@@ -165,15 +166,21 @@ class MappedCache(NearMemory):
         return self.there.mean(1).tolist()
 
 
-def least_sparse(layout: Layout, experts: int, records: int) -> int:
-    """The least near memory for a step that routes to so many experts and keeps so many neurons of a layer."""
-    return experts * layout.sketch_bytes + records * layout.record
+def kept_objects(far: FarBlobs, near: NearMemory) -> list[range]:
+    """Of every pool, what stays near for good: the last layers'."""
+    n = far.layers * far.experts
+    return [range((n - near.kept) * each, n * each) for each in (1, far.neurons)]
 
 
 def pinnable(pool: Pool, reserve: int) -> int:
     """Slots that may be pinned: where not everything fits, a token needs some that come and go."""
     n_slots = len(pool.object_of)
     return n_slots if n_slots == len(pool.slot_of) else max(0, n_slots - reserve)
+
+
+def _reserve(n_slots: int, most: int) -> int:
+    """Slots that are kept free for the next token, of those that come and go."""
+    return min(most, max(1, n_slots // KEEP_FREE))
 
 
 def _on(device: str) -> Arena:

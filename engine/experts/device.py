@@ -1,7 +1,8 @@
 """The runtime on a card: one decode step of the experts without a single decision of the host.
 
-Far memory must be readable by the kernels (`FarLocked`); for layers where it is not, the host fetches, and such a step
-cannot be recorded. Prefill streams packed experts tile by tile.
+Far memory must be readable by the kernels (`FarLocked`). Layers where it is not stay near for good, where near memory
+has room for them; else the host fetches, and such a step cannot be recorded. Prefill streams packed experts tile by
+tile.
 
 Legend: T tokens of a step, k routed experts, I neurons, H hidden, E experts, L layers.
 """
@@ -13,11 +14,13 @@ from itertools import accumulate
 import torch
 
 from engine.core import SPARSE_LEVELS, UserError
+from engine.experts.cache import kept_objects
 from engine.experts.layer import LayerExperts, LevelPlan, recognised
 from engine.experts.prefill import PRODUCT_ROW, Staging, product
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
 from kernels.activation import Gate
+from kernels.pool import pin
 
 Tensor = torch.Tensor
 MOST_TOKENS = 4  # of one step: what the kernels are written for
@@ -50,6 +53,27 @@ class DeviceRuntime(Runtime):
         """The levels of a kind are told apart by values on the device; a recorded step belongs to one kind and to one
         arena."""
         return "dense" if not self.is_sparse else "floe" if self.level == "floe" else "sparse"
+
+    @property
+    def _unread_layers(self) -> int:
+        return self.far.layers - self.far.readable_layers
+
+    def reset(self) -> None:
+        super().reset()
+        if self.near.kept:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Bring the layers that the device cannot read by itself, for good."""
+        experts, n = self.far.experts, self.far.neurons
+        ids = torch.arange(experts, dtype=torch.int32, device=self.device)
+        parts = torch.arange(n, dtype=torch.int32, device=self.device)
+        for layer in range(self.far.layers - self.near.kept // experts, self.far.layers):
+            self._bring(layer, ids)
+            for expert in range(experts if self.is_sparse else 0):
+                self._bring(layer, parts + expert * n, records=True)
+        for (pool, _), kept in zip(self.near.pools(), kept_objects(self.far, self.near), strict=False):
+            pin(pool, torch.tensor(kept, device=pool.stamp.device), self.clock)
 
     def _most_records(self) -> list[int]:
         """Those of every level that shares the near memory of this one."""

@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 
 from engine.core import SPARSE_LEVELS, Counters, UserError
-from engine.experts.cache import NearMemory, SparseCache, WholeCache, least_sparse, pinnable
+from engine.experts.cache import NearMemory, SparseCache, WholeCache, kept_objects, pinnable
+from engine.experts.hook import Hook
 from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
 from engine.experts.store import Far, FarBlobs
 from engine.machine.pinned_memory import HostMemory
+from engine.planning.arena import ArenaSizes
 from engine.policies.prefetch import next_experts
 from kernels.activation import quantize_activation
 from kernels.apply import apply
@@ -38,29 +40,6 @@ from kernels.score import score, score_up
 from kernels.select import BINS, select, select_above
 
 Tensor = torch.Tensor
-
-
-class Hook:
-    """What looks into a layer's experts, or changes what they do, while a model runs: see `Runtime.hook`.
-
-    This one changes nothing; override what is needed. All is tensors on the runtime's device. In a step that is
-    recorded a hook may neither wait for the device nor decide by a value, and shapes stay.
-    """
-
-    def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Before the experts: x [T, H] in the model's dtype, the router's ids int64 [T, k] and weights [T, k]
-        -> the ids and weights that count. The router itself: x @ layer.router_weight.T."""
-        return ids, weights
-
-    def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
-        """Behind `routed`, in place of the experts -> their weighted sum [T, H]; None: they compute it."""
-        return None
-
-    def selected(self, layer: LayerExperts, ids: Tensor, weights: Tensor, neurons: Tensor, fidelity: Tensor,
-                 ) -> tuple[Tensor, Tensor]:
-        """Behind the selection of a sparse level's step, before records are fetched: neurons int32 [T, K], ascending,
-        numbered through the k experts, then -1; fidelity int8 [T, K] (kernels/select.py) -> those that count."""
-        return neurons, fidelity
 
 
 class Runtime(ABC):
@@ -153,12 +132,14 @@ class Runtime(ABC):
                   [(layer * self.far.experts + expert) * per_expert + neuron for layer, expert, neuron in neurons]]
         pools = self.near.pools()
         assert self.is_sparse or not wanted[1], "records are near at the sparse levels only"
-        for (pool, reserve), objects in zip(pools, wanted, strict=False):
-            if (n := len(set(objects))) > (most := pinnable(pool, reserve)):
+        for (pool, reserve), objects, kept in zip(pools, wanted, kept_objects(self.far, self.near), strict=False):
+            objects[:] = {*objects} - {*kept}
+            if (n := len(objects)) > (most := pinnable(pool, reserve) - len(kept)):
                 raise UserError(f"Near memory has room for {most:,} pinned parts of experts, not for {n:,}; pin less, "
                                 "or give it more memory.")
+            objects += kept
         for (pool, _), objects, records in zip(pools, wanted, (False, True), strict=False):
-            self._pin_in(pool, torch.tensor(sorted(set(objects)), dtype=torch.int64, device=pool.stamp.device), records)
+            self._pin_in(pool, torch.tensor(sorted(objects), dtype=torch.int64, device=pool.stamp.device), records)
 
     def _pin_in(self, pool: Pool, objects: Tensor, records: bool) -> None:
         per_layer = len(pool.slot_of) // self.far.layers
@@ -192,9 +173,7 @@ class Runtime(ABC):
 
     def smallest_bytes(self) -> int:
         """The least near memory that this level can run in."""
-        if self.is_sparse:
-            return least_sparse(self.far.layout, self.top_k * self.tokens, max(self._most_records()) * self.tokens)
-        return self.top_k * self.tokens * self.whole_bytes
+        return self._sizes().least_bytes
 
     def sketches_bytes(self) -> int:
         """Near memory for all sketches and the bounce rows, and not a single record slot."""
@@ -214,12 +193,27 @@ class Runtime(ABC):
         wish = self.everything_bytes() if self.near_wish is None else self.near_wish
         if wish == self.arena_bytes and self.kind in self._kinds:
             return self._kinds[self.kind]
-        sizes = (self.far.layers, self.far.experts, self.top_k)
-        rest = (wish, self.device, self.tokens, lambda n_bytes: self._arena_of(wish)[:n_bytes])
-        cache = (SparseCache(self.far.layout, *sizes, self._most_records(), *rest) if self.is_sparse
-                 else WholeCache(self.whole_bytes, *sizes, *rest))
+        sizes, rest = self._sizes(), (wish, self.device, lambda n_bytes: self._arena_of(wish)[:n_bytes])
+        if self.is_sparse:
+            token_records = sum(self._most_records()) * self.tokens
+            cache = SparseCache(self.far.layout, sizes, self.far.layers, token_records, *rest)
+        else:
+            cache = WholeCache(sizes, self.far.layers, *rest)
         self._kinds[self.kind] = cache
         return cache
+
+    def _sizes(self) -> ArenaSizes:
+        """What near memory is divided into at this level."""
+        far, step, kept = self.far, self.top_k * self.tokens, self.far.experts * self._unread_layers
+        if not self.is_sparse:
+            return ArenaSizes(far.layers * far.experts, self.whole_bytes, step, kept=kept)
+        return ArenaSizes(far.layers * far.experts, far.layout.sketch_bytes, step, far.neurons, far.layout.record,
+                          max(self._most_records()) * self.tokens, kept)
+
+    @property
+    def _unread_layers(self) -> int:
+        """The last ones, which the side that computes cannot read by itself."""
+        return 0
 
     def _arena_of(self, n_bytes: int) -> Tensor:
         if n_bytes != self.arena_bytes:
@@ -397,6 +391,8 @@ class Runtime(ABC):
         What is fetched ahead crosses the link beside the main stream, which must `join` before it is read.
         """
         source, place, have, need, misses = found
+        if self._is_kept(layer):  # nothing is ever missing
+            return place
         if ahead and layer < self.far.readable_layers:
             self._side.run(lambda: self._copy(layer, records, source, place, have, need, misses), *found)
         else:
@@ -420,6 +416,14 @@ class Runtime(ABC):
         place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock, ahead)
         self._copy(layer, records, ids, place, have, need)
         return (need - have)[place >= 0].sum()
+
+    def _is_kept(self, layer: int) -> bool:
+        return layer >= self.far.layers - self.near.kept // self.far.experts
+
+    @property
+    def asks_the_host(self) -> bool:
+        """Whether the host fetches for some layers, so that a step cannot be recorded."""
+        return self._unread_layers * self.far.experts > self.near.kept
 
     @property
     def looks_ahead(self) -> bool:

@@ -170,13 +170,14 @@ class FarLocked(FarMemory):
     def readable_layers(self) -> int:
         return self.memory.locked_bytes // (self.experts * self.layout.blob_bytes)
 
-    @property
-    def reason(self) -> str:
-        """What could not be locked, and what follows; "" when everything is."""
+    def reason(self, kept: bool) -> str:
+        """What could not be locked, and what follows; "" when everything is. kept: the rest is near for good."""
         if self.readable_layers == self.layers:
             return ""
-        return (f"{self.memory.reason} The processor fetches for {self.layers - self.readable_layers} of "
-                f"{self.layers} layers meanwhile, which is slower.")
+        rest = f"{self.layers - self.readable_layers} of {self.layers} layers"
+        return (f"{self.memory.reason} {rest} stay on the card for good, which leaves less room for the others."
+                if kept else
+                f"{self.memory.reason} The processor fetches for {rest} meanwhile, which is slower.")
 
     def close(self) -> None:
         self._blobs = None

@@ -23,6 +23,7 @@ TOP_K = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_t
 STEP = 64                 # hidden must be a multiple: the smallest group of codes
 UNKNOWN_CONTEXT = 4096    # for configurations that state no maximum
 CACHE_BYTES, STATE_BYTES = 2, 4     # 16-bit keys, values and convolutions; recurrent states stay float32
+MASK_BYTES = 3     # of a pair of tokens: yes or no, and the 16-bit number that the product wants
 TRANSFORMERS = (5, 23)    # the first whose caches and quantizers have the form that is used here
 
 
@@ -106,7 +107,8 @@ def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> Mode
     """The numbers of a model on the meta device: weights counted, caches as a forward of its leaves them. neurons,
     hidden: of one expert; biases of the experts count as trunk."""
     config, (experts, neurons, hidden) = skeleton.config, _dimensions(next(iter(modules.values())))
-    token_bytes, state_bytes = _cache_bytes(skeleton, modules)
+    cache = _cache_of(skeleton, modules)
+    token_bytes, state_bytes, recurrent_bytes = _cache_bytes(config, cache)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     return ModelSpec(
@@ -114,29 +116,63 @@ def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> Mode
         decoder_layers=config.num_hidden_layers, vocabulary=config.vocab_size,
         trunk_params=sum(p.numel() for p in skeleton.parameters()) - len(modules) * experts * 3 * neurons * hidden,
         embedding_params=0 if tied else embedding.weight.numel(), kv_bytes_per_token=token_bytes,
-        state_bytes=state_bytes, context=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
+        state_bytes=state_bytes, recurrent_bytes=recurrent_bytes, prefill=_prefill(skeleton, cache),
+        context=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
         model_type=config.model_type.removesuffix("_text"))
 
 
-def _cache_bytes(skeleton, modules: dict[str, torch.nn.Module]) -> tuple[int, int]:
-    """Bytes of cache per token and for ever: windows and recurrent states do not grow with the tokens."""
-    cache = _cache_of(skeleton, modules)
+def _cache_bytes(config, cache) -> tuple[int, int, int]:
+    """Bytes of cache per token and for ever, and of these those of recurrent layers: windows and recurrent states do
+    not grow with the tokens."""
     if cache is None:
-        config = skeleton.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * CACHE_BYTES * config.num_hidden_layers * heads * width, 0
-    token_bytes, state_bytes = 0, STATE_BYTES * sum(map(torch.numel, filter(len, getattr(cache, "linear_cache", ()))))
+        return 2 * CACHE_BYTES * config.num_hidden_layers * heads * width, 0, 0
+    token_bytes, window_bytes = 0, 0
+    recurrent_bytes = STATE_BYTES * sum(map(torch.numel, filter(len, getattr(cache, "linear_cache", ()))))
     for layer in cache.layers:
         kept = [tensor for part in ("keys", "values", "indexer_keys")
                 if (tensor := getattr(layer, part, None)) is not None]
         per_token = CACHE_BYTES * sum(tensor.numel() // tensor.shape[-2] for tensor in kept)
         window = getattr(layer, "sliding_window", None)
         token_bytes += 0 if window else per_token
-        state_bytes += per_token * (window or 0)
+        window_bytes += per_token * (window or 0)
         for part, size in (("conv_states", CACHE_BYTES), ("recurrent_states", STATE_BYTES)):
-            state_bytes += size * sum(state.numel() for state in getattr(layer, part, {}).values() if state is not None)
-    return token_bytes, state_bytes
+            recurrent_bytes += size * sum(map(torch.numel, _states(layer, part)))
+    return token_bytes, window_bytes + recurrent_bytes, recurrent_bytes
+
+
+def _states(layer, part: str) -> list:
+    return [state for state in getattr(layer, part, {}).values() if state is not None]
+
+
+def _prefill(skeleton, cache) -> tuple[tuple[int, int, int], ...]:
+    """ModelSpec.prefill, of every kind of layer that the cache shows (tests/engine/planning/test_prefill_peak.py)."""
+    config, kinds = skeleton.config, set()
+    heads = getattr(config, "num_attention_heads", 0)
+    queries = {module.q_proj.out_features for module in skeleton.modules()
+               if isinstance(getattr(module, "q_proj", None), torch.nn.Linear)}
+    for layer in cache.layers if cache is not None else ():
+        keys, values = (getattr(layer, part, None) for part in ("keys", "values"))
+        # transformers' reference implementations hold about 16 float32 rows of values for each token.
+        kinds |= {(16 * 4 * (state.numel() // state.shape[-1]), 0, 0) for state in _states(layer, "recurrent_states")}
+        if keys is not None:
+            kinds.add(_attention(config, heads, keys, values, max(queries, default=0), skeleton._supports_sdpa))
+    return tuple(sorted(kinds))
+
+
+def _attention(config, heads: int, keys, values, widest_query: int, fused: bool) -> tuple[int, int, int]:
+    """The hidden state and the queries in their shapes; keys and values once more where they are repeated for several
+    heads; the mask, and where attention is not fused three tensors of scores."""
+    pair = MASK_BYTES + (0 if fused else 3 * CACHE_BYTES * heads)
+    if getattr(config, "kv_lora_rank", None):   # from the latent come keys and values, keys are joined with their rest
+        nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        return (CACHE_BYTES * (config.hidden_size + 3 * heads * (nope + rope)),
+                CACHE_BYTES * heads * (2 * (nope + value) + rope), pair)
+    query = heads * keys.shape[-1]
+    gate = query if widest_query >= 2 * query else 0     # a second half of the projection gates attention's output
+    repeated = CACHE_BYTES * heads * (keys.shape[-1] + values.shape[-1]) if keys.shape[1] < heads else 0
+    return CACHE_BYTES * (config.hidden_size + 3 * query + gate), repeated, pair
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner
         except BaseException:
             locked.close()
             raise
-        runtime.reason = locked.reason
+        runtime.reason = locked.reason(kept=not runtime.asks_the_host)
     except NoDevicePath as error:
         runtime = bind(model, side_of(far), far, planner, level, near_bytes, options.predict)
         runtime.reason = str(error)

@@ -58,12 +58,11 @@ def _parts(spec: ModelSpec, calibration: Mapping, machine: Machine, snapshot: Ma
     each = 2 * spec.expert_params if level == "full" else layout.blob_bytes
     far = answer["far_bytes"] / answer["tokens"]
     near = cost_model.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"])
-    context = snapshot["context_used"]
     _, trunk = near_trunk_bytes(spec, snapshot["trunk_bits"], machine.device)
     if machine.device == "cpu":
-        return cost_model.token_on_cpu(spec, machine, layout, sparse, level, near, trunk, context, cached=1.0)
-    pageable = 1 - min(1.0, machine.pinned_limit_bytes / (spec.n_experts_total * each))
-    return cost_model.token_on_gpu(spec, machine, layout, sparse, level, near, trunk, each, 2 * context, pageable)
+        return cost_model.token_on_cpu(spec, machine, layout, sparse, level, near, trunk, snapshot["context_used"],
+                                       cached=1.0)
+    return cost_model.token_on_gpu(spec, machine, layout, sparse, level, near, trunk, each, snapshot["context"])
 
 
 def _layout(spec, level: str) -> Layout:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from engine.core import Machine, ModelSpec
+from engine.planning.arena import ArenaSizes, Split
 from engine.planning.miss_curves import Sparsity
 from kernels.layout import Layout
 
@@ -21,6 +22,9 @@ LAYER_NODES = {"qwen3_5_moe": 96, "qwen3_next": 96, "qwen3_moe": 68, "gpt_oss": 
 OTHER_LAYER_NODES = 75
 WHOLE_NODES, SPARSE_NODES = 11, 16  # counted by tests/engine/decode/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
+EAGER_NODE_SECONDS = 12e-6     # of the same, launched one by one from Python: an operation of torch, computed
+HOST_FETCH_SECONDS = 0.4e-3    # a layer whose misses the host looks up: it waits for the card twice, computed
+ATTENTION_SHARE = 0.2          # of the bandwidth: one query row of a few heads keeps few multiprocessors busy, computed
 MISS_LATENCY_SECONDS = 4e-6    # a layer with few misses waits for the link's latency, not for its bandwidth
 PAGEABLE_SHARE = 0.3           # a copy from memory that is not page-locked: 6-7 of 20-25 GB/s
 MATRIX_SHARE = 0.5             # of a card's printed matrix operations in prefill
@@ -53,90 +57,64 @@ class Residency:
         return 1.0 - self.far_bytes / self.needed_bytes if self.needed_bytes else 1.0
 
 
-def whole_experts(spec: ModelSpec, sparsity: Sparsity, far_bytes_each: int, slots: int) -> Residency:
-    """Slots hold whole experts (levels `exact` and `full`)."""
-    slots = max(0, min(slots, spec.n_experts_total))
-    picks = spec.layers * spec.top_k
-    misses = 0.0 if slots == spec.n_experts_total else picks * sparsity.miss_rate("blob", "exact", slots)
-    return Residency(expert_slots=slots, far_bytes=misses * far_bytes_each, needed_bytes=picks * far_bytes_each)
+def arena_of(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, row_bytes: int, kept: int = 0,
+             shared: bool = False) -> ArenaSizes:
+    """What near memory has to be divided into. row_bytes: of a whole expert that is near; kept: of experts; shared: by
+    all levels but `floe`."""
+    if level in ("exact", "full"):
+        return ArenaSizes(spec.n_experts_total, row_bytes, spec.top_k, kept=kept)
+    most = sparsity.layer_most if shared else ceil(sparsity.budgets[level].layer_most)
+    most = spec.top_k * spec.neurons if level == "floe" else most
+    return ArenaSizes(spec.n_experts_total, layout.sketch_bytes, spec.top_k, spec.neurons, layout.record, most, kept)
 
 
-def sketches_and_records(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int) -> Residency:
-    """A card's split of `room` bytes with the fewest far bytes; all sketches first on a tie.
-
-    At most a share goes to sketches and the rest to records, so that both grow with the room.
-    """
-    every_sketch = spec.n_experts_total * layout.sketch_bytes
-    tried = []
-    for share in (1.0, 0.75, 0.5, 0.25):
-        to_sketches = min(every_sketch, int(room * share))
-        tried.append(_slots(spec, layout, sparsity, level, to_sketches // layout.sketch_bytes,
-                            (room - to_sketches) // layout.record))
-    return min(tried, key=lambda r: r.far_bytes)
-
-
-def cpu_split(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int) -> tuple[Residency, int]:
-    """(slots, bytes used) as engine/experts/cache.py divides an arena of `room` bytes on a CPU; bounce rows are inside.
-
-    It goes over to keeping every sketch as soon as that is possible, even if no record fits beside them: where a
-    smaller arena misses less, the plan asks for the smaller one.
-    """
-    every_sketch, bounce = spec.n_experts_total * layout.sketch_bytes, bounce_records(spec, sparsity, level)
-    whole = every_sketch + bounce * layout.record
-    rooms = [room] if room < whole else [room, whole - 1]
-    return min((_cpu_slots(spec, layout, sparsity, level, size, bounce) for size in rooms),
-               key=lambda made: made[0].far_bytes)
-
-
-def _cpu_slots(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, room: int,
-               bounce: int) -> tuple[Residency, int]:
-    spare = room - bounce * layout.record
-    everything = spare >= spec.n_experts_total * layout.sketch_bytes
-    rows = spec.n_experts_total if everything else max(spec.top_k, 3 * spare // 4 // layout.sketch_bytes)
-    records = min(spec.n_experts_total * spec.neurons, max(0, spare - rows * layout.sketch_bytes) // layout.record)
-    stay = _slots(spec, layout, sparsity, level, rows if everything else rows - spec.top_k, records)
-    return stay, rows * layout.sketch_bytes + (records + bounce) * layout.record
-
-
-def bounce_records(spec: ModelSpec, sparsity: Sparsity, level: str) -> int:
-    """The most records that one layer may need for one token."""
-    if level == "floe":
-        return spec.top_k * spec.neurons
-    return ceil(sparsity.budgets[level].layer_most)
-
-
-def _slots(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, sketches: int, records: int) -> Residency:
-    total_sketches, total_records = spec.n_experts_total, spec.n_experts_total * spec.neurons
-    sketches, records = min(total_sketches, sketches), min(total_records, records)
+def residency(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, far_bytes_each: int,
+              split: Split) -> Residency:
+    """What a token still has to fetch. far_bytes_each: of a whole expert, where it is far."""
+    n, layer_picks = spec.n_experts_total, spec.layers * spec.top_k
+    if level in ("exact", "full"):
+        miss = _miss_rate(sparsity, "blob", "exact", split.slots, split.kept, n)
+        needed = layer_picks * far_bytes_each
+        return Residency(expert_slots=split.slots, far_bytes=miss * needed, needed_bytes=needed)
     budget = sparsity.budgets[level]
-    needed_sketch = spec.layers * spec.top_k * layout.sketch_bytes
-    needed_record = budget.refined * layout.record + budget.down_only * layout.prefix
-    far = 0.0 if sketches == total_sketches else needed_sketch * sparsity.miss_rate("sketch", level, sketches)
-    far += 0.0 if records == total_records else needed_record * sparsity.miss_rate("record", level, records)
-    return Residency(sketch_slots=sketches, record_slots=records, far_bytes=far,
-                     needed_bytes=needed_sketch + needed_record)
+    sketches = layer_picks * layout.sketch_bytes
+    records = budget.refined * layout.record + budget.down_only * layout.prefix
+    far = sketches * _miss_rate(sparsity, "sketch", level, split.slots, split.kept, n)
+    far += records * _miss_rate(sparsity, "record", level, split.record_slots, split.kept * spec.neurons,
+                                n * spec.neurons)
+    return Residency(split.slots, split.record_slots, far_bytes=far, needed_bytes=sketches + records)
+
+
+def _miss_rate(sparsity: Sparsity, kind: str, level: str, slots: int, kept: int, total: int) -> float:
+    """Of all that is asked for: what is kept never misses, the rest shares the other slots."""
+    if slots >= total:
+        return 0.0
+    others = 1 - kept / total
+    return others * sparsity.miss_rate(kind, level, (slots - kept) / others)
 
 
 # --- on a card ------------------------------------------------------------------------------------------------
 def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sparsity, level: str, near: Residency,
-                 trunk_bytes: float, expert_bytes: float, context: int, pageable: float) -> Times:
-    """trunk_bytes: read per token. expert_bytes: of one whole expert as it lies near. pageable: share of the far
-    memory that could not be page-locked. The context counts as half full."""
+                 trunk_bytes: float, expert_bytes: float, context: int, unlocked: int = 0) -> Times:
+    """trunk_bytes: read per token. expert_bytes: of one whole expert as it lies near. context: all of it is read,
+    however little is in it. unlocked: layers that the host fetches for, so that the step is not recorded."""
     width = machine.vram_bytes_per_second
     if level in ("exact", "full"):
         experts, own = spec.layers * spec.top_k * expert_bytes, WHOLE_NODES
     else:
         budget, own = sparsity.budgets[level], SPARSE_NODES
         experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
-    attention = spec.kv_bytes_per_token * context / 2 + 2 * spec.state_bytes
+    attention = spec.kv_bytes_per_token * context / ATTENTION_SHARE + 2 * spec.state_bytes
     nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
-    link = near.far_bytes * link_seconds_per_byte(machine, pageable)
+    launches = nodes * (EAGER_NODE_SECONDS if unlocked else NODE_SECONDS) + unlocked * HOST_FETCH_SECONDS
+    link = near.far_bytes * link_seconds_per_byte(machine, unlocked / spec.layers)
     link += spec.layers * MISS_LATENCY_SECONDS if near.far_bytes else 0.0
     return (("trunk", trunk_bytes / width), ("experts", experts / width), ("attention", attention / width),
-            ("launches", nodes * NODE_SECONDS), ("link", link))
+            ("launches", launches), ("link", link))
 
 
 def link_seconds_per_byte(machine: Machine, pageable: float) -> float:
+    """pageable: share of what crosses the link that is not page-locked."""
     return (1 - pageable + pageable / PAGEABLE_SHARE) / machine.link_bytes_per_second
 
 

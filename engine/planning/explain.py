@@ -60,8 +60,9 @@ def memory(plan: Plan) -> str:
         line += (f" Main memory: {size(plan.ram_bytes)} needed, {size(plan.ram_free_bytes)} free, "
                  f"{size(plan.pinned_bytes)} page-locked.")
         if plan.pageable_bytes:
-            line += (f" The system locks no more: {size(plan.pageable_bytes)} of experts stay pageable, and the "
-                     "processor fetches from them.")
+            line += f" The system locks no more: {size(plan.pageable_bytes)} of experts "
+            line += ("stay pageable, and the processor fetches from them." if plan.pageable_layers
+                     else "stay on the card for good.")
     return line + f" Disk: {size(plan.disk_bytes)} needed."
 
 

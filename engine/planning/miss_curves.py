@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 from engine.core import ModelSpec, UserError
 from kernels.layout import Layout
@@ -71,10 +72,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Budgets and miss curves of one model. measured: they come from its own calibration."""
+    """Budgets and miss curves of one model. layer_most: as a budget's, of all levels that share a card's near memory,
+    which are all but `floe`. measured: they come from its own calibration."""
 
     budgets: Mapping[str, Budget]
     curves: Mapping[str, MissCurve]
+    layer_most: int
     measured: bool = False
 
     def miss_rate(self, kind: str, level: str, slots: float) -> float:
@@ -89,7 +92,8 @@ def assumed(spec: ModelSpec, layout: Layout) -> Sparsity:
     experts = MissCurve(ASSUMED_EXPERT_CURVE).scaled(spec.n_experts_total)
     records = MissCurve(ASSUMED_RECORD_CURVE).scaled(spec.n_experts_total * spec.neurons)
     budgets = {level: _assumed_budget(spec, layout, level, share) for level, share in ASSUMED_SHARES.items()}
-    return Sparsity(budgets, {"blob": experts, "sketch": experts, "record": records})
+    most = max(budget.layer_most for level, budget in budgets.items() if level != "floe")
+    return Sparsity(budgets, {"blob": experts, "sketch": experts, "record": records}, ceil(most))
 
 
 def _assumed_budget(spec: ModelSpec, layout: Layout, level: str, share: float) -> Budget:
@@ -104,13 +108,14 @@ def calibrated(calibration: Mapping, spec: ModelSpec, layout: Layout) -> Sparsit
     """From floe.json's "calibration": {"levels": {level: {"budgets": [[refined, down_only], per layer]}},
     "miss_curves": {"blob" | "sketch" | "record:<level>": [[slots, miss rate], ...]}}. What is missing is assumed."""
     base = assumed(spec, layout)
-    budgets = dict(base.budgets)
+    budgets, most = dict(base.budgets), []
     for level, entry in (calibration.get("levels") or {}).items():
         pairs = entry.get("budgets") if isinstance(entry, Mapping) else None
         if pairs:
             budgets[level] = Budget(sum(p[0] for p in pairs), sum(p[1] for p in pairs), max(map(sum, pairs)))
+            most.append(budgets[level].layer_most)
     curves = dict(base.curves)
     for name, points in (calibration.get("miss_curves") or {}).items():
         if points:
             curves[name] = MissCurve.of(points)
-    return Sparsity(budgets, curves, measured=bool(calibration.get("levels")))
+    return Sparsity(budgets, curves, max(most, default=base.layer_most), measured=bool(calibration.get("levels")))

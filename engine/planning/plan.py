@@ -77,6 +77,7 @@ class Plan:
     wished_speed: float
     missing_bytes: int = 0
     pageable_bytes: int = 0
+    pageable_layers: int = 0  # of them, those that the processor fetches for
     near_free_bytes: int = 0
     ram_free_bytes: int = 0
     levels: tuple[tuple[str, str, float], ...] = ()

@@ -14,20 +14,22 @@ from dataclasses import dataclass, field, replace
 from engine.core import Machine, ModelSpec, Options, UserError
 from engine.machine.process_memory import CUDA_CONTEXT_BYTES
 from engine.planning import cost_model, explain, miss_curves
+from engine.planning.arena import ArenaSizes, Split
 from engine.planning.plan import Near, Plan, PlanRequest
 from engine.planning.sizes import (
-    DEFAULT_CHUNK,
     DEFAULT_CONTEXT,
     DEFAULT_TRUNK_BITS,
     FRAGMENTATION_BYTES,
     GRAPH_POOL_BYTES,
     PROCESS_BYTES,
+    SLOT_TABLE_BYTES,
     WEIGHT_BYTES,
-    bounce_bytes,
     expert_bytes,
     near_trunk_bytes,
+    planned_chunk,
     prefill_bytes,
     side_bytes,
+    table_bytes,
     tile_experts,
     trunk_bytes,
 )
@@ -109,7 +111,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: L
               level: str) -> Plan:
     bits = wishes.trunk_bits or (16 if level == "full" else DEFAULT_TRUNK_BITS[machine.device])
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
-    chunk = min(wishes.chunk or DEFAULT_CHUNK[machine.device], context)
+    chunk = min(wishes.chunk or planned_chunk(model, machine.device, context), context)
     disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * expert_bytes(model, layout, level)
     common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
               "context": context, "chunk": chunk, "trunk_bits": bits, "disk_bytes": disk, "wished_speed": wishes.speed,
@@ -125,45 +127,68 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
     embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cuda")
-    kv, per_tile = model.kv_bytes_per_token * context, tile_experts(model.experts, layout.blob_bytes)
-    memory = (("trunk", trunk), ("context memory (KV)", kv), ("recurrent and window state", model.state_bytes),
-              ("side jobs' context memory", side_bytes(model, context)),
-              ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
-              ("staging", 2 * per_tile * layout.blob_bytes),
-              ("prefill workspace", prefill_bytes(model, chunk, per_tile)),
-              ("bounce buffer", bounce_bytes(model, layout, known, level)), ("reserve", FRAGMENTATION_BYTES))
-    fixed = sum(size for _, size in memory)
-    free = machine.vram_free_bytes - fixed
-    room = max(0, free if wishes.near_bytes is None else min(free, wishes.near_bytes))
-    near, stay = _near(model, layout, known, level, room, expert_bytes(model, layout, level))
-    far = model.n_experts_total * expert_bytes(model, layout, level)
-    ram = far + embedding + PROCESS_BYTES["cuda"]
-    pinned = min(far, machine.pinned_limit_bytes)
-    pageable = 1 - pinned / far
-    token = cost_model.token_on_gpu(model, machine, layout, known, level, stay, trunk,
-                                    expert_bytes(model, layout, level), context, pageable)
+    each, memory = expert_bytes(model, layout, level), _card_memory(model, layout, context, chunk, trunk)
+    far, tables = model.n_experts_total * each, table_bytes(model, level)
+    # A layer is locked or it is not; the first ones are.
+    locked = model.layers if far <= machine.pinned_limit_bytes else machine.pinned_limit_bytes * model.layers // far
+    arena = cost_model.arena_of(model, layout, known, level, each, model.experts * (model.layers - locked), True)
+    free = machine.vram_free_bytes - tables - sum(size for _, size in memory)
+    room = _beside_its_tables(free, arena)
+    room = max(arena.least_bytes, room if wishes.near_bytes is None else min(room, wishes.near_bytes))
+    split, stay, unlocked, token = min(
+        (_card_token(model, machine, layout, known, level, context, trunk, locked, split)
+         for split in map(arena.divided, arena.sizes_worth_trying(room))),
+        key=lambda made: sum(seconds for _, seconds in made[-1]))
+    near, tables = _near(model, layout, level, arena, split), tables + SLOT_TABLE_BYTES * (
+        split.slots + split.record_slots)
+    memory = (*memory, ("near memory's tables", tables))
+    vram, ram = sum(size for _, size in memory) + near.total_bytes, far + embedding + PROCESS_BYTES["cuda"]
     streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
-    prefill = cost_model.chunk_on_gpu(model, machine, chunk, streamed, pageable)
-    lacking = [("vram", -free)] if free < 0 else []
+    prefill = cost_model.chunk_on_gpu(model, machine, chunk, streamed, unlocked / model.layers)
+    lacking = [("vram", arena.least_bytes - free)] if free < arena.least_bytes else []
     lacking += [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
-    return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=fixed + near.total_bytes,
-                     ram_bytes=ram, pinned_bytes=pinned, pageable_bytes=far - pinned, kv_bytes=kv,
-                     near_free_bytes=machine.vram_free_bytes, ram_free_bytes=machine.ram_free_bytes)
+    pinned = far * locked // model.layers
+    return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=vram, ram_bytes=ram,
+                     pinned_bytes=pinned, pageable_bytes=far - pinned, pageable_layers=unlocked,
+                     kv_bytes=model.kv_bytes_per_token * context, near_free_bytes=machine.vram_free_bytes,
+                     ram_free_bytes=machine.ram_free_bytes)
 
 
-def _near(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int,
-          expert_bytes: int) -> tuple[Near, cost_model.Residency]:
-    """What `room` bytes of a card hold."""
+def _card_memory(model: ModelSpec, layout: Layout, context: int, chunk: int,
+                 trunk: int) -> tuple[tuple[str, int], ...]:
+    """Video memory besides near memory. The step's own recurrent states have a second row (model/static_cache.py)."""
+    per_tile = tile_experts(model.experts, layout.blob_bytes)
+    return (("trunk", trunk), ("context memory (KV)", model.kv_bytes_per_token * context),
+            ("recurrent and window state", model.state_bytes + model.recurrent_bytes),
+            ("side jobs' context memory", side_bytes(model, context)),
+            ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
+            ("staging", 2 * per_tile * layout.blob_bytes),
+            ("prefill workspace", prefill_bytes(model, chunk, context, per_tile)), ("reserve", FRAGMENTATION_BYTES))
+
+
+def _beside_its_tables(free: int, arena: ArenaSizes) -> int:
+    """Of `free` bytes what an arena may take; a slot has SLOT_TABLE_BYTES of tables."""
+    unit = arena.record_bytes or arena.row_bytes
+    return free * unit // (unit + SLOT_TABLE_BYTES)
+
+
+def _card_token(model: ModelSpec, machine: Machine, layout: Layout, known: miss_curves.Sparsity, level: str,
+                context: int, trunk: int, locked: int, split: Split) -> tuple:
+    """-> the split, what it keeps, the layers that the processor has to fetch for, what a token costs then."""
+    each, unlocked = expert_bytes(model, layout, level), model.layers - locked - split.kept // model.experts
+    stay = cost_model.residency(model, layout, known, level, each, split)
+    return split, stay, unlocked, cost_model.token_on_gpu(model, machine, layout, known, level, stay, trunk, each,
+                                                          context, unlocked)
+
+
+def _near(model: ModelSpec, layout: Layout, level: str, arena: ArenaSizes, split: Split) -> Near:
     if level == "full":
-        stay = cost_model.whole_experts(model, known, expert_bytes, room // expert_bytes)
-        return Near(expert_slots=stay.expert_slots, expert_bytes=stay.expert_slots * expert_bytes), stay
+        return Near(expert_slots=split.slots, expert_bytes=arena.bytes_of(split))
     if level == "exact":
-        stay = cost_model.whole_experts(model, known, expert_bytes, room // expert_bytes)
-        n = stay.expert_slots
-        return Near(n, n * model.neurons, n * layout.sketch_bytes, n * layout.records_bytes, n, n * expert_bytes), stay
-    stay = cost_model.sketches_and_records(model, layout, known, level, room)
-    return Near(stay.sketch_slots, stay.record_slots, stay.sketch_slots * layout.sketch_bytes,
-                stay.record_slots * layout.record), stay
+        n = split.slots
+        return Near(n, n * model.neurons, split.rows * layout.sketch_bytes, split.rows * layout.records_bytes, n,
+                    arena.bytes_of(split))
+    return Near(split.slots, split.record_slots, split.rows * layout.sketch_bytes, split.record_rows * layout.record)
 
 
 def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Layout, known: miss_curves.Sparsity,
@@ -183,8 +208,9 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
                                          + model.expert_params)))
     fixed = sum(size for _, size in memory)
     free = machine.ram_free_bytes - fixed
-    least = model.top_k * near_each if level == "full" else bounce_bytes(model, layout, known, level)
-    near, stay = _near_on_cpu(model, layout, known, level, max(least, _wished(wishes, free)), near_each)
+    arena = cost_model.arena_of(model, layout, known, level, near_each)
+    room = max(arena.least_bytes, free if wishes.near_bytes is None else wishes.near_bytes)
+    near, stay = _near_on_cpu(model, layout, known, level, room, arena)
     ram = fixed + near.total_bytes
     cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
     token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, trunk, context, cached)
@@ -195,27 +221,22 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
                      ram_free_bytes=machine.ram_free_bytes)
 
 
-def _wished(wishes: PlanRequest, free: int) -> int:
-    return free if wishes.near_bytes is None else wishes.near_bytes
-
-
 def _near_on_cpu(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int,
-                 near_each: int) -> tuple[Near, cost_model.Residency]:
-    """What engine/experts makes of `room` bytes: its caches count the rows that serve misses too."""
+                 arena: ArenaSizes) -> tuple[Near, cost_model.Residency]:
+    """What engine/experts makes of `room` bytes."""
     n, far_each = model.n_experts_total, expert_bytes(model, layout, level)
     if level in ("exact", "full"):
-        rows = min(n, room // near_each)
-        slots = rows if rows == n else rows - model.top_k
-        return (Near(expert_slots=slots, expert_bytes=rows * near_each),
-                cost_model.whole_experts(model, known, far_each, slots))
-    if room >= n * near_each:  # the whole file, in which each level finds its parts
-        stay = cost_model.sketches_and_records(model, layout, known, level, room)
-        return Near(n, n * model.neurons, n * layout.sketch_bytes, n * layout.records_bytes), stay
-    stay, used = cost_model.cpu_split(model, layout, known, level, room)
-    sketch_bytes = stay.sketch_slots * layout.sketch_bytes
-    if stay.sketch_slots < n:
-        sketch_bytes += model.top_k * layout.sketch_bytes
-    return Near(stay.sketch_slots, stay.record_slots, sketch_bytes, used - sketch_bytes), stay
+        split = arena.divided(room)
+        return (Near(expert_slots=split.slots, expert_bytes=arena.bytes_of(split)),
+                cost_model.residency(model, layout, known, level, far_each, split))
+    if room >= n * far_each:  # the whole file, in which each level finds its parts
+        split = Split(n, n, n * model.neurons, n * model.neurons)
+        return (Near(n, n * model.neurons, n * layout.sketch_bytes, n * layout.records_bytes),
+                cost_model.residency(model, layout, known, level, far_each, split))
+    tried = [(split, cost_model.residency(model, layout, known, level, far_each, split))
+             for split in map(arena.divided, arena.sizes_worth_trying(room))]
+    split, stay = min(tried, key=lambda made: made[1].far_bytes)
+    return _near(model, layout, level, arena, split), stay
 
 
 _BOUNDS = {"trunk": "vram bandwidth", "experts": "vram bandwidth", "attention": "vram bandwidth",

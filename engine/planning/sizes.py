@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from engine.core import ModelSpec
-from engine.planning import cost_model, miss_curves
 from kernels.layout import Layout
 
 DEFAULT_CONTEXT = 8192
@@ -14,6 +13,8 @@ MIB = 2**20
 GRAPH_POOL_BYTES = 150 * 10**6
 TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
 FRAGMENTATION_BYTES = 200 * 10**6
+PAIRS_BYTES = 2**30                    # at most, of what attention takes for each pair of tokens while a prompt is read
+SLOT_TABLE_BYTES = 20                  # of a slot of near memory: five numbers (kernels/pool.py)
 # Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
 PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
 # Of a weight that transformers' own layers hold as a number: a trunk of 16 bits, and of any other the routers.
@@ -56,10 +57,22 @@ def tile_experts(experts: int, blob_bytes: int) -> int:
     return min(experts, max(1, TILE_BYTES // blob_bytes))
 
 
-def prefill_bytes(model: ModelSpec, chunk: int, per_tile: int) -> int:
-    """Activations of a chunk and the 16-bit scratch that one staging tile is decoded into."""
-    rows = chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
-    return 2 * (rows + per_tile * model.expert_params)
+def planned_chunk(model: ModelSpec, device: str, context: int) -> int:
+    """Tokens of a prompt that are read at once: on a card no more than attention has room for."""
+    chunk = min(DEFAULT_CHUNK[device], context)
+    pair_bytes = max((pair for _, _, pair in model.prefill), default=0) if device == "cuda" else 0
+    while chunk > 1 and chunk * context * pair_bytes > PAIRS_BYTES:
+        chunk //= 2
+    return chunk
+
+
+def prefill_bytes(model: ModelSpec, chunk: int, context: int, per_tile: int) -> int:
+    """On a card: what a layer takes of a chunk, its mixer or its experts, whichever is more, and the 16-bit scratch
+    that one staging tile is decoded into."""
+    mixer = max((chunk * each + context * kept + chunk * context * pair for each, kept, pair in model.prefill),
+                default=0)
+    experts = 2 * chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
+    return max(mixer, experts) + 2 * per_tile * model.expert_params
 
 
 def side_bytes(model: ModelSpec, context: int) -> int:
@@ -67,8 +80,6 @@ def side_bytes(model: ModelSpec, context: int) -> int:
     return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
 
 
-def bounce_bytes(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str) -> int:
-    """Where one layer's misses go when no slot is free."""
-    if level in ("exact", "full"):
-        return model.top_k * expert_bytes(model, layout, level)
-    return model.top_k * layout.sketch_bytes + cost_model.bounce_records(model, known, level) * layout.record
+def table_bytes(model: ModelSpec, level: str) -> int:
+    """On a card, of what may be near: where each object lies."""
+    return 4 * model.n_experts_total * (1 if level in ("exact", "full") else 1 + model.neurons)

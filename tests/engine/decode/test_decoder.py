@@ -224,6 +224,33 @@ def test_what_cannot_be_locked_is_fetched_by_the_host_and_said(demo_checkpoint, 
     assert found[0] == found[1] and fetched
 
 
+@pytest.mark.parametrize("level", ["exact", "fast"])
+def test_what_cannot_be_locked_stays_near_where_it_fits(demo_checkpoint, engines, level, monkeypatch):
+    """The same answer, the host fetches nothing for it, and neither a reset nor other pins change that."""
+    far = engines[1]._turns.runtime.far
+    said, ledger = [], Ledger(limit=int(0.9 * far.layers * far.experts * far.expert_bytes))
+    loaded, found = on_device(demo_checkpoint, ledger, said), []
+    runtime = loaded.runtime
+    assert runtime.far.readable_layers == far.layers - 1 and "stay on the card for good" in said[-1]
+    with Engine(loaded, OPTIONS) as engine:
+        for each in (engine, engines[1]):
+            each.configure(replace(OPTIONS, level=level, near_bytes=loaded.runtime.near_bytes))
+        assert not runtime.asks_the_host and runtime.residency()[-1] == 1.0
+        with torch.inference_mode():
+            runtime.pin([(0, 0), (far.layers - 1, 1)])
+            runtime.pin()
+        monkeypatch.setattr(experts_runtime, "fill_through_host", lambda *given: pytest.fail("the host was asked"))
+        for each in (engine, engines[1]):
+            events, end = finish(each.chat(TALK, GREEDY))
+            found.append((told(events), end.n_tokens))
+        assert runtime.residency()[-1] == 1.0
+        engines[1].configure(OPTIONS)
+    assert found[0] == found[1]
+    if level == "exact":  # of sketches there is room for all
+        with pytest.raises(UserError, match="pinned parts"):
+            runtime.pin([(layer, expert) for layer in range(far.layers) for expert in range(far.experts)])
+
+
 @pytest.mark.parametrize("name", ["lfm2_moe", "minimax"])
 def test_a_model_without_a_cache_of_fixed_form_still_uses_the_devices_experts(name, tmp_path):
     folder = compressed(name, tmp_path)[2]

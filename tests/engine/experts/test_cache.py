@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.experts.cache import SparseCache, WholeCache
+from engine.planning.arena import ArenaSizes
 from kernels.evict import age
 from kernels.fill import fill
 from kernels.layout import Layout
@@ -51,7 +52,8 @@ class Sparse(RuleBasedStateMachine):
     def start(self, spare: int) -> None:
         smallest = K * LAYOUT.sketch_bytes + max(BUDGETS) * LAYOUT.record
         self.limit = smallest + spare
-        self.cache = SparseCache(LAYOUT, L, E, K, BUDGETS, self.limit, "cpu")
+        sizes = ArenaSizes(L * E, LAYOUT.sketch_bytes, K, N, LAYOUT.record, max(BUDGETS))
+        self.cache = SparseCache(LAYOUT, sizes, L, sum(BUDGETS), self.limit, "cpu")
         self.clock, self.sketches_used, self.records_used = 1, set(), set()
 
     def sketches(self, layer: int) -> torch.Tensor:
@@ -120,7 +122,7 @@ class Whole(RuleBasedStateMachine):
     @initialize(rows=st.integers(K, L * E + 2), rest=st.integers(0, 100))
     def start(self, rows: int, rest: int) -> None:
         self.limit = rows * LAYOUT.blob_bytes + rest
-        self.cache = WholeCache(LAYOUT.blob_bytes, L, E, K, self.limit, "cpu")
+        self.cache = WholeCache(ArenaSizes(L * E, LAYOUT.blob_bytes, K), L, self.limit, "cpu")
         self.clock, self.used = 1, set()
 
     @rule(layer=st.integers(0, L - 1), ids=st.permutations(range(E)), n=st.integers(1, K), ahead=st.booleans())

@@ -22,7 +22,7 @@ def snapshot(seconds, *, hit=1.0, read=0.0, context=1000, tokens=100, level="exa
     far = int((1 - hit) * NEEDED) * tokens
     answer = {"tokens": tokens, "seconds": seconds * tokens, "needed_bytes": NEEDED * tokens, "far_bytes": far}
     return {"answer": answer, "prompt": {"tokens": 700, "seconds": read}, "level": level, "context_used": context,
-            "trunk_bits": 4}
+            "context": context, "trunk_bits": 4}
 
 
 @pytest.mark.parametrize("bound, words, machine, shown", [

@@ -1,0 +1,29 @@
+"""What a test, a bench or a policy puts into a running model: see `Runtime.hook`."""
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.experts.layer import LayerExperts
+
+
+class Hook:
+    """What looks into a layer's experts, or changes what they do, while a model runs: see `Runtime.hook`.
+
+    This one changes nothing; override what is needed. All is tensors on the runtime's device. In a step that is
+    recorded a hook may neither wait for the device nor decide by a value, and shapes stay.
+    """
+
+    def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Before the experts: x [T, H] in the model's dtype, the router's ids int64 [T, k] and weights [T, k]
+        -> the ids and weights that count. The router itself: x @ layer.router_weight.T."""
+        return ids, weights
+
+    def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+        """Behind `routed`, in place of the experts -> their weighted sum [T, H]; None: they compute it."""
+        return None
+
+    def selected(self, layer: LayerExperts, ids: Tensor, weights: Tensor, neurons: Tensor, fidelity: Tensor,
+                 ) -> tuple[Tensor, Tensor]:
+        """Behind the selection of a sparse level's step, before records are fetched: neurons int32 [T, K], ascending,
+        numbered through the k experts, then -1; fidelity int8 [T, K] (kernels/select.py) -> those that count."""
+        return neurons, fidelity
