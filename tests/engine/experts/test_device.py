@@ -134,7 +134,7 @@ def test_prefill_through_tiles(name, per_tile, tmp_path):
         runtime.set_level("exact", runtime.everything_bytes())
         runtime.phase = "prefill"
         found.append([runtime.forward(layer, x, ids, weights) for layer in runtime.layers])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
     used = len(ids.unique())
     assert runtime.prefill_far_bytes == used * far.layers * far.expert_bytes and not sum(runtime.residency())
     runtime.phase = "decode"
@@ -142,7 +142,7 @@ def test_prefill_through_tiles(name, per_tile, tmp_path):
         runtime.forward(layer, x[:1], ids[:1], weights[:1])
     before, tables, runtime.phase = runtime.prefill_far_bytes, runtime.near.pool.slot_of.clone(), "prefill"
     again = [runtime.forward(layer, x, ids, weights) for layer in runtime.layers]
-    torch.testing.assert_close(again, found[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, found[0], rtol=1e-3, atol=1e-3)
     near = len(set(ids[0].tolist()))
     assert runtime.prefill_far_bytes - before == (used - near) * far.layers * far.expert_bytes
     assert torch.equal(runtime.near.pool.slot_of, tables)
