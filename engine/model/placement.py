@@ -18,7 +18,13 @@ from engine.machine.pinned_memory import Driver
 from engine.model.host_embedding import leave_on_host
 from engine.model.registration import Report, bind
 from engine.planning import explain
+from engine.planning.plan import Plan
 from engine.planning.planner import Planner
+from engine.units import size
+
+# Of the plan's parts those that a card gives only when the model reads and answers.
+LATER = ("context memory (KV)", "recurrent and window state", "side jobs' context memory", "graph pool",
+         "prefill workspace")
 
 
 def trunk_dtype(device: str) -> torch.dtype:
@@ -47,9 +53,24 @@ def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Plan
             planned = explain.memory(planner.plan(level, options))
             raise MachineError(errors.in_words(error, planned)) from error
         raise
+    if runtime.device == "cuda":
+        into_what_is_free(runtime, planner.plan(level, options), torch.cuda.mem_get_info()[0], report)
     runtime.memories = [embedding] if embedding else []
     runtime.link_bytes_per_second = planner.machine.link_bytes_per_second
     return runtime
+
+
+def into_what_is_free(runtime: Runtime, plan: Plan, free_bytes: int, report: Report) -> None:
+    """Once its slots are written, near memory gives back what the card lacks for the rest of the plan: a card counts
+    some memory only when it is written, and other programs may have taken theirs meanwhile."""
+    lacking = sum(n_bytes for part, n_bytes in plan.memory if part in LATER) - free_bytes
+    if lacking <= 0:
+        return
+    runtime.set_level(runtime.level, max(runtime.smallest_bytes(), runtime.near_bytes - lacking))
+    reason = (f"The card has {size(lacking)} less free than a moment ago; the model keeps so much less of itself "
+              "there and is slower. Close other programs that use the card, then open the model again.")
+    runtime.reason = " ".join((runtime.reason, reason)).strip()
+    report(reason, 0.9)
 
 
 def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Planner, options: Options,

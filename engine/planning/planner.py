@@ -28,9 +28,10 @@ from engine.planning.sizes import (
     near_trunk_bytes,
     planned_chunk,
     prefill_bytes,
+    router_copy_bytes,
     side_bytes,
+    staging_bytes,
     table_bytes,
-    tile_experts,
     trunk_bytes,
 )
 from kernels.layout import Layout, default_group_size
@@ -157,13 +158,12 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
 def _card_memory(model: ModelSpec, layout: Layout, context: int, chunk: int,
                  trunk: int) -> tuple[tuple[str, int], ...]:
     """Video memory besides near memory. The step's own recurrent states have a second row (model/static_cache.py)."""
-    per_tile = tile_experts(model.experts, layout.blob_bytes)
     return (("trunk", trunk), ("context memory (KV)", model.kv_bytes_per_token * context),
             ("recurrent and window state", model.state_bytes + model.recurrent_bytes),
             ("side jobs' context memory", side_bytes(model, context)),
             ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
-            ("staging", 2 * per_tile * layout.blob_bytes),
-            ("prefill workspace", prefill_bytes(model, chunk, context, per_tile)), ("reserve", FRAGMENTATION_BYTES))
+            ("staging", staging_bytes(model, layout)), ("routers for looking ahead", router_copy_bytes(model)),
+            ("prefill workspace", prefill_bytes(model, chunk, context)), ("reserve", FRAGMENTATION_BYTES))
 
 
 def _beside_its_tables(free: int, arena: ArenaSizes) -> int:
@@ -212,7 +212,9 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     room = max(arena.least_bytes, free if wishes.near_bytes is None else wishes.near_bytes)
     near, stay = _near_on_cpu(model, layout, known, level, room, arena)
     ram = fixed + near.total_bytes
-    cached = min(1.0, max(0, machine.ram_free_bytes - ram) / far)
+    # Beside an arena of the plan's own choice less than a row is left, now more, now less: no share of the file.
+    left = 0 if wishes.near_bytes is None else max(0, machine.ram_free_bytes - ram)
+    cached = min(1.0, left / far)
     token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, trunk, context, cached)
     prefill = cost_model.chunk_on_cpu(model, machine, chunk, level, far_each, stay, cached)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []

@@ -66,18 +66,27 @@ def planned_chunk(model: ModelSpec, device: str, context: int) -> int:
     return chunk
 
 
-def prefill_bytes(model: ModelSpec, chunk: int, context: int, per_tile: int) -> int:
-    """On a card: what a layer takes of a chunk, its mixer or its experts, whichever is more, and the 16-bit scratch
-    that one staging tile is decoded into."""
+def staging_bytes(model: ModelSpec, layout: Layout) -> int:
+    """On a card: two tiles of packed experts on their way in, and the 16-bit matrices that one is decoded into."""
+    return tile_experts(model.experts, layout.blob_bytes) * 2 * (layout.blob_bytes + model.expert_params)
+
+
+def prefill_bytes(model: ModelSpec, chunk: int, context: int) -> int:
+    """On a card: what a layer takes of a chunk, its mixer or its experts, whichever is more."""
     mixer = max((chunk * each + context * kept + chunk * context * pair for each, kept, pair in model.prefill),
                 default=0)
     experts = 2 * chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
-    return max(mixer, experts) + 2 * per_tile * model.expert_params
+    return max(mixer, experts)
 
 
 def side_bytes(model: ModelSpec, context: int) -> int:
     """The whole 16-bit cache of a job beside the conversation."""
     return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
+
+
+def router_copy_bytes(model: ModelSpec) -> int:
+    """On a card: the routers in float32, beside those of the trunk, which look-ahead reads."""
+    return 4 * model.layers * model.experts * model.hidden
 
 
 def table_bytes(model: ModelSpec, level: str) -> int:
