@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from engine.chat.model_info import about
 from engine.chat.turn import Turns
-from engine.core import Event, Options, Sampling, Stopped, UserError, never
-from engine.machine.errors import reason_for
+from engine.core import Event, MachineError, Options, Sampling, Stopped, UserError, never
+from engine.decode.decoder import Part
+from engine.machine.errors import in_words, reason_for
 from engine.model import load
 from engine.planning import explain
 from engine.planning.sizes import SIDE_CONTEXT, planned_chunk
@@ -106,14 +108,22 @@ class Engine:
     @classmethod
     def open(cls, folder: str | os.PathLike, options: Options | None = None,
              progress: load.Report | None = None) -> Engine:
-        """Load a model folder; progress(what is done, share). UserError when the folder cannot be used."""
-        options = options or Options()
-        loaded = load.load(folder, options, progress)
+        """Load a model folder and prepare its first answer; progress(what is done, share), which may raise to stop
+        it. UserError when the folder cannot be used, MachineError when the card cannot."""
+        options, report = options or Options(), progress or (lambda text, share: None)
+        loaded = load.load(folder, options, report)
         try:
-            return cls(loaded, options, folder)
+            engine = cls(loaded, options, folder)
         except BaseException:
             loaded.runtime.close()  # page-locked memory stays locked until it is given back
             raise
+        try:
+            engine._prepare(report)
+        except BaseException:
+            engine.close()
+            raise
+        report("Ready.", 1.0)
+        return engine
 
     def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None,
              stop: threading.Event | None = None) -> Answer:
@@ -149,11 +159,7 @@ class Engine:
 
     def configure(self, options: Options) -> None:
         """Change level, near memory, context or chunk once the answers in the queue are done; waits for it."""
-        future: Future[None] = Future()
-        with self._lock:
-            self._check_open()
-            self._jobs.put((self._configure, options, future))
-        future.result()
+        self._do(self._change, options)
 
     def close(self) -> None:
         """Stop, end the thread, let go of the model. Answers in the queue end as stopped."""
@@ -228,6 +234,20 @@ class Engine:
         self._check_open()
         return turns
 
+    def _do(self, work: Callable, *given) -> Any:
+        """What the owner thread's work comes to, once the jobs in the queue are done; waits for it."""
+        future: Future = Future()
+        with self._lock:
+            self._check_open()
+            self._jobs.put((_into, future, work, *given))
+        return future.result()
+
+    def _prepare(self, report: load.Report) -> None:
+        """Part by part, so that whoever opens can stop in between."""
+        parts = self._turns.prepare()
+        while part := self._do(self._next_part, parts):
+            report(part[0], load.LOADED + (1 - load.LOADED) * part[1])
+
     # Below: the owner thread.
 
     def _own(self) -> None:
@@ -272,12 +292,13 @@ class Engine:
             return ""
         return explain.memory(self._planner.plan(self.options.level, self.options))
 
-    def _configure(self, options: Options, future: Future) -> None:
+    def _next_part(self, parts: Iterator[Part]) -> Part | None:
         try:
-            self._change(options)
-            future.set_result(None)
-        except BaseException as error:
-            future.set_exception(error)
+            return next(parts, None)
+        except Exception as error:
+            if words := in_words(error, self._planned()):
+                raise MachineError(words) from error
+            raise
 
     def _change(self, options: Options) -> None:
         old = self.options
@@ -319,6 +340,13 @@ class Engine:
             raise
         if options.level != level:
             self._turns.prefix.reset()  # what another level wrote is not what this level would have
+
+
+def _into(future: Future, work: Callable, *given) -> None:
+    try:
+        future.set_result(work(*given))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _context(options: Options, longest: int) -> int:

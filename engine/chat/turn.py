@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from engine.chat.reasoning_parser import ANSWER, ReasoningParser
 from engine.chat.tokenizer import Prompt, Tokens
 from engine.core import Counters, Event, Sampling, Stopped, UserError
-from engine.decode.decoder import HostDecoder, decoder_for
+from engine.decode.decoder import HostDecoder, Part, decoder_for
 from engine.decode.prefix_cache import Prefix, common_length
 from engine.decode.sampling import end_tokens, most_tokens
 
@@ -81,6 +81,10 @@ class Turns:
         if self.decoder.on_device and context != self.context:
             self.decoder = decoder_for(self.model, self.runtime, context)
         self.context, self.chunk = context, chunk
+
+    def prepare(self) -> Iterator[Part]:
+        """What the first answer would else wait for, part by part, each told before it begins."""
+        return self.decoder.prepare(self._recommended)
 
     def answer(self, messages: list[dict], sampling: Sampling, stopped: Callable[[], bool],
                wishes: Mapping | None = None) -> Iterator[Event]:

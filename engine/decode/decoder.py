@@ -21,6 +21,9 @@ from engine.model.static_cache import NotCapturable, StepCache
 from engine.policies.prefetch import WINDOW, has_headroom
 
 Draw = Callable[[torch.Tensor, list[int]], int]  # (logits [V], all tokens read) -> the next token
+Part = tuple[str, float]  # of preparing: what is done now, the share that lies behind
+PIECE = 32                # tokens of the prompt that is read to compile: more than the kernels of a step take
+COMPILING, RECORDING = "Compiling for the card (longer the first time)", "Recording a step for the card"
 
 
 def steps(prefix: Prefix, ids: list[int], draw: Draw, limit: int, ends: frozenset[int] = frozenset(),
@@ -54,6 +57,10 @@ class HostDecoder:
         """At most `limit` tokens behind the prompt `ids`, whose beginning `prefix` holds."""
         sampler = Sampler(sampling, recommended, self._model.device)
         return steps(self.prefix, ids[len(self.prefix.ids):], sampler, limit, ends)
+
+    def prepare(self, recommended) -> Iterator[Part]:
+        """As DeviceDecoder's; here nothing is recorded, and the processor was prepared before the weights came."""
+        return iter(())
 
 
 class DeviceDecoder:
@@ -104,6 +111,34 @@ class DeviceDecoder:
             # Behind the step ahead. What is read, computed and counted next is not of this answer.
             step.done.zero_()
             self._runtime.counted = None
+
+    def prepare(self, recommended) -> Iterator[Part]:
+        """What the first answer would wait for, part by part, each told before it begins: kernels are compiled by a
+        short prompt and a step, graphs are made. Afterwards nothing is read, near or counted; broken off, the model is
+        to be closed."""
+        step, context = self.step, self.prefix.cache.clock.context
+        ids = list(range(min(PIECE, context, len(step.logits))))
+        yield COMPILING, 0.0
+        self._runtime.phase = "prefill"
+        self.prefix.feed(ids)
+        yield COMPILING, 0.3
+        step.sampler.start(Sampling(), recommended, ids)
+        step.start(ids[-1], frozenset(), context)
+        step.run()
+        step.packet.tolist()  # waits: what fails on the card fails here
+        if self.graphs and not self._runtime.asks_the_host:
+            yield from self._record(len(ids) + 1)
+        self.prefix.reset()
+        self._runtime.forget()
+
+    def _record(self, position: int) -> Iterator[Part]:
+        """Graphs for the level that is set, also the one that an answer changes to where the link gets busy."""
+        runtime = self._runtime
+        kinds = (False, True) if self._adapts and runtime.looks_ahead else (True,)
+        for turn, runtime.headroom in enumerate(kinds):
+            yield RECORDING, 0.6 + 0.2 * turn
+            self.graphs.launch(position + turn)
+            self.step.packet.tolist()
 
     def _launch(self, position: int, turn: int) -> None:
         if self.graphs and not self._runtime.asks_the_host:

@@ -63,6 +63,13 @@ class DeviceRuntime(Runtime):
         if self.near.kept:
             self._keep()
 
+    def forget(self) -> None:
+        """As it was opened: nothing near but what stays there, nothing counted."""
+        self.reset()
+        self.counts.zero_()
+        self.recent.zero_()
+        self.prefill_far_bytes, self.counted, self.headroom, self.phase = 0, None, True, "auto"
+
     def _keep(self) -> None:
         """Bring the layers that the device cannot read by itself, for good."""
         experts, n = self.far.experts, self.far.neurons

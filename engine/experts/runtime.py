@@ -428,7 +428,7 @@ class Runtime(ABC):
     @property
     def looks_ahead(self) -> bool:
         """Whether a step fetches for the next layer; a recorded step does so for ever, or never."""
-        return self.predict and self.headroom
+        return self.predict and self.headroom and not self.near.is_complete()
 
     def _look_ahead(self, layer: LayerExperts, x: Tensor) -> None:
         """Fetch what the next layer is likely to want into free slots.
@@ -436,7 +436,7 @@ class Runtime(ABC):
         Behind this layer's demand, beside its product and all that comes before the next layer's experts.
         """
         following = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
-        if not self.looks_ahead or following is None or following.router_weight is None or self.near.is_complete():
+        if not self.looks_ahead or following is None or following.router_weight is None:
             return
         guessed = next_experts(x, following.router_weight, self.top_k)
         self._bring_experts(following.index, guessed, self.ahead_bytes)

@@ -30,13 +30,13 @@ from engine.machine import detect, errors
 from engine.machine.pinned_memory import CudaDriver
 from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
 from engine.model.packed import Packed
-from engine.model.placement import onto_gpu, side_of, trunk_dtype
+from engine.model.placement import onto_gpu, prepare_processor, side_of, trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind, blobs_of, level_plans, unbound
 from engine.model.tokenizer_trial import what_is_wrong
 from engine.planning import explain
 from engine.planning.planner import Planner
-from kernels import dispatch
 
+LOADED = 0.95  # share of opening that lies behind when the model is in its place
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -69,9 +69,10 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
             loaded.runtime.close()
         raise
     for sentence in changed:
-        report(sentence, 1.0)
+        report(sentence, LOADED)
     loaded.runtime.reason = " ".join((loaded.runtime.reason, *changed)).strip()
-    report(f"Ready. {loaded.memory_check}", 1.0)
+    if loaded.memory_check:
+        report(loaded.memory_check, LOADED)
     return loaded
 
 
@@ -86,8 +87,7 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
     if device == "cpu":
-        report("Preparing the processor (half a minute the first time)", 0.05)
-        why_slow = dispatch.compile_all()
+        why_slow = prepare_processor(report, 0.05)
     report("Reading the weights", 0.1)
     before, dtype = own_bytes(), trunk_dtype(device)
     model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)

@@ -21,6 +21,7 @@ from engine.planning import explain
 from engine.planning.plan import Plan
 from engine.planning.planner import Planner
 from engine.units import size
+from kernels import dispatch
 
 # Of the plan's parts those that a card gives only when the model reads and answers.
 LATER = ("context memory (KV)", "recurrent and window state", "side jobs' context memory", "graph pool",
@@ -32,6 +33,12 @@ def trunk_dtype(device: str) -> torch.dtype:
     if device == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def prepare_processor(report: Report, share: float) -> str:
+    """Compile what computes experts here, or load it -> "", or a sentence that says why it will be slow."""
+    report("Preparing the processor (half a minute the first time)", share)
+    return dispatch.compile_all()
 
 
 def side_of(far: Far) -> type[Runtime]:
@@ -92,7 +99,7 @@ def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner
         runtime.reason = locked.reason(kept=not runtime.asks_the_host)
     except NoDevicePath as error:
         runtime = bind(model, side_of(far), far, planner, level, near_bytes, options.predict)
-        runtime.reason = str(error)
+        runtime.reason = " ".join((str(error), prepare_processor(report, 0.9))).strip()
     if runtime.reason:
         report(runtime.reason, 0.9)
     return runtime

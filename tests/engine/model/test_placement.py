@@ -6,9 +6,12 @@ import pytest
 from engine.core import Options
 from engine.machine.table import described
 from engine.model import load
-from engine.model.placement import LATER, into_what_is_free
+from engine.model.placement import LATER, experts_on_gpu, into_what_is_free
 from engine.planning.planner import plan
+from kernels import dispatch
 from tests.engine.experts.on_device import take_over
+from tests.engine.experts.test_far_locked import Ledger
+from tests.support.folders import checkpoint
 
 
 @pytest.fixture
@@ -39,3 +42,14 @@ def test_near_memory_gives_back_what_the_card_lacks(opened, lacking):
     into_what_is_free(runtime, card, later - lacking, lambda text, share: said.append(text))
     assert least <= runtime.near_bytes <= max(least, before - lacking)
     assert said == [runtime.reason] and "Close other programs" in runtime.reason
+
+
+def test_the_processor_is_prepared_where_the_card_computes_no_such_experts(tmp_path, monkeypatch):
+    """Else the first answer would wait for its compiler, which says here that it is not there."""
+    checkpoint("qwen3_moe", tmp_path)
+    loaded, said = load.load(tmp_path, Options("full", device="cpu")), []
+    monkeypatch.setattr(dispatch, "_refusals", ["ImportError: numba"])
+    runtime = experts_on_gpu(loaded.model, loaded.runtime.far, tmp_path, "full", loaded.planner, Options("full"),
+                             lambda text, share: said.append(text), Ledger(), "cpu")
+    assert said[0].startswith("Preparing the processor") and said[1:] == [runtime.reason]
+    assert "the processor computes its experts" in runtime.reason and "install numba" in runtime.reason
