@@ -1,4 +1,4 @@
-"""Made-up experts: any bytes are valid codes of our format, the scales keep the numbers in range."""
+"""Made-up experts and matrices: any bytes are valid codes of our formats, the scales keep the numbers in range."""
 from __future__ import annotations
 
 import math
@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from engine.files.trunk import GROUP
 from kernels.layout import Layout
 
 Tensor = torch.Tensor
@@ -44,3 +45,14 @@ def random_blobs(layout: Layout, n: int, seed: int = 0) -> Tensor:
     for blob in blobs:
         random.fill(blob)
     return blobs
+
+
+def random_matrix(n_rows: int, width: int, bits: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """codes and scales of a trunk matrix, in the order of kernels/linear.py; what it multiplies keeps its size."""
+    std = 1 / math.sqrt(width)
+    if bits == 8:
+        codes = torch.randint(-127, 128, (n_rows, width), generator=draw, dtype=torch.int8)
+        return codes, torch.full((n_rows, width // GROUP), std / 73.6).half()
+    codes = torch.randint(0, 256, (n_rows, width // 2), generator=draw, dtype=torch.uint8)
+    pair = torch.tensor([std / 4.61, -7.5 * std / 4.61]).half()
+    return codes, pair.expand(n_rows, width // GROUP, 2).contiguous()

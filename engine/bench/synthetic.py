@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from engine.bench.blobs import Blobs
+from engine.bench.blobs import Blobs, random_matrix
 from engine.core import ModelSpec, UserError
 from engine.experts.store import FarMemory
 from engine.files.folder_writer import FolderWriter
 from engine.files.manifest import Manifest
 from engine.files.skeleton import build_skeleton, experts_modules, model_spec, text_config_of
-from engine.files.trunk import CODES, GROUP, SCALES, bits_of
+from engine.files.trunk import CODES, SCALES, bits_of
 from engine.library import catalogue
 from engine.paths import demo_model
 from kernels.layout import Layout, default_group_size
@@ -127,14 +127,8 @@ def trunk_of(shape: Shape, trunk_bits: int, seed: int) -> Iterator[tuple[str, di
 def _stored(name: str, tensor: Tensor, bits: int, draw: torch.Generator) -> dict[str, Tensor]:
     if bits == 16:
         return {name: _plain(name, tensor, draw)}
-    n_rows, width = tensor.shape
-    std = 1 / math.sqrt(width)
-    if bits == 8:
-        codes = torch.randint(-127, 128, (n_rows, width), generator=draw, dtype=torch.int8)
-        return {name + CODES: codes, name + SCALES: torch.full((n_rows, width // GROUP), std / 73.6).half()}
-    codes = torch.randint(0, 256, (n_rows, width // 2), generator=draw, dtype=torch.uint8)
-    pair = torch.tensor([std / 4.61, -7.5 * std / 4.61]).half()
-    return {name + CODES: codes, name + SCALES: pair.expand(n_rows, width // GROUP, 2).contiguous()}
+    codes, scales = random_matrix(*tensor.shape, bits, draw)
+    return {name + CODES: codes, name + SCALES: scales}
 
 
 def _plain(name: str, tensor: Tensor, draw: torch.Generator) -> Tensor:

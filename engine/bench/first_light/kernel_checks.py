@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.bench.blobs import random_blobs
+from engine.bench.blobs import random_blobs, random_matrix
 from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
 from kernels.activation import Gate, quantize_activation
 from kernels.apply import apply
 from kernels.dense import dense, dequantize
 from kernels.layout import Layout, default_group_size
+from kernels.linear import dequantize_rows, linear
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
 
@@ -175,9 +176,36 @@ def _dequantize(case: Case) -> Compared:
     return tuple(made[0]), tuple(made[1]), SIXTEEN_BITS
 
 
+def _matrices(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes and scales of the trunk's matrices, on the device: queries at 8 and 4 bits, and few rows."""
+    draw = torch.Generator().manual_seed(3)
+    for n_rows, bits in ((2 * case.shape.hidden, 8), (2 * case.shape.hidden, 4), (64, 4)):
+        codes, scales = random_matrix(n_rows, case.shape.hidden, bits, draw)
+        yield codes.to(case.device), scales.to(case.device)
+
+
+def _linear(case: Case) -> Compared:
+    x = case.x[:, :case.shape.hidden].contiguous()
+    given = [(x, *matrix) for matrix in _matrices(case)]
+    return (tuple(case.call(linear, *each) for each in given),
+            tuple(linear.reference(*on_cpu(each)) for each in given), VALUES)
+
+
+def _dequantize_rows(case: Case) -> Compared:
+    made = []
+    for codes, scales in _matrices(case):
+        out = torch.empty(len(codes), case.shape.hidden, dtype=torch.bfloat16, device=case.device)
+        case.call(dequantize_rows, codes, scales, out)
+        expected = torch.empty(out.shape, dtype=out.dtype)
+        dequantize_rows.reference(codes.cpu(), scales.cpu(), expected)
+        made.append((out, expected))
+    return *map(tuple, zip(*made, strict=True)), SIXTEEN_BITS
+
+
 CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
-          "dense of what is no number": _dense_of_nan, "dequantize": _dequantize}
+          "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
+          "dequantize_rows": _dequantize_rows}
 
 
 def kernels() -> Iterator[Row]:
