@@ -37,7 +37,9 @@ def main(arguments: list[str]) -> int:
         return screen.fail(trouble)
     system_packages(screen)
     rest = [argument for argument in arguments if argument != "--quick"]
-    variables = where.variables(app / "cache") | {"OMP_NUM_THREADS": "1"}  # each of the processes below has one core
+    # Each of the processes below has one core; what numba compiles for this processor they compile once.
+    cache = app / "cache"
+    variables = where.variables(cache) | {"OMP_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(cache / "numba")}
     linted = subprocess.run([where.python, "-m", "ruff", "check", "."], cwd=ROOT, env=variables).returncode
     cores = max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
     pytest = [where.python, "-m", "pytest", "-ra", "-n", str(cores), "--dist", "loadfile",

@@ -195,7 +195,8 @@ def test_score_takes_few_instructions_a_code(monkeypatch, hidden, card):
     machine = aot.compiled(launch, card)
     # No loop is left in the kernel, so a lane executes every instruction at most once: all of its codes, start and end.
     codes_of_a_lane = gpu_score.ROWS * layout_of(hidden).padded * 2 / (32 * machine.n_warps)
-    assert len(machine.instructions) / codes_of_a_lane <= 1.6
+    # With eight warps a lane has half the codes, so that start and end weigh more: most where a row has eleven groups.
+    assert len(machine.instructions) / codes_of_a_lane <= (1.8 if hidden == 2816 else 1.6)
     assert machine.count(r"\bIDP") >= codes_of_a_lane / 4
     assert not machine.count(r"\b(STL|LDL)\b")
     assert machine.count(r"\bLDG\.E\S*\.128") >= codes_of_a_lane / 64

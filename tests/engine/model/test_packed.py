@@ -69,7 +69,8 @@ def test_several_tiles_are_one_product(tmp_path, monkeypatch):
     model = opened(compressed("gpt_oss", tmp_path, trunk_bits=4)[2])
     expected = model(TOKENS[None]).logits
     monkeypatch.setitem(packed.TILE_BYTES, "cpu", 64 * 4 * 5)  # five rows, and the last tile is short
-    torch.testing.assert_close(model(TOKENS[None]).logits, expected, rtol=1e-4, atol=1e-4)
+    found = model(TOKENS[None]).logits
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()     # activations of 16 bits
 
 
 def test_16_bits_are_ordinary_weights(tmp_path):

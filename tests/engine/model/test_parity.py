@@ -39,8 +39,9 @@ def test_an_older_transformers_may_lack_some_but_not_many():
     assert NAMED <= set(NAMES) and len(NAMES) >= 24
 
 
-def same(found: torch.Tensor, expected: torch.Tensor, limit: float = 1e-4) -> None:
-    """Differences below `limit` of the logits' scale, which itself must be a scale worth the name."""
+def same(found: torch.Tensor, expected: torch.Tensor, limit: float = 2e-3) -> None:
+    """Differences below `limit` of the logits' scale, which itself must be a scale worth the name. Compiled for the
+    processor, products take activations of 16 bits: 8e-4 is the most that was seen."""
     scale = expected.abs().max()
     assert scale > 0.1 and torch.isfinite(found).all()
     assert (found - expected).abs().max() < limit * scale
@@ -179,7 +180,7 @@ def test_the_trunk_is_what_its_codes_say(bits, tmp_path):
     model.load_state_dict({name: by_hand(stored, name) for name in codes}, strict=False)
     plain = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     same(run(plain), run(model))
-    same(run(plain), with_experts, {16: 1e-4, 8: 0.03, 4: 0.5}[bits])
+    same(run(plain), with_experts, {16: 2e-3, 8: 0.03, 4: 0.5}[bits])
 
 
 def by_hand(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -66,7 +66,8 @@ def test_without_a_plan_it_is_exact_and_afterwards_it_is_gone(loaded):
     ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(1))
     expected = loaded.model(ids).logits
     with pytest.raises(KeyboardInterrupt), runtime.hooked(Simulation(DecodedExperts(runtime))):
-        assert (loaded.model(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+        # The experts' step takes activations of 16 bits.
+        assert (loaded.model(ids).logits - expected).abs().max() < 1e-3 * expected.abs().max()
         raise KeyboardInterrupt
     assert "forward" not in vars(runtime) and torch.equal(loaded.model(ids).logits, expected)
 
@@ -93,8 +94,8 @@ def test_a_replayed_trace_misses_what_the_cache_misses(loaded, slots):
     draw = torch.Generator().manual_seed(slots)
     picks = torch.stack([torch.stack([torch.randperm(far.experts, generator=draw)[:K] for _ in range(L)])
                          for _ in range(n_tokens)])
-    bounce = 0 if slots == far.layers * far.experts else 1
-    runtime.set_level("exact", (slots + bounce) * 3 * N * HIDDEN * 4)
+    bounce = 0 if slots == far.layers * far.experts else K
+    runtime.set_level("exact", (slots + bounce) * far.expert_bytes)
     runtime.phase = "decode"
     for t in range(n_tokens):
         if t == n_tokens // 2:
