@@ -59,7 +59,7 @@ def test_an_edit_that_was_begun_outlives_the_end_of_an_answer(page):
     page.keyboard.press("End")
     page.keyboard.type("thought")
     expect(page.locator(".editing textarea")).to_have_value("Half a thought")
-    expect(page.locator(".message.assistant").first.get_by_role("button", name="Continue")).to_have_count(0)
+    expect(page.locator(".message.assistant").first.get_by_role("button", name="Continue", exact=True)).to_have_count(0)
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".message.assistant .answer").first).to_have_text(before[1])
 
