@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(
 COUNTED = {"qwen3_5_moe": 113, "qwen3_next": 119, "qwen3_moe": 83, "gpt_oss": 82, "mixtral": 66, "gemma4": 156,
            "glm4_moe_lite": 109, "glm4_moe": 87, "olmoe": 81, "deepseek_v2": 88}
 NODES = 1.0     # by which a count may differ
-TOO_LITTLE = {"qwen3.6-35b-a3b", "qwen3-next-80b-a3b", "gpt-oss-20b", "gpt-oss-120b"}   # is planned for prefill
 NOT_TORCHS = ("driver context and kernels", "graph pool")   # parts of the plan that no tensor takes
 models = pytest.mark.parametrize("name", list(catalogue.entries()))
 
@@ -55,9 +54,7 @@ def test_a_step_waits_for_nothing_and_has_so_many_nodes(name, level):
         assert counted < COUNTED[kind], "whole experts take fewer"
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.xfail(name in TOO_LITTLE, raises=AssertionError, reason="see NOTES.md"))
-    for name in catalogue.entries()])
+@models
 def test_prefill_takes_what_is_planned(name):
     shape = synthetic.shape_named(name, LAYERS)
     model = nowhere(shape)
