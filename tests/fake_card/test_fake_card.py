@@ -47,7 +47,7 @@ def nodes_of(name: str, level: str, layers: int) -> int:
 def test_a_step_waits_for_nothing_and_has_so_many_nodes(name, level):
     """FakeTensors raise where a number is asked for, streams and events where they are waited for."""
     counted = (nodes_of(name, level, 2 * LAYERS) - nodes_of(name, level, LAYERS)) / LAYERS
-    kind = synthetic.shape_named(name, 1).spec.model_type
+    kind = synthetic.shape_named(name, LAYERS).spec.model_type
     if level == "fast":
         assert abs(counted - COUNTED[kind]) <= NODES, f"{kind}: {counted:.1f} nodes a layer"
     else:
