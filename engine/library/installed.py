@@ -182,6 +182,8 @@ def _throw_away(model: Installed) -> int:
     thrown = model.folder.with_name(TRASH + uuid.uuid4().hex)
     try:
         os.replace(model.folder, thrown)
+    except FileNotFoundError as error:  # by another window, behind the list that it was chosen from
+        raise UserError(f"{model.folder} has been removed already.") from error
     except OSError as error:
         raise MachineError(f"{model.folder} cannot be removed ({error.strerror}); close what uses it and try "
                            "again.") from error
