@@ -160,8 +160,8 @@ def test_a_double_click_ends_in_an_answer(person, tmp_path):
                    stdout=subprocess.DEVNULL)
     # A number of its own: two that look for a free screen at one moment (test_scripts.py) find the same.
     clicked = subprocess.Popen(["xvfb-run", "-a", "-n", "150", "sh", "-c", "gtk-launch floechat; sleep 600"],
-                               start_new_session=True, env=person.variables | {"BROWSER": str(browser)}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+                               start_new_session=True, env=person.variables | {"BROWSER": str(browser)},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with sync_api.sync_playwright() as playwright:
             chromium = _connect(playwright, debugging)
