@@ -14,6 +14,7 @@ from time import perf_counter
 
 import torch
 
+from engine.bench.blobs import random_matrix
 from engine.bench.gpu_kernels import Run
 from engine.bench.rows import CardTable, Row
 from engine.bench.single_kernels import PLACES, must_read, runs
@@ -58,11 +59,9 @@ def _linear(bits: int) -> tuple[Run, int]:
     """One token through one of several matrices, and the bytes of a matrix."""
     n_rows, columns = LINEAR
     draw = torch.Generator().manual_seed(bits)
-    shape = (PLACES, n_rows, columns * bits // 8)
-    codes = torch.randint(0, 127, shape, generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.full((n_rows, columns // 64, *([] if bits == 8 else [2])), 1e-3, dtype=torch.float16)
-    x, matrices = torch.randn(1, columns, generator=draw), cycle(codes)
-    return lambda: linear(x, next(matrices), scales), codes[0].nbytes + scales.nbytes
+    made = [random_matrix(n_rows, columns, bits, draw) for _ in range(PLACES)]
+    x, matrices = torch.randn(1, columns, generator=draw), cycle(made)
+    return lambda: linear(x, *next(matrices)), sum(part.nbytes for part in made[0])
 
 
 def processor_table(folder: Path) -> CardTable:

@@ -15,11 +15,10 @@ import torch
 
 from engine.core import SPARSE_LEVELS, UserError
 from engine.experts.cache import kept_objects
-from engine.experts.layer import LayerExperts, LevelPlan, recognised
+from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.prefill import PRODUCT_ROW, Staging, product
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
-from kernels.activation import Gate
 from kernels.pool import pin
 
 Tensor = torch.Tensor
@@ -38,9 +37,7 @@ class DeviceRuntime(Runtime):
                  dtype: torch.dtype = torch.float32) -> None:
         """dtype: of prefill's matrices, that of the trunk."""
         assert 1 <= tokens <= MOST_TOKENS, tokens
-        gates = _gates(far, layers, dtype)
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.gate = gate
+        _check(far, layers, dtype)
         for layer in range(far.layers):
             for expert in range(far.experts):
                 far.verify(layer, expert)
@@ -140,13 +137,11 @@ def _in_order(y: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def _gates(far: Far, layers: list[LayerExperts], dtype: torch.dtype) -> list[Gate]:
+def _check(far: Far, layers: list[LayerExperts], dtype: torch.dtype) -> None:
     if not isinstance(far, FarBlobs):
         raise NoDevicePath("An uncompressed checkpoint is computed expert by expert; compress it first.")
     if far.neurons * dtype.itemsize % PRODUCT_ROW:
         raise NoDevicePath(f"Experts of {far.neurons} neurons do not suit the card's matrix product; they run on the "
                            "host.")
-    gates = [recognised(layer.apply_gate, layer.join) for layer in layers]
-    if None in gates:
+    if any(layer.gate.kind == "other" for layer in layers):
         raise NoDevicePath("The device kernels do not know the activation of these experts; they run on the host.")
-    return gates
