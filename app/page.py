@@ -10,7 +10,6 @@ import math
 
 import gradio as gr
 
-from app.chat.titles import MODEL_TITLES
 from app.strings import TEXT
 from engine import LEVELS, UserError
 
@@ -63,10 +62,9 @@ def _engine_controls(parts) -> None:
                      elem_id="near", buttons=[])
     planned = gr.Button(TEXT["near_planned"], size="sm", elem_id="near-planned")
     panel = _element("panel")
-    titles = gr.Checkbox(label=TEXT["model_titles"], info=TEXT["model_titles_info"], elem_id="model-titles")
 
     def present():
-        return _level_update(parts), _near_update(parts), parts.chats.preference(MODEL_TITLES, True)
+        return _level_update(parts), _near_update(parts)
 
     def set_level(wished: str):
         return _configure(parts, level=wished)
@@ -74,14 +72,10 @@ def _engine_controls(parts) -> None:
     def set_near(mebibytes: float):
         return _configure(parts, near_bytes=int(mebibytes * _MIB))
 
-    def set_titles(wished: bool):
-        parts.chats.set_preference(MODEL_TITLES, wished)
-
-    panel.change(present, None, [level, near, titles], **FREE)  # the script triggers it when a model has been opened
+    panel.change(present, None, [level, near], **FREE)  # the script triggers it when a model has been opened
     level.input(set_level, level, [level, near], **FREE)
     near.release(set_near, near, [level, near], **FREE)
     planned.click(lambda: _configure(parts, near_bytes=None), None, [level, near], **FREE)
-    titles.input(set_titles, titles, None, **FREE)
 
 
 def _configure(parts, **changes):

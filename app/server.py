@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.staticfiles import StaticFiles
 
+from app import preferences
 from app.chat.answers import Jobs
 from app.chat.chat_settings import Drafts
 from app.chat.chats import Chats
@@ -92,8 +93,8 @@ def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
 
     app = FastAPI(lifespan=_lifespan(parts), docs_url=None, redoc_url=None, openapi_url=None)
     api.speak_in_sentences(app)
-    app.include_router(api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf,
-                                  parts.stream.changed))
+    asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, parts.stream.changed)
+    app.include_router(preferences.routes(asked, parts))
     app.mount("/ui", StaticFiles(directory=UI))
 
     @app.get("/events")

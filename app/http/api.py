@@ -69,7 +69,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
 
 
 def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shelf, changed) -> APIRouter:
-    """All routes below /api. `changed` tells every open page to look again."""
+    """All routes below /api but those of the settings page. `changed` tells every open page to look again."""
     router = APIRouter(prefix="/api", route_class=_Sized, default_response_class=_Json)
 
     @router.get("/strings")

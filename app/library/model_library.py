@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from app.library.background_tasks import Run, Works
+from app.library.folders import as_written, show
 from app.library.machine_status import Surroundings
 from app.library.open_model import Models
 from app.strings import TEXT
@@ -39,7 +38,6 @@ from engine import (
 )
 
 DEMO = "demo"
-OPENERS = {"darwin": "open"}  # how a folder is shown to a person; elsewhere xdg-open
 ENDINGS = {"gguf": (".gguf",), "text": (".txt", ".jsonl", ".xz"), "folder": ()}  # of what a person can name by its path
 SUGGESTIONS = 40
 
@@ -65,7 +63,7 @@ class Shelf:
         return {"disk": on_disk, "offers": self._offers(machine), "notes": list(found.notes),
                 "works": self.works.shown(), "used_bytes": sum(model["bytes"] for model in on_disk[1:]),
                 "free_bytes": shutil.disk_usage(folder).free if folder.is_dir() else None,
-                "folder": _as_written(folder)}
+                "folder": as_written(folder)}
 
     # --- opening ------------------------------------------------------------------------------------------------
     def open(self, name: str, level: str | None = None, context: int | None = None) -> None:
@@ -176,24 +174,14 @@ class Shelf:
 
     def show_folder(self, name: str) -> str:
         """Open the model's folder in this computer's file manager; -> its path. UserError with the path without one."""
-        folder = self._folder(name) or models_dirs(self._data)[0]
-        try:
-            if sys.platform == "win32":
-                os.startfile(folder)
-            else:
-                opener = OPENERS.get(sys.platform, "xdg-open")
-                subprocess.Popen([opener, str(folder)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL, start_new_session=True)
-        except OSError as error:
-            raise UserError(TEXT["no_file_manager"].format(folder=folder)) from error
-        return str(folder)
+        return show(self._folder(name) or models_dirs(self._data)[0])
 
     def keep_in(self, folder: str) -> str:
         """Keep new models in this folder of the computer, "" for our own; -> it. UserError when that cannot be."""
         chosen = choose_models_dir(folder, self._data)
         self._around.look_anew()  # another disk has other room
         self.works.on_change()
-        return _as_written(chosen)
+        return as_written(chosen)
 
     def suggest(self, text: str, kind: str = "gguf") -> list[str]:
         """Folders and files of a kind that begin with what was typed of a path; the home folder's for nothing."""
@@ -231,12 +219,6 @@ class Shelf:
             levels = ()
         return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(levels),
                 "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder), "read_by": ""}
-
-
-def _as_written(path: Path) -> str:
-    """A path as a person writes it, without the name of their home folder."""
-    home = Path.home()
-    return str(Path("~") / path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
 def _existing(text: str, kind: str) -> Path:

@@ -5,8 +5,10 @@ import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, o
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { showModels } from "/ui/models.js";
+import { pages } from "/ui/pages.js";
 import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
 import { begin, draft, stored } from "/ui/settings.js";
+import { applyTheme, switchTheme } from "/ui/theme.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
@@ -28,7 +30,7 @@ export async function mount(root) {
       button("menu", TEXT.menu, () => toggle("left")), title, chip,
       button("theme", TEXT.theme, switchTheme, { id: "theme" }),
       button("gauge", TEXT.panel_toggle, () => toggle("right"))),
-    ...above(), welcome(() => scroller.parentElement), scroller, down, notices,
+    ...above(), welcome(() => scroller.parentElement), ...pages(), scroller, down, notices,
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
   log.addEventListener("click", clicked);
@@ -41,7 +43,7 @@ export async function mount(root) {
   document.addEventListener("keydown", applyNumber, true);
   document.addEventListener("blur", keepInside, true);
   window.addEventListener("hashchange", () => emit("opened", opened.id));
-  restoreTheme();
+  applyTheme();
   start();
   load();
 }
@@ -275,14 +277,4 @@ function keepInside({ target }) {
 const narrow = () => matchMedia(`(max-width: 1100px)`).matches;
 function toggle(side) {
   document.body.classList.toggle(narrow() ? `show-${side}` : `hide-${side}`);
-}
-
-function switchTheme() {
-  const dark = document.body.classList.toggle("dark");
-  localStorage.setItem("floe-theme", dark ? "dark" : "light");
-}
-
-function restoreTheme() {
-  const kept = localStorage.getItem("floe-theme");
-  if (kept) document.body.classList.toggle("dark", kept === "dark");
 }

@@ -124,6 +124,8 @@ const ICONS = {
   close: '<path d="m6 6 12 12M18 6 6 18"/>',
   menu: '<path d="M4 7h16M4 12h16M4 17h16"/>',
   gauge: '<path d="M4 17a8 8 0 1 1 16 0M12 17l4-5"/>',
+  settings: '<circle cx="12" cy="12" r="3"/><path d="M12 3.5v3m0 11v3M3.5 12h3m11 0h3M6 6l2.1 2.1m7.8 7.8L18 18M18 6l-2.1 2.1m-7.8 7.8L6 18"/>',
+  models: '<path d="m12 3 8 4.5v9L12 21l-8-4.5v-9Zm0 9 8-4.5M12 12v9m0-9L4 7.5"/>',
   theme: '<circle cx="12" cy="12" r="8"/><path d="M12 4v16a8 8 0 0 0 0-16Z" fill="currentColor"/>',
   bolt: '<path d="M13 3 5 14h6l-1 7 8-11h-6l1-7Z"/>',
   star: '<path d="m12 4 2.4 5 5.6.7-4.1 3.8 1.1 5.5-5-2.8-5 2.8 1.1-5.5L4 9.7 9.6 9Z"/>',
@@ -149,13 +151,17 @@ export function notice(text, ...actions) {
   if (!actions.length) setTimeout(() => node.remove(), 6000);
 }
 
-// The open conversation of this tab: in the address, so that a reload finds it.
+// The open conversation of this tab: in the address, so that a reload finds it. Where the address names a page (pages.js),
+// it is the conversation that was open before, which lies below that page.
+let lies = null;
 export const opened = {
   get id() {
-    const match = /^#c(\d+)$/.exec(location.hash);
-    return match ? Number(match[1]) : null;
+    const match = /^(?:#c(\d+))?$/.exec(location.hash);
+    if (match) lies = match[1] ? Number(match[1]) : null;
+    return lies;
   },
   set id(value) {
+    lies = value;
     history.replaceState(null, "", value ? `#c${value}` : location.pathname);
     emit("opened", value);
   },

@@ -1,6 +1,7 @@
 // The models page: what is on the disk, what could be fetched and how it would run on this machine, and work on models.
 import { TEXT, api, bytes, duration, emit, h, keep, notice, on, rate, ready, say, start } from "/ui/floe.js";
 import { choose } from "/ui/choose.js";
+import { pathField } from "/ui/path_field.js";
 
 const AIMS = ["all", "fast", "best", "coding", "long"];
 
@@ -179,16 +180,4 @@ function importing() {
   return [h("h2", {}, TEXT.gguf), path, known, h("div", { class: "hub-id" }, like,
     h("button", { type: "button", class: "primary", id: "gguf-import", onclick: () =>
       api("POST", "/api/models/import", { file: path.value, like: like.value }) }, TEXT.gguf_import))];
-}
-
-// A file or folder of this computer by its path; what was typed of it brings suggestions.
-function pathField(kind, id, label) {
-  const known = h("datalist", { id: `${id}-files` });
-  const path = h("input", { id, list: known.id, "aria-label": label, placeholder: label, oninput: suggest, onfocus: suggest });
-  async function suggest() {
-    const typed = path.value;
-    const found = await api("GET", `/api/models/files?${new URLSearchParams({ kind, path: typed })}`);
-    if (typed === path.value) known.replaceChildren(...found.map((value) => h("option", { value })));
-  }
-  return [path, known];
 }

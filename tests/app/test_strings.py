@@ -34,7 +34,7 @@ def test_every_text_is_asked_for(asked):
 
 
 def test_scripts_hold_no_sentence_of_their_own(repository):
-    for path in sorted((repository / "assets" / "ui").glob("*.js")):
+    for path in sorted((repository / "assets" / "ui").rglob("*.js")):
         code = re.sub(r"^\s*//.*$|\s//\s.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         sentences = [text for text in re.findall(r'"([^"\n]*)"', code) if re.match(r"[A-Z][a-z]+ [a-z]+ ", text)]
         assert sentences in ([], ["The program does not answer."]), (path.name, sentences)  # before the texts are there

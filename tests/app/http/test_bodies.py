@@ -10,9 +10,9 @@ import warnings
 import pytest
 from fastapi import FastAPI
 
-from app import incoming
+from app import incoming, preferences
 from app.http import api
-from app.library import model_library
+from app.library import folders
 from app.server import Parts
 from engine import Options, demo_model
 from tests.app.chat.test_import import HOSTILE
@@ -48,7 +48,8 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def routes(parts):
-    return api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, lambda: None)
+    asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, lambda: None)
+    return preferences.routes(asked, parts)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def client(routes):
 
 @pytest.fixture(autouse=True)
 def no_file_manager(monkeypatch):
-    monkeypatch.setattr(model_library, "OPENERS", {name: "true" for name in ("darwin", "linux", "win32")})
+    monkeypatch.setattr(folders, "OPENERS", {name: "true" for name in ("darwin", "linux", "win32")})
 
 
 def is_refused(reply, *, always=True):

@@ -1,0 +1,21 @@
+"""The settings page: what is set of the whole program, one section a module.
+
+A section NAME is a module here with `routes(router, parts)`, which answers below /api/preferences/NAME, and a script
+assets/ui/preferences/NAME.js of the same name, which draws it. To add one: write both, add the module to SECTIONS below
+and the name to SECTIONS in assets/ui/preferences.js (that order is the page's), its words to app/strings.py
+(`preferences_NAME` is the heading). What is kept goes through `parts.chats.preference` and `set_preference`.
+"""
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.preferences import about, folders, titles
+
+SECTIONS = (folders, titles, about)
+
+
+def routes(router: APIRouter, parts) -> APIRouter:
+    """The router, with every section's routes. `parts` are the program's, as in app/server.py."""
+    for section in SECTIONS:
+        section.routes(router, parts)
+    return router

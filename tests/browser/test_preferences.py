@@ -1,0 +1,61 @@
+"""The settings page: reached by its address, every section there, what is set is kept."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.browser.test_page import violations
+from tests.support import browser
+from tests.support.browser import ask, expect
+
+pytestmark = pytest.mark.browser
+app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
+
+
+def open_settings(page) -> None:
+    page.get_by_role("link", name="Settings").click()
+    for section in ("folders code", "look select", "titles input", "about .line"):
+        page.locator(f"#preferences-{section}").first.wait_for()
+
+
+def test_every_section_is_there_and_nobody_is_shut_out(app, page):
+    page.emulate_media(reduced_motion="reduce")
+    open_settings(page)
+    expect(page.locator("#preferences-folders")).to_contain_text(str(app.data / "logs"))
+    page.locator("#licences summary").click()
+    expect(page.locator("#licences")).to_contain_text("latex2mathml")
+    for dark in (False, True):
+        page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
+        assert violations(page) == [], dark
+
+
+def test_the_page_lies_over_the_conversation_and_a_reload_keeps_it(page):
+    ask(page, "Hello!")
+    conversation = page.url
+    open_settings(page)
+    expect(page.locator("#message")).to_be_hidden()
+    page.go_back()
+    expect(page.locator("#message")).to_be_visible()
+    assert page.url == conversation
+    open_settings(page)
+    page.get_by_role("button", name="Back to the conversation").click()
+    expect(page.locator(".message.user")).to_be_visible()
+    assert page.url == conversation
+    open_settings(page)
+    page.reload()
+    expect(page.locator("#preferences-about .line").first).to_be_visible()
+    page.click("#new-chat")
+    expect(page.locator(".hero")).to_be_visible()
+
+
+def test_a_theme_is_kept_and_the_systems_is_followed(page):
+    dark = page.locator("body.dark")
+    open_settings(page)
+    page.emulate_media(color_scheme="dark")
+    expect(dark).to_have_count(1)
+    page.get_by_label("Theme", exact=True).select_option("Light")
+    expect(dark).to_have_count(0)
+    page.reload()
+    expect(page.get_by_label("Theme", exact=True)).to_have_value("light")
+    expect(dark).to_have_count(0)
