@@ -11,12 +11,15 @@ from engine.core import (
     PROMISES,
     Counters,
     Event,
+    Likelihood,
     Machine,
     MachineError,
     ModelSpec,
     Options,
+    Request,
     Sampling,
     Stopped,
+    ToolCall,
     UserError,
 )
 
@@ -28,6 +31,7 @@ _DOORS = {  # module: its names that are everybody's
     "planning.explain": ("plan_text",),
     "planning.bottleneck": ("what_binds",),
     "chat.engine": ("Engine",),
+    "decode.grammar": ("checked_schema",),
     "library.hub": ("Hub",),
     "library.download": ("download",),
     "library.transfer": ("CompressOptions",),
@@ -41,8 +45,8 @@ _DOORS = {  # module: its names that are everybody's
 }
 _LAZY = {name: f"engine.{module}" for module, names in _DOORS.items() for name in names}
 
-__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Machine", "MachineError", "ModelSpec", "Options", "Sampling",
-           "Stopped", "UserError", *_LAZY]
+__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Likelihood", "Machine", "MachineError", "ModelSpec", "Options",
+           "Request", "Sampling", "Stopped", "ToolCall", "UserError", *_LAZY]
 
 
 def __getattr__(name: str):

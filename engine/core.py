@@ -102,6 +102,41 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a program may ask of an answer beside how it is drawn.
+
+    schema: a JSON schema, as text, that the answer has to fulfil; "" for none. top_logprobs: how many of the likeliest
+    tokens to tell at each place beside the one that was drawn; None tells nothing. owner: who asks; what was read for
+    one owner is never reused for another.
+    """
+
+    schema: str = ""
+    top_logprobs: int | None = None
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self.top_logprobs is None or (type(self.top_logprobs) is int and 0 <= self.top_logprobs <= 20),
+               f"Log probabilities are told of 0 to 20 tokens at each place, not {self.top_logprobs!r}.")
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token of the answer, its log probability among all, and the likeliest tokens at its place with theirs."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for. arguments: a JSON document."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Counters:
     """What crossed the link, in bytes, since some moment; subtract two to get what happened between them.
 
@@ -131,7 +166,10 @@ class Counters:
 
 @dataclass(frozen=True)
 class Event:
-    """One step of an answer. Counters are those of the answer so far (decode only)."""
+    """One step of an answer. Counters are those of the answer so far (decode only).
+
+    likely: of the token that this step drew, where it was asked for. calls: at the end, of the tools that were offered.
+    """
 
     kind: str
     text: str = ""
@@ -139,6 +177,8 @@ class Event:
     tokens_per_second: float = 0.0
     counters: Counters = field(default_factory=Counters)
     reason: str | None = None
+    likely: Likelihood | None = None
+    calls: tuple[ToolCall, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kind in EVENT_KINDS, self.kind

@@ -23,7 +23,7 @@ import torch
 
 from engine.chat.model_info import about
 from engine.chat.turn import Turns
-from engine.core import Event, MachineError, Options, Sampling, Stopped, UserError, never
+from engine.core import Event, MachineError, Options, Request, Sampling, Stopped, UserError, never
 from engine.decode.decoder import Part
 from engine.machine.errors import in_words, reason_for
 from engine.model import load
@@ -125,25 +125,28 @@ class Engine:
         report("Ready.", 1.0)
         return engine
 
-    def chat(self, messages: list[dict], sampling: Sampling | None = None, wishes: Mapping | None = None,
-             stop: threading.Event | None = None) -> Answer:
+    def chat(self, messages: list[dict] | str, sampling: Sampling | None = None, wishes: Mapping | None = None,
+             stop: threading.Event | None = None, request: Request | None = None) -> Answer:
         """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one.
 
-        Where the last message is the model's own, the model goes on with it. wishes: variables of the chat template
-        (enable_thinking, reasoning_effort and the like). stop: set it from any thread to end this answer.
+        Where the last message is the model's own, the model goes on with it; a plain text it simply goes on with.
+        wishes: variables of the chat template (enable_thinking, reasoning_effort and the like; tools: those whose
+        calls are told at the end). stop: set it from any thread to end this answer.
         """
-        return self._ask(messages, sampling, wishes, Answer(stop), beside=False)
+        return self._ask(messages, sampling, wishes, Answer(stop), request or Request())
 
     def side_chat(self, messages: list[dict], sampling: Sampling | None = None,
                   wishes: Mapping | None = None) -> Answer:
         """The same for a short job beside the conversation, a title: at most engine.planning.planner.SIDE_CONTEXT
         tokens, in a cache of its own, so that the conversation's next question finds everything it had read."""
-        return self._ask(messages, sampling, wishes, Answer(), beside=True)
+        return self._ask(messages, sampling, wishes, Answer(), None)
 
-    def _ask(self, messages: list[dict], sampling: Sampling | None, wishes: Mapping | None, answer: Answer,
-             beside: bool) -> Answer:
+    def _ask(self, messages: list[dict] | str, sampling: Sampling | None, wishes: Mapping | None, answer: Answer,
+             request: Request | None) -> Answer:
+        """request: None for a job beside the conversation."""
         channel = answer._channel
-        job = (self._answer, list(messages), sampling or Sampling(), dict(wishes or {}), channel, beside)
+        messages = messages if isinstance(messages, str) else list(messages)
+        job = (self._answer, messages, sampling or Sampling(), dict(wishes or {}), channel, request)
         with self._lock:
             self._check_open()
             self._unfinished.append(channel)
@@ -181,7 +184,7 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def count_tokens(self, messages: list[dict], wishes: Mapping | None = None,
+    def count_tokens(self, messages: list[dict] | str, wishes: Mapping | None = None,
                      stopped: Callable[[], bool] = never) -> int:
         """Tokens of the prompt that `chat` would read. Stopped soon after `stopped` says so."""
         return len(self._open_turns().tokens.prompt(messages, True, wishes, stopped).ids)
@@ -259,12 +262,13 @@ class Engine:
                     _log.exception("A job of the model failed")
                 del job  # a finished job must not keep its messages, nor an old model, alive
 
-    def _answer(self, messages: list[dict], sampling: Sampling, wishes: dict, channel: _Channel, beside: bool) -> None:
+    def _answer(self, messages: list[dict] | str, sampling: Sampling, wishes: dict, channel: _Channel,
+                request: Request | None) -> None:
         last = Event("end", reason="stopped")
         try:
             if not channel.stopped.is_set():
-                turns = self._turns.beside(SIDE_CONTEXT) if beside else self._turns
-                for event in turns.answer(messages, sampling, channel.stopped.is_set, wishes):
+                turns = self._turns if request else self._turns.beside(SIDE_CONTEXT)
+                for event in turns.answer(messages, sampling, channel.stopped.is_set, wishes, request):
                     if event.kind == "end":
                         last = event
                     else:

@@ -4,7 +4,8 @@ Models mark their thinking in three ways, and the chat template or the vocabular
 (`<think>` ... `</think>`, whose first half the template may already have written), a labelled channel
 (`<|channel>thought` ... `<channel|>`), or harmony's messages, each with a header (`<|channel|>analysis<|message|>`).
 Markers and stop texts may be spread over tokens: only a tail that could still become one is held back.
-Invariant: what comes out never contains a special token or a marker. Does not know the model.
+Invariant: what comes out never contains a special token or a marker. Where tools were offered, the text of their calls
+is kept apart, special tokens and all. Does not know the model.
 """
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.chat.tokenizer import TextStream, Tokens
+from engine.chat.tool_calls import Format
 
-THINKING, ANSWER, HEADER = "thinking", "answer", "header"
+THINKING, ANSWER, HEADER, CALLS = "thinking", "answer", "header", "calls"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Markers:
 
 PAIRS = (Markers("<think>", "</think>"), Markers("[THINK]", "[/THINK]"), Markers("<seed:think>", "</seed:think>"),
          Markers("<thought>", "</thought>"), Markers("<|channel>", "<channel|>", "thought"))
-_CHANNEL, _START, _MESSAGE = "<|channel|>", "<|start|>", "<|message|>"
+_CHANNEL, _START, _MESSAGE, _TO = "<|channel|>", "<|start|>", "<|message|>", "to=functions."
 
 
 def find_markers(tokens: Tokens) -> Markers | None:
@@ -44,14 +46,17 @@ def is_harmony(tokens: Tokens) -> bool:
 class ReasoningParser:
     """Token ids in, (section, text) pieces out; `stopped` once a stop text has appeared in the answer.
 
-    after: the last tokens of an answer that goes on.
+    after: the last tokens of an answer that goes on. form: how calls are written, where tools were offered; their text
+    is `calls` then. plain: a text in which nothing is a marker.
     """
 
-    def __init__(self, tokens: Tokens, prompt_text: str, stop: tuple[str, ...] = (), after: Sequence[int] = ()):
+    def __init__(self, tokens: Tokens, prompt_text: str, stop: tuple[str, ...] = (), after: Sequence[int] = (),
+                 form: Format | None = None, plain: bool = False):
         self._special = tokens.special
         self._stream = TextStream(tokens, after)
-        self._harmony = is_harmony(tokens)
-        self._pair = None if self._harmony else find_markers(tokens)
+        self._harmony = is_harmony(tokens) and not plain
+        self._pair = None if self._harmony or plain else find_markers(tokens)
+        self._form, self.calls = form, ""
         self._stop = stop
         self._buffer = ""
         self._header = ""
@@ -71,15 +76,25 @@ class ReasoningParser:
         if self.stopped:
             return []
         name = self._special.get(token)
+        if self.section == CALLS:
+            self.calls += self._stream.push(token) if name is None else self._stream.flush() + name
+            return []
         if name is None:
             return self._scan(self._stream.push(token))
         return self._scan(self._stream.flush()) + self._control(name)
 
     def flush(self) -> list[tuple[str, str]]:
         """What was held back, when the answer has ended."""
+        if self.section == CALLS:
+            self.calls += self._stream.flush()
+            return []
         return [] if self.stopped else self._scan(self._stream.flush()) + self._release()
 
     def _control(self, name: str) -> list[tuple[str, str]]:
+        if self.section == ANSWER and name == self._opens_calls:
+            pieces = self._release()
+            self._begin_calls(name)
+            return pieces
         if self._pair and name in (self._pair.open, self._pair.close):
             pieces = self._release()
             self._enter(THINKING if name == self._pair.open else ANSWER)
@@ -87,11 +102,21 @@ class ReasoningParser:
         if not self._harmony:
             return []
         pieces = self._release()
-        if name == _MESSAGE:
+        if name == _MESSAGE and self._form and _TO in self._header:
+            self._begin_calls(self._header + _MESSAGE)
+        elif name == _MESSAGE:
             self._enter(ANSWER if "final" in self._header else THINKING)
         elif name in (_START, _CHANNEL):
-            self.section, self._header = HEADER, ""
+            to_tool = name == _CHANNEL and _TO in self._header  # said before the channel or behind it
+            self.section, self._header = HEADER, self._header + _CHANNEL if to_tool else ""
         return pieces
+
+    @property
+    def _opens_calls(self) -> str | None:
+        return self._form.opens if self._form and not self._harmony else None
+
+    def _begin_calls(self, text: str) -> None:
+        self.section, self.calls = CALLS, text
 
     def _scan(self, text: str) -> list[tuple[str, str]]:
         """Take text in; give out all but a tail that might become a marker or a stop text."""
@@ -115,13 +140,17 @@ class ReasoningParser:
     def _meet(self, word: str) -> None:
         if word in self._stop and self.section == ANSWER:
             self.stopped, self._buffer = True, ""
+        elif word == self._opens_calls:
+            self._begin_calls(word + self._buffer)
+            self._buffer = ""
         else:
             self._enter(THINKING if word == self._pair.open else ANSWER)
 
     def _watched(self) -> tuple[str, ...]:
         if self.section == THINKING:
             return (self._pair.close,) if self._pair else ()
-        return self._stop + ((self._pair.open, self._pair.close) if self._pair else ())
+        marks = (self._pair.open, self._pair.close) if self._pair else ()
+        return self._stop + marks + ((self._opens_calls,) if self._opens_calls else ())
 
     def _skip_layout(self) -> bool:
         """Drop the label and blanks at the start of a section; False while more text must come to know."""

@@ -53,12 +53,13 @@ class ChatTemplate:
                stopped: Callable[[], bool] = never) -> str:
         """The text of a conversation; with the generation prompt it ends where the answer begins.
 
-        wishes: variables of this template that the user may set (enable_thinking, reasoning_effort and the like).
+        wishes: variables of this template that the user may set (enable_thinking, reasoning_effort, tools, the like).
         stopped: asked all the while; Stopped soon after it says so.
         """
         variables = {**self._variables, **(wishes or {}),
                      "messages": [_with_reasoning(message) for message in messages],
-                     "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+                     "tools": (wishes or {}).get("tools") or None, "documents": None,
+                     "add_generation_prompt": add_generation_prompt}
         with self._turn(stopped):
             self._run(stopped)
             reply = self._ask({"variables": variables, "limit": MAX_PROMPT_CHARACTERS}, stopped)

@@ -28,11 +28,13 @@ MAX_KEPT = 100_000                    # texts whose number of tokens is kept
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation: its token ids and its text. continues: it ends inside the model's last answer."""
+    """A rendered conversation: its token ids and its text. continues: it ends inside the model's last answer. plain: it
+    is no conversation, but any text."""
 
     ids: list[int]
     text: str
     continues: bool = False
+    plain: bool = False
 
 
 class Tokens:
@@ -48,6 +50,7 @@ class Tokens:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._kept: dict[bytes, int] = {}  # tokens of a text, by its hash
+        self._beginning = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]  # of a plain text
         self.special = _special_tokens(tokenizer)
         self.added = frozenset(tokenizer.get_added_vocab())
         names = sorted(self.special.values(), key=len, reverse=True)
@@ -57,12 +60,15 @@ class Tokens:
                                      {name: str(text) for name, text in tokenizer.special_tokens_map.items()
                                       if not isinstance(text, (list, tuple))})
 
-    def prompt(self, messages: list[dict], answer: bool = True, wishes: Mapping | None = None,
+    def prompt(self, messages: list[dict] | str, answer: bool = True, wishes: Mapping | None = None,
                stopped: Callable[[], bool] = never) -> Prompt:
         """The conversation as the model reads it. With `answer` it ends where the model's turn begins or, when the
         last message is the model's own, where that one ends: the model goes on with it. wishes, stopped: see
-        ChatTemplate."""
+        ChatTemplate. A text is taken as it is, with the control tokens in it."""
+        if isinstance(messages, str):
+            return self._plain(messages, stopped)
         _check_messages(messages)
+        wishes = {**(wishes or {}), "tools": self._mark((wishes or {}).get("tools"))}
         given = [self._mark(message) for message in messages]
         continues = answer and given[-1]["role"] == "assistant" and bool(str(given[-1].get("content") or "").strip())
         marked = self.template.render(given, answer and not continues, wishes, stopped)
@@ -74,6 +80,12 @@ class Tokens:
             if piece:  # odd pieces were marked: plain text, whatever they look like; None: a mark the template tore off
                 ids += self._encode(piece, i % 2 == 1, stopped)
         return Prompt(ids, "".join(filter(None, pieces)), continues)
+
+    def _plain(self, text: str, stopped: Callable[[], bool]) -> Prompt:
+        ids = self._beginning + self._encode(text, False, stopped)
+        if not ids:
+            raise UserError("The prompt is empty; write a text for the model to go on with.")
+        return Prompt(ids, text, plain=True)
 
     def weigh(self, message: dict, stopped: Callable[[], bool] = never) -> int:
         """Tokens of the message's own text, without the template's. Counted once, then kept."""

@@ -10,14 +10,17 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.chat.reasoning_parser import ANSWER, ReasoningParser
 from engine.chat.tokenizer import Prompt, Tokens
-from engine.core import Counters, Event, Sampling, Stopped, UserError
-from engine.decode.decoder import HostDecoder, Part, decoder_for
+from engine.chat.tool_calls import format_of
+from engine.core import Counters, Event, Likelihood, Request, Sampling, Stopped, ToolCall, UserError
+from engine.decode.decoder import Around, Draw, HostDecoder, Part, decoder_for
+from engine.decode.grammar import Grammar, Grammars
 from engine.decode.prefix_cache import Prefix, common_length
 from engine.decode.sampling import end_tokens, most_tokens
+from engine.decode.step import Drawn
 
 MARKED_MESSAGES = 4                   # ends of the last messages where uncuttable state is remembered
 CONTEXT_TOKENS = 4                    # of an answer that goes on: some tokens decode differently at the start of a text
@@ -63,6 +66,8 @@ class Turns:
         self.live = Live()
         self._recommended = getattr(model, "generation_config", None)
         self._ends = end_tokens(self._recommended, tokenizer)
+        self._grammars = Grammars(tokenizer, self._ends)
+        self._owner = ""  # of what the prefix holds
         self._residency_at = 0.0
 
     @property
@@ -86,18 +91,23 @@ class Turns:
         """What the first answer would else wait for, part by part, each told before it begins."""
         return self.decoder.prepare(self._recommended)
 
-    def answer(self, messages: list[dict], sampling: Sampling, stopped: Callable[[], bool],
-               wishes: Mapping | None = None) -> Iterator[Event]:
+    def answer(self, messages: list[dict] | str, sampling: Sampling, stopped: Callable[[], bool],
+               wishes: Mapping | None = None, request: Request | None = None) -> Iterator[Event]:
         """The events of an answer, ending with "end". UserError before anything is read when it cannot fit; Stopped
         while it is not yet known what is to be read."""
+        request = request or Request()
         prompt = self.tokens.prompt(messages, True, wishes, stopped)
         check_room(len(prompt.ids), self.context)
         if max(prompt.ids, default=0) >= self.model.config.vocab_size:  # a card that is asked for such a row is lost
             raise UserError("The tokenizer of this model makes words that its weights do not know; download the model "
                             "again.")
+        grammar = self._grammars.of(request.schema) if request.schema else None
         try:
+            if request.owner != self._owner:  # how soon an answer comes would tell what somebody else had asked
+                self.prefix.reset()
+                self._owner = request.owner
             yield from self._read(messages, prompt, stopped, wishes)
-            yield from self._write(prompt, sampling, stopped)
+            yield from self._write(prompt, sampling, stopped, (wishes or {}).get("tools") or [], request, grammar)
         except (Stopped, GeneratorExit):  # between two forwards: what was read stays
             raise
         except BaseException:
@@ -118,7 +128,7 @@ class Turns:
             self.live.near_least_bytes = self.runtime.smallest_bytes()
             self.live.mark_bytes = self.prefix.mark_bytes
 
-    def _read(self, messages: list[dict], prompt: Prompt, stopped: Callable[[], bool],
+    def _read(self, messages: list[dict] | str, prompt: Prompt, stopped: Callable[[], bool],
               wishes: Mapping | None) -> Iterator[Event]:
         """Prefill what is new of the prompt, up to its last token."""
         ids, end = prompt.ids, len(prompt.ids) - 1
@@ -144,11 +154,12 @@ class Turns:
         self.live.prompt_tokens, self.live.prompt_seconds = n_tokens, seconds
         self.live.answer, self.live.answer_tokens, self.live.answer_seconds = Counters(), 0, 0.0
 
-    def _breaks(self, messages: list[dict], ids: list[int], wishes: Mapping | None,
+    def _breaks(self, messages: list[dict] | str, ids: list[int], wishes: Mapping | None,
                 stopped: Callable[[], bool]) -> list[int]:
         """Positions where the last messages end, and the end of what prefill reads: a later prompt may differ there."""
         breaks = {len(ids) - 1}
-        for n_messages in range(max(1, len(messages) - MARKED_MESSAGES + 1), len(messages) + 1):
+        n = 0 if isinstance(messages, str) else len(messages)
+        for n_messages in range(max(1, n - MARKED_MESSAGES + 1), n + 1):
             try:
                 part = self.tokens.prompt(messages[:n_messages], False, wishes, stopped)
             except UserError:  # some templates refuse a conversation that ends here
@@ -156,33 +167,58 @@ class Turns:
             breaks.add(common_length(part.ids, ids[:-1]))
         return sorted(breaks - {0})
 
-    def _write(self, prompt: Prompt, sampling: Sampling, stopped: Callable[[], bool]) -> Iterator[Event]:
-        """Decode until an end token, a stop text, a limit or `stopped`."""
-        after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues else ()
-        sections = ReasoningParser(self.tokens, prompt.text, sampling.stop, after)
+    def _write(self, prompt: Prompt, sampling: Sampling, stopped: Callable[[], bool], tools: list[dict],
+               request: Request, grammar: Grammar | None) -> Iterator[Event]:
+        """Decode until an end token, a stop text, a limit, the end of a grammar or `stopped`."""
+        after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues or prompt.plain else ()
+        form = format_of(self.tokens.template.source) if tools else None
+        sections = ReasoningParser(self.tokens, prompt.text, sampling.stop, after, form, prompt.plain)
         usual = most_tokens(self._recommended) or self.context
         limit = min(sampling.max_tokens or usual, self.context - len(self.prefix.ids))
         self.runtime.phase = "decode"
         before = self.runtime.counters()
         self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")
         kind, reason = ANSWER, None
-        with closing(self.decoder.tokens(prompt.ids, sampling, self._recommended, self._ends, limit)) as tokens:
+        around = _around(grammar, request)
+        with closing(self.decoder.tokens(prompt.ids, sampling, self._recommended, self._ends, limit, around)) as tokens:
             while reason is None:
                 if stopped():
                     reason = "stopped"
                 elif n == limit:
                     reason = "length"
                 else:
-                    token, n = next(tokens).token, n + 1
-                    pieces = [] if token in self._ends else sections.push(token)
+                    if grammar:  # thinking is free
+                        grammar.active = sections.section == ANSWER
+                    drawn, n = next(tokens), n + 1
+                    ended = drawn.token in self._ends
+                    pieces = [] if ended else sections.push(drawn.token)
                     event = self._count(n, start, before)
-                    reason = "stop" if token in self._ends or sections.stopped else None
+                    reason = "stop" if ended or sections.stopped or grammar and grammar.complete else None
+                    likely = None if ended else self._likely(drawn, request.top_logprobs)
                     for section, text in pieces or [(kind, "")]:
                         kind = section
-                        yield _with(event, kind, text)
-        for kind, text in sections.flush():
-            yield _with(event, kind, text)
-        yield Event("end", "", n, event.tokens_per_second, event.counters, reason)
+                        yield replace(event, kind=kind, text=text, likely=likely)
+                        likely = None
+        rest, calls = sections.flush(), self._calls(sections, tools)
+        for kind, text in rest if calls or not sections.calls else [*rest, (ANSWER, sections.calls)]:
+            yield replace(event, kind=kind, text=text)
+        yield replace(event, kind="end", text="", n_tokens=n, reason=reason, calls=calls)
+
+    def _calls(self, sections: ReasoningParser, tools: list[dict]) -> tuple[ToolCall, ...]:
+        """What was called of what was offered; none where any of it is no such call, which then is text."""
+        form = format_of(self.tokens.template.source)
+        calls = form.read(sections.calls, tools) if form and sections.calls else ()
+        offered = {tool["function"]["name"] for tool in tools}
+        return calls if all(call.name in offered for call in calls) else ()
+
+    def _likely(self, drawn: Drawn, top: int | None) -> Likelihood | None:
+        if top is None:
+            return None
+        shares = drawn.logits.float().log_softmax(-1)
+        best = shares.topk(min(top, len(shares)))
+        told = [(self.tokens.decode([token]), value)
+                for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return Likelihood(self.tokens.decode([drawn.token]), float(shares[drawn.token]), tuple(told))
 
     def _count(self, n_tokens: int, start: float, before: Counters) -> Event:
         """The numbers after one more token, for the panel and for the events of this token."""
@@ -207,5 +243,12 @@ def _reading(done: int, total: int) -> Event:
     return Event("prefill", f"Read {done:,} of {total:,} tokens", done)
 
 
-def _with(event: Event, kind: str, text: str) -> Event:
-    return Event(kind, text, event.n_tokens, event.tokens_per_second, event.counters)
+def _around(grammar: Grammar | None, request: Request) -> Around | None:
+    """None where a device may go its own way: nobody needs to see the logits."""
+    if grammar:
+        return grammar.around
+    return None if request.top_logprobs is None else _as_it_is
+
+
+def _as_it_is(draw: Draw) -> Draw:
+    return draw

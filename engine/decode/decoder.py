@@ -21,6 +21,7 @@ from engine.model.static_cache import NotCapturable, StepCache
 from engine.policies.prefetch import WINDOW, has_headroom
 
 Draw = Callable[[torch.Tensor, list[int]], int]  # (logits [V], all tokens read) -> the next token
+Around = Callable[[Draw], Draw]                  # sees every step's logits, on whichever device
 Part = tuple[str, float]  # of preparing: what is done now, the share that lies behind
 PIECE = 32                # tokens of the prompt that is read to compile: more than the kernels of a step take
 COMPILING, RECORDING = "Compiling for the card (longer the first time)", "Recording a step for the card"
@@ -53,10 +54,10 @@ class HostDecoder:
         self.prefix, self._model = DynamicPrefix(model), model
 
     def tokens(self, ids: list[int], sampling: Sampling, recommended, ends: frozenset[int], limit: int,
-               ) -> Iterator[Drawn]:
-        """At most `limit` tokens behind the prompt `ids`, whose beginning `prefix` holds."""
+               around: Around | None = None) -> Iterator[Drawn]:
+        """At most `limit` tokens behind the prompt `ids`, whose beginning `prefix` holds. around: the sampler's."""
         sampler = Sampler(sampling, recommended, self._model.device)
-        return steps(self.prefix, ids[len(self.prefix.ids):], sampler, limit, ends)
+        return steps(self.prefix, ids[len(self.prefix.ids):], around(sampler) if around else sampler, limit, ends)
 
     def prepare(self, recommended) -> Iterator[Part]:
         """As DeviceDecoder's; here nothing is recorded, and the processor was prepared before the weights came."""
@@ -83,12 +84,17 @@ class DeviceDecoder:
         return self.graphs.reason if self.graphs else ""
 
     def tokens(self, ids: list[int], sampling: Sampling, recommended, ends: frozenset[int], limit: int,
-               ) -> Iterator[Drawn]:
-        """As HostDecoder's; the context is a limit as well."""
+               around: Around | None = None) -> Iterator[Drawn]:
+        """As HostDecoder's; the context is a limit as well. With `around` the host takes part in every step."""
         step, prefix = self.step, self.prefix
         if unread := ids[len(prefix.ids):-1]:
             self._runtime.phase = "prefill"
             prefix.feed(unread)
+        if around:
+            self._runtime.phase = "decode"
+            draw = around(Sampler(sampling, recommended, step.sampler.device))
+            yield from steps(prefix, ids[-1:], draw, min(limit, prefix.cache.clock.context - len(prefix.ids)), ends)
+            return
         step.sampler.start(sampling, recommended, ids)
         position, turn = len(prefix.ids), 0
         step.start(ids[-1], ends, min(limit, prefix.cache.clock.context - position))
