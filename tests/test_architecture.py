@@ -47,8 +47,9 @@ def test_each_step_is_asked_for_by_one_before_it(title, n_steps):
 def test_transformers_calls_our_experts():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from engine.files.manifest import EXPERTS
     from engine.model.registration import floe_experts
-    assert ALL_EXPERTS_FUNCTIONS["floe"] is floe_experts
+    assert ALL_EXPERTS_FUNCTIONS[EXPERTS] is floe_experts
 
 
 def test_every_file_that_is_named_exists():

@@ -30,6 +30,7 @@ from engine.core import Counters, Machine, Options, Sampling, UserError
 from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps
 from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
+from engine.files.manifest import EXPERTS
 from engine.machine import benchmark
 from engine.model.load import Loaded
 from engine.model.registration import FloeExperts
@@ -310,7 +311,7 @@ def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambd
 def _implementations(model: nn.Module, prompt: list[int], report: Report) -> list[str]:
     """The names of transformers' experts implementations that run on this machine."""
     working = []
-    for name in ("eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != "floe")):
+    for name in ("eager", *(name for name in ALL_EXPERTS_FUNCTIONS if name != EXPERTS)):
         try:
             model.set_experts_implementation(name)
             _greedy(HostDecoder(model), prompt[:8], 1)

@@ -33,6 +33,13 @@ class HostRuntime(Runtime):
         super().__init__(*given, **named)
         self._side = SideThread()
 
+    def __deepcopy__(self, memo: dict) -> HostRuntime:
+        """One with near memory of its own over the same far memory and the same layers, neither of which changes."""
+        memo[id(self)] = own = HostRuntime(self.far, self.layers, self.top_k, dict(self.plans), self.level,
+                                           self.near_wish, self.predict, tokens=self.tokens)
+        own.phase = self.phase
+        return own
+
     def everything_bytes(self) -> int:
         return self.far.layers * self.far.experts * self.whole_bytes  # nothing bounces
 

@@ -51,6 +51,9 @@ class LayerExperts:
         if self.biases:
             self.gate_up_bias = self.join(self.biases["gate_bias"], self.biases["up_bias"])
 
+    def __deepcopy__(self, memo: dict) -> LayerExperts:
+        return self  # nothing of it ever changes
+
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
         return _joined(gate, up, self.interleaved)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from engine.experts.cache import NearMemory, SparseCache, WholeCache, kept_objec
 from engine.experts.hook import Hook
 from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
-from engine.experts.store import Far, FarBlobs
+from engine.experts.store import Far, offered
+from engine.experts.window import Window
 from engine.machine.pinned_memory import HostMemory
 from engine.planning.arena import ArenaSizes
 from engine.policies.prefetch import next_experts
@@ -52,6 +54,7 @@ class Runtime(ABC):
         self.predict, self.device, self.tokens = predict, device, tokens
         self.hook: Hook | None = None  # unset, it costs a comparison a layer
         self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
+        self.window: Window | None = None  # of the forward under way, where somebody tells: engine/model/windows.py
         self.reason = ""  # why the processor computes what a card was asked for
         self.memories: list[HostMemory] = []  # of the trunk, locked for a card
         self.prefill_far_bytes = 0
@@ -286,8 +289,8 @@ class Runtime(ABC):
             ids, weights = self.hook.routed(layer, hidden, ids, weights)
             out = self.hook.instead(layer, hidden, ids, weights)
         if out is None:
-            prefill = self.phase == "prefill" or (self.phase == "auto" and len(x) > 1)
-            out = (self._prefill if prefill else self._decode)(layer, hidden, ids, weights)
+            window = Window.of(self.phase, self.window, len(x))
+            out = window.computed(partial(self._prefill, layer), partial(self._decode, layer), hidden, ids, weights)
         return out.to(x.device, x.dtype)
 
     def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -440,10 +443,3 @@ class Runtime(ABC):
             return
         guessed = next_experts(x, following.router_weight, self.top_k)
         self._bring_experts(following.index, guessed, self.ahead_bytes)
-
-
-def offered(far: Far, plans: dict[str, LevelPlan]) -> tuple[str, ...]:
-    """Levels that a folder can run at, best first."""
-    if not isinstance(far, FarBlobs):
-        return ("full",)
-    return ("exact", *(level for level in SPARSE_LEVELS if level in plans))

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from engine.core import UserError
+from engine.core import SPARSE_LEVELS, UserError
 from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import ExpertsFile
 from engine.files.manifest import MANIFEST, Manifest, experts_name
@@ -214,3 +214,10 @@ class FarCheckpoint(Far):
     def _biases(self, layer: int) -> dict[str, Tensor]:
         weights = self._checkpoint.read_layer(layer)
         return {name: getattr(weights, name).float() for name in BIASES if getattr(weights, name) is not None}
+
+
+def offered(far: Far, plans: Container[str]) -> tuple[str, ...]:
+    """Levels that a folder can run at, best first. plans: those that have been calibrated."""
+    if not isinstance(far, FarBlobs):
+        return ("full",)
+    return ("exact", *(level for level in SPARSE_LEVELS if level in plans))

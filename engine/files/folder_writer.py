@@ -23,6 +23,7 @@ from engine.files.checkpoint import ExpertLayer
 from engine.files.compressed import BIASES, SafetensorsWriter
 from engine.files.manifest import (
     COPIED,
+    EXPERTS,
     MTP,
     TRUNK,
     FileEntry,
@@ -111,15 +112,17 @@ class FolderWriter:
     def seal(self, config, skeleton: torch.nn.Module, tokenizer: Path, copied: Iterable[str] = COPIED,
              calibration: dict | None = None) -> Manifest:
         """All is there: the growing files get their names, then configuration, `copied` from the folder `tokenizer`
-        and, last, the manifest. config.json is one that plain transformers can load after `import engine.hf`."""
+        and, last, the manifest. transformers loads what config.json says after `import engine.hf`, and
+        refuses it without."""
         for file in (self.trunk, self.mtp):
             if file.is_open:
                 file.finish()
                 self._finished(file.path.name)
         for name in copied:
             copy_file(tokenizer / name, self.dest / name)
-        own = {"architectures": [type(skeleton).__name__], "transformers_weights": TRUNK, "quantization_config": {
-            "quant_method": "floe", "group_size": self.layout.group, "trunk_bits": self.trunk_bits}}
+        own = {"architectures": [type(skeleton).__name__], "transformers_weights": TRUNK,
+               "experts_implementation": EXPERTS, "quantization_config": {
+                   "quant_method": "floe", "group_size": self.layout.group, "trunk_bits": self.trunk_bits}}
         write_text_atomically(self.dest / "config.json", json.dumps(_nowhere(config.to_dict() | own), indent=2,
                                                                     default=str))
         spec = self.spec

@@ -49,6 +49,7 @@ def read_config(folder: Path, methods: tuple[str, ...] = DECODED):
     except Exception as error:          # transformers raises many kinds for configurations it does not know
         raise UserError(_unknown(folder, written, error)) from error
     for part in parts:
+        part._experts_implementation = None     # a compressed folder's is known to engine/model/registration.py alone
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core import ModelSpec, Options, UserError
 from engine.disk import ordinary_files
-from engine.experts.runtime import Runtime, offered
-from engine.experts.store import Far, FarCheckpoint
+from engine.experts.runtime import Runtime
+from engine.experts.store import Far, FarCheckpoint, offered
 from engine.files.checkpoint import Checkpoint
 from engine.files.config_json import read_config_json
 from engine.files.manifest import TRUNK, Manifest, is_compressed

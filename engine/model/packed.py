@@ -76,9 +76,30 @@ def _copied(function, weight: Packed, kwargs: dict) -> Packed:
     return Packed(function(weight.codes, **kwargs), function(weight.scales, **kwargs), dtype)
 
 
-@torch.no_grad()
 def _linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] -> [..., R]."""
+    """x [..., K] -> [..., R]; what reaches it by a gradient goes through."""
+    if torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad):
+        return _Linear.apply(x, weight.codes, weight.scales, bias, weight)
+    return _product(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """The codes and scales do not learn."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own = decode(*ctx.saved_tensors).to(grad.dtype)
+        of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return grad @ own, None, None, of_bias, None
+
+
+@torch.no_grad()
+def _product(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     few = len(rows) <= MOST_TOKENS
     out = linear(rows, weight.codes, weight.scales, bias) if few else _by_tiles(rows, weight, bias)

@@ -1,17 +1,21 @@
 """Where Floe Chat meets transformers: registrations, the experts module without weights, the runtime behind it.
 
 After `import engine.hf`, `AutoModelForCausalLM.from_pretrained(folder)` opens a compressed folder like any other
-checkpoint: the quantizer puts an experts module without parameters in place of each routed-experts module, leaves the
-trunk's matrices in their codes (engine/model/packed.py), and binds the modules to far memory, computed by the
-processor. engine/model/load.py asks it not to, and binds them itself when it knows where they are to be computed.
+checkpoint. Without it the folder's `experts_implementation`, whose name says what is missing, is one that transformers
+does not know, and it refuses to open the folder. The quantizer puts an experts module without parameters in place of
+each routed-experts module, leaves the trunk's matrices in their codes (engine/model/packed.py), and binds the modules
+to far memory, computed by the processor. engine/model/load.py asks it not to, and binds them itself when it knows
+where they are to be computed.
 """
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,16 +26,19 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.core import UserError
+from engine.disk import check_room, trouble, writing
 from engine.experts.host import HostRuntime
 from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
-from engine.files.manifest import TRUNK, Manifest
+from engine.files.manifest import EXPERTS, MANIFEST, TRUNK, Manifest
 from engine.files.proof import proving
 from engine.files.skeleton import experts_modules, model_spec
 from engine.files.trunk import CODES, SCALES
 from engine.machine.detect import machine_for
+from engine.model.gradients import Experts
 from engine.model.packed import packed_parameter
+from engine.model.windows import Windows
 from engine.planning.planner import Planner
 from kernels.linear import decode
 
@@ -53,10 +60,12 @@ def unbound() -> Iterator[None]:
 
 def floe_experts(module: FloeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """transformers' experts interface: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        return Experts.apply(hidden_states, top_k_weights, top_k_index, module.runtime, module.layer)
     return module.runtime.forward(module.layer, hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS["floe"] = floe_experts
+ALL_EXPERTS_FUNCTIONS[EXPERTS] = floe_experts
 
 
 class FloeExperts(nn.Module):
@@ -73,7 +82,15 @@ class FloeExperts(nn.Module):
             self.post_expert_norm = origin.post_expert_norm
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return ALL_EXPERTS_FUNCTIONS["floe"](self, hidden_states, top_k_index, top_k_weights)
+        _only_ours(self.origin.config)
+        return ALL_EXPERTS_FUNCTIONS[EXPERTS](self, hidden_states, top_k_index, top_k_weights)
+
+
+def _only_ours(config) -> None:
+    """UserError for an experts implementation that was asked for and cannot compute packed experts."""
+    if config._experts_implementation != EXPERTS:
+        raise UserError(f"The experts of a compressed model cannot run with experts_implementation="
+                        f"{config._experts_implementation!r}; leave it out.")
 
 
 @register_quantization_config("floe")
@@ -118,6 +135,20 @@ class FloeQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = True  # wherever they come from: codes must not be cast to the model's type
 
+    def validate_environment(self, device_map: dict | str | int | None = None, **_: Any) -> None:
+        """UserError for a trunk that is to lie in several places, one of them the disk or main memory."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or len(places) > 1 and "cpu" in places:
+            raise UserError("A compressed model cannot be opened with a device_map that offloads parts of it: its "
+                            "experts stay out of the card's memory anyway; leave device_map out, or name one device.")
+
+    def update_attn_implementation(self, config):
+        """The first sight of the configuration, before a model takes what was asked for or its own default."""
+        if self.quantization_config.binds and config._experts_implementation is not None:
+            _only_ours(config)  # a checkpoint's has been to a skeleton, which set its own default
+        config._experts_implementation = EXPERTS
+        return config
+
     def is_serializable(self, *_: Any) -> bool:
         return False
 
@@ -138,7 +169,6 @@ class FloeQuantizer(HfQuantizer):
             model.floe_manifest = _manifest_of(model)
         for path, module in experts.items():
             model.set_submodule(path, FloeExperts(module))
-        model.set_experts_implementation("floe")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.quantization_config.binds or not _bound.get():
@@ -146,6 +176,26 @@ class FloeQuantizer(HfQuantizer):
         with proving(Path(model.config.name_or_path)):
             far, planner = blobs_of(model)
             bind(model, HostRuntime, far, planner, "exact", planner.near_bytes("exact"))
+        model.save_pretrained = MethodType(save_copy, model)
+
+
+def save_copy(model: nn.Module, save_directory: str | Path, **asked: Any) -> None:
+    """In place of `save_pretrained`: the folder once more, as it lies on the disk. UserError for a place that is taken
+    and for whatever else transformers could do on this occasion."""
+    source, dest = Path(model.config.name_or_path), Path(save_directory)
+    if wanted := sorted(name for name, value in asked.items() if value):
+        raise UserError(f"A compressed model is saved as a copy of its folder, without {', '.join(wanted)}.")
+    if dest.is_dir() and any(dest.iterdir()) or dest.is_file():
+        raise UserError(f"{dest} is not empty; choose another folder.")
+    entries = model.floe_manifest.files
+    check_room(dest.absolute(), sum(entry.bytes for entry in entries))
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise trouble(error, dest) from error
+    for name in (*(entry.path for entry in entries if (source / entry.path).is_file()), MANIFEST):
+        with writing(dest / name):
+            shutil.copyfile(source / name, dest / name)
 
 
 def blobs_of(model: nn.Module) -> tuple[FarBlobs, Planner]:
@@ -188,6 +238,7 @@ def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, leve
     for layer, (_, module) in zip(layers, places, strict=True):
         module.runtime, module.layer = runtime, layer
     model.floe = runtime
+    Windows(runtime).watch(model)
     return runtime
 
 

@@ -16,6 +16,7 @@ from engine.experts import device, layer
 from engine.experts.device import DeviceRuntime
 from engine.experts.runtime import Runtime
 from engine.experts.store import FarMemory
+from engine.files.manifest import EXPERTS
 from engine.files.skeleton import build_skeleton, experts_modules
 from engine.files.trunk import GROUP, bits_of
 from engine.machine import table
@@ -81,7 +82,7 @@ def nowhere(shape: synthetic.Shape) -> torch.nn.Module:
     model = build_skeleton(shape.config, shape.name).to(torch.bfloat16)
     for path, module in experts_modules(model, shape.name).items():
         model.set_submodule(path, FloeExperts(module))
-    model.set_experts_implementation("floe")
+    model.set_experts_implementation(EXPERTS)
     return model
 
 

@@ -117,7 +117,8 @@ def test_the_uncompressed_model_computes_what_ours_does(name: str, tmp_path: Pat
         theirs = throughput.uncompressed(ours)
         expected = theirs(ids).logits
         assert expected.std() > 0
-        assert (ours.model(ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+        difference = (ours.model(ids).logits - expected).abs().max()
+        assert difference < 1e-3 * expected.abs().max()     # activations of 16 bits
 
 
 def test_the_comparison_runs_transformers_own(folders) -> None:

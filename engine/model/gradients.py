@@ -1,0 +1,49 @@
+"""Gradients through routed experts: of their hidden states and of the router's weights, at level `exact`.
+
+The experts themselves are codes and do not learn. Backward decodes one expert at a time and computes it once more, so
+that it takes the memory of one expert. A sparse level leaves neurons out by a rule that has no gradient: it is refused.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.core import UserError
+from engine.experts.layer import LayerExperts
+from engine.experts.runtime import Runtime
+
+
+class Experts(torch.autograd.Function):
+    """x [T, H], weights [T, k], ids [T, k] -> [T, H], in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weights: Tensor, ids: Tensor, runtime: Runtime, layer: LayerExperts) -> Tensor:
+        ctx.save_for_backward(x, weights, ids)
+        ctx.of = runtime, layer, runtime.level
+        return runtime.forward(layer, x, ids, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        runtime, layer, level = ctx.of
+        if level != "exact":
+            raise UserError(f"There are no gradients at level {level}, which leaves out a part of every expert; run "
+                            "the forward again at level exact: model.floe.set_level('exact').")
+        x, weights, ids = ctx.saved_tensors
+        of_x, of_weights = _gradients(*(t.float() for t in (grad, x, weights)), ids, runtime, layer)
+        return of_x.to(x.dtype), of_weights.to(weights.dtype), None, None, None
+
+
+def _gradients(grad: Tensor, x: Tensor, weights: Tensor, ids: Tensor, runtime: Runtime, layer: LayerExperts,
+               ) -> tuple[Tensor, Tensor]:
+    """grad, x [T, H], weights [T, k], all float32 -> gradients of x and of weights."""
+    of_x, of_weights, far = torch.zeros_like(x), torch.zeros_like(weights), runtime.far
+    gate_up, down = torch.empty(2 * far.neurons, far.hidden), torch.empty(far.neurons, far.hidden)
+    for expert in ids.unique().tolist():
+        far.decode(layer.index, expert, *layer.halves(gate_up), down)
+        token, place = (ids == expert).nonzero(as_tuple=True)
+        with torch.enable_grad():
+            rows = x[token].requires_grad_()
+            y = layer.whole(rows, gate_up.to(x.device), down.to(x.device), expert)
+        of_weights[token, place] = (grad[token] * y).sum(1).detach()
+        of_x.index_add_(0, token, torch.autograd.grad(y, rows, grad[token] * weights[token, place, None])[0])
+    return of_x, of_weights
