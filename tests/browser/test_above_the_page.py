@@ -45,18 +45,19 @@ def test_drawers_close_by_escape_and_by_a_click_beside_them(page, button, drawer
         expect(page.locator(drawer)).to_be_hidden()
 
 
-def test_escape_closes_a_menu_before_it_stops_an_answer(page):
+def test_escape_closes_a_menu_before_it_stops_an_answer(app, page):
     new_chat(page)
-    send(page, "Tell me a story about a princess and a wolf.")
-    page.wait_for_selector(".message.running")
-    page.locator(".conversations summary").first.click()
-    stops = []
-    page.on("request", lambda request: request.url.endswith("/api/stop") and stops.append(request.url))
-    page.keyboard.press("Escape")
-    expect(page.locator(".menu-items:visible")).to_have_count(0)
-    assert stops == []
-    with page.expect_request("**/api/stop"):
+    with app.endless():
+        send(page, "Tell me a story about a princess and a wolf.")
+        page.wait_for_selector(".message.running")
+        page.locator(".conversations summary").first.click()
+        stops = []
+        page.on("request", lambda request: request.url.endswith("/api/stop") and stops.append(request.url))
         page.keyboard.press("Escape")
+        expect(page.locator(".menu-items:visible")).to_have_count(0)
+        assert stops == []
+        with page.expect_request("**/api/stop"):
+            page.keyboard.press("Escape")
 
 
 @pytest.mark.parametrize("at", [3, 97])
@@ -112,18 +113,19 @@ def test_on_a_phone_a_notice_is_seen_above_a_drawer_and_covers_not_its_head(page
     expect(page.locator(".notice")).to_have_count(0)
 
 
-def test_notices_cover_neither_queue_nor_tabs_nor_the_place_to_write(page):
+def test_notices_cover_neither_queue_nor_tabs_nor_the_place_to_write(app, page):
     new_chat(page)
-    send(page, "Tell me a story about a princess and a wolf.")
-    page.wait_for_selector(".message.running")
-    send(page, "And then?")
-    page.wait_for_selector(".queue li")
-    page.evaluate("import('/ui/floe.js').then(({ notice }) => notice('One moment.', ['Undo', () => {}]))")
-    box = page.locator(".notice").bounding_box()
-    for place in (".queue li", "#right [role=tablist]", "#message", ".conversations"):
-        other = page.locator(place).first.bounding_box()
-        assert box["y"] + box["height"] <= other["y"] or other["y"] + other["height"] <= box["y"] or \
-            box["x"] + box["width"] <= other["x"] or other["x"] + other["width"] <= box["x"], place
+    with app.endless():
+        send(page, "Tell me a story about a princess and a wolf.")
+        page.wait_for_selector(".message.running")
+        send(page, "And then?")
+        page.wait_for_selector(".queue li")
+        page.evaluate("import('/ui/floe.js').then(({ notice }) => notice('One moment.', ['Undo', () => {}]))")
+        box = page.locator(".notice").bounding_box()
+        for place in (".queue li", "#right [role=tablist]", "#message", ".conversations"):
+            other = page.locator(place).first.bounding_box()
+            assert box["y"] + box["height"] <= other["y"] or other["y"] + other["height"] <= box["y"] or \
+                box["x"] + box["width"] <= other["x"] or other["x"] + other["width"] <= box["x"], place
 
 
 def test_scrollbars_and_lists_are_dark_where_the_page_is(page):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -47,16 +49,19 @@ def test_an_answer_grows_before_the_eyes(page):
     expect(page.locator("#announce")).to_have_text(re.compile(r"^Answer finished\. \w"))
 
 
-def begun(page, text: str) -> None:
-    """Send, and wait until some words of the answer are there."""
-    send(page, text)
-    expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
+@contextmanager
+def begun(app, page, text: str) -> Iterator[None]:
+    """Send, and wait until some words of the answer are there. Inside, it does not end by itself."""
+    with app.endless():
+        send(page, text)
+        expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
+        yield
 
 
-def test_stop_while_answering_keeps_what_was_said(page):
-    begun(page, SAGA)
-    page.click("#stop")
-    settled(page)
+def test_stop_while_answering_keeps_what_was_said(app, page):
+    with begun(app, page, SAGA):
+        page.click("#stop")
+        settled(page)
     answer = page.locator(".message.assistant").last
     expect(answer).to_contain_text("Stopped.")
     expect(answer.locator(".answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
@@ -65,12 +70,13 @@ def test_stop_while_answering_keeps_what_was_said(page):
     assert stats(page)["n_tokens_total"] == tokens and stats(page)["phase"] == "idle"
 
 
-def test_stop_while_the_conversation_is_read(page):
+def test_stop_while_the_conversation_is_read(app, page):
     page.evaluate(STOP_AT, "Reading")
     tokens = stats(page)["n_tokens_total"]
-    send(page, LONG)
-    page.wait_for_function("window.pressed")
-    settled(page)
+    with app.endless():
+        send(page, LONG)
+        page.wait_for_function("window.pressed")
+        settled(page)
     answer = page.locator(".message.assistant").last
     expect(answer).to_contain_text("Stopped.")
     expect(answer.locator(".answer")).to_be_empty()
@@ -79,18 +85,19 @@ def test_stop_while_the_conversation_is_read(page):
     assert message["stats"]["prefilled"] < message["stats"]["prompt_tokens"]
 
 
-def test_escape_stops_too_and_the_next_question_is_answered(page):
-    begun(page, SAGA)
-    page.keyboard.press("Escape")
-    settled(page)
+def test_escape_stops_too_and_the_next_question_is_answered(app, page):
+    with begun(app, page, SAGA):
+        page.keyboard.press("Escape")
+        settled(page)
     expect(page.locator(".message.assistant").last).to_contain_text("Stopped.")
     expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()
 
 
-def test_a_reload_in_the_middle_loses_nothing(page):
-    begun(page, TALE)
-    before = page.locator(".message.running .answer").text_content().strip()
-    page.reload()
+def test_a_reload_in_the_middle_loses_nothing(app, page):
+    with begun(app, page, TALE):
+        before = page.locator(".message.running .answer").text_content().strip()
+        page.reload()
+        page.wait_for_selector(".message.running")
     settled(page)
     after = page.locator(".message.assistant .answer").text_content().strip()
     assert after.startswith(before[:-3]) and len(after) > len(before)
@@ -106,14 +113,14 @@ def told(app, path: str) -> dict:
 
 def test_a_closed_laptop_finds_the_answer_when_it_is_opened(app, chromium, page):
     """Every process that shows a page is stopped until the program has said everything."""
-    begun(page, TALE)
-    before = page.locator(".message.running .answer").text_content()
-    number = page.locator(".message.running").get_attribute("data-id")
     processes = chromium.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
     shows = [process["id"] for process in processes if process["type"] == "renderer"]
     try:
-        for pid in shows:
-            os.kill(pid, signal.SIGSTOP)
+        with begun(app, page, TALE):
+            before = page.locator(".message.running .answer").text_content()
+            number = page.locator(".message.running").get_attribute("data-id")
+            for pid in shows:
+                os.kill(pid, signal.SIGSTOP)
         waiting.until(lambda: not told(app, "/api/state")["live"])
     finally:
         for pid in shows:
@@ -128,10 +135,9 @@ def test_two_tabs_share_one_stream_and_show_the_same(app, context, page):
     context.on("request", lambda request: request.url.endswith("/events") and streams.append(request.url))
     other = context.new_page()
     other.goto(page.url)
-    send(page, TALE)
-    page.wait_for_selector(".message.running")
-    other.goto(page.url)
-    expect(other.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
+    with begun(app, page, TALE):
+        other.goto(page.url)
+        expect(other.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
     settled(page)
     settled(other)
     expect(other.locator(".message .answer")).to_have_text(page.locator(".message .answer").all_text_contents())

@@ -46,14 +46,15 @@ def test_an_edited_question_gets_its_own_answer_and_both_versions_stay(page):
     expect(page.locator(".message .answer")).to_have_text(before)
 
 
-def test_an_edit_that_was_begun_outlives_the_end_of_an_answer(page):
+def test_an_edit_that_was_begun_outlives_the_end_of_an_answer(app, page):
     ask(page, "Hello!")
     before = texts(page)
     act(page, "assistant", "Edit")
     page.fill(".editing textarea", "Half a ")
-    send(page, SAGA)
-    page.wait_for_selector(".message.running")
-    page.locator(".editing textarea").focus()
+    with app.endless():
+        send(page, SAGA)
+        page.wait_for_selector(".message.running")
+        page.locator(".editing textarea").focus()
     page.evaluate("fetch('/api/stop', {method: 'POST'})")
     settled(page)
     page.keyboard.press("End")
@@ -83,16 +84,17 @@ def test_an_answer_can_be_rewritten_and_the_model_sees_what_it_says_now(page):
     assert len(texts(page)) == 4 and texts(page)[1] == "My name is Floe."
 
 
-def test_an_answer_that_ended_early_goes_on(page):
-    send(page, SAGA)
-    expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{20}", re.DOTALL))
-    page.click("#stop")
-    settled(page)
-    begun = texts(page)[1]
-    act(page, "assistant", "Continue")
-    expect(page.locator(".message.running .answer")).to_have_text(re.compile(f".{{{len(begun) + 10}}}", re.DOTALL))
-    page.click("#stop")
-    settled(page)
+def test_an_answer_that_ended_early_goes_on(app, page):
+    with app.endless():
+        send(page, SAGA)
+        expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{20}", re.DOTALL))
+        page.click("#stop")
+        settled(page)
+        begun = texts(page)[1]
+        act(page, "assistant", "Continue")
+        expect(page.locator(".message.running .answer")).to_have_text(re.compile(f".{{{len(begun) + 10}}}", re.DOTALL))
+        page.click("#stop")
+        settled(page)
     assert len(texts(page)) == 2 and texts(page)[1].startswith(begun) and len(texts(page)[1]) > len(begun)
 
 
@@ -116,15 +118,16 @@ def test_copy_puts_the_message_on_the_clipboard(page):
     assert page.evaluate("navigator.clipboard.readText()") == "Hello!"
 
 
-def test_messages_wait_visibly_and_are_answered_in_order(page):
-    send(page, SAGA)
-    page.wait_for_selector(".message.running")
-    for text in ("first of all", "second of all", "never mind"):
-        send(page, text)
-        page.wait_for_selector(f".queue li:has-text('{text}')")
-    page.locator(".queue li", has_text="never mind").get_by_role("button", name="Remove").click()
-    expect(page.locator(".queue li")).to_have_text([re.compile("first of all"), re.compile("second of all")])
-    page.click("#stop")
+def test_messages_wait_visibly_and_are_answered_in_order(app, page):
+    with app.endless():
+        send(page, SAGA)
+        page.wait_for_selector(".message.running")
+        for text in ("first of all", "second of all", "never mind"):
+            send(page, text)
+            page.wait_for_selector(f".queue li:has-text('{text}')")
+        page.locator(".queue li", has_text="never mind").get_by_role("button", name="Remove").click()
+        expect(page.locator(".queue li")).to_have_text([re.compile("first of all"), re.compile("second of all")])
+        page.click("#stop")
     expect(page.locator(".message.user .answer")).to_have_text([SAGA, "first of all", "second of all"])
     expect(page.locator(".queue li")).to_have_count(0)
     settled(page)

@@ -32,7 +32,7 @@ def on_small_disk(folder: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
-    with browser.running(data, inside=on_small_disk(data)) as app:
+    with browser.running(data, inside=on_small_disk(data), program="tests.browser.program") as app:
         yield app
 
 
@@ -57,9 +57,10 @@ def context(app, chromium):  # noqa: F811
 
 def test_a_full_disk_is_said_nothing_is_lost_and_the_chat_goes_on(app, page):
     ask(page, "Hello!")
-    send(page, TALE)
-    expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
-    filler = fill(app)
+    with app.endless():
+        send(page, TALE)
+        expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
+        filler = fill(app)
     page.wait_for_selector(".banner.bad:has-text('make room on the disk')")
     until(page, lambda: stats(page)["phase"] == "idle")  # the answer went on to its end
     send(page, "Are you still there?")

@@ -138,7 +138,7 @@ def test_a_reload_and_a_second_tab_go_on_and_the_address_has_no_link_in_it(app, 
 def test_pages_that_stayed_open_say_that_the_program_is_gone_and_go_on_later(chromium, tmp_path, ending):
     context = chromium.new_context()
     context.set_default_timeout(browser.PATIENCE_MS)
-    with browser.running(tmp_path) as first:
+    with browser.running(tmp_path, program="tests.browser.program") as first:
         pages = [context.new_page(), context.new_page()]  # one holds the stream, the other hears through it
         pages[0].goto(first.link)
         browser.wait_ready(pages[0])
@@ -146,10 +146,11 @@ def test_pages_that_stayed_open_say_that_the_program_is_gone_and_go_on_later(chr
         browser.ask(pages[0], "Hello!")
         talk = pages[0].url
         pages[1].goto(talk)
-        browser.send(pages[1], "Tell me a story about a princess and a wolf.")
-        pages[1].wait_for_selector(".message.running")
-        first.process.send_signal(ending)
-        first.process.wait()
+        with first.endless():
+            browser.send(pages[1], "Tell me a story about a princess and a wolf.")
+            pages[1].wait_for_selector(".message.running")
+            first.process.send_signal(ending)
+            first.process.wait()
     for page in pages:
         expect(page.locator(".banner.bad")).to_contain_text("Floe Chat isn't running. Start it again")
         expect(page.locator(".spinner:visible, .phase:visible, .work, #stop:visible")).to_have_count(0)

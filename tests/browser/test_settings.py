@@ -154,8 +154,10 @@ def test_what_is_not_sent_stays_in_its_conversation(page, two, tmp_path):
 def test_an_answer_that_ends_touches_no_setting_that_is_being_typed(app, page):
     new_chat(page)
     number = chat_tab(page)
-    send(page, SAGA)
-    page.get_by_label("System prompt").fill("You are being typed")
+    with app.endless():
+        send(page, SAGA)
+        page.wait_for_selector(".message.running")
+        page.get_by_label("System prompt").fill("You are being typed")
     page.evaluate("fetch('/api/stop', {method: 'POST'})")
     settled(page)
     expect(page.get_by_label("System prompt")).to_have_value("You are being typed")

@@ -31,12 +31,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class App:
-    """One running program; `address` alone opens nothing. inside: a command that runs it, if any."""
+    """One running program; `address` alone opens nothing. inside: a command that runs it, if any. program: the module
+    that is run; tests/browser/program.py has answers that `endless` keeps from ending."""
 
-    def __init__(self, data: Path, *arguments: str, inside: tuple[str, ...] = ()):
-        command = [*inside, sys.executable, "-m", "app", "--no-browser", "--port", "0", "--device", "cpu",
+    def __init__(self, data: Path, *arguments: str, inside: tuple[str, ...] = (), program: str = "app"):
+        command = [*inside, sys.executable, "-m", program, "--no-browser", "--port", "0", "--device", "cpu",
                    "--level", "balanced", "--data", str(data)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self._endless = data.parent / f"{data.name}.endless"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+                                    "FLOE_TEST_ENDLESS": str(self._endless)}
         self.data, self.log = data, open(data / "program.log", "w+")
         self.started = time.monotonic()
         self.process = subprocess.Popen([*command, *arguments], cwd=REPOSITORY, stdout=self.log, stderr=self.log,
@@ -59,6 +62,15 @@ class App:
         key = re.search(r"'floe-key', \"([\w-]+)\"", reply.text)
         return {"x-floe-key": key[1], "cookie": reply.headers["set-cookie"].split(";")[0]}
 
+    @contextmanager
+    def endless(self) -> Iterator[None]:
+        """Inside, an answer goes on until it is stopped; behind it, it comes to its end."""
+        self._endless.touch()
+        try:
+            yield
+        finally:
+            self._endless.unlink()
+
     def _wait_for_link(self) -> str:
         while time.monotonic() - self.started < 600:
             found = re.search(r"http://\S+", (self.data / "program.log").read_text())
@@ -80,10 +92,10 @@ class App:
 
 
 @contextmanager
-def running(data: Path, *arguments: str, inside: tuple[str, ...] = ()) -> Iterator[App]:
+def running(data: Path, *arguments: str, inside: tuple[str, ...] = (), program: str = "app") -> Iterator[App]:
     if not (demo_model() / "floe.json").is_file():
         pytest.skip("the embedded model (assets/demo) has not been built")
-    app = App(data, *arguments, inside=inside)
+    app = App(data, *arguments, inside=inside, program=program)
     try:
         yield app
     finally:
@@ -92,7 +104,7 @@ def running(data: Path, *arguments: str, inside: tuple[str, ...] = ()) -> Iterat
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory) -> Iterator[App]:
-    with running(tmp_path_factory.mktemp("data")) as app:
+    with running(tmp_path_factory.mktemp("data"), program="tests.browser.program") as app:
         yield app
 
 
