@@ -11,8 +11,8 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 
 from app.chat.chat_settings import ChatSettings
@@ -20,6 +20,7 @@ from app.chat.chats import Chats, Message
 from app.chat.context_window import fit, to_prompt
 from app.chat.titles import Titles
 from app.library.open_model import Models
+from app.remote.server import Servers
 from app.strings import TEXT
 from engine import Counters, Event, MachineError, Sampling, Stopped, UserError
 
@@ -53,6 +54,7 @@ class Jobs:
         self.live: Live | None = None
         self.disk_trouble = ""
         self._models = models
+        self._servers = Servers(chats)
         self._titles = Titles(chats, models)
         self.on_change = on_change
         self._wake = threading.Condition()
@@ -192,8 +194,7 @@ class Jobs:
         saver = _Saver(self, live)
         status = "error"
         try:
-            engine = self._models.wait(live.stop)
-            status = self._stream(engine, answer, live) if engine else "stopped"
+            status = self._stream(answer, live)
         except Stopped:
             status = "stopped"
         except (UserError, MachineError) as error:
@@ -203,11 +204,27 @@ class Jobs:
         finally:
             saver.finish(status)
 
-    def _stream(self, engine, answer: Message, live: Live) -> str:
-        live.phase = "prefill"
-        live.revision += 1
+    def _stream(self, answer: Message, live: Live) -> str:
         wishes = ChatSettings.of(self.chats.conversation(answer.conversation_id).settings)
         messages = to_prompt(self._given(answer), wishes.system, wishes.keep_thinking)
+        ask = self._elsewhere if wishes.remote else self._here
+        meter = _Meter(live)
+        for event in ask(answer, live, wishes, messages):
+            phase = live.phase
+            meter.take(event)
+            if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
+                self.on_change()
+            if event.kind == "end":
+                return _ended(live, event)
+        return "stopped" if live.stop.is_set() else "error"
+
+    def _here(self, answer: Message, live: Live, wishes: ChatSettings, messages: list[dict]) -> Iterator[Event]:
+        """The engine's events; none where a stop came before the model was open."""
+        engine = self._models.wait(live.stop)
+        if engine is None:
+            return
+        live.phase = "prefill"
+        live.revision += 1
         info, sampling = engine.info, wishes.sampling()
         if answer.id in self._versions:
             self._versions.discard(answer.id)
@@ -218,15 +235,18 @@ class Jobs:
                      lambda some: engine.count_tokens(some, asked, stopped), lambda one: engine.weigh(one, stopped))
         live.stats |= {"model": info["name"], "level": self._models.level, "dropped": prompt.dropped,
                        "prompt_tokens": prompt.tokens}
-        meter = _Meter(live)
-        for event in engine.chat(prompt.messages, sampling, asked, live.stop):
-            phase = live.phase
-            meter.take(event)
-            if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
-                self.on_change()
-            if event.kind == "end":
-                return _ended(live, event)
-        return "error"
+        yield from engine.chat(prompt.messages, sampling, asked, live.stop)
+
+    def _elsewhere(self, answer: Message, live: Live, wishes: ChatSettings, messages: list[dict]) -> Iterator[Event]:
+        """Those of the server's model: what does not fit its context it refuses by itself."""
+        self._versions.discard(answer.id)  # it draws anew by itself
+        model = self._servers.model(wishes.remote)
+        live.stats |= {"model": model.name, "server": model.place.host}
+        live.phase = "asked"
+        live.revision += 1
+        self.on_change()
+        with closing(model.chat(messages, wishes.sampling(), wishes.template(), live.stop)) as events:
+            yield from events
 
     def _given(self, answer: Message) -> list[Message]:
         """Everything above the answer, and the answer itself when it is to be continued."""
@@ -302,10 +322,11 @@ class _Meter:
 
     def _numbers(self, event: Event) -> None:
         counters: Counters = event.counters
-        self._live.stats |= {
-            "tokens": event.n_tokens, "tokens_per_second": round(event.tokens_per_second, 2),
-            "hit_rate": round(counters.hit_rate, 4),
-            "far_bytes_per_token": (counters.far_bytes + counters.speculative_bytes) // max(1, event.n_tokens)}
+        self._live.stats |= {"tokens": event.n_tokens, "tokens_per_second": round(event.tokens_per_second, 2)}
+        if "server" not in self._live.stats:  # it has no near memory
+            self._live.stats |= {
+                "hit_rate": round(counters.hit_rate, 4),
+                "far_bytes_per_token": (counters.far_bytes + counters.speculative_bytes) // max(1, event.n_tokens)}
 
 
 class _Saver:

@@ -49,6 +49,7 @@ class ChatSettings(BaseModel):
     seed: int | None = None
     max_tokens: int | None = None
     stop: Annotated[list[str], Field(max_length=100)] = []
+    remote: Annotated[str, Field(max_length=200)] = ""  # a model of the server in app/remote; "" for the engine here
 
     def model_post_init(self, context) -> None:
         self.sampling()  # knows what lies in range
@@ -85,6 +86,12 @@ def usable(settings: dict) -> dict:
             if name in ChatSettings.model_fields and _can_be(name, value)}
 
 
+def anywhere(settings: dict) -> dict:
+    """Without the server: which one a conversation is sent to, a person says in that conversation. A preset or a file
+    does not."""
+    return {name: value for name, value in settings.items() if name != "remote"}
+
+
 def _can_be(name: str, value: object) -> bool:
     try:
         return bool(checked({name: value}))
@@ -112,10 +119,11 @@ class Presets:
         """What a conversation's settings become when a preset is chosen; unchanged for a name that is none."""
         if name in SAMPLINGS:
             return {n: v for n, v in settings.items() if n not in SAMPLING_NAMES} | SAMPLINGS[name]
-        return self._own().get(name, settings)
+        return self._own().get(name, settings) | {n: v for n, v in settings.items() if n == "remote"}
 
     def name_of(self, settings: dict) -> str:
         """The preset that these settings are; a person's own goes before a way of sampling beside other settings."""
+        settings = anywhere(settings)
         numbers = {n: v for n, v in settings.items() if n in SAMPLING_NAMES}
         known = next((name for name, values in SAMPLINGS.items() if values == numbers), CUSTOM)
         own = next((name for name, kept in self._own().items() if kept == settings), None)
@@ -127,7 +135,7 @@ class Presets:
         taken = {shown for shown, _ in self.choices()} | {*SAMPLINGS, CUSTOM}
         if not name or len(name) > PRESET_CHARACTERS or name in taken - set(own):
             raise UserError(TEXT["preset_name_bad"].format(most=PRESET_CHARACTERS))
-        self._chats.set_preference("presets", own | {name: settings})
+        self._chats.set_preference("presets", own | {name: anywhere(settings)})
         return name
 
     def forget(self, name: str) -> None:

@@ -29,7 +29,7 @@ STATUSES = ("running", "done", "length", "stopped", "error", "interrupted")
 UNDO_SECONDS = 7 * 24 * 3600
 SEARCHED = 32  # words: each is looked up by its beginning
 LOOK_SECONDS = 3600  # whether a backup is due
-_STATS_IN_WORDS = ("model", "level", "error")  # the others are numbers
+_STATS_IN_WORDS = ("model", "level", "server", "error")  # the others are numbers
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 

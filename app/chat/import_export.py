@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
-from app.chat.chat_settings import checked, usable
+from app.chat.chat_settings import anywhere, checked, usable
 from app.chat.chats import ROLES, STATUSES, Chats, Conversation, Message, usable_stats
 from app.incoming import TEXT_CHARACTERS, Attachments, Id, Title, Words, what_is_wrong
 from app.strings import TEXT
@@ -103,7 +103,7 @@ def _to_dict(chats: Chats, conversation: Conversation) -> dict:
         above = message["parent_id"]
         message["parent_id"] = above if above in numbers and above < message["id"] else None
     return {"title": conversation.title, "created_at": conversation.created_at, "pinned": conversation.pinned,
-            "settings": usable(conversation.settings), "leaf": conversation.leaf_id, "messages": messages}
+            "settings": anywhere(usable(conversation.settings)), "leaf": conversation.leaf_id, "messages": messages}
 
 
 def _read_json(text: str) -> list[tuple[Conversation, list[Message]]]:
@@ -123,7 +123,8 @@ def _read_json(text: str) -> list[tuple[Conversation, list[Message]]]:
 
 
 def _copy(source: _Conversation) -> tuple[Conversation, list[Message]]:
-    conversation = Conversation(0, source.title, False, 0.0, 0.0, source.pinned, source.leaf, source.settings)
+    conversation = Conversation(0, source.title, False, 0.0, 0.0, source.pinned, source.leaf,
+                                anywhere(source.settings))
     return conversation, [Message(conversation_id=0, **message.model_dump()) for message in source.messages]
 
 

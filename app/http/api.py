@@ -25,6 +25,7 @@ from app.incoming import BODY_BYTES, Context, Id, Name, Place, what_is_wrong
 from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.markdown import render
+from app.remote.server import Servers
 from app.strings import TEXT
 from engine import MachineError, UserError
 
@@ -65,6 +66,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
             "conversations": [_listed(conversation) for conversation in chats.conversations()],
             "works": shelf.works.shown(), "finished": shelf.works.finished,
             "graphics": models.around.graphics(snapshot.get("device")),
+            "server": server.place.host if (server := Servers(chats).current()) else "",
             "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble or chats.mended}
 
 
@@ -81,7 +83,7 @@ def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shel
         return state(chats, jobs, models, shelf)
 
     _conversation_routes(router, chats, drafts, jobs, models, changed)
-    _settings_routes(router, drafts, Presets(chats))
+    _settings_routes(router, drafts, Presets(chats), Servers(chats), changed)
     _message_routes(router, chats, jobs, changed)
     _file_routes(router, chats, models, changed)
     _model_routes(router, shelf)
@@ -111,6 +113,8 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
     def context(conversation_id: Id):
         """How full the model's context is: {"used": tokens, None where that is unknown, "total"}."""
         wishes = ChatSettings.of(chats.conversation(conversation_id).settings)
+        if wishes.remote:  # only that server can count
+            return {"used": None, "total": 0}
         path = chats.path(conversation_id)
         prompt = to_prompt(path, wishes.system, wishes.keep_thinking)
         return {"used": models.used(prompt, wishes.template()) if path else 0, "total": models.info().get("context", 0)}
@@ -147,10 +151,11 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
 Whose = Annotated[Name, Query()]  # the number of a conversation, or the name of a draft
 
 
-def _settings_routes(router: APIRouter, drafts: Drafts, presets: Presets) -> None:
+def _settings_routes(router: APIRouter, drafts: Drafts, presets: Presets, servers: Servers, changed) -> None:
     def shown(whose: str, settings: dict) -> dict:
+        server = servers.current()
         return {"whose": whose, "settings": settings, "preset": presets.name_of(settings),
-                "presets": presets.choices()}
+                "presets": presets.choices(), "remotes": list(server.models) if server else []}
 
     @router.get("/settings")
     def read_settings(whose: Whose):
@@ -161,7 +166,10 @@ def _settings_routes(router: APIRouter, drafts: Drafts, presets: Presets) -> Non
         def change(stored: dict) -> dict:
             settings = presets.chosen(wish.preset, stored) if wish.preset else stored
             return checked(settings | wish.changes)
-        return shown(whose, drafts.change(whose, change))
+        settings = drafts.change(whose, change)
+        if "remote" in wish.changes:
+            changed()
+        return shown(whose, settings)
 
     @router.post("/settings/preset")
     def keep_preset(whose: Whose, wish: incoming.Preset):
@@ -353,7 +361,8 @@ def _shown_info(models: Models) -> dict:
 
 def _listed(conversation: Conversation) -> dict:
     return {"id": conversation.id, "title": conversation.title, "pinned": conversation.pinned,
-            "updated_at": conversation.updated_at}
+            "updated_at": conversation.updated_at,
+            "remote": ChatSettings.of({"remote": conversation.settings.get("remote")}).remote}
 
 
 def _document(chats: Chats, jobs: Jobs, conversation_id: Id, limit: int, reach: int) -> dict:

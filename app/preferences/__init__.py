@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.preferences import about, folders, titles
+from app.preferences import about, folders, server, titles
 
-SECTIONS = (folders, titles, about)
+SECTIONS = (folders, titles, server, about)
 
 
 def routes(router: APIRouter, parts) -> APIRouter:

@@ -4,6 +4,7 @@ import { dismiss } from "/ui/dismiss.js";
 import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
+import { elsewhere, watch } from "/ui/elsewhere.js";
 import { showModels } from "/ui/models.js";
 import { pages } from "/ui/pages.js";
 import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
@@ -39,12 +40,14 @@ export async function mount(root) {
   on("state", changed);
   on("presence", (now) => now === "here" && load());
   on("text", grow);
+  on("elsewhere", () => drawChip(state));
   document.addEventListener("keydown", shortcut);
   document.addEventListener("keydown", applyNumber, true);
   document.addEventListener("blur", keepInside, true);
   window.addEventListener("hashchange", () => emit("opened", opened.id));
   applyTheme();
   start();
+  watch();
   load();
 }
 
@@ -148,10 +151,10 @@ function changed({ now, before }) {
   if (before.model.state !== "ready" && now.model.state === "ready") load();
 }
 
-function drawChip({ model, level }) {
-  const name = model.is_demo ? TEXT.demo_title : model.name;
-  chip.replaceChildren(h("span", {}, name), h("span", { class: "level" }, model.state === "ready" ? level : ""));
-  chip.title = say("model_chip", { name, level });
+function drawChip({ model, level, server }) {
+  const name = elsewhere || (model.is_demo ? TEXT.demo_title : model.name);
+  chip.replaceChildren(h("span", {}, name), h("span", { class: "level" }, elsewhere ? server : model.state === "ready" ? level : ""));
+  chip.title = elsewhere ? say("answered_elsewhere", { model: elsewhere, host: server }) : say("model_chip", { name, level });
 }
 
 function waitingItem(item) {

@@ -41,7 +41,7 @@ export function showThinking(node, update) {
   phase.hidden = update.phase === "decode";
   const n = update.stats.prefilled;
   phase.textContent = update.phase === "loading" ? TEXT.waiting_for_model
-    : n ? say("prefill_n", { n }) : TEXT.prefill;
+    : update.phase === "asked" ? say("waiting_for_server", { host: update.stats.server }) : n ? say("prefill_n", { n }) : TEXT.prefill;
 }
 
 function notes(m) {
@@ -64,7 +64,7 @@ export function statsLine(stats) {
     stats.hit_rate !== undefined && stats.tokens && say("stat_hit", { n: (100 * stats.hit_rate).toFixed(0) }),
     stats.far_bytes_per_token !== undefined && say("stat_far", { mb: far.toFixed(far < 0.1 ? 3 : 2) }),
     stats.model,
-    stats.level,
+    stats.server || stats.level,
   ].filter(Boolean).map((text) => h("span", {}, text));
 }
 

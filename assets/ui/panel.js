@@ -23,7 +23,8 @@ export async function mount(root, trigger) {
     pause.textContent = paused ? TEXT.unfreeze : TEXT.freeze;
     pause.setAttribute("aria-pressed", String(paused));
   } }, TEXT.freeze);
-  root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_engine },
+  const away = h("p", { class: "away" });
+  root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_engine }, away,
     h("div", { class: "panel-head" }, model, pause), device, speed.node, link.node, cardLink, facts,
     h("h2", {}, TEXT.why), why, h("h2", {}, TEXT.activity), heat, h("h2", {}, TEXT.residency), layers, h("h2", {}, TEXT.memory), memory, h("h2", {}, TEXT.totals), totals));
 
@@ -44,6 +45,7 @@ export async function mount(root, trigger) {
   }
 
   on("stats", draw);
+  on("elsewhere", (name) => { away.textContent = name && say("answered_elsewhere", { model: name, host: state.server }); });
   on("history", (samples) => samples.forEach((sample) => {
     speed.remember(sample.tokens_per_second);
     link.remember(sample.far_bytes_per_second / 1e6, sample.to_card === null ? null : sample.to_card / 1e6);

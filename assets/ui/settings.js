@@ -1,7 +1,7 @@
 // The settings of the open conversation, or of the one that this tab will begin next. A form belongs to one conversation
 // for as long as it lives: what is typed into it is stored for that one, however late, and an answer that comes when
 // another form is shown reaches nobody.
-import { TEXT, api, h, notice, on, opened, ready, start, state } from "/ui/floe.js";
+import { TEXT, api, emit, h, notice, on, opened, ready, start, state } from "/ui/floe.js";
 
 const DRAFT = "floe-draft-settings";
 const PAUSE_MS = 500; // after the last key; the end of a field, a send and another conversation store at once
@@ -51,7 +51,7 @@ function settingsForm(whose) {
   const name = h("input", { id: "preset-name", maxlength: 60, placeholder: TEXT.preset_hint, "aria-label": TEXT.preset_name,
     onkeydown: (event) => event.key === "Enter" && keepPreset() });
   const quiet = (id, label, onclick) => h("button", { type: "button", class: "quiet", id, onclick }, label);
-  node.append(fields.system.node, labelled(TEXT.preset, preset), ...["temperature", "max_tokens", "thinking", "effort",
+  node.append(fields.remote.node, fields.system.node, labelled(TEXT.preset, preset), ...["temperature", "max_tokens", "thinking", "effort",
     "keep_thinking", "policy"].map((each) => fields[each].node),
   h("details", {}, h("summary", {}, TEXT.advanced), ...["top_p", "top_k", "min_p", "repetition_penalty", "seed"].map((each) =>
     fields[each].node)), quiet("reset", TEXT.reset, reset), name, h("div", { class: "model-buttons" },
@@ -83,15 +83,19 @@ function settingsForm(whose) {
   function draw() {
     if (form !== own || !last) return;
     node.disabled = false;
+    const { remotes, settings: { remote = "" } } = last, gone = remote && !remotes.includes(remote) ? [remote] : [];
+    fields.remote.node.hidden = !remotes.length && !remote;
+    fields.remote.input.replaceChildren(...["", ...gone, ...remotes].map((value) => h("option", { value }, value || TEXT.remote_here)));
     for (const [each, field] of Object.entries(fields)) if (!dirty.has(each)) field.set(last.settings[each]);
     preset.replaceChildren(...last.presets.map(([label, value]) => h("option", { value }, label)));
     preset.value = last.preset;
+    emit("remote", { whose, remote });
     hint();
   }
 
   // What the open model recommends, and which wishes its chat template knows.
   function hint() {
-    const { sampling = {}, wishes } = state.model;
+    const { sampling = {}, wishes } = last?.settings.remote ? {} : state.model; // of another server's it is not known
     for (const each of Object.keys(STEPS)) fields[each].input.placeholder = sampling[each] ?? "";
     fields.thinking.node.hidden = Boolean(wishes) && !wishes.some((wish) => wish === "enable_thinking" || wish === "thinking");
     fields.effort.node.hidden = Boolean(wishes) && !wishes.includes("reasoning_effort");
@@ -99,7 +103,7 @@ function settingsForm(whose) {
 
   function reset() {
     dirty.clear();
-    const others = Object.keys(last.settings).filter((each) => each !== "system");
+    const others = Object.keys(last.settings).filter((each) => each !== "system" && each !== "remote");
     ask("PATCH", "", { changes: Object.fromEntries(others.map((each) => [each, null])) });
   }
 
@@ -129,6 +133,7 @@ function makeFields(typed, store) {
       set: (value) => { if (input.value !== String(value ?? "")) input.value = value ?? ""; } };
   };
   const choice = (each, ...names) => add(each, "select", {}, ...names.map(([value, label]) => h("option", { value }, label)));
+  choice("remote");
   add("system", "textarea", { rows: 4, placeholder: TEXT.system_hint, dir: "auto" });
   for (const [each, step] of Object.entries(STEPS)) {
     add(each, "input", { type: "number", step });

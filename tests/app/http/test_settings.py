@@ -34,7 +34,7 @@ def ask(parts):
 def test_every_answer_says_whose_settings_it_holds(parts, ask):
     one, other = parts.chats.create().id, parts.chats.create().id
     assert ask("PATCH", one, {"changes": POET}).json() | {"presets": []} == {
-        "whose": str(one), "settings": POET, "preset": "custom", "presets": []}
+        "whose": str(one), "settings": POET, "preset": "custom", "presets": [], "remotes": []}
     answer = ask("GET", other).json()
     assert (answer["whose"], answer["settings"], answer["preset"]) == (str(other), {}, "model")
     assert ask("PATCH", one, {"changes": {"temperature": None}}).json()["settings"] == {"system": POET["system"]}

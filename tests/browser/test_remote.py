@@ -1,0 +1,65 @@
+"""A conversation that another server answers: named in Settings, chosen in the conversation, seen at every answer."""
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from tests.app.remote.model_server import chunk, model_server
+from tests.browser.test_page import violations
+from tests.support import browser
+from tests.support.browser import ask, expect, send, settled, state, until
+
+pytestmark = pytest.mark.browser
+app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
+
+
+def name_server(page, address: str, key: str) -> None:
+    page.get_by_role("link", name="Settings").click()
+    page.get_by_label("Address", exact=True).fill(address)
+    page.get_by_label("Key", exact=True).fill(key)
+    page.get_by_role("button", name="Ask for its models").click()
+
+
+def test_a_conversation_on_another_server(app, page):
+    page.emulate_media(reduced_motion="reduce")
+    with model_server() as server:
+        name_server(page, server.address, "secret")
+        expect(page.locator("#server-models")).to_contain_text("big-moe")
+        assert page.get_by_label("Key", exact=True).input_value() == "" and "secret" not in page.content()
+        assert violations(page) == []
+        page.click("#new-chat")
+        page.get_by_role("tab", name="Chat").click()
+        page.get_by_label("Answered by").select_option("big-moe")
+        host = f"127.0.0.1:{server.server_port}"
+        expect(page.locator("#model-chip")).to_contain_text(host)
+        answer = ask(page, "Hello!")
+        expect(answer.locator(".answer")).to_have_text("Hello, wörld!")
+        expect(answer.locator(".thought .md")).to_have_text("Let me see.")
+        expect(answer.locator(".stats")).to_contain_text(f"big-moe{host}")
+        page.get_by_role("tab", name="Engine").click()
+        expect(page.locator("#floe-panel")).to_contain_text("answers this conversation")
+        expect(page.locator("#speed-now")).to_be_hidden()
+        expect(page.locator("#near")).to_be_hidden()
+        for dark in (False, True):
+            page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
+            assert violations(page) == [], dark
+        held = threading.Event()
+        server.answers = [(chunk(content="Half an answer"), held)]
+        send(page, "And now?")
+        expect(page.locator(".message.running .answer")).to_have_text("Half an answer")
+        page.click("#stop")
+        settled(page)
+        expect(page.locator(".message.assistant").last).to_contain_text("Half an answer")
+        held.set()
+        asked = len(server.asked)
+        page.click("#new-chat")
+        expect(page.locator("#model-chip")).not_to_contain_text(host)
+        ask(page, "And you?")
+        assert len(server.asked) == asked
+        server.answers = [(chunk(content="Half"), "cut")]
+        page.evaluate(f"location.hash = 'c{state(page)['conversations'][1]['id']}'")
+        until(page, lambda: host in page.locator("#model-chip").inner_text())
+        ask(page, "Once more?")
+        expect(page.locator(".message.assistant").last).to_contain_text("in the middle of the answer")
