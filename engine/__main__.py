@@ -33,6 +33,9 @@ GROUPS = {
     "measure": {
         "calibrate": "measure what each level may leave out, and store it in the folder",
         "eval": "perplexity, KL, bytes and hit rate of levels",
+        "trace": "what the routers say while the model answers, for simulate and fit-predictor",
+        "simulate": "a trace replayed under policies: hits, bytes, recall, without the model",
+        "fit-predictor": "train predictors of experts on a trace",
         "bench": "tokens per second and what bounds them",
         "synth": "a model of real shape with made-up weights, to measure speed with",
         "gpu": "what a graphics card does: first-light is everything in nine minutes",
@@ -44,7 +47,7 @@ VERBS = {verb: text for verbs in GROUPS.values() for verb, text in verbs.items()
 
 def usage() -> str:
     """The verbs in their groups, as `--help` shows them."""
-    groups = [f"{group}\n" + "\n".join(f"  {verb:11} {text}" for verb, text in verbs.items())
+    groups = [f"{group}\n" + "\n".join(f"  {verb:13} {text}" for verb, text in verbs.items())
               for group, verbs in GROUPS.items()]
     return "\n\n".join(["usage: python -m engine VERB ...", *groups])
 
@@ -52,7 +55,7 @@ def usage() -> str:
 def module_of(verb: str) -> ModuleType:
     """engine/cli/GROUP/VERB.py, loaded when it is asked for."""
     group = next(group for group, verbs in GROUPS.items() if verb in verbs)
-    return import_module(f"engine.cli.{group}.{verb}")
+    return import_module(f"engine.cli.{group}.{verb.replace('-', '_')}")
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:

@@ -79,7 +79,7 @@ class WholeCache(_Divided):
         super().__init__(sizes, layers, near_bytes, arena or _on(device))
         self.row_bytes, self.blobs = sizes.row_bytes, self._rows
         self.pool = new_pool(sizes.n_experts, self.split.slots, device)
-        self.reserve = _reserve(self.split.slots - self.split.kept, layers * sizes.bounce)
+        self.reserve = reserve_of(self.split.slots - self.split.kept, layers * sizes.bounce)
 
     def pools(self) -> list[tuple[Pool, int]]:
         return [(self.pool, self.reserve)]
@@ -103,8 +103,8 @@ class SparseCache(_Divided):
         self.sketches, self.records = self._rows, self._record_rows.view(-1, layout.record)
         self.sketch_pool = new_pool(sizes.n_experts, split.slots, device)
         self.record_pool = new_pool(sizes.n_experts * sizes.neurons, split.record_slots, device)
-        self.sketch_reserve = _reserve(split.slots - split.kept, layers * sizes.bounce)
-        self.record_reserve = _reserve(split.record_slots - split.kept * sizes.neurons, token_records)
+        self.sketch_reserve = reserve_of(split.slots - split.kept, layers * sizes.bounce)
+        self.record_reserve = reserve_of(split.record_slots - split.kept * sizes.neurons, token_records)
 
     def pools(self) -> list[tuple[Pool, int]]:
         """The sketches', then the records'."""
@@ -178,7 +178,7 @@ def pinnable(pool: Pool, reserve: int) -> int:
     return n_slots if n_slots == len(pool.slot_of) else max(0, n_slots - reserve)
 
 
-def _reserve(n_slots: int, most: int) -> int:
+def reserve_of(n_slots: int, most: int) -> int:
     """Slots that are kept free for the next token, of those that come and go."""
     return min(most, max(1, n_slots // KEEP_FREE))
 

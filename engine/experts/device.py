@@ -73,16 +73,16 @@ class DeviceRuntime(Runtime):
         ids = torch.arange(experts, dtype=torch.int32, device=self.device)
         parts = torch.arange(n, dtype=torch.int32, device=self.device)
         for layer in range(self.far.layers - self.near.kept // experts, self.far.layers):
-            self._bring(layer, ids)
+            self.bring(layer, ids)
             for expert in range(experts if self.is_sparse else 0):
-                self._bring(layer, parts + expert * n, records=True)
+                self.bring(layer, parts + expert * n, records=True)
         for (pool, _), kept in zip(self.near.pools(), kept_objects(self.far, self.near), strict=False):
             pin(pool, torch.tensor(kept, device=pool.stamp.device), self.clock)
 
-    def _most_records(self) -> list[int]:
+    def most_records(self) -> list[int]:
         """Those of every level that shares the near memory of this one."""
         if self.kind != "sparse":
-            return super()._most_records()
+            return super().most_records()
         shared = [self.plans[level].budgets for level in SPARSE_LEVELS if level in self.plans and level != "floe"]
         return [max(sum(pair) for pair in pairs) for pairs in zip(*shared, strict=True)]
 

@@ -53,6 +53,6 @@ class FullRuntime(Runtime):
     def _row(self, layer: int, expert: int) -> Tensor:
         """The near row of an expert until the next call: its slot, or the first bounce row."""
         pool, _ = self.near.pools()[0]
-        self.prefill_far_bytes += int(self._bring(layer, torch.tensor([expert], dtype=torch.int32)))
+        self.prefill_far_bytes += int(self.bring(layer, torch.tensor([expert], dtype=torch.int32)))
         slot = int(pool.slot_of[layer * self.far.experts + expert])
         return self.near.blobs[slot if slot >= 0 else len(pool.object_of)]

@@ -18,6 +18,17 @@ class Hook:
         -> the ids and weights that count. The router itself: x @ layer.router_weight.T."""
         return ids, weights
 
+    def token_ended(self) -> None:
+        """Between tokens, before slots are freed: where a policy says what may stay."""
+
+    def token_begins(self) -> None:
+        """Slots are free; nothing of the coming token has been asked for yet: where a policy may fetch ahead."""
+
+    def guess(self, layer: LayerExperts, x: Tensor) -> list[tuple[int, Tensor]] | None:
+        """Behind what a step's layer demands, x float32 [T, H]: (a later layer, ids int64 [1, n]) to be fetched ahead,
+        as far as there is room. None: the runtime's own guess."""
+        return None
+
     def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         """Behind `routed`, in place of the experts -> their weighted sum [T, H]; None: they compute it."""
         return None

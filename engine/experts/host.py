@@ -59,7 +59,7 @@ class HostRuntime(Runtime):
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
-        chosen = ids.flatten().tolist()
+        chosen = [expert for expert in ids.flatten().tolist() if expert >= 0]
         if not self.is_mapped:
             self._verify(layer, chosen)
             return super()._bring_experts(layer, ids, most_ahead)
@@ -76,9 +76,9 @@ class HostRuntime(Runtime):
         self._count(np.count_nonzero(there) * layout.record - n_prefixes * (layout.record - layout.prefix))
         return self.near.record_places(ids, neurons)
 
-    def _bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
+    def bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
         self._verify(layer, (ids // self.far.neurons if records else ids).tolist())
-        return super()._bring(layer, ids, records, ahead)
+        return super().bring(layer, ids, records, ahead)
 
     def _read(self, layer: int, ids: list[int]) -> int:
         """Experts of the map that were not near yet -> how many."""

@@ -3,18 +3,16 @@
 Decode (`phase == "decode"`) goes through near memory: whole experts at level `exact`; sketch, score, select, fetch,
 apply at the sparse ones. A token ends, and near memory ages, when the first MoE layer is called for the next one.
 Results do not depend on what is near, nor on prediction. What a step changes are tensors changed in place, and nothing
-here reads them back, so that a device's step can be recorded once and replayed. Near memory of every kind lies in one
-arena.
-
-Three sides add how prefill computes and what is special about their far memory: engine/experts/host.py on the
-processor, device.py on a card, full.py for uncompressed checkpoints.
+here reads them back, so that a step can be recorded once and replayed. Near memory of every kind lies in one arena.
+Three sides add how prefill computes and what is special about their far memory: host.py on the processor, device.py on
+a card, full.py for uncompressed checkpoints.
 
 Legend: T tokens of a step, k routed experts, I neurons, K neurons that a layer keeps, H hidden, L layers, E experts.
 """
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.core import SPARSE_LEVELS, Counters, UserError
-from engine.experts.cache import NearMemory, SparseCache, WholeCache, kept_objects, pinnable
+from engine.experts.cache import NearMemory, SparseCache, WholeCache
 from engine.experts.hook import Hook
 from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
@@ -36,7 +34,7 @@ from kernels.apply import apply
 from kernels.dense import dense
 from kernels.evict import age
 from kernels.fill import fill, fill_through_host
-from kernels.pool import Pool, new_pool, pin, take
+from kernels.pool import new_pool, take
 from kernels.resolve import Resolved, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
 from kernels.select import BINS, select, select_above
@@ -104,7 +102,7 @@ class Runtime(ABC):
     def _set_budgets(self) -> None:
         """The level as values, in the same tensors."""
         plan = self.plans[self.level]
-        self.capacity = self._most_records()
+        self.capacity = self.most_records()
         if self.level == "floe":
             self.thresholds.copy_(torch.tensor(plan.thresholds))
         else:
@@ -121,39 +119,7 @@ class Runtime(ABC):
         if isinstance(self.near, SparseCache) and self.near.resident:
             ids = torch.arange(self.far.experts, dtype=torch.int32, device=self.device)
             for layer in range(self.far.layers):
-                self._bring(layer, ids)
-
-    def pin(self, experts: Iterable[tuple[int, int]] = (), neurons: Iterable[tuple[int, int, int]] = ()) -> None:
-        """The working set, between tokens: what stays near until the next call, in place of what stayed so far.
-
-        experts: (layer, expert), their sketches or, where near memory holds whole experts, all of them; neurons:
-        (layer, expert, neuron), their records. What is far is fetched now and counted as fetched ahead. UserError,
-        nothing changed, when a token would find too little room beside it. `reset` and `set_level` forget it.
-        """
-        per_expert = self.far.neurons
-        wanted = [[layer * self.far.experts + expert for layer, expert in experts],
-                  [(layer * self.far.experts + expert) * per_expert + neuron for layer, expert, neuron in neurons]]
-        pools = self.near.pools()
-        assert self.is_sparse or not wanted[1], "records are near at the sparse levels only"
-        for (pool, reserve), objects, kept in zip(pools, wanted, kept_objects(self.far, self.near), strict=False):
-            objects[:] = {*objects} - {*kept}
-            if (n := len(objects)) > (most := pinnable(pool, reserve) - len(kept)):
-                raise UserError(f"Near memory has room for {most:,} pinned parts of experts, not for {n:,}; pin less, "
-                                "or give it more memory.")
-            objects += kept
-        for (pool, _), objects, records in zip(pools, wanted, (False, True), strict=False):
-            self._pin_in(pool, torch.tensor(sorted(objects), dtype=torch.int64, device=pool.stamp.device), records)
-
-    def _pin_in(self, pool: Pool, objects: Tensor, records: bool) -> None:
-        per_layer = len(pool.slot_of) // self.far.layers
-        pin(pool, objects, self.clock)  # what is there need not make room for the rest
-        missing = objects[pool.slot_of[objects] < 0]
-        self._count_wasted(age(pool, self.clock + 1, len(missing)), records)
-        for layer in (missing // per_layer).unique().tolist():
-            ids = (missing[missing // per_layer == layer] % per_layer).int()
-            self.counts[3] += self._bring(layer, ids, records, ahead=True)
-        pin(pool, objects, self.clock)
-        self.counted = None
+                self.bring(layer, ids)
 
     # --- near memory --------------------------------------------------------------------------------------------
     @property
@@ -183,9 +149,9 @@ class Runtime(ABC):
         return self.far.layers * self.far.experts * self.far.layout.sketch_bytes + self._bounce_bytes()
 
     def _bounce_bytes(self) -> int:
-        return max(self._most_records()) * self.tokens * self.far.layout.record
+        return max(self.most_records()) * self.tokens * self.far.layout.record
 
-    def _most_records(self) -> list[int]:
+    def most_records(self) -> list[int]:
         """Records that a token may need of each layer."""
         if self.level == "floe":
             return [self.top_k * self.far.neurons] * self.far.layers
@@ -198,7 +164,7 @@ class Runtime(ABC):
             return self._kinds[self.kind]
         sizes, rest = self._sizes(), (wish, self.device, lambda n_bytes: self._arena_of(wish)[:n_bytes])
         if self.is_sparse:
-            token_records = sum(self._most_records()) * self.tokens
+            token_records = sum(self.most_records()) * self.tokens
             cache = SparseCache(self.far.layout, sizes, self.far.layers, token_records, *rest)
         else:
             cache = WholeCache(sizes, self.far.layers, *rest)
@@ -211,7 +177,7 @@ class Runtime(ABC):
         if not self.is_sparse:
             return ArenaSizes(far.layers * far.experts, self.whole_bytes, step, kept=kept)
         return ArenaSizes(far.layers * far.experts, far.layout.sketch_bytes, step, far.neurons, far.layout.record,
-                          max(self._most_records()) * self.tokens, kept)
+                          max(self.most_records()) * self.tokens, kept)
 
     @property
     def _unread_layers(self) -> int:
@@ -268,7 +234,7 @@ class Runtime(ABC):
         picks = self.recent.cpu()
         return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
 
-    def _count_wasted(self, aged: Tensor, records: bool) -> None:
+    def count_wasted(self, aged: Tensor, records: bool) -> None:
         """aged: what `age` returned; its second number are objects that were fetched ahead in vain."""
         each = self.far.layout.record if records else self._object_bytes
         self.counts[4:].add_(aged[1:] * each * self.done.logical_not())
@@ -284,19 +250,18 @@ class Runtime(ABC):
         # A trunk on a card may have its experts computed on the processor.
         hidden, ids, weights = x.to(self.device), ids.to(self.device), weights.to(self.device)
         self._side.join()
-        out = None
+        out, window = None, Window.of(self.phase, self.window, len(x))
+        if layer.index == 0 and window.whole < window.length:
+            self._begin_step()
         if self.hook is not None:
             ids, weights = self.hook.routed(layer, hidden, ids, weights)
             out = self.hook.instead(layer, hidden, ids, weights)
         if out is None:
-            window = Window.of(self.phase, self.window, len(x))
             out = window.computed(partial(self._prefill, layer), partial(self._decode, layer), hidden, ids, weights)
         return out.to(x.device, x.dtype)
 
     def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """A step; of more tokens than were planned for, one after the other -> float32 [T, H]."""
-        if layer.index == 0:
-            self._begin_step()
         self._remember(layer.index, ids)
         step, n = self._sparse if self.is_sparse else self._whole, self.tokens
         given = x.float(), ids.contiguous(), weights.float().contiguous()
@@ -307,10 +272,14 @@ class Runtime(ABC):
     def _begin_step(self) -> None:
         """The token before has ended: make room for this one."""
         self._picked = {}
+        if self.hook is not None:
+            self.hook.token_ended()
         for (pool, reserve), records in zip(self.near.pools(), (False, True), strict=False):
             if len(pool.object_of) < len(pool.slot_of):  # else nothing ever leaves
-                self._count_wasted(age(pool, self.clock, reserve), records)
+                self.count_wasted(age(pool, self.clock, reserve), records)
         self.clock.add_(1)
+        if self.hook is not None:
+            self.hook.token_begins()
 
     def _remember(self, layer: int, ids: Tensor) -> None:
         """Which experts are busy: a few operations a token, at the last layer, instead of a few a layer."""
@@ -323,7 +292,7 @@ class Runtime(ABC):
     # --- a step -------------------------------------------------------------------------------------------------
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k] -> [T, H]."""
-        place = self._bring_experts(layer.index, ids)
+        place = self._demand(layer.index, ids, weights)
         self._look_ahead(layer, x)
         blobs, biases = self.near.rows(layer.index, False), layer.neuron_biases(ids)
         sums = dense(self._padded(x), blobs, place, self.far.layout, layer.gate, *biases)
@@ -332,7 +301,7 @@ class Runtime(ABC):
     def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Sketches, scores, the layer's budget, the records behind it, the product. Shapes as of `_whole`."""
         biases, padded = layer.neuron_biases(ids), self._padded(x)
-        place = self._bring_experts(layer.index, ids)
+        place = self._demand(layer.index, ids, weights)
         neurons, fidelity = self._choose(layer, padded, place, ids, weights, biases)
         if self.hook is not None:
             neurons, fidelity = self.hook.selected(layer, ids, weights, neurons, fidelity)
@@ -363,8 +332,9 @@ class Runtime(ABC):
 
     def _weighted(self, layer: LayerExperts, sums: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Per-expert sums [T, k, padded H] -> [T, H]."""
-        y = layer.finish(sums[..., :self.far.hidden], ids.long())
-        return (y * weights[..., None]).sum(1)
+        y = layer.finish(sums[..., :self.far.hidden], ids.long()) * weights[..., None]
+        # Where nothing was near and nothing may be fetched, what was multiplied is no expert at all.
+        return (y if self.hook is None else torch.where(weights[..., None] == 0, 0.0, y)).sum(1)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _far(self, layer: int, records: bool) -> Tensor:
@@ -372,6 +342,15 @@ class Runtime(ABC):
         if not self.is_sparse:
             return self.far.blobs(layer)
         return self.far.records(layer) if records else self.far.sketches(layer)
+
+    def _demand(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """Routed experts, or their sketches, near -> place int32 [T, k]. A hook leaves out an expert by weight 0:
+        nothing of it is fetched, and the place of another stands there."""
+        if self.hook is None:
+            return self._bring_experts(layer, ids)
+        left_out = weights == 0
+        place = self._bring_experts(layer, torch.where(left_out, -1, ids))
+        return torch.where(left_out, place.gather(1, weights.argmax(1, keepdim=True)), place).clamp(min=0)
 
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
         """Experts or their sketches near -> place int32 [T, k]; with most_ahead ahead of demand, so many bytes."""
@@ -411,7 +390,7 @@ class Runtime(ABC):
         else:
             fill_through_host(far, source, near, *rest[:3])
 
-    def _bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
+    def bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
         """Between steps: objects `ids` int32 [n] of a layer near, whole -> bytes fetched. ahead: into free slots only,
         as far as they reach."""
         pool, _ = self.near.pools()[records]
@@ -434,12 +413,17 @@ class Runtime(ABC):
         return self.predict and self.headroom and not self.near.is_complete()
 
     def _look_ahead(self, layer: LayerExperts, x: Tensor) -> None:
-        """Fetch what the next layer is likely to want into free slots.
-
-        Behind this layer's demand, beside its product and all that comes before the next layer's experts.
-        """
-        following = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
-        if not self.looks_ahead or following is None or following.router_weight is None:
+        """Fetch what a later layer is likely to want, behind this layer's demand, beside its product and all that comes
+        before the next layer's experts."""
+        if not self.looks_ahead:
             return
-        guessed = next_experts(x, following.router_weight, self.top_k)
-        self._bring_experts(following.index, guessed, self.ahead_bytes)
+        guesses = None if self.hook is None else self.hook.guess(layer, x)
+        if guesses is None:
+            guesses = [(following.index, next_experts(x, following.router_weight, self.top_k)) for following in
+                       self.layers[layer.index + 1:layer.index + 2] if following.router_weight is not None]
+        self.fetch_ahead(guesses)
+
+    def fetch_ahead(self, guesses: list[tuple[int, Tensor]]) -> None:
+        """(layer, ids [1, n]) into free slots."""
+        for layer, ids in guesses:
+            self._bring_experts(layer, ids, self.ahead_bytes)

@@ -59,6 +59,15 @@ def read_tokens(path: str | Path, tokenizer, n_tokens: int, longest: int | None 
     return pieces
 
 
+def conversations(path: str | Path) -> Iterator[list[dict]]:
+    """The messages of each conversation of a `.jsonl` file, or each line of a plain text as a question of its own."""
+    path = Path(path)
+    is_chat = path.name.removesuffix(".xz").endswith(".jsonl")
+    for number, line in enumerate(_lines(path), 1):
+        if text := line.strip():
+            yield _messages(path, number, text) if is_chat else [{"role": "user", "content": text}]
+
+
 def _divided(ids: list[int], longest: int) -> Iterator[list[int]]:
     return (ids[at:at + longest] for at in range(0, len(ids), longest))
 

@@ -34,6 +34,7 @@ class Place:
     gguf: Path
     like: Path
     text: Path
+    trace: Path
     data: Path
     new: Path
 
@@ -48,7 +49,10 @@ def made(tmp_path_factory, demo_checkpoint) -> Place:
     gguf_files.write(base / "m.gguf", "qwen3_moe", model)
     like = gguf_files.like(base / "like", model, tokenizer=False)
     write_tokenizer(like)
-    return Place(checkpoint, compressed, base / "m.gguf", like, text, base / "data", base / "new")
+    assert main(["trace", str(compressed), "--prompts", str(text), "--out", str(base / "trace.npz"), "--tokens", "90",
+                 "--most", "8", "--inputs", "--device", "cpu"]) == 0
+    return Place(checkpoint, compressed, base / "m.gguf", like, text, base / "trace.npz", base / "data",
+                 base / "new")
 
 
 @pytest.fixture
@@ -80,6 +84,9 @@ GOOD = {
     "synth": "qwen3-30b-a3b --in-memory --layers 1 --level fast",
     "tables": "{checkpoint} --text {text} --tokens 40",
     "gpu": "first-light --fake --steps 0 --out {new}",
+    "trace": "{compressed} --prompts {text} --out {new} --tokens 6 --most 3",
+    "simulate": "{trace} --near 50% --policies predict=repeat,evict=lfu",
+    "fit-predictor": "{compressed} {trace} --out {new} --epochs 1",
 }
 BAD = {
     "compress": "{text} {new}",
@@ -97,6 +104,9 @@ BAD = {
     "synth": "llama --in-memory",
     "tables": "{compressed} --text {text}",
     "gpu": "step --model llama",
+    "trace": "{checkpoint} --prompts {text} --out {new}",
+    "simulate": "{text} --near 50%",
+    "fit-predictor": "{compressed} {text} --out {new}",
 }
 
 

@@ -12,6 +12,7 @@ from engine.core import MachineError, Options, UserError
 from engine.decode.decoder import HostDecoder, decoder_for
 from engine.experts import runtime as experts_runtime
 from engine.experts.device import DeviceRuntime
+from engine.experts.working_set import pin
 from engine.machine.table import described
 from engine.model import load
 from engine.model.placement import experts_on_gpu, onto_gpu
@@ -237,8 +238,8 @@ def test_what_cannot_be_locked_stays_near_where_it_fits(demo_checkpoint, engines
             each.configure(replace(OPTIONS, level=level, near_bytes=loaded.runtime.near_bytes))
         assert not runtime.asks_the_host and runtime.residency()[-1] == 1.0
         with torch.inference_mode():
-            runtime.pin([(0, 0), (far.layers - 1, 1)])
-            runtime.pin()
+            pin(runtime, [(0, 0), (far.layers - 1, 1)])
+            pin(runtime)
         monkeypatch.setattr(experts_runtime, "fill_through_host", lambda *given: pytest.fail("the host was asked"))
         for each in (engine, engines[1]):
             events, end = finish(each.chat(TALK, GREEDY))
@@ -248,7 +249,7 @@ def test_what_cannot_be_locked_stays_near_where_it_fits(demo_checkpoint, engines
     assert found[0] == found[1]
     if level == "exact":  # of sketches there is room for all
         with pytest.raises(UserError, match="pinned parts"):
-            runtime.pin([(layer, expert) for layer in range(far.layers) for expert in range(far.experts)])
+            pin(runtime, [(layer, expert) for layer in range(far.layers) for expert in range(far.experts)])
 
 
 @pytest.mark.parametrize("name", ["lfm2_moe", "minimax"])

@@ -13,6 +13,7 @@ from engine.experts.device import DeviceRuntime, NoDevicePath
 from engine.experts.layer import LayerExperts, LevelPlan, recognised
 from engine.experts.prefill import Staging
 from engine.experts.runtime import Runtime
+from engine.experts.working_set import pin
 from engine.model import load
 from engine.model.registration import FloeExperts
 from kernels.activation import Gate
@@ -175,7 +176,7 @@ def test_what_is_pinned_stays_near_on_either_path(level, folder):
         loaded = opened(folder, level, 0.4, False, on_device)
         runtime, plain = loaded.runtime, answer(opened(folder, level, 0.4, False, on_device))
         before = runtime.counters()
-        runtime.pin(experts, neurons)
+        pin(runtime, experts, neurons)
         fetched = (runtime.counters() - before).speculative_bytes
         assert answer(loaded) == plain
         pools = [pool for pool, _ in runtime.near.pools()]
@@ -184,12 +185,12 @@ def test_what_is_pinned_stays_near_on_either_path(level, folder):
         for pool, objects in zip(pools, wanted, strict=False):
             assert all(int(pool.slot_of[item]) >= 0 and int(pool.stamp[pool.slot_of[item]]) == PINNED
                        for item in objects)
-        runtime.pin(experts, neurons)  # nothing to do
+        pin(runtime, experts, neurons)  # nothing to do
         assert (runtime.counters() - before).speculative_bytes == fetched > 0
-        runtime.pin()
+        pin(runtime)
         assert answer(loaded) == plain and not any(bool((pool.stamp == PINNED).any()) for pool in pools)
         with pytest.raises(UserError, match="pin less"):
-            runtime.pin([(layer, expert) for layer in range(L) for expert in range(E)],
+            pin(runtime, [(layer, expert) for layer in range(L) for expert in range(E)],
                         [(0, expert, neuron) for expert in range(E) for neuron in range(N)] if neurons else [])
         found.append(fetched)
     assert found[0] == found[1]

@@ -1,0 +1,167 @@
+"""Policies in a running model: the hook that asks engine/policies/ what to fetch ahead, what may stay, which experts
+count and how exactly. With an exact choice the output is the model's own to the bit; the others are for who asked.
+
+One object for one open model. What a policy learns it learns from decode steps of one token.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from engine.core import UserError
+from engine.experts.hook import Hook
+from engine.experts.layer import LayerExperts
+from engine.experts.runtime import Runtime
+from engine.policies import fidelity as exactness
+from engine.policies import route
+from engine.policies.build import guesses_of, rule_of
+from engine.policies.choice import Choice
+from engine.policies.predict import Payoff, Predictor
+from engine.policies.residency import stamps
+
+Tensor = torch.Tensor
+SAMPLE = 64  # tokens of a prompt from which it is told how a router weighs
+MOST = torch.iinfo(torch.int32).max
+
+
+class PolicyHook(Hook):
+    """`with runtime.hooked(PolicyHook(...))`. dropped: sum over tokens and layers of the share of the router's weight
+    that was left out or given to others; changed: picks that are not the router's."""
+
+    def __init__(self, runtime: Runtime, model: nn.Module, choice: Choice,
+                 learned: Mapping[str, Predictor] | None = None, **rules) -> None:
+        """rules: what the residency rule takes besides, see engine/policies/build.py. UserError for a level or a model
+        that a policy does not suit."""
+        if runtime.level == "full":
+            raise UserError("An uncompressed checkpoint takes no policies; compress it first.")
+        self.runtime, self.choice, self._rules, self._sizes = runtime, choice, rules, ()
+        far, k = runtime.far, runtime.top_k
+        with torch.device(runtime.device):
+            self.guesses = guesses_of(choice.predict, far.layers, far.experts, k, far.hidden, learned)
+            self.dropped, self.changed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+            self._embedding, self._logits = torch.zeros(far.hidden), torch.zeros(far.layers, far.experts)
+            self._experts = torch.zeros(far.layers, k, dtype=torch.int64)
+            self._shares = torch.zeros(far.layers, k)
+        self.payoff, self._fresh, self._has_token = Payoff(), True, False
+        prefix, record, weights = far.layout.prefix, far.layout.record, 3 * far.layout.padded
+        self._bits = (8 * prefix / weights, 8 * record / weights)
+        self._weigh: list[route.Weights | None] = [None] * far.layers
+        self._watch = model.get_input_embeddings().register_forward_hook(self._embedded)
+        self._make_rules()
+
+    def close(self) -> None:
+        """The model's embedding is no longer watched."""
+        self._watch.remove()
+
+    def _make_rules(self) -> None:
+        """For the pools as they are: another level or size has others."""
+        pools = [pool for pool, _ in self.runtime.near.pools()]
+        if self._sizes != (sizes := [(id(pool.slot_of), len(pool.object_of)) for pool in pools]):
+            self._sizes, layers = sizes, self.runtime.far.layers
+            self.rules = [rule_of(self.choice, len(pool.slot_of), layers, pool.slot_of.device,
+                                  **({} if i else self._rules)) for i, pool in enumerate(pools)]
+            widths = [self.runtime.top_k, max(self.runtime.capacity) if self.runtime.is_sparse else 0]
+            self._used = [torch.full((layers, width), -1, dtype=torch.int64, device=self.runtime.device)
+                          for width in widths]
+
+    def _embedded(self, module: nn.Module, given: tuple, embedded: Tensor) -> None:
+        self._embedding.copy_(embedded.flatten(0, 1)[-1].half())  # as a trace keeps it
+
+    # --- between tokens -----------------------------------------------------------------------------------------
+    def token_ended(self) -> None:
+        runtime, pools = self.runtime, [pool for pool, _ in self.runtime.near.pools()]
+        self._make_rules()
+        if self._has_token:
+            for rule, used, shares in zip(self.rules, self._used, (self._shares.flatten(), None), strict=False):
+                if rule is not None:
+                    rule.used(used.flatten(), shares)
+                used.fill_(-1)
+            if self.guesses is not None:
+                self.guesses.predictor.end(self._experts, self._logits)
+        if self._fresh:
+            for part in (self.guesses and self.guesses.predictor, *self.rules):
+                if part is not None:
+                    part.start()
+        self._fresh, self._has_token = False, True
+        for pool, rule in zip(pools, self.rules, strict=True):
+            if rule is not None and len(pool.object_of) < len(pool.slot_of):
+                pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock))
+        if runtime.device == "cpu":
+            pays = self.payoff.pays(int(runtime.counts[3]), int(runtime.counts[4]))
+            runtime.ahead_bytes.fill_(MOST if pays else 0)
+
+    def token_begins(self) -> None:
+        if self.guesses is not None:
+            guessed = self.guesses.begin(self._embedding)
+            if self.runtime.looks_ahead:
+                self.runtime.fetch_ahead([(layer, ids[None]) for layer, ids in guessed])
+
+    # --- inside a token -----------------------------------------------------------------------------------------
+    def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        at, given = layer.index, x.float()
+        if self.runtime.phase == "prefill" or len(x) > 1:
+            self._fresh = True
+            if self.choice.route.name != "exact":
+                logits = given[-SAMPLE:] @ layer.router_weight.T
+                self._weigh[at] = self._weigh[at] or route.Weights(logits, ids[-SAMPLE:], weights[-SAMPLE:])
+            return ids, weights
+        self._logits[at] = (given @ layer.router_weight.T)[0]
+        chosen, shares = self._routed(at, ids.long(), weights.float())
+        self._experts[at] = chosen[0]
+        self._used[0][at] = torch.where(shares[0] == 0, -1, chosen[0] + at * self.runtime.far.experts)
+        self._shares[at] = shares[0] / shares[0].sum().clamp_min(1e-12)
+        if self.guesses is not None:
+            self.guesses.came(at, chosen[0])
+        if self.choice.route.name == "exact":
+            return ids, weights
+        lost, different = route.left_out(ids.long(), weights.float(), chosen, shares)
+        self.dropped += lost
+        self.changed += different
+        return chosen.to(ids.dtype), shares.to(weights.dtype)
+
+    def _routed(self, at: int, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.choice.route.name == "exact":
+            return ids, weights
+        logits = self._logits[at][None]
+        self._weigh[at] = self._weigh[at] or route.Weights(logits, ids, weights)
+        return route.routed(*self.choice.route.parts, logits, ids, weights, self._near(at), self._weigh[at])
+
+    def _near(self, layer: int) -> Tensor:
+        """bool [1, E]: what of a layer is near."""
+        pools, n = self.runtime.near.pools(), self.runtime.far.experts
+        if not pools:
+            return torch.ones(1, n, dtype=torch.bool)
+        return pools[0][0].slot_of[layer * n:(layer + 1) * n][None] >= 0
+
+    def selected(self, layer: LayerExperts, ids: Tensor, weights: Tensor, neurons: Tensor, fidelity: Tensor,
+                 ) -> tuple[Tensor, Tensor]:
+        far, pools = self.runtime.far, self.runtime.near.pools()
+        if self.choice.route.name != "exact":
+            silent = weights.gather(1, (neurons.clamp(min=0) // far.neurons).long()) == 0
+            neurons, fidelity = exactness.without(neurons, fidelity, silent)
+        if self.choice.fidelity.name != "exact":
+            things = self._things(layer.index, ids, neurons)
+            near = pools[1][0].slot_of[things.clamp(min=0)] >= 0 if pools else torch.ones_like(things, dtype=torch.bool)
+            neurons, fidelity = exactness.coarser(*self.choice.fidelity.parts, neurons, fidelity, weights, near,
+                                                  far.neurons, self._bits)
+        if pools and self.rules[1] is not None:
+            self._used[1][layer.index, :neurons.shape[1]] = self._things(layer.index, ids, neurons)[0]
+        return neurons, fidelity
+
+    def _things(self, layer: int, ids: Tensor, neurons: Tensor) -> Tensor:
+        """Records int64 [T, K] as the pool numbers them, -1 for none."""
+        far, there = self.runtime.far, neurons >= 0
+        experts = ids.long().gather(1, (neurons.clamp(min=0) // far.neurons).long())
+        return torch.where(there, (layer * far.experts + experts) * far.neurons + neurons % far.neurons, -1)
+
+    def guess(self, layer: LayerExperts, x: Tensor) -> list[tuple[int, Tensor]]:
+        if self.guesses is None:
+            return []
+        horizon = max(1, self.guesses.predictor.horizon)
+        ahead = torch.zeros(horizon, self._logits.shape[1], device=x.device)
+        for step, later in enumerate(self.runtime.layers[layer.index + 1:layer.index + 1 + horizon]):
+            ahead[step] = (x @ later.router_weight.T)[0]
+        found = self.guesses.at(layer.index, ahead, self._logits[layer.index], x[0].half().float())
+        return [(target, ids[None]) for target, ids in found]

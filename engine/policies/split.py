@@ -1,0 +1,53 @@
+"""How many slots each layer should have: dynamic programming over miss curves that a trace gives (AdapMoE's idea, arXiv
+2408.10284, with curves measured instead of a formula). Plain numbers.
+
+A curve is a list: misses[s] is what a layer misses with s slots, s = 0 .. as many as it may have.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+Curve = Sequence[float]
+
+
+def recency_curve(tokens: Iterable[Sequence[int]], objects: int) -> list[float]:
+    """Misses of one layer's least-recently-used cache with 0 .. objects slots, from one pass: a use hits with s slots
+    where fewer than s others were used since (Mattson's stack distance)."""
+    stack: list[int] = []  # newest first
+    hits = [0] * (objects + 1)
+    uses = 0
+    for things in tokens:
+        for thing in things:
+            uses += 1
+            if thing in stack:
+                at = stack.index(thing)
+                hits[at + 1] += 1
+                del stack[at]
+            stack.insert(0, thing)
+    misses, left = [], uses
+    for found in hits:
+        left -= found
+        misses.append(float(left))
+    return misses
+
+
+def divide(curves: Sequence[Curve], slots: int, least: int = 0) -> tuple[list[int], float]:
+    """-> slots of each layer, no fewer than `least` and `slots` in all at most, with the fewest misses together; the
+    misses. Of equal divisions the one that gives the later layers less."""
+    best, chosen = np.zeros(slots + 1), []
+    for curve in curves:
+        found, choice = np.full(slots + 1, np.inf), np.zeros(slots + 1, np.int64)
+        for share in range(least, min(len(curve) - 1, slots) + 1):
+            misses = best[:slots + 1 - share] + curve[share]
+            better = misses < found[share:]
+            found[share:][better], choice[share:][better] = misses[better], share
+        best = found
+        chosen.append(choice)
+    assert np.isfinite(best[slots]), f"{slots} slots are fewer than {least} for each of {len(curves)} layers"
+    shares, left = [], slots
+    for choice in reversed(chosen):
+        shares.append(int(choice[left]))
+        left -= shares[-1]
+    return shares[::-1], float(best[slots])

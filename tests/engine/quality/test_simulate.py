@@ -1,0 +1,71 @@
+"""A replayed trace against the engine in which it was recorded: the same bytes and hits, whatever the policies."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.core import Options
+from engine.experts.policy_hook import PolicyHook
+from engine.model import load
+from engine.policies.choice import parse
+from engine.policies.trace import RoutingTrace
+from engine.quality.recorder import Recorder, record
+from engine.quality.simulate import Simulator
+
+QUESTIONS = "Hello, who are you?\nTell me a story about a dog.\nName 3 colours.\n"
+N_TOKENS = 36
+
+
+@pytest.fixture(scope="module")
+def demo(repository):
+    loaded = load.load(repository / "assets" / "demo", Options("exact", device="cpu"))
+    yield loaded
+    loaded.runtime.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "questions.txt"
+    path.write_text(QUESTIONS)
+    return path
+
+
+def run(demo, prompts: Path, near: float, choice: str | None, predict: bool = True, horizon: int = 1,
+        ) -> tuple[RoutingTrace, int, PolicyHook | None]:
+    """A few answers of the demo -> their trace, the near memory (a share of everything), the hook."""
+    runtime, given = demo.runtime, parse(choice) if choice is not None else None
+    everything = runtime.far.layers * runtime.far.experts * runtime.far.expert_bytes
+    runtime.predict = predict
+    runtime.set_level(runtime.level, int(near * everything))
+    runtime.counts.zero_()
+    hook = None if given is None else PolicyHook(runtime, demo.model, given)
+    recorder = Recorder(demo, horizon, True, hook)
+    try:
+        record(demo, prompts, recorder, N_TOKENS, 16)
+    finally:
+        if hook is not None:
+            hook.close()
+    return recorder.trace("demo"), int(near * everything), hook
+
+
+CASES = [("exact", 0.25, None), ("exact", 0.1, None), ("balanced", 0.25, None), ("balanced", 0.5, None),
+         ("exact", 0.25, "predict=repeat,evict=lfu,admit=third"), ("exact", 0.5, "predict=popularity,evict=hobbit"),
+         ("exact", 0.25, "predict=maps,evict=finemoe"), ("exact", 0.25, "predict=next:2,evict=popularity"),
+         ("exact", 0.25, "predict=profile,evict=divided,route=near:0.1:1"), ("exact", 0.25, "route=skip:0.5"),
+         ("balanced", 0.25, "predict=none,evict=lfu,fidelity=score:0.4:0.6"), ("balanced", 0.25, "fidelity=bits:2.6"),
+         ("balanced", 0.25, "route=drop:0.4,admit=third")]
+
+
+@pytest.mark.parametrize("level, near, choice", CASES)
+def test_a_replay_counts_what_the_engine_counted(demo, prompts, level, near, choice):
+    """Needed, hit, far, speculative and wasted bytes, each to the byte, whatever the policies."""
+    demo.runtime.level = level
+    trace, near_bytes, hook = run(demo, prompts, near, choice, horizon=2)
+    found = Simulator(trace, near_bytes).run_choice(parse(choice or ""))
+    counted = demo.runtime.counters()
+    assert found.tokens == N_TOKENS == trace.decode.sum() and counted.far_bytes > 0
+    assert [*vars(found.counters).values()][:5] == [*vars(counted).values()][:5]
+    if hook is not None:
+        assert found.counters.dropped_weight == pytest.approx(float(hook.dropped))
+        assert found.changed == int(hook.changed)
