@@ -26,6 +26,7 @@ Title = Annotated[str, Field(max_length=TITLE_CHARACTERS)]
 Words = Annotated[str, Field(max_length=TEXT_CHARACTERS)]
 Place = Annotated[str, Field(max_length=4096, pattern=ONE_LINE)]  # a path of this computer
 Context = Annotated[int, Field(ge=1, lt=1 << 31)]
+NearBytes = Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
 class Body(BaseModel):
@@ -94,6 +95,27 @@ class Named(Body):
 class Opening(Named):
     level: Annotated[str, Field(max_length=40)] | None = None
     context: Context | None = None
+    near_bytes: NearBytes | None = None
+
+
+class Fetching(Named):
+    """file: which GGUF of several."""
+
+    file: Place = ""
+
+
+class Adding(Body):
+    """like: where the configuration of a GGUF file is, "" beside it."""
+
+    path: Place
+    like: Place = ""
+
+
+class Dropped(Body):
+    """What a browser tells of a file or folder that was dropped; bytes 0: of a folder."""
+
+    name: Name
+    bytes: Annotated[int, Field(ge=0, lt=1 << 60)] = 0
 
 
 class Measuring(Named):
@@ -102,11 +124,6 @@ class Measuring(Named):
 
 class Keeping(Body):
     folder: Place
-
-
-class Importing(Body):
-    file: Place
-    like: Place = ""
 
 
 class Welcomed(Body):

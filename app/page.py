@@ -14,7 +14,8 @@ from app.strings import TEXT
 from engine import LEVELS, UserError
 
 HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">')
+        '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">'
+        '<link rel="stylesheet" href="/ui/models/models.css">')
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the system's own: nothing is fetched
 _MIB = 1 << 20
 FASTER = 1.05  # a plan is no more exact than that
@@ -43,8 +44,6 @@ def build_page(parts) -> gr.Blocks:
                     _engine_controls(parts)
                 with gr.Tab(TEXT["tab_chat"], id="settings"):
                     _element("settings")
-                with gr.Tab(TEXT["tab_models"], id="models"):
-                    _element("models")
     return page
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import sqlite3
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -21,7 +21,8 @@ from app.chat.chat_settings import ChatSettings, Drafts, Presets, checked
 from app.chat.chats import Chats, Conversation, Message
 from app.chat.context_window import to_prompt
 from app.chat.import_export import IMPORT_BYTES, export_json, export_markdown, import_text
-from app.incoming import BODY_BYTES, Context, Id, Name, Place, what_is_wrong
+from app.http.models_api import model_routes
+from app.incoming import BODY_BYTES, Id, Name, what_is_wrong
 from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.markdown import render
@@ -86,7 +87,7 @@ def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shel
     _settings_routes(router, drafts, Presets(chats), Servers(chats), changed)
     _message_routes(router, chats, jobs, changed)
     _file_routes(router, chats, models, changed)
-    _model_routes(router, shelf)
+    model_routes(router, shelf)
 
     @router.post("/welcomed")
     def welcomed(wish: incoming.Welcomed):
@@ -254,71 +255,6 @@ def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> No
     @router.post("/count")
     def count(wish: incoming.Written):
         return {"tokens": models.used([{"role": "user", "content": wish.text}], {})}
-
-
-def _model_routes(router: APIRouter, shelf: Shelf) -> None:
-    @router.get("/models")
-    def shown():
-        return shelf.shown()
-
-    @router.get("/models/plan")
-    def plan(name: Name, level: Annotated[str, Query(max_length=40)] = "", context: Context | None = None):
-        return shelf.plan(name, level or None, context)
-
-    @router.get("/models/files")
-    def files(path: Place = "", kind: Literal["gguf", "text", "folder"] = "gguf"):
-        return shelf.suggest(path, kind)
-
-    @router.post("/models/open")
-    def open_model(wish: incoming.Opening):
-        shelf.open(wish.name, wish.level or None, wish.context)
-        return {}
-
-    @router.post("/models/folder")
-    def show_folder(wish: incoming.Named):
-        return {"folder": shelf.show_folder(wish.name)}
-
-    @router.post("/models/keep")
-    def keep_in(wish: incoming.Keeping):
-        return {"folder": shelf.keep_in(wish.folder)}
-
-    @router.post("/models/compress")
-    def compress(wish: incoming.Named):
-        shelf.compress(wish.name)
-        return {}
-
-    @router.post("/models/import")
-    def bring_in(wish: incoming.Importing):
-        shelf.bring_in(wish.file, wish.like)
-        return {}
-
-    @router.post("/models/measure")
-    def measure(wish: incoming.Measuring):
-        shelf.measure(wish.name, wish.text)
-        return {}
-
-    @router.post("/models/cancel")
-    def cancel(wish: incoming.Named):
-        return {"freed": shelf.cancel(wish.name)}
-
-    @router.post("/models/download")
-    def fetch(wish: incoming.Named):
-        shelf.fetch(wish.name.strip())
-        return {}
-
-    @router.post("/models/resume")
-    def go_on(wish: incoming.Named):
-        shelf.works.go_on(wish.name)
-        return {}
-
-    @router.post("/models/pause")
-    def pause(wish: incoming.Named):
-        shelf.pause(wish.name)
-        return {}
-
-    @router.post("/models/delete")
-    def remove(wish: incoming.Named):
-        return {"freed": shelf.remove(wish.name)}
 
 
 async def user_error(request: Request, error: UserError) -> Response:

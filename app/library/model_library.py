@@ -6,19 +6,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from glob import escape
 from pathlib import Path
 
 from app.library.background_tasks import Run, Works
+from app.library.fetch_rate import FetchRate
 from app.library.folders import as_written, show
 from app.library.machine_status import Surroundings
 from app.library.open_model import Models
+from app.library.plans import levels_of, planned
 from app.strings import TEXT
 from engine import (
-    LEVELS,
     ModelInfo,
     UserError,
+    address,
+    adopt_model,
     calibrate_installed,
     choose_models_dir,
     compress_installed,
@@ -27,13 +31,14 @@ from engine import (
     demo_model,
     download,
     drop_calibration,
+    examine_repository,
     import_file,
     look_up,
     models,
     models_dirs,
     plan_for,
-    plan_text,
     recommendations,
+    search_hub,
     typed,
 )
 
@@ -49,9 +54,11 @@ class Shelf:
                  keep: Callable[[list[dict]], None] = lambda unfinished: None, unfinished: list = ()):
         """keep, unfinished: see Works."""
         self._opened, self._around, self._data = opened, around, around.data
+        self.rate = FetchRate(self._data / "cache" / "downloads.json")
         self.works = Works(on_change, keep)
         self.works.restore(unfinished, self._run_of)
         self._offered: tuple[object, list[dict]] | None = None
+        self._examined: dict[str, ModelInfo] = {}
 
     def shown(self) -> dict:
         """Everything the models page draws."""
@@ -61,32 +68,29 @@ class Shelf:
         on_disk = [self._demo(), *map(self._on_disk, found_models)]
         folder = models_dirs(self._data)[0]
         return {"disk": on_disk, "offers": self._offers(machine), "notes": list(found.notes),
-                "works": self.works.shown(), "used_bytes": sum(model["bytes"] for model in on_disk[1:]),
+                "machine": {"name": machine.name, "vram_free_bytes": machine.vram_free_bytes,
+                            "ram_free_bytes": machine.ram_free_bytes, "device": machine.device},
+                "fetch_rate": self.rate.bytes_per_second(), "works": self.works.shown(),
+                "used_bytes": sum(model["bytes"] for model in on_disk[1:] if not model["linked"]),
                 "free_bytes": shutil.disk_usage(folder).free if folder.is_dir() else None,
                 "folder": as_written(folder)}
 
     # --- opening ------------------------------------------------------------------------------------------------
-    def open(self, name: str, level: str | None = None, context: int | None = None) -> None:
-        """Open a model of the disk by the name that `shown` gives; the old one is closed first. level None: the
-        plan's. UserError before anything is closed where level or context cannot be."""
+    def open(self, name: str, level: str | None = None, context: int | None = None,
+             near_bytes: int | None = None) -> None:
+        """Open a model of the disk by the name that `shown` gives; the old one is closed first. level, near_bytes None:
+        the plan's. UserError before anything is closed where level or context cannot be."""
         if self._opened.state == "loading":
             raise UserError(TEXT["still_opening"])
         known = self._known_on_disk(name)
-        made = plan_for(known, self._around.look()[0], level, context)
-        self._opened.open(known.folder, made.level, context)
+        made = plan_for(known, self._around.look()[0], level, context, near_bytes)
+        self._opened.open(known.folder, made.level, context, near_bytes)
 
-    def plan(self, name: str, level: str | None = None, context: int | None = None) -> dict:
-        """How a model of the disk or of the catalogue would run at this level and context, in words and numbers;
-        verdict "no" and the reason in words where it would not."""
+    def plan(self, name: str, level: str | None = None, context: int | None = None,
+             near_bytes: int | None = None) -> dict:
+        """How a model of the disk, of the catalogue or of a repository that was looked at would run: see `planned`."""
         known = self._known_on_disk(name) if self._folder(name) else self._known_offer(name)
-        levels = [row for row in (self._levels(known) or LEVELS) if row in LEVELS]
-        shown = {"levels": levels, "longest": known.spec.context, "level": level, "context": context}
-        try:
-            made = plan_for(known, self._around.look()[0], level, context)
-        except UserError as error:
-            return shown | {"text": str(error), "verdict": "no"}
-        return shown | {"text": plan_text(made), "verdict": made.verdict, "level": made.level, "context": made.context,
-                        "tokens_per_second": made.decode_tokens_per_second}
+        return planned(known, self._around, level, context, near_bytes)
 
     def _folder(self, name: str) -> Path | None:
         folders = {model.name: model.folder for model in models(self._data) if model.kind != "unfinished"}
@@ -99,23 +103,65 @@ class Shelf:
         return look_up(str(folder))
 
     def _known_offer(self, name: str) -> ModelInfo:
+        if name in self._examined:
+            return self._examined[name]
         if name not in {offer["name"] for offer in self._offers(self._around.look()[0])}:
             raise UserError(TEXT["no_such_model"].format(name=name))
         return look_up(name, self._data)
 
-    def _levels(self, known: ModelInfo) -> tuple[str, ...]:
-        """The levels that a folder offers; none for a model that is not here."""
-        if known.folder is None:
-            return ()
-        measured = (level for level in known.calibration.get("levels", {}) if level != "exact")
-        return ("exact", *measured) if known.compressed else ("full",)
+    # --- the Hub ------------------------------------------------------------------------------------------------
+    def search(self, words: str) -> dict:
+        """What a person looks for: {"hits": repositories of these words} or, where it is an address or owner/name of
+        one, {"repository": what it holds}. UserError, MachineError: one sentence."""
+        if address(words):
+            return {"repository": self.examine(words)}
+        return {"hits": [asdict(hit) for hit in search_hub(words)]}
+
+    def examine(self, text: str) -> dict:
+        """What a repository of the Hub holds and how it would run here; asks the network."""
+        found = examine_repository(text, self._data)
+        shown = {"name": found.repository, "download_bytes": found.download_bytes, "file": found.file,
+                 "files": [{"name": name, "bytes": n_bytes} for name, n_bytes in found.files]}
+        if found.known is None:
+            return shown | {"verdict": "unknown", "missing": found.why}
+        try:
+            plan = planned(found.known, self._around)
+        except UserError as error:
+            return shown | {"verdict": "unknown", "missing": str(error)}
+        self._examined[found.repository] = found.known
+        told = ("verdict", "missing", "tokens_per_second", "disk_bytes")
+        return shown | {key: plan[key] for key in told if key in plan}
 
     # --- work ---------------------------------------------------------------------------------------------------
-    def fetch(self, name: str) -> None:
-        """Start a download, or go on with one that was stopped. name: of the catalogue, or a Hub id."""
+    def fetch(self, name: str, file: str = "") -> None:
+        """Start a download, or go on with one that was stopped. name: of the catalogue, a Hub id or an address of one;
+        file: which GGUF of several."""
+        found = address(name)
+        name, file = (found[0], file or found[1]) if found else (name, file)
         offers = self._offers(self._around.look()[0])
         known = next((offer["name"] for offer in offers if name in (offer["name"], offer["repository"])), "")
-        self._begin(known or name.rsplit("/", 1)[-1], "download", name=name)
+        self._begin(known or name.rsplit("/", 1)[-1], "download", name=name, **({"file": file} if file else {}))
+
+    def add(self, path: str, like: str = "") -> dict:
+        """Take in what lies on this computer: a GGUF file, which is imported, or a model's folder, which stays where it
+        is. -> {"name", "kind"}. like: see `bring_in`. UserError for anything else."""
+        there = typed(path.strip())
+        if there.suffix in ENDINGS["gguf"] or not there.is_dir():
+            self.bring_in(path, like)
+            return {"name": there.stem, "kind": "gguf"}
+        name = adopt_model(there, self._data)
+        self.works.on_change()
+        return {"name": name, "kind": "folder"}
+
+    def where(self, name: str, n_bytes: int) -> str:
+        """The path of a file or folder that was dropped on the page, which says its name and size alone; "" where it is
+        not in the folders in which models are usually kept. n_bytes 0: of a folder."""
+        found = (path for path in _usual_paths(name, self._data) if Path(name).name == name)
+        try:
+            return next((str(path) for path in found if path.is_file() and path.stat().st_size == n_bytes
+                         or not n_bytes and (path / "config.json").is_file()), "")
+        except OSError:
+            return ""
 
     def compress(self, name: str) -> None:
         """Compress a checkpoint of the disk, beside it."""
@@ -139,12 +185,16 @@ class Shelf:
 
     def _run_of(self, kind: str, asked: dict) -> Run:
         """What does a work of this kind. KeyError, TypeError for what is none."""
-        work = {"download": lambda name, **how: download(name, data=self._data, **how),
+        work = {"download": self._download,
                 "compress": lambda name, **how: compress_installed(name, self._data, **how),
                 "import": lambda file, like, **how: import_file(Path(file), like, self._data, **how),
                 "measure": lambda name, text, **how: calibrate_installed(
                     name, self._data, text and Path(text), self._around.device, **how)}[kind]
         return lambda report, stop: work(**asked, report=report, stop=stop)
+
+    def _download(self, name: str, report, stop, file: str = ""):
+        return self.rate.timed(
+            lambda heard: download(name, data=self._data, report=heard, stop=stop, file=file), report)
 
     def pause(self, name: str) -> None:
         self.works.pause(name)
@@ -208,17 +258,27 @@ class Shelf:
     def _on_disk(self, model) -> dict:
         return {"name": model.name, "kind": model.kind, "bytes": model.bytes, "levels": list(model.levels),
                 "share": model.share, "open": model.folder == self._opened.folder, "source": model.source,
-                "folder": str(model.folder), "read_by": self.works.reads(model.name)}
+                "folder": str(model.folder), "read_by": self.works.reads(model.name), "linked": model.linked}
 
     def _demo(self) -> dict:
         folder = demo_model()
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder.is_dir() else 0
         try:
-            levels = self._levels(look_up(str(folder)))
+            levels = levels_of(look_up(str(folder)))
         except UserError:  # opening it says what is wrong
             levels = ()
         return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(levels),
-                "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder), "read_by": ""}
+                "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder), "read_by": "",
+                "linked": False}
+
+
+def _usual_paths(name: str, data: Path) -> Iterator[Path]:
+    """Where people and other programs keep models, these two by maker and model."""
+    home = Path.home()
+    for folder in (*models_dirs(data), home / "Downloads", home / "Desktop", home / "models", home):
+        yield folder / name
+    for folder in (home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"):
+        yield from folder.glob(f"*/*/{escape(name)}")
 
 
 def _existing(text: str, kind: str) -> Path:

@@ -1,7 +1,7 @@
 // What stands above the conversation: the steps of a model that is being opened, whether the graphics card is used,
 // trouble with the disk, and work on models that goes on while a person chats.
 import { TEXT, api, button, h, keep, notice, on, say } from "/ui/floe.js";
-import { measureLevels, openModel, showModels, timeLeft, unmeasured } from "/ui/models.js";
+import { measureLevels, openModel, showWorks, timeLeft, unmeasured } from "/ui/models.js";
 
 const HIDDEN = "floe-graphics-hidden";
 const AWAY = ["gone", "shut"];
@@ -38,7 +38,7 @@ export function above() {
 
   function drawWorks(list) {
     const running = list.filter((work) => work.state === "running").map((work) => [work.name, work]);
-    keep(works, running, () => h("button", { type: "button", class: "work", onclick: showModels }), (node, work) => {
+    keep(works, running, () => h("button", { type: "button", class: "work", onclick: showWorks }), (node, work) => {
       const share = work.total ? work.done / work.total : 0;
       node.style.setProperty("--share", share);
       node.textContent = say("working_on", { name: work.name, percent: Math.floor(100 * share), left: timeLeft(work) });

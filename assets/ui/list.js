@@ -17,6 +17,7 @@ export async function mount(root) {
       h("div", { class: "brand" }, icon("wave"), h("span", {}, TEXT.app)),
       h("button", { type: "button", class: "primary wide", id: "new-chat", onclick: newChat }, icon("plus"), TEXT.new_chat),
       h("div", { class: "search" }, icon("search"), search),
+      h("a", { class: "page-link", href: "#models" }, icon("models"), TEXT.page_models),
       h("a", { class: "page-link", href: "#settings" }, icon("settings"), TEXT.page_settings),
       list,
       h("div", { class: "list-foot" }, file,

@@ -3,9 +3,9 @@
 // place.dispatchEvent("shown") tells it each time that it is opened, and `page_NAME` (app/strings.py) is its title.
 import { TEXT, button, h, on, opened } from "/ui/floe.js";
 
-const PAGES = { settings: "/ui/preferences.js" };
+const PAGES = { models: "/ui/models.js", settings: "/ui/preferences.js" };
 
-export const page = () => Object.keys(PAGES).find((name) => location.hash === `#${name}`) || null;
+export const page = () => Object.keys(PAGES).find((name) => location.hash.split("/")[0] === `#${name}`) || null; // #models/get
 export const go = (name) => { location.hash = name; }; // the browser's Back leads to the conversation again
 
 export function pages() {
@@ -17,7 +17,7 @@ export function pages() {
     const name = page();
     document.body.classList.toggle("on-page", Boolean(name));
     for (const place of places) place.hidden = place.id !== `page-${name}`;
-    document.body.classList.toggle("show-left", document.body.classList.contains("show-left") && !name);
+    if (name) document.body.classList.remove("show-left", "show-right");
     const shown = places.find((place) => !place.hidden);
     if (!shown) return;
     const body = shown.lastChild;

@@ -1,6 +1,7 @@
 // The first page a person sees: what it should be good at, the three models that suit this computer, one click to
 // fetch one while the demonstration answers. Skippable, remembered by the program, and reachable again.
-import { TEXT, api, bytes, h, icon, notice, on, rate, say, state } from "/ui/floe.js";
+import { TEXT, api, bytes, h, icon, notice, on, opened, say, state } from "/ui/floe.js";
+import { card, practical, quiet, toFetch } from "/ui/models/card.js";
 
 const AIMS = ["fast", "best", "coding", "long"];
 const ICONS = { fast: "bolt", best: "star", coding: "code", long: "book" };
@@ -24,21 +25,18 @@ export function welcome(chat) {
 
   async function offer(aim) {
     place.replaceChildren(h("h2", { id: "welcome-title" }, TEXT[`aim_${aim}`]), h("span", { class: "spinner" }));
-    const { offers } = await api("GET", "/api/models");
-    const suiting = offers.filter((each) => each.verdict !== "no");
-    const best = [...suiting.filter((each) => each.good_for.includes(aim)),
-      ...suiting.filter((each) => !each.good_for.includes(aim))].slice(0, 3);
+    const { offers, fetch_rate: speed } = await api("GET", "/api/models");
+    const suiting = offers.filter(practical), fitting = suiting.filter((each) => each.good_for.includes(aim));
+    const best = [...fitting, ...suiting.filter((each) => !each.good_for.includes(aim))].slice(0, 3);
     place.replaceChildren(h("h2", { id: "welcome-title" }, TEXT[`aim_${aim}`]),
-      best.length ? h("ul", { class: "models fits" }, ...best.map(row)) : h("p", {}, TEXT.welcome_none),
+      ...(best.length && !fitting.length ? [h("p", {}, TEXT.welcome_least)] : []),
+      best.length ? h("ul", { class: "cards fits" }, ...best.map(row)) : h("p", {}, TEXT.welcome_none),
       foot(h("button", { type: "button", class: "quiet", onclick: ask }, TEXT.welcome_back)));
-  }
 
-  function row(model) {
-    return h("li", { "data-name": model.name }, h("div", { class: "model-head" }, h("strong", {}, model.title),
-      h("span", { class: `verdict ${model.verdict}` }, TEXT[`verdict_${model.verdict}`])), h("p", {}, model.about),
-      h("div", { class: "model-buttons" }, h("span", { class: "amount" }, [say("expected",
-        { n: rate(model.tokens_per_second) }), bytes(model.download_bytes), model.licence].join(" · ")),
-        h("button", { type: "button", class: "primary", onclick: () => begin(model) }, TEXT.fetch)));
+    function row(model) {
+      return card(model, { about: model.about, facts: [toFetch(model.download_bytes, speed), say("on_disk_size",
+        { size: bytes(model.disk_bytes) }), model.licence], buttons: [quiet(TEXT.fetch, () => begin(model), "primary")] });
+    }
   }
 
   async function begin(model) {
@@ -60,6 +58,7 @@ export function welcome(chat) {
   on("state", ({ now }) => show(wanted || (now.welcome && !over)));
   on("welcome", () => {
     wanted = true;
+    opened.id = opened.id; // it stands where the conversation does
     document.body.classList.remove("show-right");
     show(true);
   });

@@ -19,7 +19,7 @@ from engine.core import UserError
 from engine.disk import check_room
 from engine.files.manifest import INDEX, MANIFEST, SINGLE, Manifest
 from engine.library import catalogue
-from engine.library.hub import Hub, Listing, RemoteFile
+from engine.library.hub import Hub, Listing, RemoteFile, address
 from engine.library.installed import SOURCE, Source, claimed, place_of, unfinished
 from engine.library.transfer import CompressOptions, Wanted, arrived, begin, fetch_all, part_of
 from engine.paths import typed
@@ -30,12 +30,13 @@ OURS = (SOURCE, "floe.partial.json")        # in folders that we make: of no rep
 
 
 def wanted(text: str) -> Wanted:
-    """A catalogue name, title or Hub id. UserError for anything else."""
+    """A catalogue name, title, Hub id or address of the Hub. UserError for anything else."""
     entry = catalogue.find(text)
     if entry:
         return Wanted(entry.name, entry.repository, entry.revision, entry.ready, entry.gguf_repository, entry.gguf_file)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return Wanted(text.partition("/")[2], text)
+    found = address(text)
+    if found:
+        return Wanted(found[0].partition("/")[2], found[0], gguf_file=found[1])
     raise UserError(f"There is no model {text!r} to download: give a Hub id like owner/name, or a name of the "
                     f"catalogue: {catalogue.nearest(text)}.")
 
@@ -171,17 +172,25 @@ def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
     return _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + weights)
 
 
+def gguf_models(listing: Listing) -> dict[str, list[RemoteFile]]:
+    """The GGUF files of a repository by name without the ending, the parts of a split one together."""
+    models: dict[str, list[RemoteFile]] = {}
+    for file in listing.files:
+        if file.path.endswith(".gguf") and "mmproj" not in file.name:
+            part = part_of(file.path)
+            models.setdefault(part[0] if part else file.path.removesuffix(".gguf"), []).append(file)
+    return models
+
+
 def _gguf(hub: Hub, listing: Listing, name: str) -> Source:
     """The named file (with or without its folder) or the only one, with all its parts (`-00001-of-00003.gguf`)."""
-    offered = [file for file in listing.files if file.path.endswith(".gguf") and "mmproj" not in file.name]
-    models: dict[str, list[RemoteFile]] = {}
-    for file in offered:
-        part = part_of(file.path)
-        models.setdefault(part[0] if part else file.path.removesuffix(".gguf"), []).append(file)
+    models = gguf_models(listing)
     wanted = part_of(name)[0] if part_of(name) else name.removesuffix(".gguf")
     chosen = [model for model in models if wanted in ("", model, model.rpartition("/")[2])]
+    if not chosen:  # "Q4_K_M", as other programs write it
+        chosen = [model for model in models if model.lower().endswith(("-" + wanted.lower(), "." + wanted.lower()))]
     if len(chosen) != 1:
-        known = ", ".join(sorted(file.path for file in offered)) or "none"
+        known = ", ".join(sorted(file.path for files in models.values() for file in files)) or "none"
         raise UserError(f"{listing.repository} offers these GGUF files: {known}; "
                         + ("name one with --file." if not name or chosen else f"{name} is not among them."))
     files = sorted(models[chosen[0]], key=lambda file: file.path)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Event, Lock
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from engine.core import MachineError, Stopped, UserError
 from engine.disk import writing
@@ -36,6 +36,7 @@ BARE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 # The public Hub sends the bytes of large files from these domains, and so do its mirrors.
 PUBLIC_DOMAINS = ("huggingface.co", "hf.co")
 DELAYS = (1, 2, 4, 8, 16)
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Hub:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise UserError("The network is switched off (HF_HUB_OFFLINE is set): only models on this disk can be "
                             "used; unset it to download.")
-        return Hub((os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), token)
+        return Hub(endpoint(), token)
 
     @property
     def host(self) -> str:
@@ -128,6 +129,15 @@ class Hub:
         except HFValidationError as error:
             raise UserError(f"{repository!r} is not a Hub id; write it like owner/name.") from error
         return self._patiently(repository, stop or Event(), lambda: self._listed(repository, revision))
+
+    def asked(self, path: str, what: str, kind: type):
+        """The JSON at a path of the API, of that kind. what: its name in a sentence, should it fail."""
+        def ask():
+            found = next(self._documents(f"{self.endpoint}/api/{path}"))
+            if not isinstance(found, kind):
+                raise ValueError("not an answer to that")
+            return found
+        return self._patiently(what, Event(), ask)
 
     def _listed(self, repository: str, revision: str) -> Listing:
         place, files = f"{self.endpoint}/api/models/{repository}", []
@@ -354,6 +364,32 @@ class _Part(io.FileIO):
             found) < 20 else ""
         return MachineError(f"{self.file.name}{size} was changed at the Hub or is damaged: delete the unfinished "
                             "download and start again.")
+
+
+def endpoint() -> str:
+    """Of the Hub that HF_ENDPOINT names, else of the public one."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def address(text: str) -> tuple[str, str] | None:
+    """(repository, file or "") that a person's `owner/name`, or an address copied from a browser or another
+    program, means; None for other words. UserError for an address of the Hub that is no model's."""
+    words = re.sub(r"^(?:ollama (?:run|pull)|(?:hf|huggingface-cli) download)\s+", "", text.strip())
+    found = re.fullmatch(r"(?:https?://)?([^/\s]+)/([^\s?#]+?)/*(?:[?#]\S*)?", words)
+    hosts = {urlsplit(endpoint()).netloc, *PUBLIC_DOMAINS, *(f"www.{domain}" for domain in PUBLIC_DOMAINS)}
+    if not found or found[1].startswith((".", "~")):
+        return None
+    if found[1] not in hosts:
+        return (words, "") if REPOSITORY.fullmatch(words) else None
+    owner, _, rest = found[2].partition("/")
+    name, _, rest = rest.partition("/")
+    name, _, tag = name.partition(":")
+    if owner in ("datasets", "spaces", "collections", "papers", "docs", "blog") or not name:
+        raise UserError(f"{text.strip()[:100]} is not the address of a model; give one like "
+                        f"{endpoint()}/owner/name.")
+    kind, _, path = rest.partition("/")
+    file = path.partition("/")[2] if kind in ("blob", "resolve") else tag
+    return f"{owner}/{name}", unquote(file)
 
 
 def _origin(url: str) -> tuple:

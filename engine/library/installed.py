@@ -17,7 +17,7 @@ from engine.core import MachineError, UserError
 from engine.disk import only_one, read_json, size_of, write_text_atomically
 from engine.files.manifest import Manifest, is_compressed
 from engine.library.hub import RemoteFile
-from engine.paths import PARTIAL, inside, models_dir, models_dirs, unseen
+from engine.paths import PARTIAL, inside, models_dir, models_dirs, typed, unseen
 
 TRASH = ".floechat-trash-"      # a model that is removed is first renamed to this: one step, never half done
 SOURCE = "floe.source.json"
@@ -59,6 +59,7 @@ class Installed:
     """One model of the data folder. kind: compressed, checkpoint or unfinished; bytes: on disk; levels: measured.
 
     share: how much of an unfinished download is there, 0 to 1. source: repository, "" where it is not known.
+    linked: it lies elsewhere, and removing it takes it from the list alone.
     """
 
     name: str
@@ -68,6 +69,30 @@ class Installed:
     levels: tuple[str, ...] = ()
     share: float = 1.0
     source: str = ""
+
+    @property
+    def linked(self) -> bool:
+        return self.folder.is_symlink()
+
+
+def adopt_model(folder: str | Path, data: str | Path | None = None) -> str:
+    """Take a model that lies elsewhere on this computer into the list, under its folder's name; -> that name. Nothing
+    is copied. UserError where it is no model, or the system lets nobody make a link."""
+    there = typed(folder).absolute()
+    if not (there / "config.json").is_file():
+        inside_it = sorted(path.parent.name for path in there.glob("*/config.json"))
+        better = f"; add one of its folders: {', '.join(inside_it[:10])}" if inside_it else (
+            "; give a folder that has a config.json beside its weights, or a .gguf file")
+        raise UserError(f"There is no model in {there}{better}.")
+    dest = place_of(there.name, data)
+    if there.parent == dest.parent or os.path.exists(dest) or os.path.exists(unfinished(dest)):
+        raise UserError(f"A model named {there.name} is in the list already.")
+    try:
+        dest.symlink_to(there, target_is_directory=True)
+    except OSError as error:
+        raise UserError(f"This system lets nobody link to {there} ({error.strerror}); move the folder into "
+                        f"{dest.parent}, or choose {there.parent} as the folder for models.") from error
+    return there.name
 
 
 def models(data: str | Path | None = None) -> list[Installed]:

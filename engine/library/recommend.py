@@ -5,7 +5,7 @@ measured once `measured` has run on this machine; it alone loads torch.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.core import Machine, UserError
@@ -17,10 +17,14 @@ from engine.planning import explain
 from engine.planning.plan import Plan, PlanRequest
 from engine.planning.planner import plan
 
+PRACTICAL = 1.0  # tokens a second; what is slower answers nobody
+VERDICTS = ("fits", "slow", "impractical", "no")  # best to worst
+
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One model on this machine. verdict: fits, slow or no; text: the plan in words."""
+    """One model on this machine. verdict: one of VERDICTS; recommended: the one to begin with; text: the plan in words;
+    missing: what a machine lacks that cannot run it, in words, and what would help."""
 
     name: str
     title: str
@@ -34,6 +38,8 @@ class Recommendation:
     level: str
     tokens_per_second: float
     text: str
+    missing: str = ""
+    recommended: bool = False
 
 
 def this_machine(data: str | Path | None = None, device: str | None = None) -> tuple[Machine, detect.Hardware]:
@@ -49,32 +55,44 @@ def with_benchmarks(machine: Machine, data: str | Path | None = None) -> Machine
     return benchmark.with_rates(machine, data_dir(data) / "cache")
 
 
-def plan_for(known: catalogue.ModelInfo, machine: Machine, level: str | None = None,
-             context: int | None = None) -> Plan:
+def verdict_of(made: Plan) -> str:
+    """One of VERDICTS: of what runs, `impractical` is what writes less than a token a second."""
+    slow = made.verdict == "slow" and made.decode_tokens_per_second < PRACTICAL
+    return "impractical" if slow else made.verdict
+
+
+def plan_for(known: catalogue.ModelInfo, machine: Machine, level: str | None = None, context: int | None = None,
+             near_bytes: int | None = None) -> Plan:
     """The plan of one model at what a person chooses; None lets the plan decide. UserError where that cannot be.
 
-    A checkpoint on the disk runs as it is, at `full`.
+    A checkpoint on the disk runs as it is, at `full`. near_bytes: a ceiling for near memory.
     """
     if known.folder is not None and not known.compressed:
         level = "full"
-    wishes = PlanRequest(level=level, context=context, trunk_bits=known.trunk_bits, group_size=known.group_size,
-                    on_disk=known.folder is not None)
+    wishes = PlanRequest(level=level, context=context, near_bytes=near_bytes, trunk_bits=known.trunk_bits,
+                         group_size=known.group_size, on_disk=known.folder is not None)
     return plan(known.spec, machine, wishes, known.calibration)
 
 
 def recommendations(machine: Machine, wishes: PlanRequest | None = None) -> list[Recommendation]:
-    """The catalogue on this machine: what fits first, then by expected speed."""
-    rows = [_outlook(entry, machine, wishes) for entry in catalogue.entries().values()]
-    order = {"fits": 0, "slow": 1, "no": 2}
-    return sorted(rows, key=lambda row: (order[row.verdict], -row.tokens_per_second))
+    """The catalogue on this machine: what fits first, then by expected speed. One of them is recommended, unless none
+    is practical: the best known that fits, else the fastest."""
+    known = [_outlook(entry, machine, wishes) for entry in catalogue.entries().values()]
+    rows = sorted(known, key=lambda row: (VERDICTS.index(row.verdict), -row.tokens_per_second))
+    first = next((row for row in known if row.verdict == "fits"), rows[0] if rows else None)
+    good = first is not None and first.verdict in ("fits", "slow")
+    return [replace(row, recommended=good and row is first) for row in rows]
 
 
 def _outlook(entry: catalogue.Entry, machine: Machine, wishes: PlanRequest | None) -> Recommendation:
+    missing = ""
     try:
         made = plan(entry.spec, machine, wishes)
-        numbers = made.verdict, made.level, made.decode_tokens_per_second, explain.plan_text(made), made.disk_bytes
+        numbers = verdict_of(made), made.level, made.decode_tokens_per_second, explain.plan_text(made), made.disk_bytes
+        missing = explain.missing(made)
     except UserError as error:
         numbers = "no", "", 0.0, str(error), 0
+        missing = str(error)
     verdict, level, speed, text, disk_bytes = numbers
     return Recommendation(entry.name, entry.title, entry.about, entry.licence, entry.good_for, entry.repository,
-                   entry.original_bytes, disk_bytes, verdict, level, speed, text)
+                          entry.original_bytes, disk_bytes, verdict, level, speed, text, missing)

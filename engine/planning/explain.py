@@ -29,7 +29,7 @@ def plan_text(plan: Plan) -> str:
     lines = [_headline(plan), memory(plan)]
     if plan.verdict != "no":
         lines += [_near(plan), _time(plan)]
-    lines.append(f"What binds: {_BOUNDS[plan.bound]}.")
+    lines.append(f"What binds: {binds(plan)}.")
     if len(plan.levels) > 1 and plan.verdict != "no":
         others = ", ".join(f"{level} {rate(speed)}" for level, verdict, speed in plan.levels if verdict != "no")
         lines.append(f"Tokens/s by level: {others}.")
@@ -47,6 +47,18 @@ def _headline(plan: Plan) -> str:
     return (f"{head}, at level {plan.level} ({LEVEL_WORDS[plan.level]}) about {rate(plan.decode_tokens_per_second)} "
             f"tokens/s (wished: {rate(plan.wished_speed)}), "
             f"prompts at {rate(plan.prefill_tokens_per_second)} tokens/s.")
+
+
+def missing(plan: Plan) -> str:
+    """What a machine lacks that cannot run the plan; "" where it can."""
+    if plan.verdict != "no":
+        return ""
+    return f"Lacks {size(plan.missing_bytes)} of {_MEMORY[plan.bound]} at a context of {plan.context:,} tokens."
+
+
+def binds(plan: Plan) -> str:
+    """What the plan's speed, or its not fitting, comes from."""
+    return _BOUNDS[plan.bound]
 
 
 def memory(plan: Plan) -> str:

@@ -57,13 +57,31 @@ def newcomer(app, context):
     return page
 
 
-def models_tab(page) -> None:
-    page.get_by_role("tab", name="Models").click()
-    page.wait_for_selector("#offers li .verdict")
+def models_page(page, tab: str = "On this computer") -> None:
+    """The Models page at one of its tabs, drawn."""
+    if page.locator("#page-models").is_hidden():
+        page.get_by_role("link", name="Models").click()
+    page.wait_for_selector("#machine-line:not(:empty)")
+    page.get_by_role("tab", name=tab).click()
 
 
 def row(page, name: str):
+    """A model of this computer, shown."""
+    models_page(page)
     return page.locator(f"#disk li[data-name='{name}']")
+
+
+def work_row(page, name: str):
+    models_page(page, "In progress")
+    return page.locator(f"#model-works li[data-name='{name}']")
+
+
+def fetch(page, address: str) -> None:
+    """Download a repository that the catalogue does not have, by what a person pastes."""
+    models_page(page, "Get models")
+    page.fill("#hub-id", address)
+    page.press("#hub-id", "Enter")
+    page.locator("#hub-found").get_by_role("button", name="Download").click()
 
 
 def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_chats(hub, newcomer):
@@ -72,7 +90,7 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     expect(page.locator(".aim")).to_have_count(4)
     page.click(".aim[data-aim=coding]")
     offers = page.locator(".fits li")
-    expect(offers).to_have_text([re.compile(r"(fits|slow)[\s\S]*tokens/s here")] * 3)
+    expect(offers).to_have_text([re.compile(r"(Recommended|Fits|Slow)[\s\S]*tokens/s")] * 3)
     page.get_by_role("button", name="Back").click()
     page.click(".aim[data-aim=fast]")
     page.wait_for_selector(".fits li")
@@ -89,27 +107,26 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     browser.wait_ready(page)
     page.wait_for_selector(".message.user")
     expect(page.locator("#welcome")).to_be_hidden()  # remembered
-    models_tab(page)
+    models_page(page, "Get models")
     page.click("#find-model")
     page.wait_for_selector(".aim[data-aim=long]")
     page.click("#welcome-skip")
     page.wait_for_selector(".message.user")
 
 
-def test_a_model_is_downloaded_opened_and_deleted(page):
-    models_tab(page)
-    expect(page.locator("#offers li")).to_have_count(len(catalogue.entries()))
-    page.fill("#hub-id", "tester/Second-Floe")
-    page.locator(".hub-id button").first.click()
+def test_a_model_is_downloaded_opened_and_deleted(hub, page):
+    models_page(page, "Get models")
+    expect(page.locator("#offers > li")).to_have_count(len(catalogue.entries()))
+    fetch(page, f"{hub.endpoint}/tester/Second-Floe/tree/main")
     second = row(page, "Second-Floe")
-    second.get_by_role("button", name="Load", exact=True).click()
+    second.get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "Second-Floe")
     browser.wait_ready(page)
     expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()
     titles_by_the_model(page)
-    models_tab(page)
-    row(page, "demo").get_by_role("button", name="Load", exact=True).click()
+    row(page, "demo").get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "demo")
+    models_page(page)
     expect(page.locator("#disk-use")).to_have_text(re.compile(r"^[1-9][\d.]* MB used by models"))
     page.on("dialog", lambda dialog: dialog.accept())
     second.get_by_role("button", name="Delete").click()
@@ -144,11 +161,9 @@ def titles_by_the_model(page) -> None:
 
 
 def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
-    models_tab(page)
     hub.pause = 0.05
-    page.fill("#hub-id", "tester/Second-Floe")
-    page.locator(".hub-id button").first.click()
-    work = page.locator("#model-works li[data-name='Second-Floe']")
+    fetch(page, "tester/Second-Floe")
+    work = work_row(page, "Second-Floe")
     expect(work.locator("p")).to_contain_text(" of ")
     work.get_by_role("button", name="Pause").click()
     work.get_by_role("button", name="Resume").wait_for()
@@ -167,22 +182,23 @@ def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
 
 
 def test_level_and_context_change_the_plans_words_and_are_opened_with(page):
-    models_tab(page)
     demo = row(page, "demo")
-    demo.locator("summary").click()
+    demo.get_by_text("Details", exact=True).click()
     plan = demo.locator("pre.plan")
     expect(plan).to_contain_text("1,024 tokens")
     demo.locator("select").select_option("fast")
     expect(plan).to_contain_text("at level fast")
     demo.locator("input[type=range]").fill("0")
     expect(plan).to_contain_text("context of 512 tokens")
-    demo.locator("input[type=number]").fill("4096")
+    demo.get_by_label("Context (tokens)").first.fill("4096")
     expect(plan).to_contain_text("at most 1,024 tokens")
-    demo.locator("input[type=number]").fill("640")
+    demo.get_by_label("Context (tokens)").first.fill("640")
     expect(plan).to_contain_text("context of 640 tokens")
     expect(plan).to_have_attribute("data-verdict", re.compile("fits|slow"))
-    demo.locator(".choose").get_by_role("button", name="Load", exact=True).click()
+    demo.get_by_label("Near memory (MiB)").fill("8")
+    demo.locator(".load-options").get_by_role("button", name="Load", exact=True).click()
     until(page, lambda: (stats(page).get("level"), stats(page).get("context")) == ("fast", 640))
+    assert stats(page)["near_bytes"] <= 8 << 20
     browser.wait_ready(page)
     expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
     expect(page.locator("#context-meter")).to_contain_text("of 640 tokens")
@@ -197,10 +213,9 @@ def test_opening_a_model_shows_its_steps_and_the_time_left(page):
         if (clock) window.steps.add(clock.replace(/\\d+/, 'N'));
       }).observe(document.querySelector('.banner'), {childList: true, subtree: true, characterData: true});
     }""")
-    models_tab(page)
     for _ in range(5):  # a model this small may be open before the page has looked twice
-        row(page, "demo").locator("summary").click()
-        row(page, "demo").locator(".choose").get_by_role("button", name="Load", exact=True).click()
+        row(page, "demo").get_by_text("Details", exact=True).click()
+        row(page, "demo").locator(".load-options").get_by_role("button", name="Load", exact=True).click()
         until(page, lambda: state(page)["model"]["opened"] is not None)
         browser.wait_ready(page)
         seen = set(page.evaluate("[...window.steps]"))
@@ -211,15 +226,75 @@ def test_opening_a_model_shows_its_steps_and_the_time_left(page):
     assert seen & set(steps) and "about N s left" in seen, seen  # it was opened before: how long it takes is known
 
 
+def test_the_hub_is_searched_by_words_and_a_repository_is_checked_before_it_is_fetched(page):
+    models_page(page, "Get models")
+    page.fill("#hub-id", "second")
+    expect(page.locator("#offers > li")).to_have_count(0)  # the catalogue has none of that name
+    page.get_by_role("button", name="Search Hugging Face").click()
+    hit = page.locator("#hub-found > li")
+    expect(hit).to_contain_text("safetensors · 1,234 downloads a month · 7 likes".replace(" · ", ""))
+    hit.get_by_role("button", name="Check whether it fits").click()
+    expect(hit.locator(".verdict")).to_have_text(re.compile("Fits|Slow"))
+    hit.get_by_text("Details", exact=True).click()
+    expect(hit.get_by_role("img", name="Main memory")).to_be_visible()
+    page.fill("#hub-id", "https://huggingface.co/datasets/tester/pictures")
+    page.press("#hub-id", "Enter")
+    page.wait_for_selector(".notice:has-text('is not the address of a model')")
+    page.fill("#hub-id", "nothing of that name")
+    page.press("#hub-id", "Enter")
+    expect(hit).to_have_text("Nothing was found on Hugging Face.")
+
+
+def test_a_folder_elsewhere_is_added_by_its_path_and_taken_off_the_list_again(page, tmp_path):
+    shutil.copytree(demo_model(), tmp_path / "Elsewhere")
+    models_page(page, "Get models")
+    page.get_by_role("button", name="Add a folder or GGUF").click()
+    page.fill("#local-path", str(tmp_path))
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.wait_for_selector(".notice:has-text('add one of its folders: Elsewhere')")
+    page.fill("#local-path", str(tmp_path / "Elsewhere"))
+    page.get_by_role("button", name="Add", exact=True).click()
+    mine = row(page, "Elsewhere")
+    expect(mine).to_contain_text("in its own folder")
+    page.on("dialog", lambda dialog: dialog.accept())
+    mine.get_by_role("button", name="Remove from list").click()
+    mine.wait_for(state="detached")
+    assert (tmp_path / "Elsewhere" / "floe.json").is_file()
+
+
+def test_what_is_dropped_is_found_where_models_usually_are(app, page):
+    (app.data / "models" / "Dropped.gguf").write_bytes(b"GGUF")
+    models_page(page, "Get models")
+    drop = """([name, text]) => { const carried = new DataTransfer(); carried.items.add(new File([text], name));
+        const dropped = new DragEvent('drop', {dataTransfer: carried, bubbles: true});
+        document.querySelector('.get-models').dispatchEvent(dropped); }"""
+    page.evaluate(drop, ["Dropped.gguf", "GGUF"])
+    expect(page.locator("#local-path")).to_have_value(str(app.data / "models" / "Dropped.gguf"))
+    page.evaluate(drop, ["Dropped.gguf", "another of that name"])
+    page.wait_for_selector(".notice:has-text('type its path')")
+    expect(page.locator("#local-path")).to_have_value("Dropped.gguf")
+
+
+def test_each_tab_of_the_page_has_an_address(page):
+    page.evaluate("location.hash = '#models/get'")
+    expect(page.get_by_role("tab", name="Get models")).to_have_attribute("aria-selected", "true")
+    page.wait_for_selector("#offers > li")
+    page.keyboard.press("Tab")
+    page.get_by_role("tab", name="Get models").press("ArrowRight")
+    expect(page.locator("#models-progress")).to_contain_text("Nothing is in progress.")
+    assert page.evaluate("location.hash") == "#models/progress"
+    page.go_back()
+    expect(page.locator("#message")).to_be_visible()
+
+
 def test_the_folder_of_a_model_opens_in_the_file_manager(app, page):
-    models_tab(page)
     row(page, "demo").get_by_role("button", name="Open folder").click()
     until(page, (app.tools / "opened").exists)
     assert (app.tools / "opened").read_text() == str(demo_model())
 
 
 def test_new_models_are_kept_in_another_folder(page, tmp_path):
-    models_tab(page)
+    models_page(page)
     page.locator("summary", has_text="Model storage location").click()
     path = page.get_by_label("Folder on this computer")
     button = page.get_by_role("button", name="Store new models there")
@@ -227,9 +302,8 @@ def test_new_models_are_kept_in_another_folder(page, tmp_path):
     button.click()
     page.wait_for_selector(f".notice:has-text('New models are stored in {tmp_path}')")
     expect(page.locator("#disk-use")).to_contain_text(str(tmp_path))
-    page.fill("#hub-id", "tester/Second-Floe")
-    page.locator(".hub-id button").first.click()
-    row(page, "Second-Floe").get_by_role("button", name="Load", exact=True).wait_for()  # a part has none
+    fetch(page, "tester/Second-Floe")
+    row(page, "Second-Floe").get_by_role("button", name="Load", exact=True).first.wait_for()  # a part has none
     assert (tmp_path / "Second-Floe" / "floe.json").is_file()
     page.on("dialog", lambda dialog: dialog.accept())
     row(page, "Second-Floe").get_by_role("button", name="Delete").click()
@@ -241,11 +315,11 @@ def test_new_models_are_kept_in_another_folder(page, tmp_path):
 
 
 def test_the_aim_narrows_the_catalogue_to_three(page):
-    models_tab(page)
+    models_page(page, "Get models")
     page.get_by_label("What will you use it for?").select_option("coding")
     best = [name for name, entry in catalogue.entries().items() if "coding" in entry.good_for]
-    expect(page.locator("#offers li")).to_have_count(min(3, len(best)))
-    shown = page.eval_on_selector_all("#offers li", "all => all.map(row => row.dataset.name)")
+    expect(page.locator("#offers > li")).to_have_count(min(3, len(best)))
+    shown = page.eval_on_selector_all("#offers > li", "all => all.map(row => row.dataset.name)")
     assert set(shown) <= set(best) and shown
 
 
@@ -260,16 +334,17 @@ def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
     write(tmp_path / "Tiny-Boat.gguf", "qwen3_moe", model)
     like(tmp_path / "original", model)
     shutil.copy(demo_model() / "chat_template.jinja", tmp_path / "original")
-    models_tab(page)
-    page.fill("#gguf-path", str(tmp_path / "Tiny"))
-    expect(page.locator("#gguf-path-files option")).to_have_attribute("value", str(tmp_path / "Tiny-Boat.gguf"))
-    page.fill("#gguf-path", page.locator("#gguf-path-files option").get_attribute("value"))
+    models_page(page, "Get models")
+    page.get_by_role("button", name="Add a folder or GGUF").click()
+    page.fill("#local-path", str(tmp_path / "Tiny"))
+    expect(page.locator("#local-path-files option")).to_have_attribute("value", str(tmp_path / "Tiny-Boat.gguf"))
+    page.fill("#local-path", page.locator("#local-path-files option").get_attribute("value"))
     page.fill("#gguf-like", str(tmp_path / "original"))
-    page.click("#gguf-import")
+    page.get_by_role("button", name="Add", exact=True).click()
     made = row(page, "Tiny-Boat")
-    made.get_by_role("button", name="Load", exact=True).click()
+    made.get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "Tiny-Boat")
-    row(page, "demo").get_by_role("button", name="Load", exact=True).click()
+    row(page, "demo").get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "demo")
 
 
@@ -282,7 +357,6 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     text = tmp_path / "tales.txt"
     text.write_text("<|endoftext|>\n".join(f"The boat came back with {n} fish.\n" * 8 for n in range(9)))
     page.on("dialog", lambda dialog: dialog.accept())
-    models_tab(page)
     row(page, "Little").get_by_role("button", name="Compress").click()
     made = page.locator(".notice", has_text="Little-floe is ready at level exact")
     expect(made.get_by_role("button")).to_have_count(3)  # open, measure, hide
@@ -291,16 +365,16 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     browser.wait_ready(page)
     page.get_by_role("tab", name="Engine").click()
     expect(page.locator("#level")).to_contain_text("have not been measured yet")
-    models_tab(page)
     little = row(page, "Little-floe")
     little.locator("summary", has_text="Measure levels").click()
     little.get_by_role("button", name="Measure levels").click()  # on our own text
-    work = page.locator("#model-works li[data-name='Little-floe']")
+    work = work_row(page, "Little-floe")
     expect(work.locator("p")).to_contain_text("at most")
     work.get_by_role("button", name="Pause").click()
     expect(work).to_contain_text("measurements so far are kept")
     work.get_by_role("button", name="Cancel").click()
     work.wait_for(state="detached")
+    models_page(page)
     little.get_by_label("Text file to measure on").fill(str(tmp_path / "tales"))
     expect(little.locator("datalist option")).to_have_attribute("value", str(text))
     little.get_by_label("Text file to measure on").fill(str(text))
@@ -321,7 +395,8 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     for wish in ("Thinking", "Effort"):
         expect(page.get_by_label(wish, exact=True)).to_be_visible()
     page.click("#model-chip")  # what is open, and the way to the models
-    row(page, "demo").get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector("#disk li")
+    row(page, "demo").get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "demo")
     expect(page.locator("#model-chip")).to_contain_text("Demo")
     page.get_by_role("tab", name="This chat").click()

@@ -31,13 +31,18 @@ def test_nobody_is_shut_out(page):
     page.locator(".message.user").hover()
     for dark in (False, True):
         page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
-        for tab, there in (("This chat", "#reset"), ("Engine", "#heat path"), ("Models", "#offers li .verdict")):
+        for tab, there in (("This chat", "#reset"), ("Engine", "#heat path")):
             page.get_by_role("tab", name=tab).click()
             page.wait_for_selector(there)
-            if tab == "Models":
-                page.locator("#disk summary").first.click()
-                expect(page.locator("#disk pre.plan").first).not_to_be_empty()
             assert violations(page) == [], (dark, tab)
+        for address, first in (("models", "#disk"), ("models/get", "#offers"), ("models/progress", "#model-works")):
+            page.evaluate(f"location.hash = '{address}'")
+            page.locator(f"{first} > li").first.wait_for()
+            for summary in page.locator(f"{first} > li:first-child .card-details:not([open]) > summary").all():
+                summary.click()
+                page.wait_for_selector(f"{first} .picture table")
+            assert violations(page) == [], (dark, address)
+        page.evaluate("location.hash = 'models/get'")
         page.click("#find-model")
         page.wait_for_selector(".aim")
         assert violations(page) == [], (dark, "first run")
@@ -72,9 +77,13 @@ def test_a_phone_is_wide_enough(page):
     page.wait_for_selector(".hero")
     page.get_by_role("button", name="Show or hide engine and settings").click()
     page.locator("#speed-now").wait_for()
-    for tab, there in (("This chat", "#reset"), ("Models", "#offers li .verdict")):
-        page.get_by_role("tab", name=tab).click()
-        inside(page, page.locator(there).first)
+    page.get_by_role("tab", name="This chat").click()
+    inside(page, page.locator("#reset"))
+    page.evaluate("location.hash = 'models/get'")
+    page.locator("#offers .card-details > summary").first.click()
+    page.wait_for_selector("#offers .picture table")
+    for part in ("#offers > li", "#offers .picture", "#offers .load-options"):
+        inside(page, page.locator(part).first)
     page.click("#find-model")
     page.wait_for_selector(".aim")
     for aim in page.locator(".aim").all():

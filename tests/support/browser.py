@@ -189,7 +189,7 @@ def expect(thing):
 
 
 def wait_ready(page) -> None:
-    page.wait_for_selector("#message")
+    page.wait_for_selector("#message", state="attached")  # a page may lie over it
     until(page, lambda: ready(stats(page)))
     page.wait_for_selector(".banner:empty", state="attached")
     page.wait_for_selector("#near input[type=number]:enabled", state="attached")  # Gradio's controls have answered too

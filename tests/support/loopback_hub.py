@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.support import waiting
 
@@ -144,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("cdn/"):
             sha, _, name = path.removeprefix("cdn/").partition("/")
             self._bytes(name, hub.lfs.get(sha))
+        elif path == "api/models":
+            self._search(parse_qs(urlsplit(self.path).query))
         elif path.startswith("api/models/"):
             self._api(path.removeprefix("api/models/").split("/"))
         elif "/resolve/" in path:
@@ -168,6 +170,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, code="RevisionNotFound")
         else:
             return repository.at(revision)
+
+    def _search(self, asked: dict[str, list[str]]) -> None:
+        """As the Hub does it: names that have the words, with the formats among the tags."""
+        words, most = asked["search"][0].lower(), int(asked["limit"][0])
+        found = [name for name in self.loopback.repositories if words in name.lower()][:most]
+        files = {name: self.loopback.repositories[name].at("main")[1] for name in found}
+        self.document([{"_id": "1", "id": name, "modelId": name, "likes": 7, "downloads": 1234, "private": False,
+                        "tags": ["en", *(ending for ending in ("safetensors", "gguf")
+                                         if any(path.endswith(ending) for path in files[name]))]} for name in found])
 
     def _api(self, parts: list[str]) -> None:
         name, kind, revision = "/".join(parts[:2]), (parts + ["info"])[2], (parts + ["info", "main"])[3]

@@ -33,8 +33,8 @@ def shelf(tmp_path):
     """A shelf whose open model is noted, not opened."""
     opened = SimpleNamespace(folder=demo_model(), state="ready", options=Options(device="cpu"), asked=None)
 
-    def open_it(folder, level, context):
-        opened.folder, opened.asked = folder, (level, context)
+    def open_it(folder, level, context, near_bytes):
+        opened.folder, opened.asked, opened.near_bytes = folder, (level, context), near_bytes
     opened.open = open_it
     shelf = Shelf(opened, Surroundings(tmp_path, "cpu"))
     yield shelf
@@ -171,9 +171,9 @@ def test_what_cannot_be_fetched_is_said(loopback, shelf):
 
 def test_every_model_of_the_catalogue_has_a_verdict_for_this_machine(shelf):
     offers = shelf.shown()["offers"]
-    assert offers and {offer["verdict"] for offer in offers} <= {"fits", "slow", "no"}
+    assert offers and {offer["verdict"] for offer in offers} <= {"fits", "slow", "impractical", "no"}
     assert all(offer["text"] and offer["download_bytes"] > 1e9 for offer in offers)
-    order = ["fits", "slow", "no"]
+    order = ["fits", "slow", "impractical", "no"]
     assert [order.index(offer["verdict"]) for offer in offers] == sorted(order.index(o["verdict"]) for o in offers)
 
 
@@ -201,12 +201,19 @@ def test_a_model_is_opened_at_the_chosen_level_and_context(shelf):
     assert shelf._opened.asked[1] is None  # nothing was closed for it
 
 
+def test_near_memory_is_a_choice_of_loading(shelf):
+    free = shelf.plan("demo", "fast")
+    assert shelf.plan("demo", "fast", None, free["near_bytes"] // 2)["near_bytes"] <= free["near_bytes"] // 2
+    shelf.open("demo", "fast", None, 5 << 20)
+    assert shelf._opened.near_bytes == 5 << 20
+
+
 def test_the_folder_is_shown_by_the_computers_file_manager(shelf, tmp_path, monkeypatch):
     manager, seen = tmp_path / "bin" / "xdg-open", tmp_path / "seen"
     manager.parent.mkdir()
     manager.write_text(f'#!/bin/sh\nprintf %s "$1" > {seen}.part && mv {seen}.part {seen}\n')
     manager.chmod(0o755)
-    monkeypatch.setattr("app.library.model_library.sys.platform", "linux")
+    monkeypatch.setattr("app.library.folders.sys.platform", "linux")
     monkeypatch.setenv("PATH", f"{manager.parent}{os.pathsep}{os.environ['PATH']}")
     assert shelf.show_folder("demo") == str(demo_model())
     until(seen.exists)

@@ -53,6 +53,12 @@ DEFAULT_SAYS = {
         "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "num_experts_per_tok": None, "first_k_dense_replace": 0,
         "max_position_embeddings": 2048},
+    "ornith-1.5-35b-a3b": {"max_position_embeddings": 32768, "full_attention_interval": None},
+    "qwen3-coder-30b-a3b": {"num_hidden_layers": 24, "max_position_embeddings": 32768, "head_dim": None,
+                            "norm_topk_prob": False, "intermediate_size": 6144},
+    "laguna-xs.2": {"num_attention_heads_per_layer": 40 * [48], "layer_types": 40 * ["full_attention"]},
+    "mellum2-12b-a2.5b": {"layer_types": 28 * ["full_attention"]},
+    "zaya1-8b": {},
 }
 # Architectures whose caches and weights are held against a model that runs.
 SMALL = ["mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "gpt_oss", "deepseek_v2",
@@ -231,7 +237,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, manifest):
 def test_entries_are_complete():
     for entry in catalogue.entries().values():
         assert entry.ready == "" and entry.source == "original"
-        assert entry.gguf_repository and entry.gguf_file.endswith(".gguf")
+        assert bool(entry.gguf_repository) == entry.gguf_file.endswith(".gguf")
         assert entry.sampling.temperature is not None
         assert entry.spec.context >= 4096
     sizes = {name: entry.original_bytes / 1e9 for name, entry in catalogue.entries().items()}
@@ -268,7 +274,7 @@ def test_look_up_reads_a_folder(tmp_path):
 
 
 def test_look_up_explains_what_is_nothing(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="There is no model 'nothing'.*: qwen3.6-35b-a3b, .*, deepseek-v2-lite.$"):
+    with pytest.raises(UserError, match="There is no model 'nothing'.*: qwen3.6-35b-a3b, .*, zaya1-8b.$"):
         catalogue.look_up("nothing", tmp_path)
     for typed, offered in (("gpt-oss", "gpt-oss-20b, gpt-oss-120b"), ("Mixtral-8x7", "mixtral-8x7b"),
                            ("gwen3.6-35b-a3", "qwen3.6-35b-a3b")):
