@@ -28,6 +28,9 @@ from app.http.request_guard import Guard
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
 from app.library.open_model import Models
+from app.openai_api import routes as programs
+from app.openai_api.keys import STORED, Keys
+from app.openai_api.served import Served
 from app.panel import Panel
 from engine import Options, UserError, demo_model
 
@@ -47,6 +50,7 @@ class Parts:
     panel: Panel
     stream: Stream
     around: Surroundings
+    keys: Keys
 
     @staticmethod
     def make(data: Path, model: Path | None, options: Options, plan_level: bool = False) -> Parts:
@@ -59,10 +63,11 @@ class Parts:
         jobs = Jobs(chats, models)
         shelf = Shelf(models, around, keep=partial(chats.set_preference, "works"),
                       unfinished=chats.preference("works", []))
+        keys = Keys(lambda: chats.preference(STORED, []), partial(chats.set_preference, STORED))
         panel = Panel(models)
         stream = Stream(panel, lambda: jobs.live, lambda: api.state(chats, jobs, models, shelf))
         models.on_change = jobs.on_change = shelf.works.on_change = stream.changed
-        return Parts(chats, drafts, models, jobs, shelf, panel, stream, around)
+        return Parts(chats, drafts, models, jobs, shelf, panel, stream, around, keys)
 
     def close(self) -> None:
         self.shelf.close()
@@ -109,7 +114,8 @@ def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
     gr.mount_gradio_app(app, build_page(parts), path="/", server_name="127.0.0.1", server_port=port, ssr_mode=False,
                         run_history=False, enable_monitoring=False, footer_links=[], show_error=False,
                         max_file_size="16mb", theme=theme(), head=HEAD, pwa=False)
-    return Guard(app, port, entered)
+    asked_by_programs = programs.build(Served(parts.models, parts.shelf), parts.jobs.line, parts.keys)
+    return Guard(app, port, entered, asked_by_programs)
 
 
 class _Server(uvicorn.Server):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from app.chat.chat_settings import ChatSettings
 from app.chat.chats import Chats, Message
 from app.chat.context_window import fit, to_prompt
+from app.chat.line import Line
 from app.chat.titles import Titles
 from app.library.open_model import Models
 from app.remote.server import Servers
@@ -26,6 +27,7 @@ from engine import Counters, Event, MachineError, Sampling, Stopped, UserError
 
 CHECKPOINT_SECONDS = 0.8
 PAUSE_SECONDS = 1.0
+SOON_SECONDS = 20.0  # a person waits for an answer no longer than a program that came so much earlier
 AGAIN_TEMPERATURE = 0.7  # of one more version where the model itself recommends none: the same words are no version
 _log = logging.getLogger(__name__)
 _DONE = {"stop": "done", "length": "length", "stopped": "stopped", "error": "error"}
@@ -56,6 +58,7 @@ class Jobs:
         self._models = models
         self._servers = Servers(chats)
         self._titles = Titles(chats, models)
+        self.line = Line(self._titles.stop)
         self.on_change = on_change
         self._wake = threading.Condition()
         self._asked: list[Message] = []  # answers to write: fresh ones, or one to continue
@@ -124,7 +127,7 @@ class Jobs:
             live.stop.set()
 
     def _idle(self) -> bool:
-        return not self._closed and not self._asked and not self.chats.waiting()
+        return not self._closed and not self._asked and not self.chats.waiting() and not len(self.line)
 
     def _busy(self) -> bool:
         return self.live is not None or bool(self._asked)
@@ -209,20 +212,24 @@ class Jobs:
         messages = to_prompt(self._given(answer), wishes.system, wishes.keep_thinking)
         ask = self._elsewhere if wishes.remote else self._here
         meter = _Meter(live)
-        for event in ask(answer, live, wishes, messages):
-            phase = live.phase
-            meter.take(event)
-            if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
-                self.on_change()
-            if event.kind == "end":
-                return _ended(live, event)
+        with closing(ask(answer, live, wishes, messages)) as events:
+            for event in events:
+                phase = live.phase
+                meter.take(event)
+                if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
+                    self.on_change()
+                if event.kind == "end":
+                    return _ended(live, event)
         return "stopped" if live.stop.is_set() else "error"
 
     def _here(self, answer: Message, live: Live, wishes: ChatSettings, messages: list[dict]) -> Iterator[Event]:
-        """The engine's events; none where a stop came before the model was open."""
-        engine = self._models.wait(live.stop)
-        if engine is None:
-            return
+        """The engine's events, once it is this answer's turn; none where a stop came before the model was open."""
+        with self.line.turn(time.monotonic() + SOON_SECONDS, live.stop.is_set, patient=True):
+            if engine := self._models.wait(live.stop):
+                yield from self._asked_of(engine, answer, live, wishes, messages)
+
+    def _asked_of(self, engine, answer: Message, live: Live, wishes: ChatSettings,
+                  messages: list[dict]) -> Iterator[Event]:
         live.phase = "prefill"
         live.revision += 1
         info, sampling = engine.info, wishes.sampling()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from html import escape
 from urllib.parse import parse_qs, unquote
 
+from app.openai_api.door import is_for_programs
 from app.strings import TEXT
 
 KEY_HEADER = "x-floe-key"
@@ -53,8 +54,9 @@ _KEY_SCRIPT = b'<head><script src="/ui/key.js"></script>'
 class Guard:
     """Wraps an ASGI application that listens on `port` of the loopback address; `entered` is told each next link."""
 
-    def __init__(self, app, port: int, entered: Callable[[str], None]):
-        self._app, self._entered = app, entered
+    def __init__(self, app, port: int, entered: Callable[[str], None], programs=None):
+        """programs: the application that programs with a key may ask, which lets in by itself (app/openai_api)."""
+        self._app, self._entered, self._programs = app, entered, programs
         self._address = f"http://127.0.0.1:{port}"
         self._start, self._pass, self._key = (secrets.token_urlsafe(32) for _ in range(3))
         self._cookie = f"floechat_{port}"  # cookies know no port: two copies of the program must not share one
@@ -74,6 +76,8 @@ class Guard:
             return None  # no WebSocket is offered: the server closes the connection
         headers, token = _headers(scope), _start_token(scope)
         foreign = self._foreign(headers)
+        if self._programs and not foreign and is_for_programs(scope["path"]):
+            return await self._programs(scope, receive, _with_headers(send))
         if token and not foreign and _same(token, self._start):
             return await self._enter(send)
         refusal = foreign or self._refusal(scope, headers)

@@ -86,6 +86,15 @@ class Shelf:
         made = plan_for(known, self._around.look()[0], level, context, near_bytes)
         self._opened.open(known.folder, made.level, context, near_bytes)
 
+    def names(self) -> list[str]:
+        """Of the models on the disk that can be opened."""
+        return [DEMO, *(model.name for model in models(self._data) if model.kind != "unfinished")]
+
+    def opened(self) -> str:
+        """The name of the open model, or of the one that is being opened."""
+        folder = self._opened.folder
+        return next((name for name in self.names() if self._folder(name) == folder), folder.name)
+
     def plan(self, name: str, level: str | None = None, context: int | None = None,
              near_bytes: int | None = None) -> dict:
         """How a model of the disk, of the catalogue or of a repository that was looked at would run: see `planned`."""

@@ -5,6 +5,7 @@ holder of an Engine in the app; everybody else asks here.
 """
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -55,14 +56,15 @@ class Models:
             self._opener = threading.Thread(target=self._open, name="open-model", daemon=True)
         self._opener.start()
 
-    def wait(self, stop: threading.Event):
-        """The model, once it is ready; None if `stop` was set first. UserError if it could not be opened."""
+    def wait(self, stop: threading.Event, deadline: float = math.inf):
+        """The model, once it is ready; None if `stop` was set first, or the deadline (of time.monotonic()) passed.
+        UserError if it could not be opened."""
         with self._changed:
-            while self.state == "loading" and not stop.is_set():
+            while self.state == "loading" and not stop.is_set() and time.monotonic() < deadline:
                 self._changed.wait(0.1)
             if self.state == "failed":
                 raise UserError(self.step)
-            return None if stop.is_set() else self.engine
+            return None if stop.is_set() or self.state == "loading" else self.engine
 
     def used(self, messages: list[dict], wishes: dict) -> int | None:
         """Tokens of a conversation; None where that cannot be known: no model yet, a template that refuses or loops."""

@@ -23,10 +23,10 @@ A_CHUNK = 4.0                        # seconds before tokens are read: Stop is p
 _tokens, _feed = HostDecoder.tokens, DynamicPrefix.feed
 
 
-def _endless(decoder: HostDecoder, ids, sampling, recommended, ends, limit) -> Iterator[Drawn]:
+def _endless(decoder: HostDecoder, ids, sampling, recommended, ends, limit, around) -> Iterator[Drawn]:
     """The decoder's tokens; where it would end, its last one again and again."""
     wanted, last = Path(os.environ[ENDLESS]), None
-    for drawn in _tokens(decoder, ids, sampling, recommended, ends, limit):
+    for drawn in _tokens(decoder, ids, sampling, recommended, ends, limit, around):
         while last and drawn.token in ends and wanted.exists():
             time.sleep(BEHIND_THE_END)
             yield replace(last, ended=False)

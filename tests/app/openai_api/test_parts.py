@@ -1,0 +1,140 @@
+"""Line, keys, orders and errors of the interface for programs, each alone."""
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from app.chat.line import Late, Line
+from app.openai_api import errors
+from app.openai_api.bodies import ChatBody
+from app.openai_api.keys import MOST_KEYS, Key, Keys
+from app.openai_api.orders import of_chat
+from engine import MachineError, Stopped, UserError, checked_schema
+from tests.support.waiting import until
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def never() -> bool:
+    return False
+
+
+def test_the_nearest_deadline_comes_next_and_nobody_together():
+    line, order, inside = Line(), [], []
+
+    def come(name: str, seconds: float) -> None:
+        with line.turn(time.monotonic() + seconds, never):
+            inside.append(name)
+            assert len(inside) == 1
+            order.append(inside.pop())
+
+    with line.turn(time.monotonic() + 100, never):
+        threads = []
+        for name, seconds in (("late", 900), ("soon", 300), ("middle", 600)):
+            threads.append(threading.Thread(target=come, args=(name, seconds)))
+            threads[-1].start()
+            until(lambda: len(line) == len(threads))
+    for thread in threads:
+        thread.join()
+    assert order == ["soon", "middle", "late"] and len(line) == 0
+
+
+def test_who_is_late_or_stopped_leaves_the_line_and_who_is_patient_stays():
+    line, came = Line(), []
+    with line.turn(time.monotonic() + 100, never):
+        with pytest.raises(Late), line.turn(time.monotonic() - 1, never):
+            raise AssertionError
+        with pytest.raises(Stopped), line.turn(time.monotonic() + 100, lambda: True):
+            raise AssertionError
+
+        def wait() -> None:
+            with line.turn(time.monotonic() - 1, never, patient=True):
+                came.append(1)
+        patient = threading.Thread(target=wait)
+        patient.start()
+        until(lambda: len(line) == 1)
+        assert not came
+    patient.join()
+    assert came and len(line) == 0
+    with pytest.raises(ZeroDivisionError), line.turn(time.monotonic() + 100, never):
+        raise ZeroDivisionError
+    with line.turn(time.monotonic() + 100, never):  # what fails inside gives the engine back
+        pass
+
+
+def test_keys_open_until_they_are_revoked_and_survive_a_start():
+    stored, revoked = [], []
+    keys = Keys(lambda: stored, lambda documents: stored.__setitem__(slice(None), documents))
+    keys.on_revoked = revoked.append
+    secret, second = keys.make(" my   editor "), keys.make("script")
+    assert keys.of(secret).name == "my editor" and keys.of(second).name == "script"
+    assert not any(secret in str(document) for document in stored) and "hashed" not in str(keys.listed())
+    again = Keys(lambda: stored, lambda documents: None)
+    assert again.of(secret) == keys.of(secret) != keys.of(second)
+    for wrong in ("", "floe-", secret[:-1], secret + "x", "\ud800", keys.of(secret).hashed):
+        assert keys.of(wrong) is None
+    key = keys.of(secret)
+    keys.revoke(key.id)
+    assert keys.of(secret) is None and keys.of(second) and revoked == [key.id]
+
+
+def test_names_of_keys_are_checked_and_stored_rubbish_opens_nothing():
+    keys = Keys(lambda: [], lambda documents: None)
+    keys.make("a")
+    for name in ("a", " a ", "", "\n"):
+        with pytest.raises(UserError):
+            keys.make(name)
+    for i in range(MOST_KEYS - 1):
+        keys.make(str(i))
+    with pytest.raises(UserError, match=str(MOST_KEYS)):
+        keys.make("one more")
+    for rubbish in (None, 7, {}, [None], [{"id": 1}], [{"id": "a", "name": "b", "hashed": 3, "made_at": 0}],
+                    [vars(Key("a", "b", "\xe9", 0.0))]):
+        assert Keys(lambda rubbish=rubbish: rubbish, lambda documents: None).of("x") is None
+
+
+@pytest.mark.parametrize("said, told", [
+    ("/home/user/models/a is gone.", "a is gone."), ("C:\\Users\\me\\x.gguf cannot be read", "x.gguf cannot be read"),
+    ("see '~/data/chats.db' there", "see 'chats.db' there"), ("1/2 of it, and/or more", "1/2 of it, and/or more"),
+    ("cpu 3.5 tok/s", "cpu 3.5 tok/s")])
+def test_no_path_of_this_computer_leaves_it(said, told):
+    assert errors.without_paths(said) == told
+    assert errors.of(UserError(said)).body()["error"]["message"] == told
+
+
+def test_what_fails_is_told_as_what_it_is(caplog):
+    kinds = {UserError("a."): 400, MachineError("b."): 503, ZeroDivisionError("/secret/place"): 500}
+    for error, status in kinds.items():
+        refused = errors.of(error)
+        assert refused.status == status and "secret" not in str(refused.body())
+    assert "secret" in caplog.text  # it is in the log
+
+
+def test_forced_calls_keep_each_tool_to_its_own_schema():
+    """Two tools that use one name for different things."""
+    def tool(name: str, values: list[str]) -> dict:
+        return {"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "properties": {"x": {"$ref": "#/$defs/X"}}, "$defs": {"X": {"enum": values}}}}}
+    order = of_chat(ChatBody.model_validate({
+        "model": "m", "messages": HI, "tools": [tool("a", ["1"]), tool("b", ["2"])], "tool_choice": "required"}), "me")
+    schema = json.loads(order.request.schema)
+    assert schema["$defs"] == {"0.X": {"enum": ["1"]}, "1.X": {"enum": ["2"]}}
+    assert checked_schema(schema) and order.forced and order.request.owner == "me"
+    named = of_chat(ChatBody.model_validate({
+        "model": "m", "messages": HI, "tools": [tool("a", ["1"]), tool("b", ["2"])],
+        "tool_choice": {"type": "function", "function": {"name": "b"}}}), "me")
+    assert [offered["function"]["name"] for offered in named.wishes["tools"]] == ["b"]
+    none = of_chat(ChatBody.model_validate({"model": "m", "messages": HI, "tools": [tool("a", ["1"])],
+                                            "tool_choice": "none"}), "me")
+    assert "tools" not in none.wishes and not none.request.schema
+
+
+def test_settings_reach_the_engine():
+    order = of_chat(ChatBody.model_validate({
+        "model": "m", "messages": HI, "temperature": 1, "seed": -1, "stop": "x", "max_tokens": 5,
+        "max_completion_tokens": 7, "reasoning_effort": "none", "chat_template_kwargs": {"a": 1}}), "me")
+    assert order.sampling.max_tokens == 7 and order.sampling.stop == ("x",) and order.sampling.seed == 2**63 - 1
+    assert order.wishes == {"enable_thinking": False, "reasoning_effort": "none", "a": 1}
