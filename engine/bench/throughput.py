@@ -33,6 +33,7 @@ from engine.experts.device import DeviceRuntime
 from engine.files.manifest import EXPERTS
 from engine.machine import benchmark
 from engine.model.load import Loaded
+from engine.model.packed import plain
 from engine.model.registration import FloeExperts
 from engine.planning.sizes import planned_chunk
 
@@ -256,7 +257,8 @@ def uncompressed(loaded: Loaded) -> nn.Module:
                         "choose a smaller model.")
     config = type(ours.config).from_dict({k: v for k, v in ours.config.to_dict().items() if k != "quantization_config"})
     model = AutoModelForCausalLM.from_config(config, dtype=ours.dtype)
-    model.load_state_dict(ours.state_dict(), strict=False)
+    trunk = {name: plain(value) for name, value in ours.state_dict(keep_vars=True).items()}
+    model.load_state_dict(trunk, strict=False)
     for path, module in ours.named_modules():
         if isinstance(module, FloeExperts):
             _fill(model.get_submodule(path), module, far)
@@ -279,33 +281,36 @@ def _fill(target: nn.Module, source: FloeExperts, far) -> None:
 @torch.inference_mode()
 def compare(loaded: Loaded, source: Loaded | None = None, report: Report = lambda text: None, rounds: int = ROUNDS,
             sizes: Sizes | None = None) -> list[dict]:
-    """Ours ("floe", best level, everything near) and each of transformers' own: medians of `rounds` interleaved runs.
+    """Ours ("floe", everything near) at the best level and at the one that is set, and each of transformers' own:
+    medians of `rounds` interleaved runs. Every row names its level, "uncompressed" for theirs.
 
     source: the checkpoint whose weights transformers runs; without one they are those that far memory decodes to.
     """
     runtime = loaded.runtime
-    level = runtime.levels[0]
-    runtime.set_level(level, loaded.planner.near_bytes(level))
+    levels = dict.fromkeys((runtime.levels[0], runtime.level))
+    runtime.set_level(runtime.levels[0], loaded.planner.near_bytes(runtime.levels[0]))
     sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
     prompt = torch.randint(loaded.model.config.vocab_size, (sizes.prefill,),
                            generator=torch.Generator().manual_seed(0)).tolist()
     theirs = uncompressed(source or loaded)
-    decoders = {name: HostDecoder(theirs) for name in _implementations(theirs, prompt, report)}
-    decoders = {"floe": decoder_for(loaded.model, runtime, context_for(loaded, sizes))} | decoders
-    runs: dict[str, list[Run]] = {name: [] for name in decoders}
+    ours, own = decoder_for(loaded.model, runtime, context_for(loaded, sizes)), HostDecoder(theirs)
+    runs: dict[tuple[str, str], list[Run]] = {("floe", level): [] for level in levels}
+    runs |= {(name, "uncompressed"): [] for name in _implementations(theirs, prompt, report)}
     for i in range(rounds + 1):  # the first warms up and does not count
         report(f"comparison: round {i} of {rounds}" if i else "comparison: warming up")
-        for name, decoder in decoders.items():
-            if name != "floe":
+        for name, level in runs:
+            if name == "floe":
+                runtime.set_level(level, loaded.planner.near_bytes(level))
+            else:
                 theirs.set_experts_implementation(name)
             runtime.phase = "auto"
-            run = _greedy(decoder, prompt, sizes.decode)
+            run = _greedy(ours if name == "floe" else own, prompt, sizes.decode)
             if i:
-                runs[name].append(run)
-    return [{"implementation": name,
+                runs[name, level].append(run)
+    return [{"implementation": name, "level": level,
              "prefill_tokens_per_second": sizes.prefill / median(run.prefill for run in found),
              "decode_tokens_per_second": sizes.decode / median(run.decode for run in found)}
-            for name, found in runs.items()]
+            for (name, level), found in runs.items()]
 
 
 def _implementations(model: nn.Module, prompt: list[int], report: Report) -> list[str]:

@@ -50,7 +50,7 @@ class Packed(Tensor):
         kwargs = kwargs or {}
         if function in _COPIES:
             return _copied(function, args[0], kwargs)
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        args, kwargs = tree_map(plain, (args, kwargs))
         return function(*args, **kwargs)
 
     def __repr__(self, **_) -> str:
@@ -66,7 +66,8 @@ def stored_bytes(parameter: Tensor) -> int:
     return parameter.packed_bytes if isinstance(parameter, Packed) else parameter.nbytes
 
 
-def _plain(value):
+def plain(value):
+    """A packed tensor decoded to what it passes for; anything else as it is."""
     return decode(value.codes, value.scales).to(value.dtype) if isinstance(value, Packed) else value
 
 

@@ -190,7 +190,8 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor | N
     place, blocks = place.int().contiguous(), blocks16(x, layout.group)
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     partial, out = torch.empty(len(pieces), layout.padded), torch.zeros(tokens, routed, layout.padded)
-    run(_add_neurons, RECORD, len(pieces), **{name: getattr(layout, name) for name in SIZES},
+    n_bytes = len(pieces) * min(PIECE, layout.neurons) * (layout.sketch_row + layout.record)
+    run(_add_neurons, RECORD, len(pieces), n_bytes, **{name: getattr(layout, name) for name in SIZES},
         pieces=pieces.ctypes.data, n_ranks=0 if neurons is None else neurons.shape[1], routed=routed,
         per_expert=layout.neurons, slots=address(place), n_slots=place.numel(), blobs=address(sketches),
         stride=sketches.stride(0), neurons=address(neurons), fidelity=address(fidelity),

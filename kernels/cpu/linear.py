@@ -130,8 +130,8 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None)
     values = x.detach().float().contiguous().numpy()
     _lay_out(values, eight_bits, blocks, blocks.view(np.float32), blocks.view(np.int32))
     out = torch.empty(tokens, len(codes))
-    run(_linear, RECORD, -(-len(codes) // ROWS), tokens=tokens, rows=len(codes), columns=n, eight_bits=eight_bits,
-        codes=address(codes), code_bytes=codes.stride(0), scales=address(scales),
+    run(_linear, RECORD, -(-len(codes) // ROWS), codes.nbytes, tokens=tokens, rows=len(codes), columns=n,
+        eight_bits=eight_bits, codes=address(codes), code_bytes=codes.stride(0), scales=address(scales),
         scale_bytes=scales[0].numel() * 2 if len(scales) else 0, x=blocks.ctypes.data, x_bytes=blocks[0].nbytes,
         out=address(out))
     return (out if bias is None else out + bias.detach().float()).to(x.dtype)

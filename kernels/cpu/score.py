@@ -85,11 +85,12 @@ def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weig
     place, weight = place.int().contiguous(), weight.contiguous()
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     scores = torch.empty(tokens, routed * neurons)
-    run(_score, RECORD, tokens * routed * -(-neurons // ROWS), pairs=tokens * routed, routed=routed, neurons=neurons,
-        row_bytes=layout.sketch_row, plane=layout.plane2, scales=layout.scales, group=layout.group, x=address(x),
-        x_bytes=x.stride(0), sketches=address(sketches), stride=sketches.stride(0), place=address(place),
-        weight=address(weight), kind=kind, gate_bias=address(gate_bias), up_bias=address(up_bias),
-        scores=address(scores), alpha=gate.alpha, limit=gate.limit)
+    run(_score, RECORD, tokens * routed * -(-neurons // ROWS), scores.numel() * layout.sketch_row,
+        pairs=tokens * routed, routed=routed, neurons=neurons, row_bytes=layout.sketch_row, plane=layout.plane2,
+        scales=layout.scales, group=layout.group, x=address(x), x_bytes=x.stride(0), sketches=address(sketches),
+        stride=sketches.stride(0), place=address(place), weight=address(weight), kind=kind,
+        gate_bias=address(gate_bias), up_bias=address(up_bias), scores=address(scores), alpha=gate.alpha,
+        limit=gate.limit)
     return scores
 
 

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> dict:
         source = args.source and load.load(args.source, Options(level="full", device=device))
         document["compare"] = throughput.compare(loaded, source, report)
         for row in document["compare"]:
-            report(f"{row['implementation']:12} prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
+            report(f"{row['implementation']:12} {row['level']:12} "
+                   f"prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
                    f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
     del held
     return document

@@ -128,6 +128,7 @@ def test_the_comparison_runs_transformers_own(folders) -> None:
     rows = throughput.compare(loaded, source, said.append, rounds=2, sizes=throughput.Sizes(16, 4))
     names = [row["implementation"] for row in rows]
     assert names[0] == "floe" and {"eager", "batched_mm", "grouped_mm"} <= set(names)
+    assert [row["level"] for row in rows] == ["exact"] + ["uncompressed"] * (len(rows) - 1)
     assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in rows)
     assert loaded.runtime.residency() == [1.0] * small_model.LAYERS, "ours is compared with everything near"
 

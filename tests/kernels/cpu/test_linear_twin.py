@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", reason="needs numba, which compiles this function")
 
 from kernels.cpu import linear as cpu_linear
+from kernels.cpu import threads
 from kernels.linear import linear
 
 Tensor = torch.Tensor
@@ -49,11 +50,12 @@ def test_what_is_no_number_stays_none(bits, value):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_any_number_of_threads_makes_the_same_bits(bits):
+def test_any_number_of_threads_makes_the_same_bits(bits, monkeypatch):
+    monkeypatch.setattr(threads, "GRAIN", 1)
     x, before, found = torch.randn(3, 320), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
             found.append(cpu_linear.linear(x, *matrix(300, 320, bits, 0)))
     finally:
         torch.set_num_threads(before)
