@@ -15,15 +15,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kernels.activation import Gate, quantize_activation
 from kernels.apply import apply
+from kernels.attend import Heads, attend
 from kernels.dense import dense, dequantize
 from kernels.dispatch import compile_all
 from kernels.evict import age
 from kernels.fill import fill
 from kernels.layout import Layout
-from kernels.linear import dequantize_rows, linear
+from kernels.linear import Matrices, dequantize_rows, linear, linears
 from kernels.planes import Nested, record_rows, sketch_rows
 from kernels.pool import new_pool, take
 from kernels.resolve import resolve_experts, resolve_neurons
+from kernels.route import route
 from kernels.score import score, score_up
 from kernels.select import histogram_of, select, select_above
 
@@ -40,7 +42,8 @@ def main() -> int:
     without = "" if on_card else compile_all()
     try:
         found = [(function.__name__, agrees(function, function, given, "cuda" if on_card else "cpu"))
-                 for function, given in cases() if on_card or function.is_compiled]
+                 for function, given in cases()
+                 if (function.is_on_device if on_card else function.is_compiled)]
     except (RuntimeError, ImportError, OSError, AssertionError) as error:
         print(f"{said}{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
         return 3
@@ -80,6 +83,11 @@ def cases() -> Iterator[Case]:
         scales = (torch.rand(96, 4, *([2] if bits == 4 else []), generator=draw) / 2**bits).half()
         yield linear, (torch.randn(2, 256, generator=draw), codes, scales)
         yield dequantize_rows, (codes, scales, torch.zeros(96, 256))
+    yield linears, (torch.randn(2, 256, generator=draw), Matrices(((codes, scales, torch.ones(96)),)), torch.ones(256))
+    yield route, (torch.randn(2, 8, generator=draw), 3, True)
+    cache = [torch.randn(1, 2, 9, 16, generator=draw) for _ in range(2)]
+    yield attend, (torch.randn(2, 96, generator=draw), torch.randn(2, 2, 16, generator=draw), *cache, 5,
+                   Heads(2, 2, 16, 0.25))
 
 
 def _products(draw: torch.Generator) -> Iterator[Case]:

@@ -17,12 +17,12 @@ _compiled_modules: set[str] = set()
 _refusals: list[str] = []
 
 
-def twin(on_device: str, compiled: str | None = None) -> Callable[[Callable], Callable]:
-    """Decorate a reference whose Triton version has the same name and signature in `on_device`, and its compiled one,
-    if there is one, in `compiled`, where it may return NotImplemented for what it leaves to the reference.
+def twin(on_device: str | None, compiled: str | None = None) -> Callable[[Callable], Callable]:
+    """Decorate a reference whose Triton version has the same name and signature in `on_device`, and its compiled one
+    in `compiled`, where it may return NotImplemented for what it leaves to the reference; None: there is none.
 
-    The reference itself stays at hand as `.reference`, Triton's version as `.on_gpu()`; `.is_compiled`: whether there
-    is one for the processor.
+    The reference itself stays at hand as `.reference`, Triton's version as `.on_gpu()`; `.is_compiled` and
+    `.is_on_device`: whether there are such.
     """
     if compiled:
         _compiled_modules.add(compiled)
@@ -32,12 +32,12 @@ def twin(on_device: str, compiled: str | None = None) -> Callable[[Callable], Ca
 
         @wraps(reference)
         def pick(*args, **kwargs):
-            if any(_on_device(value) for value in args):
+            if on_device and any(map(_on_device, args)):
                 return pick.on_gpu()(*args, **kwargs)
             module = compiled and _import(compiled)
             found = getattr(module, name)(*args, **kwargs) if module else NotImplemented
             return reference(*args, **kwargs) if found is NotImplemented else found
-        pick.reference, pick.is_compiled = reference, compiled is not None
+        pick.reference, pick.is_compiled, pick.is_on_device = reference, compiled is not None, on_device is not None
         pick.on_gpu = lambda: getattr(import_module(on_device), name)
         return pick
     return decorate

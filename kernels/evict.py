@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 AGES = 1024     # ages told apart; more would not fit the registers of the kernel that counts them
 
 
-@twin("kernels.gpu.evict")
+@twin("kernels.gpu.evict", "kernels.cpu.pool")
 def age(pool: Pool, clock: int | Tensor, reserve: int | Tensor) -> Tensor:
     """Evict until `reserve` slots are free -> int64 [2]: slots evicted, of them never asked for since fetched ahead.
 

@@ -16,7 +16,11 @@ Legend: T tokens, R rows (outputs), K columns (inputs).
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
+import torch.nn.functional as F
 
 from kernels.dispatch import twin
 
@@ -41,7 +45,44 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-@twin("kernels.gpu.linear")
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """Matrices that multiply the same activation, their outputs one behind the other; lives as long as its tensors.
+
+    parts: (codes, scales, bias) each, as of `linear`, or (weight float32 [R, K], None, bias); bias float32 or None.
+    """
+
+    parts: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...]
+
+    @cached_property
+    def columns(self) -> int:
+        codes, scales, _ = self.parts[0]
+        return codes.shape[1] if scales is None else columns(codes)
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(len(codes) for codes, _, _ in self.parts)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        return sum(part.nbytes for parts in self.parts for part in parts if part is not None)
+
+
+@twin(None, "kernels.cpu.linear")
+def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
+            residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x float32 [T, K], T <= MOST_TOKENS -> residual + n @ weights.T + biases, [T, sum of R], and n itself.
+
+    n is x, or with `norm` [K] its root-mean-square norm: norm * x / sqrt(mean(x**2) + epsilon). residual: [T, sum of R]
+    or None.
+    """
+    given = x if norm is None else norm * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
+    found = torch.cat([F.linear(given, codes if scales is None else decode(codes, scales), bias)
+                       for codes, scales, bias in matrices.parts], -1)
+    return found if residual is None else residual + found, given
+
+
+@twin("kernels.gpu.linear", "kernels.cpu.dequantize")
 def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Rows of codes and scales -> out [R, K], contiguous, in its dtype: tiles of prefill, rows of an embedding."""
     out.copy_(decode(codes, scales))

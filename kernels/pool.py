@@ -47,7 +47,7 @@ def pin(pool: Pool, objects: Tensor, clock: int | Tensor) -> None:
     pool.stamp[slots[slots >= 0].long()] = PINNED
 
 
-@twin("kernels.gpu.pool")
+@twin("kernels.gpu.pool", "kernels.cpu.pool")
 def take(pool: Pool, objects: Tensor, need: Tensor, clock: int | Tensor, ahead: bool = False,
          misses: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Give every wanted object a place -> place int32, have int32: bytes of it that are there already.

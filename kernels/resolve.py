@@ -31,7 +31,7 @@ class Resolved(NamedTuple):
     misses: Tensor
 
 
-@twin("kernels.gpu.pool")
+@twin("kernels.gpu.pool", "kernels.cpu.pool")
 def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Tensor, counts: Tensor, done: Tensor,
                     most_ahead: Tensor | None = None) -> Resolved:
     """Places for experts `ids` (int [T, k]; object = first + id), each of n_bytes.
@@ -47,7 +47,7 @@ def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Te
     return _resolved(pool, source, first, need, clock, counts, done, most_ahead is not None)
 
 
-@twin("kernels.gpu.pool")
+@twin("kernels.gpu.pool", "kernels.cpu.pool")
 def resolve_neurons(pool: Pool, neurons: Tensor, fidelity: Tensor, ids: Tensor, first: int, layout: Layout,
                     clock: Tensor, counts: Tensor, done: Tensor) -> Resolved:
     """Places for the records of neurons int32 [T, K] (of the k routed experts `ids` [T, k] one after the other, -1 for

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from engine.model.fused import fused
+from engine.model.growing_cache import GrowingLayer, give_room
 from engine.model.static_cache import FullLayer, Snapshot, StepCache, forward
 
 MAX_MARKS = 8
 MAX_MARK_BYTES = 1 << 30              # in host memory; a mark of a 35B hybrid model is about 65 MB
 # Model types whose forward, given a state and several tokens at once, loses the state (transformers 5.23).
 ONE_BY_ONE = {"jamba", "minimax"}
-_CUT_ANYWHERE = {"DynamicLayer", "DynamicIndexedLayer", "DummyLayer"}
+_CUT_ANYWHERE = {"DynamicLayer", "GrowingLayer", "DynamicIndexedLayer", "DummyLayer"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,12 @@ class Prefix:
 
 
 class DynamicPrefix(Prefix):
-    """With the cache that transformers makes for the model, which grows."""
+    """With the cache that transformers makes for the model, which grows; few tokens behind it are a fused step where
+    the model has one."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
+        self._fused = fused(model)
         self._cache: Cache | None = None
         self._needs_marks = _has_states(DynamicCache(config=model.config))
 
@@ -111,12 +115,16 @@ class DynamicPrefix(Prefix):
         return self._needs_marks
 
     def _forward(self, ids: list[int]) -> torch.Tensor:
+        if self._fused and self._cache is not None and self._fused.takes(ids, self._cache):
+            return self._fused(ids, self._cache)
         positions = torch.arange(len(self.ids), len(self.ids) + len(ids), device=self._device)[None]
         # Without a cache the model makes the one that it needs; one of its own class may not know its length.
         extra = {} if self._cache is None or self._is_plain() else {"position_ids": positions}
         out = self._model(input_ids=torch.tensor([ids], device=self._device), past_key_values=self._cache,
                           use_cache=True, **self._last_only, **extra)
         self._cache = out.past_key_values
+        if self._is_plain():
+            give_room(self._cache)
         self._needs_marks = not self._is_plain() or _has_states(self._cache)
         return out.logits[0, -1]
 
@@ -218,7 +226,8 @@ def tensor_bytes(value) -> int:
 
 def _is_part(value) -> bool:
     """A cache or one of its layers; the configuration that some layers hold is shared, not copied."""
-    return type(value).__module__.startswith("transformers.") and not hasattr(value, "to_dict")
+    is_theirs = type(value).__module__.startswith("transformers.") or isinstance(value, GrowingLayer)
+    return is_theirs and not hasattr(value, "to_dict")
 
 
 def _has_states(cache: Cache) -> bool:

@@ -8,6 +8,8 @@ Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the l
 """
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numba import carray, float32, int8, int32, njit
@@ -138,6 +140,7 @@ def _pieces_of(neurons, routed, per_expert):
     return pieces[:n]
 
 
+@lru_cache(64)
 def _every_piece(tokens: int, routed: int, per_expert: int) -> np.ndarray:
     """As `_pieces_of`, where every neuron is in the list."""
     firsts = np.arange(0, per_expert, PIECE)
@@ -182,6 +185,11 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
     return _launch(x, blobs, place, (None, None, None, None), pieces, layout, gate, gate_bias, up_bias)
 
 
+@lru_cache(64)
+def _sizes(layout: Layout) -> dict[str, int]:
+    return {name: getattr(layout, name) for name in SIZES}
+
+
 def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor | None, ...], pieces: np.ndarray,
             layout: Layout, gate: Gate, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
     neurons, fidelity, record_place, records = sparse
@@ -191,13 +199,12 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor | N
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     partial, out = torch.empty(len(pieces), layout.padded), torch.zeros(tokens, routed, layout.padded)
     n_bytes = len(pieces) * min(PIECE, layout.neurons) * (layout.sketch_row + layout.record)
-    run(_add_neurons, RECORD, len(pieces), n_bytes, **{name: getattr(layout, name) for name in SIZES},
-        pieces=pieces.ctypes.data, n_ranks=0 if neurons is None else neurons.shape[1], routed=routed,
-        per_expert=layout.neurons, slots=address(place), n_slots=place.numel(), blobs=address(sketches),
-        stride=sketches.stride(0), neurons=address(neurons), fidelity=address(fidelity),
-        record_places=address(record_place), records=address(records),
-        record_stride=0 if records is None else records.stride(0), x=address(blocks), x_bytes=blocks.stride(0),
-        kind=kind_of(gate), gate_bias=address(gate_bias), up_bias=address(up_bias),
+    run(_add_neurons, RECORD, len(pieces), n_bytes, **_sizes(layout), pieces=pieces.ctypes.data,
+        n_ranks=0 if neurons is None else neurons.shape[1], routed=routed, per_expert=layout.neurons,
+        slots=address(place), n_slots=place.numel(), blobs=address(sketches), stride=sketches.stride(0),
+        neurons=address(neurons), fidelity=address(fidelity), record_places=address(record_place),
+        records=address(records), record_stride=0 if records is None else records.stride(0), x=address(blocks),
+        x_bytes=blocks.stride(0), kind=kind_of(gate), gate_bias=address(gate_bias), up_bias=address(up_bias),
         weights_bytes=weights_bytes(layout.groups), partial=address(partial), alpha=gate.alpha, limit=gate.limit)
     _add_pieces(pieces, partial.numpy(), out.numpy())
     return out

@@ -13,14 +13,14 @@ import math
 
 import numpy as np
 import torch
-from numba import carray, float32, njit
+from numba import carray, float32, int8, int32, int64, njit
 
 from kernels.cpu.activation import LARGEST, scale_of
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
-from kernels.cpu.threads import address, claim, fields, pointer, run, task
+from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
 from kernels.cpu.vectors import INT32, LANES, Code, Value, in_vectors, joined, vector
-from kernels.linear import MOST_TOKENS, columns
+from kernels.linear import MOST_TOKENS, Matrices, columns
 
 Tensor = torch.Tensor
 
@@ -73,8 +73,18 @@ def row4(code: Code, codes: Value, pairs: Value, x: Value, n_lines: Value, n_res
     return total.get().total()
 
 
-@njit("void(float32[:,::1], boolean, int8[:,:,::1], float32[:,:,::1], int32[:,:,::1])", cache=True, nogil=True)
-def _lay_out(x, eight_bits, blocks, floats, ints):
+@in_vectors("f32(i64, i64, i64)")
+def row32(code: Code, weights: Value, x: Value, n_lines: Value) -> Value:
+    """A row of float32 times an activation of the same kind; a line is 16 columns."""
+    total = code.variable(code.constant(FLOATS, 0.0))
+    with code.loop(n_lines) as line:
+        at = line * LINE
+        total.set(code.multiply_add(code.load(weights + at, FLOATS), code.load(x + at, FLOATS), total.get()))
+    return total.get().total()
+
+
+@njit(cache=True, nogil=True)
+def lay_out(x, eight_bits, blocks, floats, ints):
     """x float32 [T, K] -> blocks int8 [T, lines, BLOCK], which floats and ints view as 32 bits."""
     blocks[:] = 0
     for t in range(len(x)):
@@ -99,39 +109,122 @@ def _lay_out(x, eight_bits, blocks, floats, ints):
                     floats[t, line, 5 * 16 + i] *= scale
 
 
-RECORD = fields("tokens rows columns eight_bits codes code_bytes scales scale_bytes x x_bytes out")
+RECORD = fields("tokens columns x norm given blocks8 bytes8 blocks4 bytes4 matrices n_matrices out out_row residual",
+                floats="epsilon")
+KIND, N_ROWS, CODES, CODE_BYTES, SCALES, SCALE_BYTES, BIAS, FIRST, PIECE = range(9)    # of a row of the matrices' table
 
 
 @task
-def _linear(table):
+def _prepare(table):
+    """The norm, and the activation as the matrices' kinds want it."""
     a = carray(pointer(table), 1, RECORD)[0]
-    out = carray(pointer(a.out), (a.tokens, a.rows), float32)
+    shape = (a.tokens, a.columns)
+    x = carray(pointer(a.x), shape, float32)
+    if a.norm:
+        normed, norm = carray(pointer(a.given), shape, float32), carray(pointer(a.norm), a.columns, float32)
+        for t in range(a.tokens):
+            total = float32(0)
+            for i in range(a.columns):
+                total += x[t, i] * x[t, i]
+            one = float32(1) / math.sqrt(total / float32(a.columns) + a.epsilon)
+            for i in range(a.columns):
+                normed[t, i] = norm[i] * (x[t, i] * one)
+        x = normed
+    for blocks, n_bytes, eight_bits in ((a.blocks8, a.bytes8, True), (a.blocks4, a.bytes4, False)):
+        if blocks:
+            n_lines, at = n_bytes // BLOCK, pointer(blocks)
+            lay_out(x, eight_bits, carray(at, (a.tokens, n_lines, BLOCK), int8),
+                    carray(at, (a.tokens, n_lines, BLOCK // 4), float32),
+                    carray(at, (a.tokens, n_lines, BLOCK // 4), int32))
+
+
+@njit(cache=True, nogil=True)
+def _product(matrix, row, t, a):
+    codes, scales = matrix[CODES] + row * matrix[CODE_BYTES], matrix[SCALES] + row * matrix[SCALE_BYTES]
+    if matrix[KIND] == 8:
+        return row8(codes, scales, a.blocks8 + t * a.bytes8, a.columns // 64)
+    if matrix[KIND] == 4:
+        return row4(codes, scales, a.blocks4 + t * a.bytes4, a.columns // 128, a.columns // 64 % 2)
+    return row32(codes, a.given + t * 4 * a.columns, a.columns // LANES)
+
+
+@task
+def _multiply(table):
+    a = carray(pointer(table), 1, RECORD)[0]
+    matrices = carray(pointer(a.matrices), (a.n_matrices, PIECE + 1), int64)
+    out = carray(pointer(a.out), (a.tokens, a.out_row), float32)
+    residual = carray(pointer(a.residual), (a.tokens, a.out_row), float32)
     piece = claim(table)
     while piece < a.n_pieces:
-        for row in range(piece * ROWS, min(piece * ROWS + ROWS, a.rows)):
-            codes, scales = a.codes + row * a.code_bytes, a.scales + row * a.scale_bytes
+        at = 0
+        while at + 1 < a.n_matrices and matrices[at + 1, PIECE] <= piece:
+            at += 1
+        matrix = matrices[at]
+        first, bias = (piece - matrix[PIECE]) * ROWS, carray(pointer(matrix[BIAS]), matrix[N_ROWS], float32)
+        for row in range(first, min(first + ROWS, matrix[N_ROWS])):
+            column = matrix[FIRST] + row
             for t in range(a.tokens):
-                x = a.x + t * a.x_bytes
-                if a.eight_bits:
-                    out[t, row] = row8(codes, scales, x, a.columns // 64)
-                else:
-                    out[t, row] = row4(codes, scales, x, a.columns // 128, a.columns // 64 % 2)
+                found = _product(matrix, row, t, a)
+                if matrix[BIAS]:
+                    found += bias[row]
+                if a.residual:
+                    found = residual[t, column] + found
+                out[t, column] = found
         piece = claim(table)
+
+
+def _kind(codes: Tensor) -> int:
+    return {torch.int8: 8, torch.uint8: 4}.get(codes.dtype, 32)
+
+
+def _table(matrices: Matrices) -> tuple[np.ndarray, int, frozenset[int]]:
+    """The matrices' addresses, the number of pieces, and their kinds."""
+    rows, first, piece = [], 0, 0
+    for codes, scales, bias in matrices.parts:
+        scale_bytes = 0 if scales is None else scales.stride(0) * 2
+        rows.append((_kind(codes), len(codes), address(codes), codes.stride(0) * codes.element_size(), address(scales),
+                     scale_bytes, address(bias), first, piece))
+        first, piece = first + len(codes), piece - (-len(codes) // ROWS)
+    return np.array(rows, np.int64).reshape(-1, PIECE + 1), piece, frozenset(row[KIND] for row in rows)
+
+
+def takes(matrices: Matrices) -> bool:
+    """Whether every matrix is one that is computed here."""
+    n = matrices.columns
+    return n % GROUP == 0 and all(
+        (codes.dtype == torch.float32 and codes.shape[1] == n and codes.is_contiguous()) if scales is None else
+        (scales.dtype == torch.float16 and scales.shape[1] * GROUP == n and codes.is_contiguous()
+         and scales.is_contiguous()) for codes, scales, _ in matrices.parts)
+
+
+def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
+            residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As kernels.linear.linears."""
+    known = matrices.__dict__.get("_compiled")      # what a matrix needs to be told of is made once
+    if known is None:
+        known = matrices.__dict__["_compiled"] = _table(matrices) if takes(matrices) else ()
+    if not known:
+        return NotImplemented
+    table, n_pieces, kinds = known
+    tokens, n = x.shape
+    given = x if norm is None else torch.empty_like(x)
+    lines8, lines4 = (n // GROUP if 8 in kinds else 0), (-(-n // (2 * GROUP)) if 4 in kinds else 0)
+    blocks8, blocks4 = (torch.empty(tokens, lines * BLOCK, dtype=torch.int8) for lines in (lines8, lines4))
+    out = torch.empty(tokens, matrices.rows)
+    packed = pack(RECORD, n_pieces, tokens=tokens, columns=n, x=address(x), norm=address(norm), given=address(given),
+                  blocks8=address(blocks8), bytes8=lines8 * BLOCK, blocks4=address(blocks4), bytes4=lines4 * BLOCK,
+                  matrices=table.ctypes.data, n_matrices=len(table), out=address(out), out_row=matrices.rows,
+                  residual=address(residual), epsilon=epsilon)
+    call(_prepare, packed)
+    call(_multiply, packed, n_pieces, matrices.n_bytes)
+    return out, given
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """As kernels.linear.linear."""
-    tokens, n = x.shape
-    if n % GROUP or scales.shape[1] * GROUP != n or scales.dtype != torch.float16 or not x.is_floating_point():
+    assert len(x) <= MOST_TOKENS and x.shape[1] == columns(codes), (x.shape, codes.shape)
+    if not x.is_floating_point():
         return NotImplemented
-    assert len(x) <= MOST_TOKENS and n == columns(codes), (x.shape, codes.shape)
-    codes, scales, eight_bits = codes.contiguous(), scales.contiguous(), codes.dtype == torch.int8
-    blocks = np.empty((tokens, -(-n // (GROUP if eight_bits else 2 * GROUP)), BLOCK), np.int8)
-    values = x.detach().float().contiguous().numpy()
-    _lay_out(values, eight_bits, blocks, blocks.view(np.float32), blocks.view(np.int32))
-    out = torch.empty(tokens, len(codes))
-    run(_linear, RECORD, -(-len(codes) // ROWS), codes.nbytes, tokens=tokens, rows=len(codes), columns=n,
-        eight_bits=eight_bits, codes=address(codes), code_bytes=codes.stride(0), scales=address(scales),
-        scale_bytes=scales[0].numel() * 2 if len(scales) else 0, x=blocks.ctypes.data, x_bytes=blocks[0].nbytes,
-        out=address(out))
-    return (out if bias is None else out + bias.detach().float()).to(x.dtype)
+    bias = None if bias is None else bias.detach().float().contiguous()
+    found = linears(x.detach().float().contiguous(), Matrices(((codes.contiguous(), scales.contiguous(), bias),)))
+    return found if found is NotImplemented else found[0].to(x.dtype)

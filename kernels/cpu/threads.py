@@ -54,8 +54,17 @@ def pointer(context, address):
 def run(function, record: np.dtype, n_pieces: int, n_bytes: int, /, **values: float) -> None:
     """Compute all pieces of a task, which reads about n_bytes, and wait for them. values: of the record's fields,
     addresses among them; whoever calls keeps alive what lies there."""
-    table = bytearray(_packing(record).pack(0, n_pieces, *[values[name] for name in record.names[2:]]))
-    at = ctypes.addressof(ctypes.c_char.from_buffer(table))
+    call(function, pack(record, n_pieces, **values), n_pieces, n_bytes)
+
+
+def pack(record: np.dtype, n_pieces: int, /, **values: float) -> bytearray:
+    """A record for `call`."""
+    return bytearray(_packing(record).pack(0, n_pieces, *[values[name] for name in record.names[2:]]))
+
+
+def call(function, packed: bytearray, n_pieces: int = 1, n_bytes: int = 0) -> None:
+    """A task with a packed record, in as many threads as it is worth."""
+    at = ctypes.addressof(ctypes.c_char.from_buffer(packed))
     n = min(n_pieces, torch.get_num_threads(), max(1, n_bytes // GRAIN))
     if n > 1:
         _parallel()(function.address, at, n)

@@ -1,0 +1,69 @@
+"""The fused step against transformers' own forward, token by token over the same weights; the cache with room."""
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from engine.core import Options
+from engine.decode.prefix_cache import DynamicPrefix
+from engine.library.compress import compress
+from engine.model.fused import KNOWN
+from engine.model.growing_cache import GrowingLayer, give_room
+from engine.model.load import load
+from tests.support import architectures, folders
+
+Tensor = torch.Tensor
+WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=512)  # matrices that are large enough to be packed
+CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_topk_prob=True)), ("qwen3_moe", 16, {}),
+         ("qwen3_moe", 8, dict(mlp_only_layers=[0])), ("olmoe", 4, {}), ("mixtral", 8, {})]
+
+
+@pytest.mark.parametrize(("name", "bits", "changes"), CASES)
+def test_a_step_is_transformers_own(name: str, bits: int, changes: dict, tmp_path) -> None:
+    """Behind prompts, over the room's end, one token and several at once, and after going back."""
+    folders.checkpoint(name, tmp_path / "checkpoint", **WIDE | changes)
+    compress(tmp_path / "checkpoint", tmp_path / "compressed", device="cpu", trunk_bits=bits)
+    model = load(tmp_path / "compressed", Options(level="exact", device="cpu")).model
+    assert type(model).__name__ in KNOWN
+    fused, plain = DynamicPrefix(model), DynamicPrefix(model)
+    assert fused._fused is not None
+    plain._fused = None
+    ids = torch.randint(128, (330,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        for at, n in [(0, 20), *((20 + i, 1) for i in range(5)), (25, 4), (29, 1), (30, 260), (290, 1), (291, 3)]:
+            same(fused.feed(ids[at:at + n]), plain.feed(ids[at:at + n]))
+        for prefix in (fused, plain):
+            assert prefix.reuse(ids[:24] + [1, 2]) == 24
+        same(fused.feed([1]), plain.feed([1]))
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("changes", [dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+                                     dict(use_sliding_window=True, sliding_window=8)])
+def test_what_it_does_not_know_runs_transformers_forward(changes: dict) -> None:
+    assert DynamicPrefix(architectures.build("qwen3_moe", 0, **changes))._fused is None
+
+
+def test_room_is_no_part_of_a_cache() -> None:
+    """Growing past the room, cut and written again: the rows of transformers' own layer."""
+    theirs, draw = DynamicLayer(), torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 1, 2, 700, 16, generator=draw)
+    theirs.update(*rows[..., :3, :])
+    cache = DynamicCache()
+    cache.layers = [theirs]
+    give_room(cache)
+    ours, theirs = cache.layers[0], DynamicLayer()
+    theirs.update(*rows[..., :3, :])
+    assert type(ours) is GrowingLayer
+    for first, end in ((3, 4), (4, 300), (300, 301), (301, 700)):
+        for layer in (ours, theirs):
+            layer.update(*rows[..., first:end, :])
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    for layer in (ours, theirs):
+        layer.crop(-600)
+        layer.update(*rows[..., 5:7, :])
+    assert torch.equal(ours.keys, theirs.keys) and ours.get_seq_length() == 102

@@ -1,0 +1,111 @@
+"""What a fused step is made of equals its references: products behind a norm, attention over a cache, the router."""
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("numba", reason="needs numba, which compiles these functions")
+
+from kernels.attend import Heads, attend
+from kernels.cpu import attend as cpu_attend
+from kernels.cpu import linear as cpu_linear
+from kernels.cpu import route as cpu_route
+from kernels.cpu import threads
+from kernels.linear import Matrices, linears
+from kernels.route import route
+from tests.kernels.cpu.test_linear_twin import matrix
+
+Tensor = torch.Tensor
+tries = settings(max_examples=30, deadline=None)
+tokens, seeds = st.integers(1, 4), st.integers(0, 99)
+
+
+def mixed(columns: int, kinds: list[int], seed: int) -> Matrices:
+    """Matrices of 8 and 4 bits and of float32 numbers (32), every second with a bias."""
+    draw, parts = torch.Generator().manual_seed(seed), []
+    for i, kind in enumerate(kinds):
+        rows = 20 + 23 * i
+        weight = matrix(rows, columns, kind, seed + i) if kind < 32 else (
+            torch.randn(rows, columns, generator=draw) / columns ** 0.5, None)
+        parts.append((*weight, torch.randn(rows, generator=draw) if i % 2 else None))
+    return Matrices(tuple(parts))
+
+
+@tries
+@given(tokens, st.sampled_from((64, 192, 256, 2880)), st.lists(st.sampled_from((4, 8, 32)), min_size=1, max_size=4),
+       st.booleans(), st.booleans(), seeds)
+def test_linears(tokens, columns, kinds, is_normed, has_residual, seed):
+    draw, matrices = torch.Generator().manual_seed(seed), mixed(columns, kinds, seed)
+    x = torch.randn(tokens, columns, generator=draw)
+    norm = torch.rand(columns, generator=draw) if is_normed else None
+    residual = torch.randn(tokens, matrices.rows, generator=draw) if has_residual else None
+    arguments = (x, matrices, norm, 1e-6, residual)
+    for found, expected in zip(cpu_linear.linears(*arguments), linears.reference(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_what_is_not_computed_here_is_left_to_the_reference():
+    narrow = Matrices(((torch.ones(3, 40), None, None),))
+    assert cpu_linear.linears(torch.ones(1, 40), narrow) is NotImplemented
+    assert torch.equal(linears(torch.ones(1, 40), narrow)[0], torch.full((1, 3), 40.0))
+
+
+@tries
+@given(tokens, st.sampled_from(((1, 16), (2, 32), (4, 128))), st.sampled_from((1, 3, 8)),
+       st.sampled_from(("none", "each", "all")), st.integers(0, 40), seeds)
+def test_attend(tokens, shape, per, normed, position, seed):
+    (cached, size), draw = shape, torch.Generator().manual_seed(seed)
+    norms = {"none": (), "each": (size, size), "all": (per * cached * size, cached * size)}[normed]
+    heads = Heads(per * cached, cached, size, size ** -0.5, *(torch.rand(n, generator=draw) for n in norms),
+                  **({"epsilon": 1e-6} if norms else {}))
+    projected = torch.randn(tokens, (per + 2) * cached * size, generator=draw)
+    turn = torch.randn(2, tokens, size, generator=draw)
+    cache = torch.randn(2, 1, cached, position + tokens + 3, size, generator=draw)
+    given, theirs = cache.clone(), cache.clone()
+    found = cpu_attend.attend(projected.clone(), turn, *given, position, heads)
+    torch.testing.assert_close(found, attend.reference(projected, turn, *theirs, position, heads), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given, theirs, rtol=1e-5, atol=1e-6)
+    changed = (given != cache).any(-1).any(0)[0, 0].nonzero().flatten().tolist()
+    assert changed == list(range(position, position + tokens))
+
+
+@tries
+@given(tokens, st.sampled_from((2, 8, 128)), st.integers(1, 8), st.booleans(), seeds)
+def test_route(tokens, experts, top_k, renormalised, seed):
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    (ids, shares), expected = (run(logits, min(top_k, experts), renormalised)
+                               for run in (cpu_route.route, route.reference))
+    assert torch.equal(ids, expected[0])
+    torch.testing.assert_close(shares, expected[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(value):
+    x = torch.ones(2, 64)
+    x[1, 50] = value
+    found, _ = cpu_linear.linears(x, mixed(64, [4, 8, 32], 0), torch.ones(64), 1e-6)
+    assert found[0].isfinite().all() and found[1].isnan().all()
+    _, shares = cpu_route.route(found[1:, :8].contiguous(), 2, True)
+    assert shares.isnan().all()
+    cache = torch.zeros(2, 1, 1, 8, 16)
+    projected = torch.full((1, 48), value)
+    out = cpu_attend.attend(projected, torch.ones(2, 1, 16), *cache, 3, Heads(1, 1, 16, 0.25))
+    assert out.isnan().all()
+
+
+def test_any_number_of_threads_makes_the_same_bits(monkeypatch):
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    before, found, draw = torch.get_num_threads(), [], torch.Generator().manual_seed(0)
+    x, matrices, heads = torch.randn(3, 256, generator=draw), mixed(256, [4, 8, 32], 0), Heads(8, 4, 16, 0.25)
+    projected, turn, cache = (torch.randn(shape, generator=draw)
+                              for shape in ((3, 256), (2, 3, 16), (2, 1, 4, 40, 16)))
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found.append((cpu_linear.linears(x, matrices, torch.ones(256), 1e-6)[0],
+                          cpu_attend.attend(projected.clone(), turn, *cache.clone(), 30, heads)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
