@@ -15,19 +15,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kernels.activation import Gate, quantize_activation
 from kernels.apply import apply
-from kernels.attend import Heads, attend
 from kernels.dense import dense, dequantize
 from kernels.dispatch import compile_all
 from kernels.evict import age
 from kernels.fill import fill
 from kernels.layout import Layout
-from kernels.linear import Matrices, dequantize_rows, linear, linears
 from kernels.planes import Nested, record_rows, sketch_rows
 from kernels.pool import new_pool, take
 from kernels.resolve import resolve_experts, resolve_neurons
-from kernels.route import route
 from kernels.score import score, score_up
 from kernels.select import histogram_of, select, select_above
+from kernels.trunk.attend import Heads, attend
+from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
+from kernels.trunk.route import route
 
 Tensor = torch.Tensor
 Case = tuple[Callable, tuple]       # a function of kernels/, what it is given on the host

@@ -48,7 +48,7 @@ def random_blobs(layout: Layout, n: int, seed: int = 0) -> Tensor:
 
 
 def random_matrix(n_rows: int, width: int, bits: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """codes and scales of a trunk matrix, in the order of kernels/linear.py; what it multiplies keeps its size."""
+    """codes and scales of a trunk matrix, as of kernels/trunk/linear.py; what it multiplies keeps its size."""
     std = 1 / math.sqrt(width)
     if bits == 8:
         codes = torch.randint(-127, 128, (n_rows, width), generator=draw, dtype=torch.int8)

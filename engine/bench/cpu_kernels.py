@@ -22,7 +22,7 @@ from engine.bench.synthetic import SHARES, Shape
 from engine.core import MachineError
 from engine.machine.detect import processor_name
 from kernels import dispatch
-from kernels.linear import linear
+from kernels.trunk.linear import linear
 
 COPY_BYTES = 256 << 20      # several times the largest cache
 LINEAR = (4096, 2048)       # rows and columns: the largest matrix of attention in Qwen3-30B-A3B

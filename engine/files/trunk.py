@@ -1,6 +1,6 @@
 """Trunk weights (all but routed experts) at 16, 8 or 4 bits on disk.
 
-A quantised tensor `name` is stored as `name:codes` and `name:scales`, in the order of kernels/linear.py. With 4 bits
+A quantised tensor `name` is stored as `name:codes` and `name:scales`, as of kernels/trunk/linear.py. With 4 bits
 the small and sensitive parts stay at 8: routers and other gates, embedding and head, the first and the last layer.
 Norms, biases, convolutions and whatever is small stay as they are.
 """

@@ -17,9 +17,9 @@ from transformers.cache_utils import DynamicCache
 from engine.model.growing_cache import GrowingLayer
 from engine.model.packed import Packed
 from engine.model.registration import FloeExperts
-from kernels.attend import Heads, attend
-from kernels.linear import MOST_TOKENS, Matrices, linears
-from kernels.route import route
+from kernels.trunk.attend import Heads, attend
+from kernels.trunk.linear import MOST_TOKENS, Matrices, linears
+from kernels.trunk.route import route
 
 Tensor = torch.Tensor
 KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM"}

@@ -12,7 +12,7 @@ from torch import nn
 from engine.machine.pinned_memory import Driver, HostMemory
 from engine.model.packed import Packed
 from kernels.fill import fill
-from kernels.linear import dequantize_rows
+from kernels.trunk.linear import dequantize_rows
 
 Tensor = torch.Tensor
 

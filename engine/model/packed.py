@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from kernels.linear import MOST_TOKENS, columns, decode, dequantize_rows, linear
+from kernels.trunk.linear import MOST_TOKENS, columns, decode, dequantize_rows, linear
 
 Tensor = torch.Tensor
 
@@ -22,7 +22,7 @@ _COPIES = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten
 
 
 class Packed(Tensor):
-    """codes, scales: of kernels/linear.py, [R, ..]; dtype: what it passes for, and what its rows are decoded to."""
+    """codes, scales: as of kernels/trunk/linear.py; dtype: what it passes for, and what its rows are decoded to."""
 
     codes: Tensor
     scales: Tensor

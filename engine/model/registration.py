@@ -40,7 +40,7 @@ from engine.model.gradients import Experts
 from engine.model.packed import packed_parameter
 from engine.model.windows import Windows
 from engine.planning.planner import Planner
-from kernels.linear import decode
+from kernels.trunk.linear import decode
 
 Tensor = torch.Tensor
 SIZES = ("layers", "experts", "top_k", "neurons", "hidden")  # what the manifest repeats of the configuration

@@ -32,8 +32,8 @@ from engine.quality.layer_walk import Reached, Walk
 from engine.quality.loss_probe import Documents
 from engine.quality.texts import LONGEST, read_tokens
 from kernels.layout import Layout, default_group_size
-from kernels.linear import decode
 from kernels.planes import Nested, decode_down, decode_gate, decode_up
+from kernels.trunk.linear import decode
 
 Tensor = torch.Tensor
 PRIOR = 64      # tokens that the layer's own mean counts as beside an expert's tokens

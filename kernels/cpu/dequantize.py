@@ -112,7 +112,7 @@ def _rows(table):
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """As kernels.linear.dequantize_rows."""
+    """As kernels.trunk.linear.dequantize_rows."""
     rows, n = out.shape
     if n % GROUP or scales.shape[1] * GROUP != n or not (out.dtype == torch.float32 and scales.dtype == torch.float16):
         return NotImplemented

@@ -25,7 +25,7 @@ def features() -> frozenset[str]:
 def version_of(folder: Path) -> str:
     """Of the sources there. numba asks only whether a function's own file has changed, not what else it was compiled
     from, so every version of this package keeps its code in a folder of its own."""
-    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
     return hashlib.sha256(sources).hexdigest()[:16]
 
 

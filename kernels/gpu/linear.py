@@ -1,11 +1,11 @@
-"""Device version of kernels/linear.py: a few rows and stretches of columns a block, four codes a multiplication.
+"""Device version of kernels/trunk/linear.py: a few rows and stretches of columns a block, four codes a multiplication.
 
 The activation becomes 16-bit fixed point in two int8 halves, as for the experts: what binds is memory, so the second
 half is free, and a token read alone gives the numbers of one read in a prompt. Every block does that for itself, which
 spares a node of the graph. Few rows are spread over more blocks, first by fewer rows a block, then by splitting the
 columns, whose sums are added in order: by shape alone, never by card.
 
-Legend as in kernels/linear.py; G groups of a row, words are int32 of WORDS a group (4 or 8 codes each).
+Legend as in kernels/trunk/linear.py; G groups of a row, words are int32 of WORDS a group (4 or 8 codes each).
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from kernels.gpu.activation import LARGEST, codes_of
 from kernels.gpu.planes import add_splits, dp4a, scale_offset, words_of
-from kernels.linear import MOST_TOKENS, columns
+from kernels.trunk.linear import MOST_TOKENS, columns
 
 Tensor = torch.Tensor
 
@@ -72,7 +72,7 @@ def _linear(x, codes, scales, bias, out, n_rows, GROUPS: tl.constexpr, WORDS: tl
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As kernels.linear.linear."""
+    """As kernels.trunk.linear.linear."""
     n_tokens, n_rows = len(x), len(codes)
     four, groups = codes.dtype == torch.uint8, scales.shape[1]
     assert x.shape == (n_tokens, columns(codes)) and n_tokens <= MOST_TOKENS, (x.shape, codes.shape)
@@ -120,7 +120,7 @@ def _dequantize(codes, scales, out, COLUMNS: tl.constexpr, GROUP: tl.constexpr, 
 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """As kernels.linear.dequantize_rows."""
+    """As kernels.trunk.linear.dequantize_rows."""
     n_rows, n_columns = len(codes), columns(codes)
     four, groups = codes.dtype == torch.uint8, scales.shape[1]
     assert out.shape == (n_rows, n_columns) and out.is_contiguous() and codes.is_contiguous()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.gpu import linear as gpu_linear
-from kernels.linear import dequantize_rows, linear
+from kernels.trunk.linear import dequantize_rows, linear
 from tests.support.random_experts import random_matrix
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 import torch
 
-import kernels
+import kernels.trunk
 from kernels import __main__ as self_check
 from kernels.__main__ import agrees, cases, main
 from kernels.select import select
@@ -23,8 +23,8 @@ def test_a_kernel_agrees(at):
 
 
 def test_every_function_that_has_a_twin_is_checked():
-    modules = [importlib.import_module(f"kernels.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
-               if not found.ispkg and found.name != "__main__"]
+    modules = [importlib.import_module(f"{package.__name__}.{found.name}") for package in (kernels, kernels.trunk)
+               for found in pkgutil.iter_modules(package.__path__) if not found.ispkg and found.name != "__main__"]
     twins = {name for module in modules for name, value in vars(module).items() if hasattr(value, "on_gpu")}
     assert twins == set(NAMES)
 

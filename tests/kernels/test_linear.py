@@ -4,8 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import linear as module
-from kernels.linear import MOST_TOKENS, decode, dequantize_rows, linear
+from kernels.trunk import linear as module
+from kernels.trunk.linear import MOST_TOKENS, decode, dequantize_rows, linear
 from tests.support.random_experts import random_matrix
 
 

@@ -45,7 +45,7 @@ def random_blobs(n: int, layout: Layout, generator: torch.Generator) -> Tensor:
 
 
 def random_matrix(rows: int, columns: int, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """codes, scales of a trunk matrix in the order of kernels/linear.py, groups of 64."""
+    """codes, scales of a trunk matrix in the order of kernels/trunk/linear.py, groups of 64."""
     generator = torch.Generator().manual_seed(seed)
     scales = (0.5 + torch.rand(rows, columns // 64, generator=generator)) / 2 ** (bits - 1) / columns ** 0.5
     if bits == 8:

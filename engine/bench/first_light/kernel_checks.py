@@ -19,9 +19,9 @@ from kernels.activation import Gate, quantize_activation
 from kernels.apply import apply
 from kernels.dense import dense, dequantize
 from kernels.layout import Layout, default_group_size
-from kernels.linear import dequantize_rows, linear
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
+from kernels.trunk.linear import dequantize_rows, linear
 
 Tensor = torch.Tensor
 VALUES, SIXTEEN_BITS = 1e-3, 1e-2   # of the largest value; SIXTEEN_BITS where the result itself is rounded to 16 bits

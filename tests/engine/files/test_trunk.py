@@ -6,7 +6,7 @@ import torch
 
 from engine.core import UserError
 from engine.files.trunk import CODES, SCALES, bits_of, encode
-from kernels.linear import decode
+from kernels.trunk.linear import decode
 
 LAYERS = 12
 

@@ -14,7 +14,7 @@ from engine.files.compressed import MappedFile
 from engine.files.manifest import TRUNK
 from engine.model import load, packed
 from engine.model.packed import Packed, stored_bytes
-from kernels.linear import decode
+from kernels.trunk.linear import decode
 from tests.support.architectures import SMALL
 from tests.support.folders import compressed, logits_by_steps
 

@@ -7,7 +7,7 @@ import torch
 from engine.files.quantize import search
 from engine.files.trunk import encode, stored_as
 from engine.quality.compensate import DAMPING, factor, over_inputs, over_neurons
-from kernels.linear import decode
+from kernels.trunk.linear import decode
 
 GROUP, ROWS, COLUMNS = 64, 96, 192
 Tensor = torch.Tensor

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="needs numba, which compiles this function")
 
-from kernels.cpu import linear as cpu_linear
 from kernels.cpu import threads
-from kernels.linear import linear
+from kernels.cpu.trunk import linear as cpu_linear
+from kernels.trunk.linear import linear
 
 Tensor = torch.Tensor
 

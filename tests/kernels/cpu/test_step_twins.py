@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="needs numba, which compiles these functions")
 
-from kernels.attend import Heads, attend
-from kernels.cpu import attend as cpu_attend
-from kernels.cpu import linear as cpu_linear
-from kernels.cpu import route as cpu_route
 from kernels.cpu import threads
-from kernels.linear import Matrices, linears
-from kernels.route import route
+from kernels.cpu.trunk import attend as cpu_attend
+from kernels.cpu.trunk import linear as cpu_linear
+from kernels.cpu.trunk import route as cpu_route
+from kernels.trunk.attend import Heads, attend
+from kernels.trunk.linear import Matrices, linears
+from kernels.trunk.route import route
 from tests.kernels.cpu.test_linear_twin import matrix
 
 Tensor = torch.Tensor

@@ -13,10 +13,10 @@ from kernels.cpu import pool as cpu_pool
 from kernels.dense import dequantize
 from kernels.evict import age
 from kernels.layout import Layout, default_group_size
-from kernels.linear import dequantize_rows
 from kernels.pool import Pool, new_pool, pin, take
 from kernels.resolve import resolve_experts, resolve_neurons
 from kernels.select import DOWN_ONLY, REFINED
+from kernels.trunk.linear import dequantize_rows
 from tests.kernels.cpu.test_linear_twin import matrix
 from tests.support.random_experts import random_blobs
 

@@ -27,7 +27,7 @@ class Heads(NamedTuple):
     epsilon: float = 0.0
 
 
-@twin(None, "kernels.cpu.attend")
+@twin(None, "kernels.cpu.trunk.attend")
 def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int, heads: Heads) -> Tensor:
     """projected float32 [T, (Q + 2C) * D], queries, keys and values one behind the other -> [T, Q * D].
 

@@ -1,4 +1,4 @@
-"""Compiled twin of kernels/attend.py: first the cache's new rows and the turned queries, then a piece a cached head.
+"""Compiled twin of kernels/trunk/attend.py: the cache's new rows and the turned queries, then a piece a cached head.
 
 Legend as there.
 """
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numba import carray, float32, njit
 
-from kernels.attend import Heads
 from kernels.cpu.rows import FLOATS, LINE
 from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
 from kernels.cpu.vectors import LANES, Code, Value, in_vectors
+from kernels.trunk.attend import Heads
 
 Tensor = torch.Tensor
 
@@ -122,7 +122,7 @@ def _attend(table):
 
 
 def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int, heads: Heads) -> Tensor:
-    """As kernels.attend.attend."""
+    """As kernels.trunk.attend.attend."""
     size, projected = heads.size, projected.clone()
     if size % LANES or any(rows.dtype != torch.float32 or rows.stride()[2:] != (size, 1) for rows in (keys, values)):
         return NotImplemented

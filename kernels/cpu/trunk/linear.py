@@ -1,4 +1,4 @@
-"""Compiled twin of kernels/linear.py: each row of codes is read once for all tokens, and its codes stay codes.
+"""Compiled twin of kernels/trunk/linear.py: each row of codes is read once for all tokens, and its codes stay codes.
 
 A code of 8 bits counts as two of 4 bits, (code + 128) // 16 and (code + 128) % 16, so that the same dot product serves
 both; the activation is in 16-bit fixed point. A line of codes is 64 columns at 8 bits and 128 at 4; what an activation
@@ -20,7 +20,7 @@ from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
 from kernels.cpu.vectors import INT32, LANES, Code, Value, in_vectors, joined, vector
-from kernels.linear import MOST_TOKENS, Matrices, columns
+from kernels.trunk.linear import MOST_TOKENS, Matrices, columns
 
 Tensor = torch.Tensor
 
@@ -199,7 +199,7 @@ def takes(matrices: Matrices) -> bool:
 
 def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
             residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As kernels.linear.linears."""
+    """As kernels.trunk.linear.linears."""
     known = matrices.__dict__.get("_compiled")      # what a matrix needs to be told of is made once
     if known is None:
         known = matrices.__dict__["_compiled"] = _table(matrices) if takes(matrices) else ()
@@ -221,7 +221,7 @@ def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: 
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As kernels.linear.linear."""
+    """As kernels.trunk.linear.linear."""
     assert len(x) <= MOST_TOKENS and x.shape[1] == columns(codes), (x.shape, codes.shape)
     if not x.is_floating_point():
         return NotImplemented

@@ -30,7 +30,7 @@ MOST_TOKENS = 4         # of one call of `linear`; more are a matrix product ove
 BLOCK = 1 << 18         # weights that the reference decodes at a time: they stay in a processor's cache
 
 
-@twin("kernels.gpu.linear", "kernels.cpu.linear")
+@twin("kernels.gpu.linear", "kernels.cpu.trunk.linear")
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K] float32, bfloat16 or float16, T <= MOST_TOKENS -> x @ weight.T + bias, [T, R] in x's dtype.
 
@@ -68,7 +68,7 @@ class Matrices:
         return sum(part.nbytes for parts in self.parts for part in parts if part is not None)
 
 
-@twin(None, "kernels.cpu.linear")
+@twin(None, "kernels.cpu.trunk.linear")
 def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
             residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x float32 [T, K], T <= MOST_TOKENS -> residual + n @ weights.T + biases, [T, sum of R], and n itself.

@@ -1,4 +1,4 @@
-"""Compiled twin of kernels/route.py."""
+"""Compiled twin of kernels/trunk/route.py."""
 from __future__ import annotations
 
 import math
@@ -36,7 +36,7 @@ def _route(logits, renormalised, ids, shares):
 
 
 def route(logits: Tensor, top_k: int, renormalised: bool) -> tuple[Tensor, Tensor]:
-    """As kernels.route.route."""
+    """As kernels.trunk.route.route."""
     ids, shares = torch.empty(len(logits), top_k, dtype=torch.int64), torch.empty(len(logits), top_k)
     _route(logits.numpy(), renormalised, ids.numpy(), shares.numpy())
     return ids, shares
