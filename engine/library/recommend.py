@@ -75,12 +75,13 @@ def plan_for(known: catalogue.ModelInfo, machine: Machine, level: str | None = N
 
 
 def recommendations(machine: Machine, wishes: PlanRequest | None = None) -> list[Recommendation]:
-    """The catalogue on this machine: what fits first, then by expected speed. One of them is recommended, unless none
-    is practical: the best known that fits, else the fastest."""
+    """The catalogue on this machine. The first is recommended, unless none is practical: the best known that fits, else
+    the fastest. Then what fits, then by expected speed."""
     known = [_outlook(entry, machine, wishes) for entry in catalogue.entries().values()]
     rows = sorted(known, key=lambda row: (VERDICTS.index(row.verdict), -row.tokens_per_second))
     first = next((row for row in known if row.verdict == "fits"), rows[0] if rows else None)
     good = first is not None and first.verdict in ("fits", "slow")
+    rows.sort(key=lambda row: row is not first)
     return [replace(row, recommended=good and row is first) for row in rows]
 
 

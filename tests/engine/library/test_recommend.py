@@ -20,7 +20,7 @@ def test_the_verdict_is_the_speeds_and_what_is_recommended_is_practical(machine)
         assert expected[row.verdict], row
     chosen = [row for row in rows if row.recommended]
     practical = [row for row in rows if row.verdict in ("fits", "slow")]
-    assert len(chosen) == bool(practical) and all(row in practical for row in chosen)
+    assert chosen == rows[:len(chosen)] and len(chosen) == bool(practical) and all(row in practical for row in chosen)
 
 
 def test_the_best_known_that_fits_is_recommended_and_nothing_where_nothing_is_practical():
