@@ -41,6 +41,7 @@ def build_page(parts) -> gr.Blocks:
                 _element("chat")
             with gr.Column(elem_id="right", scale=0), gr.Tabs():
                 with gr.Tab(TEXT["tab_engine"], id="engine"):
+                    _element("figures")
                     _engine_controls(parts)
                 with gr.Tab(TEXT["tab_chat"], id="settings"):
                     _element("settings")

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: no telemetry, no version check
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.staticfiles import StaticFiles
 
@@ -21,7 +21,7 @@ from app import preferences
 from app.chat.answers import Jobs
 from app.chat.chat_settings import Drafts
 from app.chat.chats import Chats
-from app.http import api
+from app.http import api, switcher
 from app.http.connection import HEADER_BYTES, Connection
 from app.http.events import Stream
 from app.http.request_guard import Guard
@@ -90,6 +90,14 @@ def _last(opened: dict, options: Options, plan_level: bool) -> tuple[Path, Optio
     return demo_model(), options, plan_level
 
 
+def routes(parts: Parts) -> APIRouter:
+    """All below /api."""
+    asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, parts.stream.changed)
+    switcher.routes(asked, parts.shelf, parts.models)
+    preferences.routes(asked, parts)
+    return asked
+
+
 def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
     """The ASGI application for one port; `entered` is told the next start link."""
     import gradio as gr
@@ -98,8 +106,7 @@ def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
 
     app = FastAPI(lifespan=_lifespan(parts), docs_url=None, redoc_url=None, openapi_url=None)
     api.speak_in_sentences(app)
-    asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, parts.stream.changed)
-    app.include_router(preferences.routes(asked, parts))
+    app.include_router(routes(parts))
     app.mount("/ui", StaticFiles(directory=UI))
 
     @app.get("/events")

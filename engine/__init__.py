@@ -36,7 +36,7 @@ _DOORS = {  # module: its names that are everybody's
     "library.hub": ("Hub", "address"),
     "library.download": ("download",),
     "library.transfer": ("CompressOptions",),
-    "library.catalogue": ("ModelInfo", "look_up"),
+    "library.catalogue": ("ModelInfo", "look_up", "title_of"),
     "library.hub_search": ("search_hub", "examine_repository"),
     "library.installed": ("Installed", "models", "delete", "empty_trash", "adopt_model"),
     "library.recommend": ("this_machine", "with_benchmarks", "plan_for", "recommendations", "verdict_of"),

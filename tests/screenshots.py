@@ -51,6 +51,7 @@ def take(page) -> None:
     page.wait_for_timeout(1500)
     picture(page, "chat-light")
     page.click("#theme")
+    browser.side(page, "Engine")
     page.evaluate("document.querySelector('#why').scrollIntoView()")
     picture(page, "engine-dark")
     page.evaluate("location.hash = 'models/get'")

@@ -240,7 +240,7 @@ class Jobs:
         stopped, asked = live.stop.is_set, wishes.template()
         prompt = fit(messages, info["context"], reserve, wishes.policy,
                      lambda some: engine.count_tokens(some, asked, stopped), lambda one: engine.weigh(one, stopped))
-        live.stats |= {"model": info["name"], "level": self._models.level, "dropped": prompt.dropped,
+        live.stats |= {"model": self._models.title, "level": self._models.level, "dropped": prompt.dropped,
                        "prompt_tokens": prompt.tokens}
         yield from engine.chat(prompt.messages, sampling, asked, live.stop)
 
@@ -329,7 +329,8 @@ class _Meter:
 
     def _numbers(self, event: Event) -> None:
         counters: Counters = event.counters
-        self._live.stats |= {"tokens": event.n_tokens, "tokens_per_second": round(event.tokens_per_second, 2)}
+        self._live.stats |= {"tokens": event.n_tokens, "tokens_per_second": round(event.tokens_per_second, 2),
+                             "seconds": round(time.monotonic() - self._start, 2)}
         if "server" not in self._live.stats:  # it has no near memory
             self._live.stats |= {
                 "hit_rate": round(counters.hit_rate, 4),

@@ -252,7 +252,9 @@ class Chats:
         """A new conversation with copies of everything up to and with this message."""
         message = self.message(message_id)
         source = self.conversation(message.conversation_id)
-        return self.bring_in([(replace(source, leaf_id=None, pinned=False), self.path(source.id, message_id))])[0]
+        named = TEXT["branch_title"].format(title=source.title.removeprefix(TEXT["branch_title"].format(title="")))
+        return self.bring_in([(replace(source, title=named, leaf_id=None, pinned=False),
+                               self.path(source.id, message_id))])[0]
 
     def bring_in(self, copies: list[tuple[Conversation, list[Message]]]) -> list[Conversation]:
         """New conversations like these, all or none. Ids only say how messages hang together; where leaf_id is among

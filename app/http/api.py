@@ -59,6 +59,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
     """Everything that is not text of a conversation: small, sent whenever it changes."""
     live, snapshot = jobs.live, models.snapshot()
     return {"model": {"state": models.state, "step": models.step, "name": models.folder.name,
+                      "title": models.title,
                       "opening": models.opening(), "opened": models.opened(),
                       "near_bytes": snapshot.get("near_bytes"), "refused": models.refused} | _shown_info(models),
             "level": models.level,

@@ -15,7 +15,7 @@ from app.library.background_tasks import Run, Works
 from app.library.fetch_rate import FetchRate
 from app.library.folders import as_written, show
 from app.library.machine_status import Surroundings
-from app.library.open_model import Models
+from app.library.open_model import Models, shown_title
 from app.library.plans import levels_of, planned
 from app.strings import TEXT
 from engine import (
@@ -74,6 +74,13 @@ class Shelf:
                 "used_bytes": sum(model["bytes"] for model in on_disk[1:] if not model["linked"]),
                 "free_bytes": shutil.disk_usage(folder).free if folder.is_dir() else None,
                 "folder": as_written(folder)}
+
+    def titles(self) -> list[dict]:
+        """What can be opened: {"name", "title", "open"} of each."""
+        whole = [(DEMO, demo_model()), *((model.name, model.folder) for model in models(self._data)
+                                         if model.kind != "unfinished")]
+        return [{"name": name, "title": shown_title(folder), "open": folder == self._opened.folder}
+                for name, folder in whole]
 
     # --- opening ------------------------------------------------------------------------------------------------
     def open(self, name: str, level: str | None = None, context: int | None = None,

@@ -16,7 +16,18 @@ from pathlib import Path
 from app.library.load_progress import Opening
 from app.library.machine_status import Surroundings
 from app.strings import TEXT
-from engine import MachineError, ModelInfo, Options, Stopped, UserError, look_up, plan_for, what_binds
+from engine import (
+    MachineError,
+    ModelInfo,
+    Options,
+    Stopped,
+    UserError,
+    demo_model,
+    look_up,
+    plan_for,
+    title_of,
+    what_binds,
+)
 
 METER_SECONDS = 5.0  # that counting a conversation may take, for nothing but a meter
 
@@ -128,6 +139,11 @@ class Models:
         return {"bound": found.bound, "text": found.text} if found else None
 
     @property
+    def title(self) -> str:
+        """What a person calls it."""
+        return shown_title(self.folder)
+
+    @property
     def level(self) -> str:
         """The level that runs; the wished one while nothing is open."""
         return self.snapshot().get("level", self.options.level)
@@ -211,6 +227,11 @@ class Models:
             self.state, self.step = state, step
             self._changed.notify_all()
         self.on_change()
+
+
+def shown_title(folder: Path) -> str:
+    """What the page calls a model everywhere."""
+    return TEXT["demo_title"] if folder == demo_model() else title_of(folder.name)
 
 
 def _size(folder: Path) -> int:

@@ -14,8 +14,7 @@ from app.preferences import about, folders, programs, server, titles
 SECTIONS = (folders, titles, programs, server, about)
 
 
-def routes(router: APIRouter, parts) -> APIRouter:
-    """The router, with every section's routes. `parts` are the program's, as in app/server.py."""
+def routes(router: APIRouter, parts) -> None:
+    """Every section's. `parts` are the program's, as in app/server.py."""
     for section in SECTIONS:
         section.routes(router, parts)
-    return router

@@ -78,7 +78,7 @@ function steps(model, opening, seconds) {
   if (!opening) return [model.step];
   const rows = opening.steps.map((step) => h("li", { class: step.state, "aria-label": `${step.name}: ${
     step.state === "done" ? TEXT.step_done : TEXT.step_now}` }, step.name));
-  return [h("strong", {}, say("opening", { name: model.name })), h("ol", { class: "steps" }, ...rows),
+  return [h("strong", {}, say("opening", { name: model.title })), h("ol", { class: "steps" }, ...rows),
     h("span", { class: "clock" }, time(opening, seconds))];
 }
 

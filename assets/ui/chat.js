@@ -1,20 +1,21 @@
 // The middle of the page: messages, the answer while it grows, the queue, and the place to write.
 // A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
 import { dismiss } from "/ui/dismiss.js";
+import { restoreDrawers, toggleList, toggleTab } from "/ui/drawers.js";
 import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
-import { elsewhere, watch } from "/ui/elsewhere.js";
-import { showModels } from "/ui/models.js";
+import { watch } from "/ui/elsewhere.js";
 import { pages } from "/ui/pages.js";
-import { message, offerActions, showThinking, statsLine } from "/ui/message.js";
+import { message, offerActions, showStats, showThinking } from "/ui/message.js";
 import { begin, draft, stored } from "/ui/settings.js";
 import { applyTheme, switchTheme } from "/ui/theme.js";
+import { switcher } from "/ui/switcher.js";
 import { welcome } from "/ui/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
 let goal = null; // the message that a search has found
-let log, scroller, queue, title, meter, chip, drawn = { id: null, limit: 40 };
+let log, scroller, queue, title, meter, drawn = { id: null, limit: 40 };
 
 export async function mount(root) {
   await ready;
@@ -22,15 +23,14 @@ export async function mount(root) {
   queue = h("ul", { class: "queue", "aria-label": TEXT.waiting });
   title = h("h1", {}, TEXT.app);
   meter = h("span", { class: "meter", id: "context-meter" });
-  chip = h("button", { type: "button", class: "model-chip", id: "model-chip", onclick: showModels });
   const down = button("down", TEXT.jump_down, () => follow(true), { class: "icon-button jump", hidden: true });
   scroller = h("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": TEXT.conversation,
     onscroll: () => { down.hidden = nearEnd(); } }, log, queue);
   root.replaceChildren(h("div", { class: "chat" },
     h("header", { class: "bar" },
-      button("menu", TEXT.menu, () => toggle("left")), title, chip,
+      button("menu", TEXT.menu, toggleList), switcher(), title,
       button("theme", TEXT.theme, switchTheme, { id: "theme" }),
-      button("gauge", TEXT.panel_toggle, () => toggle("right"))),
+      opener("sliders", "tab_chat"), opener("gauge", "tab_engine")),
     ...above(), welcome(() => scroller.parentElement), ...pages(), scroller, down, notices,
     composer(send, meter),
     h("div", { id: "announce", class: "sr-only", role: "status", "aria-live": "polite" })));
@@ -40,12 +40,12 @@ export async function mount(root) {
   on("state", changed);
   on("presence", (now) => now === "here" && load());
   on("text", grow);
-  on("elsewhere", () => drawChip(state));
   document.addEventListener("keydown", shortcut);
   document.addEventListener("keydown", applyNumber, true);
   document.addEventListener("blur", keepInside, true);
   window.addEventListener("hashchange", () => emit("opened", opened.id));
   applyTheme();
+  restoreDrawers();
   start();
   watch();
   load();
@@ -139,7 +139,6 @@ function drawMeter(used, total) {
 }
 
 function changed({ now, before }) {
-  drawChip(now);
   keep(queue, now.waiting.filter((w) => w.conversation_id === opened.id).map((w) => [String(w.id), w]), waitingItem);
   document.body.classList.toggle("answering", Boolean(now.live));
   const ended = before.live && before.live.message !== now.live?.message;
@@ -149,12 +148,6 @@ function changed({ now, before }) {
   const listed = now.conversations.find((c) => c.id === opened.id);
   if (listed) title.textContent = listed.title || TEXT.untitled;
   if (before.model.state !== "ready" && now.model.state === "ready") load();
-}
-
-function drawChip({ model, level, server }) {
-  const name = elsewhere || (model.is_demo ? TEXT.demo_title : model.name);
-  chip.replaceChildren(h("span", {}, name), h("span", { class: "level" }, elsewhere ? server : model.state === "ready" ? level : ""));
-  chip.title = elsewhere ? say("answered_elsewhere", { model: elsewhere, host: server }) : say("model_chip", { name, level });
 }
 
 function waitingItem(item) {
@@ -172,7 +165,7 @@ function grow(update) {
   const stick = nearEnd(), known = soFar(update.message);
   if (!replaceAll(node, update) && !(known && replaceAll(node, known))) return; // the beginning has been asked for
   showThinking(node, update);
-  node.querySelector(".stats").replaceChildren(...statsLine(update.stats));
+  showStats(node, update.stats);
   if (stick) follow(true);
 }
 
@@ -275,9 +268,6 @@ function keepInside({ target }) {
   target.dispatchEvent(new Event("input", { bubbles: true }));
 }
 
-// Looks
-
-const narrow = () => matchMedia(`(max-width: 1100px)`).matches;
-function toggle(side) {
-  document.body.classList.toggle(narrow() ? `show-${side}` : `hide-${side}`);
-}
+// What opens a tab of the right column: its icon, and its name where there is room.
+const opener = (name, tab) => h("button", { type: "button", class: "opener", title: TEXT[tab], "aria-label": TEXT[`show_${tab}`],
+  onclick: () => toggleTab(tab) }, icon(name), h("span", {}, TEXT[tab]));

@@ -33,9 +33,10 @@ export async function mount(root) {
 
   function draw() {
     if (search.value.trim() || list.querySelector("input, details[open]")) return;
-    const rows = state.conversations.map(({ id, title, pinned }) =>
-      ({ id, title, pinned, current: id === opened.id, busy: id === state.live?.conversation }));
-    keep(list, rows.length ? rows.map((row) => [JSON.stringify(row), row]) : [["", null]], item);
+    const rows = state.conversations.map(({ id, title, pinned, updated_at: at }) => ({ id, title, pinned, current: id === opened.id,
+      busy: id === state.live?.conversation, when: pinned ? TEXT.pinned : dayOf(at) }));
+    const shown = rows.flatMap((row, i) => [row.when !== rows[i - 1]?.when && [`when ${row.when}`, row.when], [JSON.stringify(row), row]]);
+    keep(list, shown.length ? shown.filter(Boolean) : [["", null]], item);
   }
 
   on("state", draw);
@@ -47,7 +48,17 @@ export async function mount(root) {
 }
 
 function followRow() {
-  for (const menu of document.querySelectorAll("details.menu[open]")) placeMenu(menu, menu.lastChild);
+  for (const menu of document.querySelectorAll(".list details.menu[open]")) placeMenu(menu, menu.lastChild);
+}
+
+// Under which heading a conversation stands, by the day of its last message. seconds: since 1970.
+function dayOf(seconds) {
+  const then = new Date(1000 * seconds), midnight = new Date().setHours(0, 0, 0, 0);
+  const days = Math.ceil((midnight - then) / 86_400_000);
+  if (days <= 0) return TEXT.today;
+  if (days === 1) return TEXT.yesterday;
+  if (days <= 7) return TEXT.last_week;
+  return days <= 30 ? TEXT.last_month : then.toLocaleDateString("en", { month: "long", year: "numeric" });
 }
 
 function newChat() {
@@ -67,6 +78,7 @@ function foundItem(found) {
 
 function item(conversation) {
   if (!conversation) return h("li", { class: "empty" }, TEXT.no_conversations);
+  if (typeof conversation === "string") return h("li", { class: "when" }, conversation);
   const { current, busy } = conversation;
   const open = h("button", { type: "button", class: "open", "aria-current": current ? "page" : null,
     onclick: () => { opened.id = conversation.id; } },

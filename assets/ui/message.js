@@ -1,5 +1,5 @@
 // One message: who, thinking, text, what it cost, and what can be done with it.
-import { TEXT, api, button, h, say } from "/ui/floe.js";
+import { TEXT, api, button, h, icon, say } from "/ui/floe.js";
 
 export function message(m) {
   const running = m.status === "running";
@@ -12,8 +12,9 @@ export function message(m) {
   if (m.role === "assistant") {
     node.append(h("div", { class: "phase", hidden: !running }, TEXT.waiting_for_model));
     node.append(...notes(m));
-    node.append(h("div", { class: "stats" }, ...statsLine(m.stats)));
   }
+  node.append(h("div", { class: "foot" }));
+  if (m.role === "assistant") showStats(node, m.stats);
   return node;
 }
 
@@ -21,8 +22,8 @@ export function message(m) {
 export function offerActions(node, m, last, act) {
   if (node.last === last || m.status === "running") return;
   node.last = last;
-  node.querySelector(":scope > .actions")?.remove();
-  node.append(actions(m, last, act, node));
+  node.querySelector(".foot > .actions")?.remove();
+  node.querySelector(".foot").prepend(actions(m, last, act, node));
 }
 
 function thought(m, running) {
@@ -54,18 +55,29 @@ function notes(m) {
   return found.map((text) => h("p", { class: `note ${m.status}` }, text));
 }
 
-export function statsLine(stats) {
+// How fast and how long; the rest of what it cost lies behind it.
+export function showStats(node, stats) {
+  const foot = node.querySelector(".foot"), old = foot.querySelector(".stats");
+  const short = [stats.tokens_per_second && say("stat_decode", { n: stats.tokens_per_second.toFixed(1) }),
+    stats.seconds && say("stat_seconds", { s: stats.seconds.toFixed(1) })].filter(Boolean).join(" · ");
+  if (!short) return;
+  const details = old || h("details", { class: "stats" }, h("summary", { title: TEXT.stats_more }), h("ul", {}));
+  details.firstChild.replaceChildren(short, icon("info"));
+  details.lastChild.replaceChildren(...statsLine(stats));
+  if (!old) foot.append(details);
+}
+
+function statsLine(stats) {
   const far = stats.far_bytes_per_token / 1e6;
   return [
     stats.first_token_ms !== undefined && say("stat_first", { ms: `${Math.round(stats.first_token_ms)} ms` }),
     stats.prefill_tokens_per_second && say("stat_prefill", { n: stats.prefill_tokens_per_second.toFixed(0) }),
-    stats.tokens_per_second && say("stat_decode", { n: stats.tokens_per_second.toFixed(1) }),
     stats.tokens && say("stat_tokens", { n: stats.tokens }),
     stats.hit_rate !== undefined && stats.tokens && say("stat_hit", { n: (100 * stats.hit_rate).toFixed(0) }),
     stats.far_bytes_per_token !== undefined && say("stat_far", { mb: far.toFixed(far < 0.1 ? 3 : 2) }),
     stats.model,
     stats.server || stats.level,
-  ].filter(Boolean).map((text) => h("span", {}, text));
+  ].filter(Boolean).map((text) => h("li", {}, text));
 }
 
 function actions(m, last, act, node) {

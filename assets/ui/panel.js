@@ -30,13 +30,13 @@ export async function mount(root, trigger) {
 
   function draw(stats) {
     if (paused) return;
-    speed.push(stats.phase === "decode" ? stats.tokens_per_second || 0 : 0, stats.tokens_per_second || 0);
+    speed.push(stats.phase === "decode" ? stats.tokens_per_second || 0 : 0);
     const toCard = stats.card?.to_card ?? null;
-    link.push((stats.far_bytes_per_second || 0) / 1e6, undefined, toCard === null ? null : toCard / 1e6);
+    link.push((stats.far_bytes_per_second || 0) / 1e6, toCard === null ? null : toCard / 1e6);
     cardLink.textContent = cardLine(stats.card);
     if (stats.why !== undefined) drawWhy(why, stats.why);
     if (stats.activity) drawHeat(heat, stats.activity);
-    model.textContent = `${stats.model || state.model.name || ""} · ${TEXT[`phase_${phase(stats)}`]}`;
+    model.textContent = `${state.model.title || ""} · ${TEXT[`phase_${phase(stats)}`]}`;
     device.textContent = [state.graphics?.text || stats.step || TEXT.gpu_unknown, stats.note].filter(Boolean).join(" ");
     drawFacts(facts, stats);
     drawLayers(layers, stats.residency || []);
@@ -95,8 +95,7 @@ function drawHeat(place, rows) {
 // other: a second line of the same kind, drawn beside the first where it is known (null: it is not).
 function curve(id, title, unit) {
   const values = [], others = [];
-  const number = h("strong", { id: `${id}-now` }, "–");
-  const node = h("figure", { class: `curve ${id}` }, h("figcaption", {}, title, h("span", {}, number, ` ${unit}`)));
+  const node = h("figure", { class: `curve ${id}` }, h("figcaption", {}, title, h("span", {}, unit)));
   const picture = h("div", { role: "img", "aria-label": `${title}, ${unit}` });
   node.append(picture);
   const remember = (value, other = null) => {
@@ -109,9 +108,8 @@ function curve(id, title, unit) {
   };
   return {
     node, remember,
-    push(value, shown = value, other = null) {
+    push(value, other = null) {
       remember(value, other);
-      number.textContent = shown >= 100 ? shown.toFixed(0) : shown.toFixed(1);
       picture.innerHTML = svgCurve(values, others);
     },
   };
@@ -128,11 +126,9 @@ function svgCurve(values, others) {
 }
 
 function drawFacts(place, stats) {
-  const last = stats.last || {}, counters = stats.counters || {};
-  const rate = counters.needed_bytes ? counters.hit_bytes / counters.needed_bytes : null;
+  const last = stats.last || {};
   const moved = last.needed_bytes === undefined ? null : (last.far_bytes || 0) + (last.speculative_bytes || 0);
   replace(place, [
-    [TEXT.hit_rate, rate === null ? "–" : `${(100 * rate).toFixed(1)} %`],
     [TEXT.bytes_per_token, moved === null ? "–" : bytes(moved)],
     [TEXT.level, stats.level || "–"],
   ]);

@@ -5,8 +5,10 @@ import { TEXT, api, emit, h, notice, on, opened, ready, start, state } from "/ui
 
 const DRAFT = "floe-draft-settings";
 const PAUSE_MS = 500; // after the last key; the end of a field, a send and another conversation store at once
-const STEPS = { temperature: 0.05, max_tokens: 1, top_k: 1, top_p: 0.01, min_p: 0.01, repetition_penalty: 0.01, seed: 1 };
-let place = null, form = null;
+// Of each field of sampling its step and the ends of its slider; what lies beyond them can be typed. A seed has no slider.
+const NUMBERS = { temperature: [0.05, 0, 2], max_tokens: [16, 16, 4096], top_p: [0.01, 0, 1], top_k: [1, 0, 200], min_p: [0.01, 0, 1],
+  repetition_penalty: [0.01, 1, 2], seed: [1] };
+let place = null, form = null, unfolded = false;
 
 export async function mount(root) {
   await ready;
@@ -51,10 +53,10 @@ function settingsForm(whose) {
   const name = h("input", { id: "preset-name", maxlength: 60, placeholder: TEXT.preset_hint, "aria-label": TEXT.preset_name,
     onkeydown: (event) => event.key === "Enter" && keepPreset() });
   const quiet = (id, label, onclick) => h("button", { type: "button", class: "quiet", id, onclick }, label);
-  node.append(fields.remote.node, fields.system.node, labelled(TEXT.preset, preset), ...["temperature", "max_tokens", "thinking", "effort",
-    "keep_thinking", "policy"].map((each) => fields[each].node),
-  h("details", {}, h("summary", {}, TEXT.advanced), ...["top_p", "top_k", "min_p", "repetition_penalty", "seed"].map((each) =>
-    fields[each].node)), quiet("reset", TEXT.reset, reset), name, h("div", { class: "model-buttons" },
+  node.append(fields.remote.node, fields.system.node, labelled(TEXT.preset, preset), ...["thinking", "effort", "keep_thinking", "policy"].map((each) =>
+    fields[each].node),
+  h("details", { open: unfolded, ontoggle: (event) => { unfolded = event.target.open; } }, h("summary", {}, TEXT.advanced),
+    ...Object.keys(NUMBERS).map((each) => fields[each].node)), quiet("reset", TEXT.reset, reset), name, h("div", { class: "model-buttons" },
     quiet("preset-keep", TEXT.preset_keep, keepPreset), quiet("preset-forget", TEXT.preset_forget, () =>
       ask("DELETE", "/preset", { name: preset.value }))));
 
@@ -96,7 +98,7 @@ function settingsForm(whose) {
   // What the open model recommends, and which wishes its chat template knows.
   function hint() {
     const { sampling = {}, wishes } = last?.settings.remote ? {} : state.model; // of another server's it is not known
-    for (const each of Object.keys(STEPS)) fields[each].input.placeholder = sampling[each] ?? "";
+    for (const each of Object.keys(NUMBERS)) fields[each].recommend(sampling[each]);
     fields.thinking.node.hidden = Boolean(wishes) && !wishes.some((wish) => wish === "enable_thinking" || wish === "thinking");
     fields.effort.node.hidden = Boolean(wishes) && !wishes.includes("reasoning_effort");
   }
@@ -124,7 +126,26 @@ function labelled(label, control, help) {
   return h("div", { class: "field" }, h("label", { for: id }, label), control, help && h("small", { id: `${id}-help` }, help));
 }
 
-// {node, input, get, set} of each setting; what is empty is the model's own.
+// A number with a slider for the pointer; the keyboard has the number. Where it is empty, the slider is where the model's own is.
+function withSlider(field, step, [least, most]) {
+  const { input, set } = field;
+  const slider = most !== undefined && h("input", { type: "range", step, min: least, max: most, tabindex: -1, "aria-hidden": "true",
+    oninput: () => { input.value = slider.value; input.dispatchEvent(new Event("input")); },
+    onchange: () => input.dispatchEvent(new Event("change")) });
+  const follow = () => {
+    if (!slider) return;
+    slider.value = input.value || input.placeholder || (input.id === "setting-max_tokens" ? most : least); // no limit is the most
+    slider.classList.toggle("unset", input.value === "");
+  };
+  field.get = () => (input.value === "" ? null : Number(input.value));
+  field.set = (value) => { set(value); follow(); };
+  field.recommend = (value) => { input.placeholder = value ?? ""; follow(); };
+  input.addEventListener("input", follow);
+  if (slider) input.before(slider);
+  field.node.classList.add("number");
+}
+
+// {node, input, get, set} of each setting; of a number also recommend(its model's own); what is empty is the model's own.
 function makeFields(typed, store) {
   const fields = {};
   const add = (each, tag, attributes, ...children) => {
@@ -135,9 +156,9 @@ function makeFields(typed, store) {
   const choice = (each, ...names) => add(each, "select", {}, ...names.map(([value, label]) => h("option", { value }, label)));
   choice("remote");
   add("system", "textarea", { rows: 4, placeholder: TEXT.system_hint, dir: "auto" });
-  for (const [each, step] of Object.entries(STEPS)) {
-    add(each, "input", { type: "number", step });
-    fields[each].get = () => (fields[each].input.value === "" ? null : Number(fields[each].input.value));
+  for (const [each, [step, ...ends]] of Object.entries(NUMBERS)) {
+    add(each, "input", { type: "number", step: "any" });
+    withSlider(fields[each], step, ends);
   }
   choice("thinking", ["", TEXT.think_model], ["on", TEXT.think_on], ["off", TEXT.think_off]);
   fields.thinking.get = () => ({ on: true, off: false })[fields.thinking.input.value] ?? null;

@@ -125,6 +125,12 @@ def find(text: str) -> Entry | None:
     return None
 
 
+def title_of(name: str) -> str:
+    """What people call the model with this name on disk: the catalogue's title, else the name itself."""
+    entry = find(name)
+    return entry.title if entry else name
+
+
 def nearest(text: str) -> str:
     """Names of the catalogue to offer for one that it does not have: those that resemble it, else all."""
     wanted, names = text.strip().lower(), list(entries())

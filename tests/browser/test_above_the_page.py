@@ -35,7 +35,7 @@ def test_a_menu_of_the_last_row_is_whole_and_closes_by_escape_and_by_a_click_els
 
 
 @pytest.mark.parametrize("button, drawer, elsewhere", [("Show or hide conversations", "#left", (385, 500)),
-                                                       ("Show or hide engine and settings", "#right", (5, 500))])
+                                                       ("Show or hide the engine", "#right", (5, 500))])
 def test_drawers_close_by_escape_and_by_a_click_beside_them(page, button, drawer, elsewhere):
     page.set_viewport_size({"width": 390, "height": 800})
     for close in (lambda: page.keyboard.press("Escape"), lambda: page.mouse.click(*elsewhere)):
@@ -102,7 +102,7 @@ def test_what_is_seen_stays_in_its_place_when_earlier_messages_come(page):
 
 
 @pytest.mark.parametrize("button, beside", [("Show or hide conversations", "#new-chat"),
-                                            ("Show or hide engine and settings", "#right [role=tablist]")])
+                                            ("Show or hide the engine", "#right [role=tablist]")])
 def test_on_a_phone_a_notice_is_seen_above_a_drawer_and_covers_not_its_head(page, button, beside):
     page.set_viewport_size({"width": 390, "height": 800})
     page.evaluate("import('/ui/floe.js').then(({ notice }) => notice('One moment.', ['Undo', () => {}]))")
@@ -149,6 +149,7 @@ def test_one_more_version_says_something_else_or_why_not(page):
     browser.settled(page)
     assert page.locator(".message.assistant .answer").text_content() != first  # left alone, the demo is certain
     page.get_by_role("tab", name="This chat").click()
+    page.locator("#settings summary").click()
     page.locator("#settings:enabled").get_by_label("Temperature").fill("0")
     again()
     expect(page.locator(".message.assistant .version")).to_have_text("3/3")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -109,6 +110,19 @@ def test_a_branch_goes_on_by_itself(page):
     expect(page.locator(".message.user .answer")).to_have_text(["Hello!", "Goodbye!"])
     page.goto(old)
     expect(page.locator(".message.user .answer")).to_have_text(["Hello!", "How are you?"])
+
+
+def test_conversations_stand_under_their_day_and_a_branch_under_its_name(page):
+    new_chat(page, "Where is the harbour of yesterday?")
+    act(page, "user", "Continue in a new chat")
+    expect(page.locator("h1")).to_have_text("Branch · Where is the harbour of yesterday?")
+    for days, name in ((0, "Today"), (1, "Yesterday"), (3, "Previous 7 days"), (20, "Previous 30 days")):
+        page.clock.set_fixed_time(datetime.now() + timedelta(days=days))
+        page.evaluate("import('/ui/floe.js').then(({ emit, state }) => emit('state', { now: state, before: state }))")
+        expect(page.locator(".conversations li.when")).to_have_text([name])
+    page.clock.set_fixed_time(datetime.now() + timedelta(days=400))
+    page.evaluate("import('/ui/floe.js').then(({ emit, state }) => emit('state', { now: state, before: state }))")
+    expect(page.locator(".conversations li.when")).to_have_text([f"{datetime.now():%B %Y}"])
 
 
 def test_copy_puts_the_message_on_the_clipboard(page):

@@ -395,6 +395,7 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     for wish in ("Thinking", "Effort"):
         expect(page.get_by_label(wish, exact=True)).to_be_visible()
     page.click("#model-chip")  # what is open, and the way to the models
+    page.get_by_role("button", name="All models").click()
     page.wait_for_selector("#disk li")
     row(page, "demo").get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "demo")

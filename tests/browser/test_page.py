@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_phone_is_wide_enough(page):
     page.get_by_role("button", name="Show or hide conversations").click()
     page.click("#new-chat")
     page.wait_for_selector(".hero")
-    page.get_by_role("button", name="Show or hide engine and settings").click()
+    page.get_by_role("button", name="Show or hide the engine").click()
     page.locator("#speed-now").wait_for()
     page.get_by_role("tab", name="This chat").click()
     inside(page, page.locator("#reset"))
@@ -199,3 +200,29 @@ def test_stop_and_a_reload_while_the_model_opens_are_fine(chromium, tmp_path):
         expect(page.locator(".message.assistant .answer").last).not_to_be_empty()
         context.close()
         watch.check()
+
+
+def test_engine_and_settings_are_closed_until_somebody_opens_them(page):
+    page.evaluate("localStorage.removeItem('floe-right')")
+    page.reload()
+    expect(page.locator("#message")).to_be_visible()
+    expect(page.locator("#speed-now")).to_be_hidden()
+    engine = page.get_by_role("button", name="Show or hide the engine")
+    engine.click()
+    expect(page.locator("#speed-now")).to_be_visible()
+    page.get_by_role("button", name="Show or hide this chat's settings").click()
+    expect(page.get_by_label("System prompt")).to_be_visible()
+    page.reload()  # which the browser remembers
+    expect(page.locator("#speed-now")).to_be_visible()
+    engine.click()
+    expect(page.locator("#speed-now")).to_be_hidden()
+
+
+def test_another_level_is_chosen_in_the_header(page):
+    page.click("#model-chip")
+    expect(page.locator(".switcher .entry")).to_have_text([re.compile("Demo"), "All models"])
+    for level in ("exact", "balanced"):
+        page.locator("#switcher-level").select_option(level)
+        expect(page.locator("#model-chip .level")).to_have_text(level)
+    page.get_by_role("button", name="All models").click()
+    expect(page.locator("#page-models")).to_be_visible()

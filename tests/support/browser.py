@@ -168,7 +168,17 @@ def page(app, context):
     wait_ready(page)
     page.evaluate(STOP_ALL)
     until(page, lambda: not state(page)["live"])
+    side(page, "Engine")  # which most tests read
     return page
+
+
+def side(page, tab: str) -> None:
+    """Open the right column, which is closed at first, at this tab."""
+    page.locator(".opener").first.wait_for()
+    there = page.get_by_role("tab", name=tab)
+    if not there.is_visible():
+        page.get_by_title(tab, exact=True).click()
+    there.click()
 
 
 STOP_ALL = """async () => {

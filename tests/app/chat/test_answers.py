@@ -75,7 +75,7 @@ class Opened:
     """What Models is to Jobs."""
 
     def __init__(self):
-        self.engine, self.level, self.ready = Steps(), "exact", threading.Event()
+        self.engine, self.title, self.level, self.ready = Steps(), "Boat", "exact", threading.Event()
         self.ready.set()
         self.broken = ""
 

@@ -10,7 +10,7 @@ import warnings
 import pytest
 from fastapi import FastAPI
 
-from app import incoming, preferences
+from app import incoming, server
 from app.http import api
 from app.library import folders
 from app.server import Parts
@@ -48,8 +48,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def routes(parts):
-    asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, lambda: None)
-    return preferences.routes(asked, parts)
+    return server.routes(parts)
 
 
 @pytest.fixture(scope="module")
