@@ -67,7 +67,9 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _serve_from(data: Path, listener: socket.socket, args: argparse.Namespace) -> int:
     _keep_inside(data)
+    from app.diagnostics import start_log
     from app.server import Parts, serve
+    start_log(data)
 
     options = Options(args.level, device=args.device)
     parts = Parts.make(data, args.model and args.model.absolute(), options, plan_level=args.level is None)

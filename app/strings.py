@@ -184,7 +184,15 @@ TEXT = {
     "key_gone": "This key has been revoked already.",
     "key_too_many": "There are {most} keys; revoke one that is not needed any more.",
     "preferences_server": "Another server",
+    "preferences_diagnostics": "When something goes wrong",
     "preferences_about": "About",
+    "diagnostics_about": "A zip for whoever helps you: this computer's hardware, versions, the model's plan, the end "
+                         "of the log, and what a card said when it was last measured. No message, no key, no place "
+                         "of a file, neither your name nor this computer's.",
+    "diagnostics_messages": "Messages",
+    "diagnostics_no_messages": "None",
+    "diagnostics_messages_help": "One conversation can go along as it is, if you want it to be read.",
+    "diagnostics_make": "Make the zip",
     "server_about": "A conversation can be answered by another OpenAI-compatible server (vLLM, SGLang, llama.cpp, "
                     "Ollama) instead of this computer. Name it here, then choose one of its models in the "
                     "conversation's settings, under Answered by. No message is sent to it before that.",

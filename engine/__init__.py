@@ -22,10 +22,11 @@ from engine.core import (
     ToolCall,
     UserError,
 )
+from engine.one_thread import one_thread
 
 _DOORS = {  # module: its names that are everybody's
     "disk": ("only_one",),
-    "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir", "make_private", "typed"),
+    "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir", "make_private", "typed", "FIRST_LIGHT"),
     "progress": ("Progress",),
     "machine.gpu_monitor": ("CardMeter",),
     "planning.explain": ("plan_text",),
@@ -53,5 +54,6 @@ __all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Likelihood", "Machine", "
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        with one_thread:
+            return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

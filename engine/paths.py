@@ -19,6 +19,7 @@ from engine.disk import write_text_atomically
 CHOSEN = "models-folders"  # in the data folder: where models are kept, a path a line, the one for new models first
 CALIBRATION_LOG = ".calibrating.jsonl"  # in a model's folder: what a calibration has measured, until it has ended
 PARTIAL = ".partial"
+FIRST_LIGHT = "first-light.txt"  # in the cache: where `gpu first-light` last left its rows
 OURS = ("models", "logs", "cache", "chats.db", "floechat.", "open.html")  # how all begins that a data folder holds
 NAME_BYTES = 200        # a disk takes 255, and `.partial`, `-original` or `.lock` come to a name
 PART_BYTES, PATH_BYTES = 255, 4000

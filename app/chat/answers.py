@@ -202,6 +202,8 @@ class Jobs:
             status = "stopped"
         except (UserError, MachineError) as error:
             live.stats["error"] = str(error)
+            if isinstance(error, MachineError):
+                _log.warning("An answer: %s", error)
         except BaseException as error:
             live.stats["error"] = TEXT["answer_failed"].format(error=f"{type(error).__name__}: {error}")
         finally:

@@ -5,6 +5,7 @@ holder of an Engine in the app; everybody else asks here.
 """
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -29,6 +30,7 @@ from engine import (
     what_binds,
 )
 
+_log = logging.getLogger(__name__)
 METER_SECONDS = 5.0  # that counting a conversation may take, for nothing but a meter
 
 
@@ -223,6 +225,8 @@ class Models:
         self._tell("loading", step)
 
     def _tell(self, state: str, step: str) -> None:
+        if state != self.state or state == "failed":
+            _log.info("Model %s: %s %s", self.folder.name, state, step)
         with self._changed:
             self.state, self.step = state, step
             self._changed.notify_all()

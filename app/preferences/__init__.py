@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.preferences import about, folders, programs, server, titles
+from app.preferences import about, diagnostics, folders, programs, server, titles
 
-SECTIONS = (folders, titles, programs, server, about)
+SECTIONS = (folders, titles, programs, server, diagnostics, about)
 
 
 def routes(router: APIRouter, parts) -> None:

@@ -15,12 +15,12 @@ LIBRARIES = ("torch", "transformers", "gradio", "fastapi", "uvicorn", "huggingfa
 def routes(router: APIRouter, parts) -> None:
     @router.get("/preferences/about")
     def read():
-        return {"version": _version(), "python": platform.python_version(), "system": platform.platform(),
-                "libraries": _libraries()}
+        return {"version": version_of_program(), "python": platform.python_version(),
+                "system": platform.platform(), "libraries": libraries()}
 
 
 @cache
-def _version() -> str:
+def version_of_program() -> str:
     try:
         return version("floechat")
     except PackageNotFoundError:  # started from its source, as the launchers do
@@ -31,7 +31,7 @@ def _version() -> str:
 
 
 @cache
-def _libraries() -> list[dict]:
+def libraries() -> list[dict]:
     """{"name", "version", "licence"} of each that is installed."""
     found = []
     for name in LIBRARIES:

@@ -17,6 +17,7 @@ from engine.disk import MOST_JSON
 from engine.files.config_json import read_config_json
 from engine.files.manifest import Manifest, is_compressed
 from engine.library.hub import Hub
+from engine.one_thread import one_thread
 from engine.paths import data_dir, demo_model, inside, is_name, models_dirs, typed
 from engine.units import size
 
@@ -94,8 +95,9 @@ class ModelInfo:
 @lru_cache(maxsize=64)
 def _counted(folder: Path, name: str, changed_ns: int) -> ModelSpec:
     """Once for each config.json: a large model takes a second or two, and a page plans it at every move of a slider."""
-    from engine.files.skeleton import spec_of_folder
-    return spec_of_folder(folder, name)
+    with one_thread:
+        from engine.files.skeleton import spec_of_folder
+        return spec_of_folder(folder, name)
 
 
 @cache

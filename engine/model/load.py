@@ -33,6 +33,7 @@ from engine.model.packed import Packed
 from engine.model.placement import onto_gpu, prepare_processor, side_of, trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind, blobs_of, level_plans, unbound
 from engine.model.tokenizer_trial import what_is_wrong
+from engine.one_thread import one_thread
 from engine.planning import explain
 from engine.planning.planner import Planner
 
@@ -90,7 +91,8 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
         why_slow = prepare_processor(report, 0.05)
     report("Reading the weights", 0.1)
     before, dtype = own_bytes(), trunk_dtype(device)
-    model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
+    with one_thread:
+        model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
     report("Preparing near memory", 0.8)
     planner, levels = replace(planner, machine=machine), offered(far, level_plans(planner.calibration))
     level = _level(options, levels, planner)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import pytest
 
@@ -59,3 +60,18 @@ def test_a_theme_is_kept_and_the_systems_is_followed(page):
     page.reload()
     expect(page.get_by_label("Theme", exact=True)).to_have_value("light")
     expect(dark).to_have_count(0)
+
+
+def test_one_click_makes_a_zip_without_messages_and_with_one_conversation_where_it_is_asked_for(page):
+    ask(page, "Tell me of the treasure of Captain Flint.")
+    open_settings(page)
+    for choice, inside in (("None", False), ("Tell me of the treasure of Captain Flint.", True)):
+        page.get_by_label("Messages", exact=True).select_option(choice)
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Make the zip").click()
+        assert download.value.suggested_filename == "floechat-diagnostics.zip"
+        with zipfile.ZipFile(download.value.path()) as archive:
+            texts = {name: archive.read(name).decode() for name in archive.namelist()}
+        assert json.loads(texts["about.json"])["engine"]["device"] == "cpu" and "tokens" in texts["plan.txt"]
+        assert ("conversation.json" in texts) == ("Captain Flint" in "".join(texts.values())) == inside
+        assert str(page.evaluate("localStorage.getItem('floe-key')")) not in "".join(texts.values())

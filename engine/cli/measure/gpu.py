@@ -11,7 +11,8 @@ from pathlib import Path
 
 from engine.cli import report
 from engine.core import LEVELS, UserError
-from engine.paths import typed
+from engine.disk import write_text_atomically
+from engine.paths import FIRST_LIGHT, data_path, typed
 from engine.units import parse_bytes
 
 TABLE = Path("tests") / "bench"
@@ -57,6 +58,8 @@ def _first_light(args: argparse.Namespace) -> dict:
     wanted = parent.Run(args.out, args.seconds, steps.chosen(every, numbers), args.table)
     lines = parent.run(wanted, every, report)
     report("\n" + "\n".join(lines))
+    if (cache := data_path(args.data) / "cache").is_dir():  # the application puts the rows among its diagnostics
+        write_text_atomically(cache / FIRST_LIGHT, str(args.out.absolute()))
     return {"folder": str(args.out), "table": lines}
 
 

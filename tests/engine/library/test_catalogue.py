@@ -4,14 +4,18 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 
 import pytest
+import torch
 
 from engine.cli.models import plan_table
-from engine.core import UserError
+from engine.core import Options, UserError
 from engine.files.skeleton import spec_of, spec_of_folder
 from engine.library import catalogue
 from engine.machine import table
+from engine.model.load import load
+from engine.paths import demo_model
 from engine.planning.planner import plan
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.manifests import manifest
@@ -315,3 +319,25 @@ def test_damaged_tables_are_said(tmp_path):
         with pytest.raises(UserError, match="catalogue"):
             catalogue.entries(tmp_path / "c.toml")
     catalogue.entries.cache_clear()
+
+
+def test_a_model_opens_while_others_are_looked_up():
+    """transformers sets the type of new tensors for all threads while it builds one."""
+    folder, ended, counted = demo_model(), threading.Event(), []
+
+    def count() -> None:
+        while not ended.is_set():
+            catalogue._counted.cache_clear()
+            counted.append(catalogue.look_up(str(folder)).spec.trunk_params)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        for _ in range(3):
+            loaded = load(folder, Options("exact", device="cpu"))
+            assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+            loaded.runtime.close()
+    finally:
+        ended.set()
+        thread.join()
+    assert len(set(counted)) == 1
