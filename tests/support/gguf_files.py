@@ -24,7 +24,14 @@ ARCHITECTURES = {
     "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT, "gpt_oss": gguf.MODEL_ARCH.GPT_OSS, "mixtral": gguf.MODEL_ARCH.LLAMA,
     "olmoe": gguf.MODEL_ARCH.OLMOE, "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2, "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2, "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
-    "gemma4_text": gguf.MODEL_ARCH.GEMMA4}
+    "gemma4_text": gguf.MODEL_ARCH.GEMMA4, "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE, "dots1": gguf.MODEL_ARCH.DOTS1,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2, "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
+    "exaone_moe": gguf.MODEL_ARCH.EXAONE_MOE, "hunyuan_v1_moe": gguf.MODEL_ARCH.HUNYUAN_MOE,
+    "afmoe": gguf.MODEL_ARCH.AFMOE, "phimoe": gguf.MODEL_ARCH.PHIMOE, "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
+    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE}
+# Whose names transformers has changed since the converter's table was written: the checkpoints' own stand there.
+RENAMED = {"moe_statics.e_score_correction_bias": "exp_probs_b.bias", "block_sparse_moe.router.weight":
+           "ffn_gate_inp.weight", "e_score_correction_bias": "exp_probs_b.bias", "expert_bias": "exp_probs_b.bias"}
 # DeepSeek-V2 stands for the files of 2024, whose latent matrix was not taken apart yet.
 SPLIT_LATENT = ("deepseek_v3", "glm4_moe_lite")
 SINGLE = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down_exps": "ffn_down"}
@@ -78,7 +85,7 @@ def add_metadata(writer: gguf.GGUFWriter, config) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     writer.add_expert_used_count(getattr(config, "top_k_experts", None) or config.num_experts_per_tok)
     if config.model_type == "qwen3_5_moe_text":
         rope, width = config.rope_parameters, config.head_dim
@@ -127,11 +134,13 @@ def turned(kind: str, config, key: str, value: Tensor) -> Iterator[tuple[str, Te
         return
     if ".experts." in key:
         yield from experts(kind, key, value)
-    elif kind == "mixtral" and ("q_proj" in key or "k_proj" in key):
+    elif kind in ("mixtral", "granitemoe") and ("q_proj" in key or "k_proj" in key):
         heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
         yield key, value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-    elif "e_score_correction_bias" in key:
-        yield key.replace("correction_bias", "correction.bias"), value
+    elif own := next((name for end, name in RENAMED.items() if key.endswith(end)), ""):
+        yield block + own, value.squeeze()
+    elif "conv.conv" in key:
+        yield key, value.squeeze(1)
     elif kind in SPLIT_LATENT and "kv_b_proj" in key:
         rows = value.view(config.num_attention_heads, -1, value.shape[-1])
         keys, values = rows.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
@@ -154,6 +163,11 @@ def experts(kind: str, key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     suffix = "bias" if own.endswith("_bias") else "weight"
     if kind == "gpt_oss" and suffix == "weight":
         value = value.transpose(-1, -2)
+    if kind in ("lfm2_moe", "granitemoe"):
+        block, parts = f"blk.{key.split('.')[2]}.", value.chunk(2, 1) if own == "gate_up_proj" else (value,)
+        yield from ((f"{block}ffn_{part}_exps.weight", tensor)
+                    for part, tensor in zip(("gate", "up") if len(parts) == 2 else ("down",), parts, strict=True))
+        return
     if "down_proj" in own or kind == "gemma4_text":
         yield f"{base}.{own.removesuffix('_bias')}.{suffix}", value
         return

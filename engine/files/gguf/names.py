@@ -1,9 +1,9 @@
 """Which tensors of a GGUF file make which parameter of a transformers model, for the architectures that are imported.
 
-GGUF files carry the names and the conventions of llama.cpp: experts stacked, rotary halves interleaved for Mixtral,
-norms shifted by one for Qwen3-Next and Qwen3.5, value heads re-ordered for the latter, gpt-oss's gate and up apart,
-DeepSeek's latent matrix split per head. `recipes` undoes all of it. A recipe names its parts and says how to put them
-together; `by_expert` recipes may be made for a range of experts from those rows alone. Knows no file and no
+GGUF files carry the names and the conventions of llama.cpp: experts stacked, rotary halves interleaved for Mixtral and
+Granite, norms shifted by one for Qwen3-Next and Qwen3.5, value heads re-ordered for the latter, gpt-oss's gate and up
+apart, DeepSeek's latent matrix split per head. `recipes` undoes all of it. A recipe names its parts and says how to put
+them together; `by_expert` recipes may be made for a range of experts from those rows alone. Knows no file and no
 quantisation. Source: conversion/*.py of llama.cpp, tensor_mapping.py of the gguf package.
 """
 from __future__ import annotations
@@ -20,11 +20,15 @@ Make = Callable[..., Tensor]
 ARCHITECTURES = {"qwen3moe": ("qwen3_moe",), "qwen35moe": ("qwen3_5_moe_text", "qwen3_5_moe"),
                  "qwen3next": ("qwen3_next",), "gpt-oss": ("gpt_oss",), "llama": ("mixtral",), "olmoe": ("olmoe",),
                  "deepseek2": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "glm4moe": ("glm4_moe",),
-                 "gemma4": ("gemma4_text", "gemma4")}
+                 "gemma4": ("gemma4_text", "gemma4"), "qwen2moe": ("qwen2_moe",), "dots1": ("dots1",),
+                 "minimax-m2": ("minimax_m2",), "ernie4_5-moe": ("ernie4_5_moe",), "exaone-moe": ("exaone_moe",),
+                 "hunyuan-moe": ("hunyuan_v1_moe",), "afmoe": ("afmoe",), "phimoe": ("phimoe",),
+                 "lfm2moe": ("lfm2_moe",), "granitemoe": ("granitemoe",)}
 MODEL_TYPES = {model_type: name for name, types in ARCHITECTURES.items() for model_type in types}
 SHIFTED = ("qwen35moe", "qwen3next")            # norms are stored as 1 + weight
 TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-       "output.weight": "lm_head.weight"}
+       "output.weight": "lm_head.weight", "output_norm.bias": "model.norm.bias", "output.bias": "lm_head.bias",
+       "token_embd_norm.weight": "model.embedding_norm.weight"}
 BLOCK_NAMES = {
     "attn_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
     "post_attention_norm.weight": "post_attention_layernorm.weight", "attn_output.weight": "self_attn.o_proj.weight",
@@ -46,8 +50,32 @@ GEMMA4 = {"ffn_norm.weight": "pre_feedforward_layernorm.weight", "post_ffw_norm.
           "router.scale", "ffn_down_exps.scale": "router.per_expert_scale", "layer_output_scale.weight":
           "layer_scalar"}
 SHARED = {f"ffn_{part}_shexp.weight": f"mlp.{{}}.{part}_proj.weight" for part in ("gate", "up", "down")}
+HUNYUAN = {"attn_q_norm.weight": "self_attn.query_layernorm.weight", "attn_k_norm.weight":
+           "self_attn.key_layernorm.weight", "ffn_gate_inp.weight": "mlp.gate.wg.weight"}
+AFMOE = {"attn_gate.weight": "self_attn.gate_proj.weight", "ffn_norm.weight": "pre_mlp_layernorm.weight",
+         "post_ffw_norm.weight": "post_mlp_layernorm.weight", "ffn_gate_inp.weight": "mlp.router.gate.weight",
+         "exp_probs_b.bias": "mlp.expert_bias"}
+PHIMOE = {"attn_norm.bias": "input_layernorm.bias", "ffn_norm.bias": "post_attention_layernorm.bias",
+          "ffn_gate_inp.weight": "mlp.router.weight"}
+LFM2MOE = {"attn_norm.weight": "operator_norm.weight", "ffn_norm.weight": "ffn_norm.weight",
+           "attn_output.weight": "self_attn.out_proj.weight", "ffn_gate_inp.weight": "feed_forward.gate.weight",
+           "exp_probs_b.bias": "feed_forward.expert_bias", "shortconv.conv.weight": "conv.conv.weight",
+           **{f"attn_{x}_norm.weight": f"self_attn.{x}_layernorm.weight" for x in "qk"},
+           **{f"shortconv.{x}_proj.weight": f"conv.{x}_proj.weight" for x in ("in", "out")},
+           **{f"ffn_{part}.weight": f"feed_forward.{w}.weight" for part, w in
+              (("gate", "w1"), ("up", "w3"), ("down", "w2"))}}
 # Per architecture, what its blocks name besides BLOCK_NAMES, or otherwise.
-OWN_NAMES = {"gpt-oss": GPT_OSS, "deepseek2": LATENT, "gemma4": GEMMA4}
+OWN_NAMES = {"gpt-oss": GPT_OSS, "deepseek2": LATENT, "gemma4": GEMMA4, "hunyuan-moe": HUNYUAN, "afmoe": AFMOE,
+             "phimoe": PHIMOE, "lfm2moe": LFM2MOE,
+             "qwen2moe": {"ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight"},
+             "minimax-m2": {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+             "ernie4_5-moe": {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"},
+             "granitemoe": {"ffn_gate_inp.weight": "block_sparse_moe.router.weight"}}
+SHARED_NAME = {"qwen35moe": "shared_expert", "qwen3next": "shared_expert", "qwen2moe": "shared_expert",
+               "hunyuan-moe": "shared_mlp"}     # the others: shared_experts
+EXPERTS_NAME = {"gemma4": "experts.", "lfm2moe": "feed_forward.experts.", "granitemoe": "block_sparse_moe.experts."}
+ROTARY_PAIRS = ("llama", "granitemoe")          # whose converter interleaves the two halves of every head
+ONE_ROW = ("mlp.shared_expert_gate.weight", "mlp.gate.moe_statics.e_score_correction_bias")
 EXPERTS = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(weight|bias)$")
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
 
@@ -88,7 +116,7 @@ class Shape:
 def recipes(architecture: str, names: Iterable[str], shape: Shape) -> tuple[dict[str, Recipe], list[str]]:
     """Parameter name -> how it is made, and the GGUF tensors that nothing asks for."""
     names = list(names)
-    made = {TOP[name]: Recipe((name,), _unshifted(architecture, TOP[name])) for name in names if name in TOP}
+    made = {TOP[name]: Recipe((name,), _plain(architecture, TOP[name])) for name in names if name in TOP}
     blocks: dict[int, dict[str, str]] = {}
     for name in names:
         found = BLOCK.match(name)
@@ -102,12 +130,12 @@ def recipes(architecture: str, names: Iterable[str], shape: Shape) -> tuple[dict
 
 
 def _block(architecture: str, own: dict[str, str], shape: Shape) -> dict[str, Recipe]:
-    shared = "shared_expert" if architecture in SHIFTED else "shared_experts"
+    shared = SHARED_NAME.get(architecture, "shared_experts")
     plain = BLOCK_NAMES | {name: parameter.format(shared) for name, parameter in SHARED.items()}
     plain |= OWN_NAMES.get(architecture, {})
-    made = {plain[name]: Recipe((full,), _unshifted(architecture, plain[name])) for name, full in own.items()
+    made = {plain[name]: Recipe((full,), _plain(architecture, plain[name])) for name, full in own.items()
             if name in plain}
-    if architecture == "llama":
+    if architecture in ROTARY_PAIRS:
         for name, heads in (("attn_q.weight", shape.heads), ("attn_k.weight", shape.kv_heads)):
             if name in own:
                 made[plain[name]] = Recipe((own[name],), lambda tensor, heads=heads: unpermuted(tensor, heads))
@@ -115,11 +143,16 @@ def _block(architecture: str, own: dict[str, str], shape: Shape) -> dict[str, Re
         made["self_attn.kv_b_proj.weight"] = Recipe((own["attn_k_b.weight"], own["attn_v_b.weight"]), joined_latent)
     if architecture in SHIFTED:
         made |= _linear_attention(own, shape, tiled=architecture == "qwen35moe")
-    base = "experts." if architecture == "gemma4" else "mlp.experts."
+    base = EXPERTS_NAME.get(architecture, "mlp.experts.")
     return made | {base + name: recipe for name, recipe in _experts(own, architecture == "gpt-oss").items()}
 
 
-def _unshifted(architecture: str, parameter: str) -> Make:
+def _plain(architecture: str, parameter: str) -> Make:
+    """Of one tensor that is one parameter: with the axes of length one that the converter takes away."""
+    if parameter in ONE_ROW:
+        return lambda tensor: tensor.reshape(1, -1)
+    if parameter == "conv.conv.weight":
+        return lambda tensor: tensor.reshape(tensor.shape[0], 1, -1)
     if architecture in SHIFTED and parameter.endswith("norm.weight"):
         return lambda tensor: tensor.float() - 1
     return lambda tensor: tensor

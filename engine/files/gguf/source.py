@@ -21,7 +21,11 @@ from engine.files.gguf.names import ARCHITECTURES, Shape, recipes
 
 Tensor = torch.Tensor
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
+TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4",
+         "NVFP4", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL",
+         "IQ4_XS")
+# Beside what is NVFP4: a scale of the whole tensor, or one of each expert; what its inputs were scaled by is not used.
+SCALES = (".scale", ".input_scale")
 TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 # Numbers of the file that must be those of the configuration, where both have them.
 NUMBERS = {"embedding_length": "hidden_size", "expert_used_count": "num_experts_per_tok",
@@ -52,7 +56,8 @@ class GgufSource:
         self._stacks = _stacks(self._tensors)
         stacked = {name for names in self._stacks.values() for name in names}
         names = [name for name in self._tensors if name not in stacked]
-        self._recipes, self.left_out = recipes(self.architecture, [*names, *self._stacks], Shape.of(config))
+        self._recipes, left_out = recipes(self.architecture, [*names, *self._stacks], Shape.of(config))
+        self.left_out = [name for name in left_out if not self._is_scale(name)]
 
     def keys(self) -> Iterable[str]:
         return self._recipes.keys()
@@ -108,10 +113,25 @@ class GgufSource:
             return torch.stack([self._read(own, dtype) for own in self._stacks[name][start:stop]])
         tensor = self._tensors[name]
         try:
-            return _decoded(tensor.data[start:stop], tensor.kind, dtype)
+            made = _decoded(tensor.data[start:stop], tensor.kind, dtype)
+            return made if tensor.kind != "NVFP4" else self._scaled(name, made, start, stop)
         except (ValueError, IndexError) as error:
             raise UserError(f"The tensor {name} of {self.name} cannot be decoded ({error}); get the file "
                             "again.") from error
+
+    def _is_scale(self, name: str) -> bool:
+        """Of a tensor that is NVFP4."""
+        owner = self._tensors.get(re.sub(r"\.(input_)?scale$", ".weight", name))
+        return name.endswith(SCALES) and owner is not None and owner.kind == "NVFP4"
+
+    def _scaled(self, name: str, made: Tensor, start: int, stop: int | None) -> Tensor:
+        scale = self._tensors.get(name.removesuffix(".weight") + SCALES[0])
+        if scale is None or any(scale.name in recipe.parts for recipe in self._recipes.values()):  # Gemma 4's router
+            return made
+        values = _decoded(scale.data, scale.kind, torch.float32).flatten()
+        if len(values) > 1:
+            values = values[start:stop].view(-1, *[1] * (made.dim() - 1))
+        return (made.float() * values).to(made.dtype)
 
     def _check_tensors(self, promised) -> None:
         if isinstance(promised, int) and promised not in (0, len(self._tensors)):
@@ -120,7 +140,7 @@ class GgufSource:
         for name, tensor in self._tensors.items():
             if tensor.kind not in TYPES:
                 raise UserError(f"{self.name} holds {name} as {tensor.kind}, which is not imported; get a "
-                                "file in Q4_K_M, Q5_K_M, Q6_K, Q8_0, MXFP4, F16 or BF16.")
+                                "file in Q4_K_M, IQ4_XS, Q5_K_M, Q6_K, Q8_0, MXFP4, F16 or BF16.")
 
 
 def refuse_unknown(name: str, architecture: str) -> None:

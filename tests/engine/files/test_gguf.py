@@ -37,6 +37,8 @@ CHANGES = {"qwen3_moe": dict(moe_intermediate_size=64, num_experts=4)}
 MATRICES = ("gate", "up", "down")
 TOKENS = torch.randint(3, 128, (9,), generator=torch.Generator().manual_seed(1))
 K_KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+FEW_BITS = ("NVFP4", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL",
+            "IQ4_XS")
 
 
 def file_of(kind: str, folder: Path, quantisation: str = "F32", **changes) -> tuple[torch.nn.Module, Path, Path]:
@@ -146,7 +148,7 @@ def random_blocks(quantisation: str, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 60, (*shape[:-1], shape[-1] // block * n_bytes), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("quantisation", [*K_KINDS, "MXFP4"])
+@pytest.mark.parametrize("quantisation", [*K_KINDS, "MXFP4", *FEW_BITS])
 def test_kinds_that_the_package_only_decodes(quantisation, tmp_path):
     """Random blocks of the kind in the place of the experts and of the embedding, decoded and imported."""
     kind = getattr(gguf.GGMLQuantizationType, quantisation)
@@ -170,8 +172,28 @@ def test_kinds_that_the_package_only_decodes(quantisation, tmp_path):
         assert made.added_error[matrix] == pytest.approx(float((found - wanted[0]).norm() / wanted[0].norm()), rel=1e-3)
 
 
-def with_blocks(path: Path, model: torch.nn.Module, kind, raw: dict[str, np.ndarray], embedding: np.ndarray) -> None:
-    """The model's file with these blocks as experts of layer 0 and as embedding."""
+def test_the_scales_beside_nvfp4(tmp_path):
+    """One of a whole tensor, one of each expert (conversion/base.py of llama.cpp); those of inputs are not used."""
+    kind = gguf.GGMLQuantizationType.NVFP4
+    model = build("qwen3_moe", hidden_size=256, moe_intermediate_size=256, num_experts=4, num_hidden_layers=1)
+    raw = {f"ffn_{name}_exps": random_blocks("NVFP4", 4, 256, 256, seed=i) for i, name in enumerate(MATRICES)}
+    embedding = random_blocks("NVFP4", 128, 256)
+    scales = {"blk.0.ffn_up_exps.scale": np.array([1, 2, 0.5, 4], np.float32), "token_embd.scale":
+              np.array([0.25], np.float32), "blk.0.ffn_gate_exps.input_scale": np.array([9, 9, 9, 9], np.float32)}
+    with_blocks(tmp_path / "k.gguf", model, kind, raw, embedding, scales)
+    checkpoint = opened(tmp_path / "k.gguf", like(tmp_path / "like", model))
+    gate, up = (torch.from_numpy(dequantize(raw[f"ffn_{name}_exps"], kind)) for name in ("gate", "up"))
+    for e, scale in enumerate((1, 2, 0.5, 4)):
+        expert = checkpoint.read_expert(0, e)
+        assert torch.equal(expert.gate[0], gate[e]) and torch.equal(expert.up[0], scale * up[e])
+    found = dict(checkpoint.trunk())["model.embed_tokens.weight"]
+    assert torch.equal(found, torch.from_numpy(0.25 * dequantize(embedding, kind)).to(torch.bfloat16))
+    assert GgufSource([tmp_path / "k.gguf"], checkpoint.text_config).left_out == []
+
+
+def with_blocks(path: Path, model: torch.nn.Module, kind, raw: dict[str, np.ndarray], embedding: np.ndarray,
+                beside: dict[str, np.ndarray] | None = None) -> None:
+    """The model's file with these blocks as experts of layer 0 and as embedding, and with tensors beside them."""
     write(path, "qwen3_moe", model)
     old = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(path.with_suffix(".new"), "qwen3moe")
@@ -181,6 +203,8 @@ def with_blocks(path: Path, model: torch.nn.Module, kind, raw: dict[str, np.ndar
             writer.add_tensor(tensor.name, raw.get(name, embedding), raw_dtype=kind)
         else:
             writer.add_tensor(tensor.name, np.array(tensor.data))
+    for name, values in (beside or {}).items():
+        writer.add_tensor(name, values)
     finish(writer)
     os.replace(path.with_suffix(".new"), path)
 
@@ -260,7 +284,7 @@ def test_the_warning_says_what_quantising_twice_costs(tmp_path):
 
 def test_other_architectures_are_refused_by_name(tmp_path):
     model = build("qwen3_moe", num_hidden_layers=1)
-    for architecture, words in (("grok", "architecture grok, which is not imported; these are: deepseek2, gemma4"),
+    for architecture, words in (("grok", "architecture grok, which is not imported; these are: afmoe, deepseek2"),
                                 ("gpt-oss", "architecture gpt-oss, but the configuration describes qwen3_moe")):
         writer = gguf.GGUFWriter(tmp_path / f"{architecture}.gguf", architecture)
         writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
