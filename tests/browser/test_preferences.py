@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import zipfile
 
+import httpx
 import pytest
 
 from tests.browser.test_page import violations
@@ -48,6 +49,25 @@ def test_the_page_lies_over_the_conversation_and_a_reload_keeps_it(page):
     expect(page.locator("#preferences-about .line").first).to_be_visible()
     page.click("#new-chat")
     expect(page.locator(".hero")).to_be_visible()
+
+
+def test_a_key_for_a_program_is_shown_once_and_works_until_it_is_revoked(app, page):
+    open_settings(page)
+    page.get_by_label("New key for").fill("My editor")
+    page.get_by_role("button", name="Create key").click()
+    key = page.locator("#api-new-key").text_content()
+
+    def models() -> int:
+        return httpx.get(app.address + "/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+    assert models() == 200
+    expect(page.locator("#api-lines")).to_contain_text(f"OPENAI_API_KEY={key}")
+    page.reload()
+    expect(page.locator("#api-keys")).to_contain_text("My editor")
+    expect(page.locator("#preferences-programs")).not_to_contain_text(key)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Revoke").click()
+    expect(page.locator("#preferences-programs")).to_contain_text("No keys yet.")
+    assert models() == 401
 
 
 def test_a_theme_is_kept_and_the_systems_is_followed(page):

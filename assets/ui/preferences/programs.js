@@ -7,7 +7,7 @@ const button = (text, onclick) => h("button", { type: "button", class: "quiet", 
 export async function draw(place, fresh) {
   const { keys, model } = await api("GET", "/api/preferences/programs");
   const base = `${location.origin}/v1`;
-  const name = h("input", { id: "api-key-name", type: "text", maxlength: 100, placeholder: TEXT.api_key_placeholder,
+  const name = h("input", { id: "api-key-name", type: "text", maxlength: 100, placeholder: TEXT.api_key_placeholder, "aria-label": TEXT.api_key_name,
     onkeydown: (event) => event.key === "Enter" && make() });
   const shown = keys.map((key) => h("li", { class: "with-button" },
     h("span", {}, key.name, " ", h("small", {}, say("api_made_on", { date: new Date(1000 * key.made_at).toLocaleDateString() }))),

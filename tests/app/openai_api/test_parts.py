@@ -9,10 +9,12 @@ import pytest
 
 from app.chat.line import Late, Line
 from app.openai_api import errors
+from app.openai_api.asking import Begun
 from app.openai_api.bodies import ChatBody
 from app.openai_api.keys import MOST_KEYS, Key, Keys
 from app.openai_api.orders import of_chat
-from engine import MachineError, Stopped, UserError, checked_schema
+from app.openai_api.replies import ChatReply
+from engine import Event, MachineError, Stopped, ToolCall, UserError, checked_schema
 from tests.support.waiting import until
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -138,3 +140,42 @@ def test_settings_reach_the_engine():
         "max_completion_tokens": 7, "reasoning_effort": "none", "chat_template_kwargs": {"a": 1}}), "me")
     assert order.sampling.max_tokens == 7 and order.sampling.stop == ("x",) and order.sampling.seed == 2**63 - 1
     assert order.wishes == {"enable_thinking": False, "reasoning_effort": "none", "a": 1}
+
+
+def told(order, events: list[Event]) -> tuple[dict, list[dict]]:
+    """The same answer as a whole and as chunks."""
+    whole, parts = (ChatReply(order, Begun("m", 11)) for _ in range(2))
+    for event in events:
+        whole.told.take(event)
+    return whole.whole(), [chunk for event in events for chunk in parts.chunks(event)]
+
+
+def test_thinking_and_calls_are_told_apart_from_the_answer():
+    order = of_chat(ChatBody.model_validate({"model": "m", "messages": HI}), "me")
+    events = [Event("prefill", n_tokens=4), Event("thinking", "Hm.", 1), Event("answer", "Let me see.\n", 3),
+              Event("end", "", 9, reason="stop", calls=(ToolCall("get_time", '{"zone": "UTC"}'),))]
+    whole, chunks = told(order, events)
+    message, usage = whole["choices"][0]["message"], whole["usage"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", "Let me see.")
+    assert message["tool_calls"][0]["function"] == {"name": "get_time", "arguments": '{"zone": "UTC"}'}
+    assert whole["choices"][0]["finish_reason"] == "tool_calls" == chunks[-1]["choices"][0]["finish_reason"]
+    assert (usage["total_tokens"], usage["prompt_tokens_details"]["cached_tokens"],
+            usage["completion_tokens_details"]["reasoning_tokens"]) == (20, 4, 1)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"reasoning_content": "Hm."} and deltas[1] == {"content": "Let me see.\n"}
+    assert deltas[2]["tool_calls"][0]["function"]["name"] == "get_time" and deltas[3] == {}
+
+
+def test_a_forced_call_that_was_cut_off_is_told_as_text():
+    body = {"model": "m", "messages": HI, "tool_choice": "required",
+            "tools": [{"type": "function", "function": {"name": "a"}}]}
+    order = of_chat(ChatBody.model_validate(body), "me")
+    whole, chunks = told(order, [Event("answer", '{"name": "a', 3), Event("end", "", 3, reason="length")])
+    message = whole["choices"][0]["message"]
+    assert message["content"] == '{"name": "a' and "tool_calls" not in message
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "length"]
+    whole, chunks = told(order, [Event("answer", '{"name": "a", "arguments": {}}', 9),
+                                 Event("end", "", 9, reason="stop")])
+    message = whole["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["arguments"] == "{}"
+    assert message["content"] is None and len(chunks) == 2
