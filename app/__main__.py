@@ -22,6 +22,7 @@ from engine import (
     empty_trash,
     make_private,
     only_one,
+    speak_plainly,
     typed,
 )
 
@@ -104,4 +105,5 @@ def _keep_inside(data: Path) -> None:
 
 
 if __name__ == "__main__":
+    speak_plainly("app")
     sys.exit(main())

@@ -4,8 +4,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,9 +100,10 @@ def routes(parts: Parts) -> APIRouter:
 
 def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
     """The ASGI application for one port; `entered` is told the next start link."""
-    import gradio as gr
+    with _without_the_way_outside():
+        import gradio as gr
 
-    from app.page import HEAD, build_page, theme
+        from app.page import HEAD, build_page, theme
 
     app = FastAPI(lifespan=_lifespan(parts), docs_url=None, redoc_url=None, openapi_url=None)
     api.speak_in_sentences(app)
@@ -123,6 +124,18 @@ def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
                         max_file_size="16mb", theme=theme(), head=HEAD, pwa=False)
     asked_by_programs = programs.build(Served(parts.models, parts.shelf), parts.jobs.line, parts.keys)
     return Guard(app, port, entered, asked_by_programs)
+
+
+@contextmanager
+def _without_the_way_outside() -> Iterator[None]:
+    """What is imported here makes clients for addresses elsewhere, which are never used; of a proxy or a file of
+    certificates that cannot be they would fail, and the page needs neither."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ)
+            if name.lower() in ("all_proxy", "http_proxy", "https_proxy", "ssl_cert_file", "ssl_cert_dir")}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 class _Server(uvicorn.Server):

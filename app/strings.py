@@ -30,11 +30,20 @@ TEXT = {
     "export_all": "Export all",
     "import": "Import",
     "imported": "Imported {n} conversation(s).",
-    "import_foreign": "Not a Floe Chat export; choose a .json or .md file that Floe Chat has written.",
+    "imported_grown": "Continued: {n}.",
+    "imported_known": "Here already: {n}.",
+    "importing": "Importing {share} %",
+    "import_drop": "Drop exports here to import them",
+    "import_foreign": "Nothing was imported: this is none of the files that can be read, which are exports of Floe "
+                      "Chat, ChatGPT, Claude, Open WebUI, Jan and LM Studio (.json, .jsonl, .md or the whole .zip).",
+    "import_damaged": "Nothing was imported, because this file is damaged or only a part of it is here; export or "
+                      "download it again.",
+    "file_not_exported": "(The export that this conversation comes from has only the name of this file.)",
+    "file_unnamed": "file",
     "import_newer": "This file was exported by a newer Floe Chat: update Floe Chat to import it.",
-    "import_long": "Nothing was imported, because this file is too long; export the conversations one by one, and "
-                   "import those.",
-    "import_wrong": "Nothing was imported: {what}. Choose a file that Floe Chat has written, or export it again.",
+    "import_long": "Nothing was imported, because this file, or a conversation in it, is larger than can be read; "
+                   "export the conversations one by one, and import those.",
+    "import_wrong": "Nothing was imported, because something is wrong in this file: {what}. Export it again.",
     "request_wrong": "This cannot be done: {what}. Correct it, or reload the page and try again.",
     "request_unread": "This cannot be done, because the request could not be read; reload the page and try again.",
     "request_large": "This is too large to be taken at once; shorten it, or send it in parts.",
@@ -45,6 +54,7 @@ TEXT = {
     "wrong_line": "{where} is more than one line of text",
     "wrong_value": "in {where}, {what}",
     "wrong_whole": "the whole",
+    "wrong_circle": "messages of a conversation stand above each other in a circle",
     "wrong_tree": "message {id} is there twice or stands before the one above it",
     "database_mended": "The chat database was damaged. What could be read of it is here, with what was missing from "
                        "its last backup; the damaged file is kept as {kept}.",

@@ -25,8 +25,9 @@ from engine.core import (
 from engine.one_thread import one_thread
 
 _DOORS = {  # module: its names that are everybody's
-    "disk": ("only_one",),
+    "disk": ("only_one", "trouble"),
     "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir", "make_private", "typed", "FIRST_LIGHT"),
+    "plain_process": ("speak_plainly",),
     "progress": ("Progress",),
     "machine.gpu_monitor": ("CardMeter",),
     "planning.explain": ("plan_text",),
@@ -35,6 +36,7 @@ _DOORS = {  # module: its names that are everybody's
     "chat.engine": ("Engine",),
     "decode.grammar": ("checked_schema",),
     "library.hub": ("Hub", "address"),
+    "library.network": ("allow_hosts", "allowed_hosts"),
     "library.download": ("download",),
     "library.transfer": ("CompressOptions",),
     "library.catalogue": ("ModelInfo", "look_up", "title_of"),

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from engine.core import MachineError, UserError
 from engine.paths import data_path, typed
+from engine.plain_process import speak_plainly
 
 GROUPS = {
     "models": {
@@ -112,4 +113,5 @@ def _failed(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    speak_plainly("engine")
     sys.exit(main())

@@ -193,8 +193,9 @@ class ModelSpec:
     expert. trunk_params: weights outside the routed experts; embedding_params: those of them that a token does not
     read (the input embedding, where it is not also the head). kv_bytes_per_token and state_bytes: 16-bit cache of all
     attention layers per token, and recurrent or sliding-window state that does not grow; recurrent_bytes: the part of
-    that which recurrent layers hold. prefill: what one layer's mixer takes while a chunk of a prompt is read, for each
-    kind of mixer (bytes for each token of the chunk, for each of the context, for each pair of both).
+    that which recurrent layers hold; windows: (tokens, bytes of one) of each kind of sliding window in it. prefill:
+    what one layer's mixer takes while a chunk of a prompt is read, for each kind of mixer (bytes for each token of the
+    chunk, for each of the context, for each pair of both).
     """
 
     name: str
@@ -213,14 +214,20 @@ class ModelSpec:
     embedding_params: int = 0
     recurrent_bytes: int = 0
     prefill: tuple[tuple[int, int, int], ...] = ()
+    windows: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefill", tuple(map(tuple, self.prefill)))
+        for name in ("prefill", "windows"):
+            object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
         for name in ("layers", "experts", "top_k", "neurons", "hidden", "decoder_layers", "vocabulary", "context"):
             _check(getattr(self, name) > 0, f"{self.name}: {name} must be positive, not {getattr(self, name)}.")
         _check(self.top_k <= self.experts, f"{self.name}: top_k {self.top_k} is larger than {self.experts} experts.")
         _check(self.trunk_params >= self.embedding_params >= 0 and self.kv_bytes_per_token >= 0
                and self.state_bytes >= 0, f"{self.name}: sizes must not be negative.")
+
+    def state_bytes_at(self, context: int) -> int:
+        """Of the state that does not grow: a window holds no more tokens than there are."""
+        return self.state_bytes - sum(max(0, window - context) * each for window, each in self.windows)
 
     @property
     def expert_params(self) -> int:

@@ -98,12 +98,24 @@ def _environment(args: argparse.Namespace, app: Path, screen: Screen) -> environ
         if args.offline:
             raise Trouble("Floe Chat is not installed yet, and --offline forbids downloads. Start it once without.")
         made = environment.build(app, recipe, screen,
-                                 lambda made: add_compiler(made, choice.backend, PINS, app, screen))
+                                 lambda made: _finished(made, choice.backend, app, screen))
     except Trouble as trouble:
         return _go_back(app, trouble, screen)
     _self_check(made, app, screen)
-    _run_inside(made, app, "-c", FIRST_IMPORTS)
     return made
+
+
+def _finished(made: environment.Environment, backend: str, app: Path, screen: Screen) -> str | None:
+    """An environment is ready when what a start imports can be imported: pip may say that all is well and not be right.
+    -> the C compiler, if one was put in."""
+    compiler = add_compiler(made, backend, PINS, app, screen)
+    done = _run_inside(made, app, "-c", FIRST_IMPORTS)
+    screen.log(done.stdout)
+    if done.returncode:
+        last = (done.stdout.strip().splitlines() or ["it ended without a word"])[-1][:200]
+        raise Trouble(f"The packages were installed, but do not start here ({last}). The log has the rest; "
+                      "start again with --repair.")
+    return compiler
 
 
 def _choice(args: argparse.Namespace, app: Path) -> gpu.Choice:

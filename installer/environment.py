@@ -9,6 +9,7 @@ Knows nothing of graphics cards and of the program that will run in it.
 """
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,10 @@ from installer.screen import Screen, Trouble
 FORMAT = 1  # of the environment's making; a change makes every environment anew
 NEED_CPU_BYTES = 4 << 30  # measured: 1.4 GiB, with the tests' packages 2.3 GiB, and the downloads
 NEED_CUDA_BYTES = 10 << 30  # 3 GB of downloads, 7 to 8 GB unpacked
+# Of pip's options those that say how an index is reached; all others stay outside.
+WAY_TO_THE_INDEX = ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "TRUSTED_HOST", "CERT",
+                    "CLIENT_CERT", "PROXY", "TIMEOUT", "DEFAULT_TIMEOUT", "RETRIES", "KEYRING_PROVIDER",
+                    "USE_DEPRECATED", "CONFIG_FILE")
 FULL_BYTES = 16 << 20  # less than this free after a failure: that was the reason
 PAUSES = (5, 20)  # seconds before each new try of what a network has broken; pip itself tries each file five times
 # What pip says when the way to the index is at fault.
@@ -35,6 +41,10 @@ UNREACHABLE = (r"NewConnectionError|ConnectionError|name resolution|[Rr]ead time
 SENTENCES = {
     "No space left on device|not enough space":
         "The disk is full. Make room and start again.",
+    "Missing dependencies for SOCKS support|Unknown scheme|Unsupported proxy|Not supported proxy scheme":
+        "The variable {proxy} names a proxy that cannot be used here. Set it to an http:// address, or unset it.",
+    "Could not find a suitable TLS CA certificate bundle|invalid path: .*certificate":
+        "The variable {certificate} names a file of certificates that is not there. Correct it, or unset it.",
     "DO NOT MATCH THE HASHES":
         "A downloaded package is not the one that this release was made with, so it was not installed. Your network or "
         "package mirror may have changed it; try again later.",
@@ -128,26 +138,46 @@ def install(environment: Environment, arguments: list[str], app: Path, screen: S
     names the likely cause."""
     # Modules are compiled when first used: compiling all of them takes longer than unpacking them.
     command = [str(environment.python), "-m", "pip", "install", "--no-compile", *arguments]
+    variables = pip_variables(environment.python, app / "cache")
     for pause in PAUSES:
         try:
-            return _run(command, app, screen)
+            return _run(command, app, screen, variables)
         except Passing as trouble:
             screen.log(f"{trouble} Trying again in {pause} s.")
             screen.progress(f"The network has a problem; trying again in {pause} s ...")
             time.sleep(pause)
-    _run(command, app, screen)
+    _run(command, app, screen, variables)
 
 
 def clean_variables(cache: Path) -> dict[str, str]:
     """This process's variables without those that let another Python leak in, and with every cache below `cache`."""
     dropped = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP", "PYTHONPYCACHEPREFIX",
                "PYTHONDONTWRITEBYTECODE",  # every start would compile every module: 3 s more
-               "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV", "VIRTUAL_ENV")
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"PYTHONNOUSERSITE": "1", "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_NO_INPUT": "1",
-                   "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_RESUME_RETRIES": "5", "PIP_CACHE_DIR": str(cache / "pip"),
-                   "TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-                   "MPLCONFIGDIR": str(cache / "matplotlib")}
+               "PYTHONOPTIMIZE", "VIRTUAL_ENV")
+    kept = {name: value for name, value in os.environ.items()
+            if name not in dropped and (not name.upper().startswith("PIP_") or name.upper()[4:] in WAY_TO_THE_INDEX)}
+    (cache / "tmp").mkdir(parents=True, exist_ok=True)  # the system's own may be a small RAM disk
+    temporary = {name: str(cache / "tmp") for name in ("TMPDIR", "TEMP", "TMP")}
+    return kept | temporary | {
+        "PYTHONNOUSERSITE": "1", "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_NO_INPUT": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_RESUME_RETRIES": "5", "PIP_CACHE_DIR": str(cache / "pip"),
+        "TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "MPLCONFIGDIR": str(cache / "matplotlib")}
+
+
+def pip_variables(python: Path | str, cache: Path) -> dict[str, str]:
+    """As `clean_variables`, with what pip's own files say of the way to an index. What else they say (a target, a
+    constraint, a dry run) is for the person's other environments, and would leave ours without its packages."""
+    variables = clean_variables(cache)
+    listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True,
+                            errors="replace", env=variables, stdin=subprocess.DEVNULL)
+    for line in listed.stdout.splitlines():
+        found = re.fullmatch(r"(global|install)\.([\w-]+)=(.*)", line)
+        name = found and found[2].upper().replace("-", "_")
+        if name in WAY_TO_THE_INDEX and found[3]:
+            with suppress(ValueError, SyntaxError):
+                variables.setdefault(f"PIP_{name}", str(ast.literal_eval(found[3])))
+    return variables | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def _install_torch(environment: Environment, pins: Path, app: Path, screen: Screen) -> None:
@@ -162,11 +192,11 @@ def _install_torch(environment: Environment, pins: Path, app: Path, screen: Scre
         install(environment, ["-r", str(pins)], app, screen)
 
 
-def _run(command: list[str], app: Path, screen: Screen) -> None:
+def _run(command: list[str], app: Path, screen: Screen, variables: dict[str, str] | None = None) -> None:
     """A step of the installation: output to the log, what it is busy with to the window."""
     screen.log("$ " + " ".join(command))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               stdin=subprocess.DEVNULL, env=clean_variables(app / "cache"))
+                               stdin=subprocess.DEVNULL, env=variables or clean_variables(app / "cache"))
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -183,13 +213,26 @@ def why(output: str) -> Trouble:
     """The sentence for what pip said when it failed."""
     for sign, sentence in SENTENCES.items():
         if re.search(sign, output):
-            return Passing(sentence) if sign is UNREACHABLE else Trouble(sentence)
+            return Passing(sentence) if sign is UNREACHABLE else Trouble(_with_names(sentence))
     found = re.search(r"No matching distribution found for (\S+)", output)
     if found:  # an index page that could not be fetched looks like one that lists nothing
         kind = Passing if "(from versions: none)" in output else Trouble
         return kind(f"The package index has no {found[1]} for this system and Python {sys.version.split()[0]}; "
                     "Python 3.12 is the safest choice.")
-    return Trouble("Installing failed; the log says where. Start again, or with --repair.")
+    return Trouble("Installing failed, and why is not known; the log has what pip said. Start again, or "
+                   "with --repair.")
+
+
+def _with_names(sentence: str) -> str:
+    """With the variables of this computer that the sentence is about, and what they hold."""
+    return sentence.format(proxy=_set("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "PIP_PROXY", of="for a proxy"),
+                           certificate=_set("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT",
+                                            of="for certificates"))
+
+
+def _set(*names: str, of: str) -> str:
+    found = [f"{name}={value}" for name, value in os.environ.items() if name.upper() in names and "@" not in value]
+    return " or ".join(found) or of
 
 
 def _check_disk(app: Path, recipe: Recipe) -> None:

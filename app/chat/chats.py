@@ -12,55 +12,49 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from app.chat.copies import grow, insert, there_already
 from app.chat.recovery import back_up, recover
-from app.chat.schema import is_damage, open_database
-from app.incoming import TITLE_CHARACTERS
+from app.chat.rows import (
+    Conversation,
+    Message,
+    add,
+    attachments_of,
+    conversation_of,
+    json_of,
+    like,
+    message_of,
+    one_line,
+    snippet,
+    waiting_of,
+    whole_letters,
+)
+from app.chat.schema import UNSPACED, is_damage, open_database
 from app.strings import TEXT
 from engine import UserError
 
-ROLES = ("user", "assistant")
-STATUSES = ("running", "done", "length", "stopped", "error", "interrupted")
 UNDO_SECONDS = 7 * 24 * 3600
 SEARCHED = 32  # words: each is looked up by its beginning
+RUN = 3  # letters that the index of runs is made of
 LOOK_SECONDS = 3600  # whether a backup is due
-_STATS_IN_WORDS = ("model", "level", "server", "error")  # the others are numbers
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Conversation:
-    id: int
-    title: str
-    title_by_user: bool
-    created_at: float
-    updated_at: float
-    pinned: bool
-    leaf_id: int | None
-    settings: dict = field(default_factory=dict)
+class TakenIn:
+    """What an import has brought. grown: conversations that were here, and have more messages now; known: that were
+    here as they are."""
 
-
-@dataclass(frozen=True)
-class Message:
-    id: int
-    conversation_id: int
-    parent_id: int | None
-    role: str
-    text: str
-    thinking: str
-    status: str
-    created_at: float
-    stats: dict
-    attachments: list
-
-    def __post_init__(self) -> None:
-        assert self.role in ROLES and self.status in STATUSES, (self.role, self.status)
+    made: list[Conversation]
+    grown: list[Conversation]
+    known: int
 
 
 class Chats:
@@ -69,6 +63,7 @@ class Chats:
     def __init__(self, file: Path):
         self.file = file
         self.mended = ""  # what a person has to know of a recovery
+        self.taking_in: float | None = None  # the share of a file under way that has been imported
         self._lock, self._copying, self._closed = threading.RLock(), threading.Lock(), threading.Event()
         self._db: sqlite3.Connection | None = None
         self._begun = False
@@ -144,23 +139,23 @@ class Chats:
 
     def conversations(self) -> list[Conversation]:
         """All that are not deleted, pinned first, newest first."""
-        return [_conversation(row) for row in self._rows(
+        return [conversation_of(row) for row in self._rows(
             "SELECT * FROM conversations WHERE deleted_at IS NULL ORDER BY pinned DESC, updated_at DESC, id DESC")]
 
     def conversation(self, conversation_id: int) -> Conversation:
         rows = self._rows("SELECT * FROM conversations WHERE id=? AND deleted_at IS NULL", conversation_id)
         if not rows:
             raise UserError("This conversation does not exist any more; choose another from the list.")
-        return _conversation(rows[0])
+        return conversation_of(rows[0])
 
     def create(self, title: str = "", settings: dict | None = None) -> Conversation:
         now = time.time()
         return self.conversation(self._rows(
             "INSERT INTO conversations(title, created_at, updated_at, settings) VALUES (?,?,?,?) RETURNING id",
-            _one_line(title), now, now, json.dumps(settings or {}))[0]["id"])
+            one_line(title), now, now, json.dumps(settings or {}))[0]["id"])
 
     def rename(self, conversation_id: int, title: str, by_user: bool = True) -> None:
-        self._change(conversation_id, title=_one_line(title), title_by_user=int(by_user))
+        self._change(conversation_id, title=one_line(title), title_by_user=int(by_user))
 
     def pin(self, conversation_id: int, pinned: bool) -> None:
         self._change(conversation_id, pinned=int(pinned))
@@ -180,22 +175,40 @@ class Chats:
         self._rows(f"UPDATE conversations SET {names} WHERE id=?", *columns.values(), conversation_id)
 
     def search(self, text: str, limit: int = 50) -> list[dict]:
-        """Conversations whose title or messages contain the words: id, title and a snippet, best first."""
-        words = list(dict.fromkeys(text.replace('"', "").replace("\0", " ").split()))[:SEARCHED]
+        """Conversations whose title or messages contain the words: id, title and a snippet, best first. Where a script
+        has no blanks between its words, any run of its letters is a word."""
+        words = list(dict.fromkeys(whole_letters(text).replace('"', "").replace("\0", " ").split()))[:SEARCHED]
         if not words:
             return []
         found = {row["id"]: dict(row) for row in self._rows(
             "SELECT id, title, '' AS snippet, NULL AS message_id FROM conversations "
             "WHERE deleted_at IS NULL AND title LIKE ? ESCAPE '\\' ORDER BY updated_at DESC LIMIT ?",
-            f"%{_like(' '.join(words))}%", limit)}
-        query = " ".join(f'"{word}"*' for word in words)
-        for row in self._rows(
-                "SELECT c.id, c.title, snippet(words, 0, '\x02', '\x03', '…', 12) AS snippet, m.id AS message_id "
-                "FROM words JOIN messages m ON m.id = words.rowid JOIN conversations c ON c.id = m.conversation_id "
-                "WHERE words MATCH ? AND c.deleted_at IS NULL ORDER BY rank LIMIT ?", query, 4 * limit):
+            f"%{like(' '.join(words))}%", limit)}
+        inside = self._runs if UNSPACED.search(text) else self._words
+        for row in inside(words, 4 * limit):
             if not found.get(row["id"], {}).get("snippet"):
-                found[row["id"]] = dict(row)
+                found[row["id"]] = row
         return list(found.values())[:limit]
+
+    def _words(self, words: list[str], limit: int) -> list[dict]:
+        query = " ".join(f'"{word}"*' for word in words)
+        return [dict(row) for row in self._rows(
+            "SELECT c.id, c.title, snippet(words, 0, '\x02', '\x03', '…', 12) AS snippet, m.id AS message_id "
+            "FROM words JOIN messages m ON m.id = words.rowid JOIN conversations c ON c.id = m.conversation_id "
+            "WHERE words MATCH ? AND c.deleted_at IS NULL ORDER BY rank LIMIT ?", query, limit)]
+
+    def _runs(self, words: list[str], limit: int) -> list[dict]:
+        """Of three letters and more from their index; of fewer from the texts themselves."""
+        long = [word for word in words if len(word) >= RUN and UNSPACED.search(word)]
+        first = "m.id IN (SELECT rowid FROM letters WHERE letters MATCH ?) AND " if long else ""
+        rows = self._rows(
+            f"SELECT c.id, c.title, m.text AS text, m.id AS message_id FROM messages m JOIN conversations c ON "
+            f"c.id = m.conversation_id WHERE {first}c.deleted_at IS NULL"
+            + " AND m.text LIKE ? ESCAPE '\\'" * len(words) + " ORDER BY m.id DESC LIMIT ?",
+            *([" AND ".join(f'"{word}"' for word in long)] if long else []),
+            *(f"%{like(word)}%" for word in words), limit)
+        return [{"id": row["id"], "title": row["title"], "snippet": snippet(str(row["text"]), words),
+                 "message_id": row["message_id"]} for row in rows]
 
     # Messages
 
@@ -203,17 +216,17 @@ class Chats:
         rows = self._rows("SELECT * FROM messages WHERE id=?", message_id)
         if not rows:
             raise UserError("This message does not exist any more; reload the page.")
-        return _message(rows[0])
+        return message_of(rows[0])
 
     def messages(self, conversation_id: int) -> list[Message]:
         """All versions, each below one that comes before it."""
-        return [_message(row) for row in self._rows(
+        return [message_of(row) for row in self._rows(
             "SELECT * FROM messages WHERE conversation_id=? ORDER BY id", conversation_id)]
 
     def path(self, conversation_id: int, leaf_id: int | None = None) -> list[Message]:
         """The shown version, oldest message first; with `leaf_id` the path that ends there."""
         leaf = self.conversation(conversation_id).leaf_id if leaf_id is None else leaf_id
-        return [_message(row) for row in self._rows(  # a parent is older than its child: no circle can be gone round
+        return [message_of(row) for row in self._rows(  # a parent is older than its child: no circle can be gone round
             "WITH RECURSIVE up(id) AS (SELECT ? UNION ALL "
             "SELECT m.parent_id FROM up JOIN messages m ON m.id = up.id WHERE m.parent_id < m.id) "
             "SELECT m.* FROM up JOIN messages m ON m.id = up.id WHERE m.conversation_id=? ORDER BY m.id",
@@ -232,7 +245,7 @@ class Chats:
         """One more message under `parent_id`; it becomes the shown one."""
         new = Message(0, conversation_id, parent_id, role, text, thinking, status, time.time(), stats or {},
                       attachments or [])
-        return self.message(self._together(lambda db: _add(db, new)))
+        return self.message(self._together(lambda db: add(db, new)))
 
     def save(self, message_id: int, *, text: str, thinking: str, status: str, stats: dict) -> None:
         """A checkpoint of an answer, or its end."""
@@ -253,20 +266,47 @@ class Chats:
         message = self.message(message_id)
         source = self.conversation(message.conversation_id)
         named = TEXT["branch_title"].format(title=source.title.removeprefix(TEXT["branch_title"].format(title="")))
-        return self.bring_in([(replace(source, title=named, leaf_id=None, pinned=False),
-                               self.path(source.id, message_id))])[0]
+        now = time.time()
+        copy = replace(source, title=named, leaf_id=None, pinned=False, created_at=now,
+                       updated_at=now)
+        path = self.path(source.id, message_id)
+        return self.conversation(self._together(lambda db: insert(db, copy, path)))
 
-    def bring_in(self, copies: list[tuple[Conversation, list[Message]]]) -> list[Conversation]:
-        """New conversations like these, all or none. Ids only say how messages hang together; where leaf_id is among
-        them, that version is shown, else the newest."""
-        def insert(db: sqlite3.Connection) -> list[int]:
-            return [_insert(db, conversation, messages) for conversation, messages in copies]
-        return [self.conversation(number) for number in self._together(insert)]
+    def take_in(self, copies: Iterable[tuple[Conversation, list[Message]]]) -> TakenIn:
+        """Conversations from a file, all or none, however many: hidden until the last of them is there. Ids only say
+        how messages hang together; where leaf_id is among them, that version is shown, else the newest."""
+        stamp, made, more, known = time.time(), [], [], 0
+
+        def one(copy: tuple[Conversation, list[Message]], db: sqlite3.Connection) -> int | None:
+            source, messages = copy
+            number, ids = there_already(db, source, messages, stamp)
+            if number is None:
+                return insert(db, source, messages, hidden=stamp)
+            if len(ids) < len(messages):
+                more.append((number, source, messages, ids))
+            return None
+        try:
+            for copy in copies:
+                number = self._together(partial(one, copy))
+                known += number is None
+                made += [number] if number is not None else []
+            self._together(lambda db: self._appear(db, stamp, more))
+        except BaseException:
+            self._rows("DELETE FROM conversations WHERE deleted_at=?", stamp)
+            raise
+        return TakenIn([self.conversation(number) for number in made],
+                       [self.conversation(number) for number, *_ in more], known - len(more))
+
+    @staticmethod
+    def _appear(db: sqlite3.Connection, stamp: float, more: list[tuple]) -> None:
+        for number, source, messages, ids in more:
+            grow(db, number, source, messages, ids)
+        db.execute("UPDATE conversations SET deleted_at=NULL WHERE deleted_at=?", (stamp,))
 
     # Messages that wait for the engine
 
     def waiting(self) -> list[dict]:
-        return [_waiting(row) for row in self._rows(
+        return [waiting_of(row) for row in self._rows(
             "SELECT w.* FROM waiting w JOIN conversations c ON c.id = w.conversation_id "
             "WHERE c.deleted_at IS NULL ORDER BY w.id")]
 
@@ -282,36 +322,18 @@ class Chats:
     def unwait(self, waiting_id: int) -> dict | None:
         """Take a message out of the queue; None if it has left already."""
         rows = self._rows("DELETE FROM waiting WHERE id=? RETURNING *", waiting_id)
-        return _waiting(rows[0]) if rows else None
+        return waiting_of(rows[0]) if rows else None
 
     # Preferences of the page
 
     def preference(self, name: str, default: T) -> T:
         """What is kept under a name; the default where there is nothing, or something of another kind."""
         rows = self._rows("SELECT value FROM preferences WHERE name=?", name)
-        return _json(rows[0]["value"], default) if rows else default
+        return json_of(rows[0]["value"], default) if rows else default
 
     def set_preference(self, name: str, value) -> None:
         self._rows("INSERT INTO preferences VALUES (?,?) ON CONFLICT(name) DO UPDATE SET value=excluded.value",
                    name, json.dumps(value))
-
-
-def usable_stats(stats: dict) -> dict:
-    """Those that the page can show."""
-    return {name: value for name, value in stats.items() if name in _STATS_IN_WORDS and isinstance(value, str)
-            or name not in _STATS_IN_WORDS and _is_number(value)}
-
-
-def _add(db: sqlite3.Connection, message: Message) -> int:
-    """A message of a transaction, with an id of its own, the shown one from now on; -> its id."""
-    added = db.execute(
-        "INSERT INTO messages(conversation_id, parent_id, role, text, thinking, status, created_at, stats, "
-        "attachments) VALUES (?,?,?,?,?,?,?,?,?)",
-        (message.conversation_id, message.parent_id, message.role, message.text, message.thinking, message.status,
-         message.created_at, json.dumps(message.stats), json.dumps(message.attachments))).lastrowid
-    db.execute("UPDATE conversations SET leaf_id=?, updated_at=? WHERE id=?",
-               (added, time.time(), message.conversation_id))
-    return added
 
 
 def _take(db: sqlite3.Connection) -> int | None:
@@ -320,69 +342,6 @@ def _take(db: sqlite3.Connection) -> int | None:
     for row in rows:
         number = row["conversation_id"]
         leaf = db.execute("SELECT leaf_id FROM conversations WHERE id=?", (number,)).fetchone()["leaf_id"]
-        return _add(db, Message(0, number, leaf, "user", str(row["text"]), "", "done", time.time(), {},
-                                _attachments(row)))
+        return add(db, Message(0, number, leaf, "user", str(row["text"]), "", "done", time.time(), {},
+                                attachments_of(row)))
     return None
-
-
-def _insert(db: sqlite3.Connection, source: Conversation, messages: list[Message]) -> int:
-    """A conversation of a transaction; -> its id."""
-    now = time.time()
-    number = db.execute("INSERT INTO conversations(title, created_at, updated_at, pinned, settings) VALUES (?,?,?,?,?)",
-                        (_one_line(source.title), now, now, int(source.pinned), json.dumps(source.settings))).lastrowid
-    ids: dict[int, int] = {}
-    for message in messages:
-        ids[message.id] = _add(db, replace(
-            message, conversation_id=number, parent_id=ids.get(message.parent_id),
-            status="interrupted" if message.status == "running" else message.status))
-    if source.leaf_id in ids:
-        db.execute("UPDATE conversations SET leaf_id=? WHERE id=?", (ids[source.leaf_id], number))
-    return number
-
-
-# What stands in a row may be of any kind: another program, an older import or a damaged page may have written it.
-
-def _conversation(row: sqlite3.Row) -> Conversation:
-    leaf = row["leaf_id"]
-    return Conversation(row["id"], _one_line(str(row["title"])), bool(row["title_by_user"]), _time(row["created_at"]),
-                        _time(row["updated_at"]), bool(row["pinned"]), leaf if isinstance(leaf, int) else None,
-                        _json(row["settings"], {}))
-
-
-def _message(row: sqlite3.Row) -> Message:
-    role, status = row["role"], row["status"]
-    return Message(row["id"], row["conversation_id"], row["parent_id"], role if role in ROLES else "assistant",
-                   str(row["text"]), str(row["thinking"]), status if status in STATUSES else "interrupted",
-                   _time(row["created_at"]), usable_stats(_json(row["stats"], {})), _attachments(row))
-
-
-def _waiting(row: sqlite3.Row) -> dict:
-    return dict(row) | {"text": str(row["text"]), "attachments": _attachments(row)}
-
-
-def _attachments(row: sqlite3.Row) -> list[dict]:
-    return [file for file in _json(row["attachments"], [])
-            if isinstance(file, dict) and all(isinstance(file.get(name), str) for name in ("name", "text"))]
-
-
-def _json(text: object, default: T) -> T:
-    with suppress(ValueError, TypeError, RecursionError):
-        found = json.loads(text, parse_constant=lambda name: None)
-        return found if isinstance(found, type(default)) else default
-    return default
-
-
-def _time(value: object) -> float:
-    return float(value) if _is_number(value) else 0.0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # neither NaN nor a number of a thousand digits
-
-
-def _one_line(title: str) -> str:
-    return " ".join(title[:10 * TITLE_CHARACTERS].split())[:TITLE_CHARACTERS]
-
-
-def _like(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")

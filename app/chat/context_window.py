@@ -26,9 +26,17 @@ class Prompt:
 
 
 def to_prompt(path: list[Message], system: str, keep_thinking: bool = False) -> list[dict]:
-    """The shown messages in the engine's form; earlier thinking is left out unless it is wanted."""
-    system_part = [{"role": "system", "content": system}] if system.strip() else []
-    return system_part + [_one(message, keep_thinking) for message in path]
+    """The shown messages in the engine's form; earlier thinking is left out unless it is wanted. Empty answers, which
+    many templates refuse, are left out as well; questions that then follow each other become one."""
+    prompt = [{"role": "system", "content": system}] if system.strip() else []
+    for message in path:
+        one = _one(message, keep_thinking)
+        if message.role == "assistant" and not one["content"].strip():
+            continue
+        if prompt and prompt[-1]["role"] == one["role"] == "user":
+            one["content"] = f"{prompt.pop()['content']}\n\n{one['content']}"
+        prompt.append(one)
+    return prompt
 
 
 def fit(messages: list[dict], context: int, reserve: int, policy: str, count: Callable[[list], int],

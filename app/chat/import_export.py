@@ -1,76 +1,33 @@
-"""Conversations as files: JSON keeps everything (all versions), Markdown keeps what is shown and can be read by anyone.
+"""Conversations as files: out as JSON (everything, all versions) or Markdown (what is shown, for anyone to read); in
+from both, and from what other programs export (app/chat/imports).
 
-Both can be read back: a file is looked at whole before anything of it is stored, and stored in one step. In Markdown a
-comment line marks who speaks, so headings inside a message are harmless.
+A file of any size is read conversation by conversation; all of it is there in the end, or nothing.
 """
 from __future__ import annotations
 
 import json
-import re
-import time
-from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import PurePosixPath
+from typing import BinaryIO
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+import pydantic_core
 
-from app.chat.chat_settings import anywhere, checked, usable
-from app.chat.chats import ROLES, STATUSES, Chats, Conversation, Message, usable_stats
-from app.incoming import TEXT_CHARACTERS, Attachments, Id, Title, Words, what_is_wrong
+from app.chat.chat_settings import anywhere, usable
+from app.chat.chats import Chats, Conversation, Message, TakenIn
+from app.chat.imports import chatgpt, claude, floe, jan, lm_studio, open_webui
+from app.chat.imports.documents import CONVERSATION_CHARACTERS, FILE_BYTES, Heard, Piece, is_zip, pieces
 from app.strings import TEXT
 from engine import UserError
 
-FORMAT = "floechat-conversations"
-VERSION = 1
-IMPORT_BYTES = 60 << 20
-PARTS = 4_000_000  # strings, commas and brackets of a document: what is parsed takes some hundred times its few bytes
-MESSAGES = 100_000  # of one conversation
-_PART = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
-_MARK = re.compile(r"^<!-- floe:(user|assistant) -->\n(?:\*\*.*\*\*\n\n?)?", re.MULTILINE)
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)  # names that are not known are ignored
-
-
-class _Message(_Document):
-    id: Id
-    parent_id: Id | None
-    role: Literal[ROLES]
-    text: Words
-    thinking: Words = ""
-    status: Literal[STATUSES] = "done"
-    created_at: float = Field(default_factory=time.time)
-    stats: Annotated[dict[str, Any], AfterValidator(usable_stats)] = {}
-    attachments: Attachments = []
-
-
-class _Conversation(_Document):
-    title: Title
-    messages: Annotated[list[_Message], FailFast(), Field(max_length=MESSAGES)]
-    pinned: bool = False
-    settings: Annotated[dict[str, Any], AfterValidator(checked)] = {}
-    leaf: Id | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> _Conversation:
-        """Every message stands below one that comes before it, so no path is endless."""
-        seen: set[int | None] = {None}
-        for message in self.messages:
-            if message.id in seen or message.parent_id not in seen:
-                raise ValueError(TEXT["wrong_tree"].format(id=message.id))
-            seen.add(message.id)
-        return self
-
-
-class _File(_Document):
-    format: Literal[FORMAT]
-    version: int = Field(ge=1, le=VERSION)
-    conversations: Annotated[list[_Conversation], FailFast()]
+__all__ = ["FILE_BYTES", "export_json", "export_markdown", "import_file"]
+FOREIGN = (chatgpt, claude, open_webui, lm_studio)  # a document of these is a conversation; Jan's are in parts
+HEAD_BYTES = 64 << 10  # of a file, in which its first letter has to come
 
 
 def export_json(chats: Chats, conversation_ids: list[int]) -> str:
     """The whole conversations, every version, as one JSON document."""
-    return json.dumps({"format": FORMAT, "version": VERSION,
+    return json.dumps({"format": floe.FORMAT, "version": floe.VERSION,
                        "conversations": [_to_dict(chats, chats.conversation(i)) for i in conversation_ids]},
                       ensure_ascii=False, indent=1)
 
@@ -85,15 +42,93 @@ def export_markdown(chats: Chats, conversation_id: int) -> str:
     return "\n".join(parts)
 
 
-def import_text(chats: Chats, text: str) -> list[Conversation]:
-    """New conversations from an exported JSON or Markdown text; UserError, and nothing is stored, if it is neither."""
-    if text.lstrip()[:1] == "{":
-        copies = _read_json(text)
-    elif _MARK.search(text):
-        copies = [_read_markdown(text)]
-    else:
+def import_file(chats: Chats, file: BinaryIO, heard: Heard = lambda share: None) -> TakenIn:
+    """Conversations of an open file, ours or another program's, found by what it holds. heard: is told the share that
+    lies behind. UserError, and nothing is stored, if it is none of these or damaged."""
+    if is_zip(file) or _first_letter(file) in (b"{", b"["):
+        return chats.take_in(_found(pieces(file, heard)))
+    file.seek(0)
+    try:
+        text = file.read(floe.MARKDOWN_BYTES + 1).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(TEXT["import_foreign"]) from error
+    if not floe.is_markdown(text):
         raise UserError(TEXT["import_foreign"])
-    return chats.bring_in(copies)
+    if len(text) > floe.MARKDOWN_BYTES:
+        raise UserError(TEXT["import_long"])
+    return chats.take_in([floe.read_markdown(text)])
+
+
+def _first_letter(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _found(stream: Iterator[Piece]) -> Iterator[tuple[Conversation, list[Message]]]:
+    """The conversations among the pieces. Other files may lie beside in a zip; a bare file is read whole or not."""
+    none, thread = True, _Thread()
+    for piece in stream:
+        if not piece.text:
+            none = not _is_ours(piece, {})
+            continue
+        document = _parsed(piece)
+        if _is_ours(piece, document):
+            none = False
+            yield floe.read(piece.text)
+        elif jan.recognised(document):
+            none = False
+            yield from thread.take(piece, document)
+        elif reader := next((each for each in FOREIGN if each.recognised(document)), None):
+            none = False
+            yield reader.read(document)
+        elif not piece.file:
+            raise UserError(TEXT["import_foreign"])
+    yield from thread.end()
+    if none:
+        raise UserError(TEXT["import_foreign"])
+
+
+class _Thread:
+    """What of one of Jan's threads has come: its documents lie in one folder, or one after the other in a file."""
+
+    def __init__(self) -> None:
+        self._documents: list[dict] = []
+        self._place, self._characters = "", 0
+
+    def take(self, piece: Piece, document: dict) -> Iterator[tuple[Conversation, list[Message]]]:
+        place = str(PurePosixPath(piece.file).parent) if piece.file else jan.key_of(document)
+        if place != self._place:
+            yield from self.end()
+        self._place, self._characters = place, self._characters + len(piece.text)
+        if self._characters > CONVERSATION_CHARACTERS:
+            raise UserError(TEXT["import_long"])
+        self._documents.append(document)
+
+    def end(self) -> Iterator[tuple[Conversation, list[Message]]]:
+        conversation, messages = jan.read(self._documents)
+        self._documents, self._characters = [], 0
+        if messages:
+            yield conversation, messages
+
+
+def _parsed(piece: Piece) -> dict:
+    try:
+        document = pydantic_core.from_json(piece.text, allow_inf_nan=False)
+    except ValueError as error:
+        raise UserError(TEXT["import_damaged"]) from error
+    return document if isinstance(document, dict) else {}
+
+
+def _is_ours(piece: Piece, document: dict) -> bool:
+    """One of our conversations; UserError for one of a newer version, or where the whole is not as we write it."""
+    if "format" in document:
+        floe.check_head(piece.text)
+    if not piece.head:
+        return False
+    if "format" not in _parsed(replace(piece, text=piece.head)):
+        return False
+    floe.check_head(piece.head)
+    return True
 
 
 def _to_dict(chats: Chats, conversation: Conversation) -> dict:
@@ -102,37 +137,6 @@ def _to_dict(chats: Chats, conversation: Conversation) -> dict:
     for message in messages:  # what is above a damaged one may be gone
         above = message["parent_id"]
         message["parent_id"] = above if above in numbers and above < message["id"] else None
-    return {"title": conversation.title, "created_at": conversation.created_at, "pinned": conversation.pinned,
-            "settings": anywhere(usable(conversation.settings)), "leaf": conversation.leaf_id, "messages": messages}
-
-
-def _read_json(text: str) -> list[tuple[Conversation, list[Message]]]:
-    if any(count == PARTS for count, _ in enumerate(_PART.finditer(text))):
-        raise UserError(TEXT["import_long"])
-    try:
-        file = _File.model_validate_json(text)
-    except UserError as error:  # settings and attachments have sentences of their own
-        said = str(error).rstrip(".")
-        raise UserError(TEXT["import_wrong"].format(what=said[:1].lower() + said[1:])) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        newer = first["loc"] == ("version",) and first["type"] == "less_than_equal"
-        raise UserError(TEXT["import_newer"] if newer else
-                        TEXT["import_wrong"].format(what=what_is_wrong(first))) from error
-    return [_copy(conversation) for conversation in file.conversations]
-
-
-def _copy(source: _Conversation) -> tuple[Conversation, list[Message]]:
-    conversation = Conversation(0, source.title, False, 0.0, 0.0, source.pinned, source.leaf,
-                                anywhere(source.settings))
-    return conversation, [Message(conversation_id=0, **message.model_dump()) for message in source.messages]
-
-
-def _read_markdown(text: str) -> tuple[Conversation, list[Message]]:
-    head, *rest = _MARK.split(text)
-    title, now = re.search(r"^# (.+)$", head, re.MULTILINE), time.time()
-    if len(rest) > 2 * MESSAGES or any(len(body) > TEXT_CHARACTERS for body in rest):
-        raise UserError(TEXT["import_long"])
-    messages = [Message(i, 0, i - 1 or None, role, body.strip("\n"), "", "done", now, {}, [])
-                for i, (role, body) in enumerate(zip(rest[::2], rest[1::2], strict=True), 1)]
-    return Conversation(0, title.group(1) if title else "", False, now, now, False, None), messages
+    return {"title": conversation.title, "created_at": conversation.created_at, "updated_at": conversation.updated_at,
+            "pinned": conversation.pinned, "settings": anywhere(usable(conversation.settings)),
+            "leaf": conversation.leaf_id, "messages": messages}

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 
-from app.chat.schema import copy_whole, is_damage, open_database
+from app.chat.schema import copy_whole, is_damage, letters_again, open_database
 from app.strings import TEXT
 from engine import UserError
 
@@ -27,7 +27,7 @@ _WHOLE_AGAIN = (
     "UPDATE conversations SET leaf_id=(SELECT max(id) FROM messages WHERE conversation_id=conversations.id) "
     "WHERE leaf_id IS NULL OR leaf_id NOT IN (SELECT id FROM messages)",
     "DELETE FROM waiting WHERE conversation_id NOT IN (SELECT id FROM conversations)",
-    "INSERT INTO words(words) VALUES('rebuild')")
+    "INSERT INTO words(words) VALUES('rebuild')", *letters_again())
 
 
 def newest_backup(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ WAL with synchronous=NORMAL: a killed process loses nothing that was committed.
 """
 from __future__ import annotations
 
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -65,7 +66,41 @@ def _version_1(db: sqlite3.Connection) -> None:
     _run(db, _V1)
 
 
-MIGRATIONS = [_version_1]
+# Scripts without blanks between words: Thai to Khmer, kana, ideographs, Hangul's compounds; for regular expressions and
+# for SQLite's GLOB alike.
+_LETTERS = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+            "\U00020000-\U0003ffff")
+UNSPACED = re.compile(f"[{_LETTERS}]")
+# Runs of three letters, of the messages that have such letters: any run inside a longer one is found.
+_V2 = f"""
+CREATE VIRTUAL TABLE letters USING fts5(text, content='messages', content_rowid='id', tokenize='trigram');
+CREATE TRIGGER letters_in AFTER INSERT ON messages WHEN new.text GLOB '*[{_LETTERS}]*' BEGIN
+    INSERT INTO letters(rowid, text) VALUES (new.id, new.text);
+END;
+CREATE TRIGGER letters_out AFTER DELETE ON messages WHEN old.text GLOB '*[{_LETTERS}]*' BEGIN
+    INSERT INTO letters(letters, rowid, text) VALUES ('delete', old.id, old.text);
+END;
+CREATE TRIGGER letters_go AFTER UPDATE OF text ON messages WHEN old.text GLOB '*[{_LETTERS}]*' BEGIN
+    INSERT INTO letters(letters, rowid, text) VALUES ('delete', old.id, old.text);
+END;
+CREATE TRIGGER letters_come AFTER UPDATE OF text ON messages WHEN new.text GLOB '*[{_LETTERS}]*' BEGIN
+    INSERT INTO letters(rowid, text) VALUES (new.id, new.text);
+END;
+"""
+
+
+def letters_again() -> tuple[str, str]:
+    """Statements that make the index of runs anew."""
+    return ("INSERT INTO letters(letters) VALUES('delete-all')",
+            f"INSERT INTO letters(rowid, text) SELECT id, text FROM messages WHERE text GLOB '*[{_LETTERS}]*'")
+
+
+def _version_2(db: sqlite3.Connection) -> None:
+    _run(db, _V2)
+    db.execute(letters_again()[1])
+
+
+MIGRATIONS = [_version_1, _version_2]
 
 
 def open_database(path: Path, migrations: list | None = None) -> sqlite3.Connection:
@@ -76,6 +111,7 @@ def open_database(path: Path, migrations: list | None = None) -> sqlite3.Connect
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         db.row_factory = sqlite3.Row
         db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # one damaged letter harms nothing else
+        db.execute("PRAGMA page_size=8192")  # of a new file: all tables are named on its first page, none on another
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("PRAGMA foreign_keys=ON")
@@ -94,7 +130,7 @@ def _migrate(db: sqlite3.Connection, path: Path, migrations: list) -> None:
     if version > len(migrations):
         raise UserError(TEXT["database_newer"].format(path=path, version=version, known=len(migrations)))
     for number in range(version + 1, len(migrations) + 1):
-        if number > 1:
+        if version:  # a new file has nothing to lose
             copy_whole(db, path.with_name(f"{path.name}.v{number - 1}.backup"))
         db.execute("BEGIN IMMEDIATE")
         try:

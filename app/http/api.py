@@ -4,8 +4,11 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import PurePath
-from typing import Annotated
+from tempfile import TemporaryFile
+from typing import Annotated, BinaryIO
 from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -18,9 +21,9 @@ from starlette.exceptions import HTTPException
 from app import incoming
 from app.chat.answers import Jobs
 from app.chat.chat_settings import ChatSettings, Drafts, Presets, checked
-from app.chat.chats import Chats, Conversation, Message
+from app.chat.chats import Chats, Conversation, Message, TakenIn
 from app.chat.context_window import to_prompt
-from app.chat.import_export import IMPORT_BYTES, export_json, export_markdown, import_text
+from app.chat.import_export import FILE_BYTES, export_json, export_markdown, import_file
 from app.http.models_api import model_routes
 from app.incoming import BODY_BYTES, Id, Name, what_is_wrong
 from app.library.model_library import Shelf
@@ -28,9 +31,10 @@ from app.library.open_model import Models
 from app.markdown import render
 from app.remote.server import Servers
 from app.strings import TEXT
-from engine import MachineError, UserError
+from engine import MachineError, UserError, trouble
 
 IMPORT = "/import"
+IMPORT_SECONDS = 0.3  # between two looks at how far it is
 WINDOW = 40  # messages a page shows at first: its cost follows their number
 
 
@@ -46,7 +50,7 @@ class _Sized(APIRoute):
 
     def get_route_handler(self):
         handle = super().get_route_handler()
-        most = IMPORT_BYTES if self.path.endswith(IMPORT) else BODY_BYTES
+        most = FILE_BYTES if self.path == f"/api{IMPORT}" else BODY_BYTES
 
         async def sized(request: Request) -> Response:
             if int(request.headers.get("content-length", 0)) > most:
@@ -66,7 +70,7 @@ def state(chats: Chats, jobs: Jobs, models: Models, shelf: Shelf) -> dict:
             "live": live and {"message": live.message_id, "conversation": live.conversation_id, "phase": live.phase},
             "waiting": [{name: item[name] for name in ("id", "conversation_id", "text")} for item in chats.waiting()],
             "conversations": [_listed(conversation) for conversation in chats.conversations()],
-            "works": shelf.works.shown(), "finished": shelf.works.finished,
+            "importing": chats.taking_in, "works": shelf.works.shown(), "finished": shelf.works.finished,
             "graphics": models.around.graphics(snapshot.get("device")),
             "server": server.place.host if (server := Servers(chats).current()) else "",
             "welcome": not chats.preference("welcomed", False), "disk_trouble": jobs.disk_trouble or chats.mended}
@@ -244,18 +248,37 @@ def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> No
         return _download(export_json(chats, [conversation_id]), f"{name}.json")
 
     @router.post(IMPORT)
-    async def import_file(request: Request):
+    async def take_in(request: Request):
+        """A file of any size: it goes to the disk as it comes, and from there conversation by conversation."""
         try:
-            text = (await request.body()).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(TEXT["import_foreign"]) from error
-        conversations = await run_in_threadpool(import_text, chats, text)
-        changed()
-        return [_listed(conversation) for conversation in conversations]
+            with TemporaryFile(dir=chats.file.parent) as file:
+                async for chunk in request.stream():
+                    file.write(chunk)
+                taken = await run_in_threadpool(_import, chats, file, changed)
+        except OSError as error:
+            raise trouble(error, chats.file.parent) from error
+        return {"made": [_listed(each) for each in taken.made], "grown": [_listed(each) for each in taken.grown],
+                "known": taken.known}
 
     @router.post("/count")
     def count(wish: incoming.Written):
         return {"tokens": models.used([{"role": "user", "content": wish.text}], {})}
+
+
+def _import(chats: Chats, file: BinaryIO, changed: Callable[[], None]) -> TakenIn:
+    told = 0.0
+
+    def heard(share: float) -> None:
+        nonlocal told
+        chats.taking_in = round(share, 3)
+        if time.monotonic() - told > IMPORT_SECONDS:
+            told = time.monotonic()
+            changed()
+    try:
+        return import_file(chats, file, heard)
+    finally:
+        chats.taking_in = None
+        changed()
 
 
 async def user_error(request: Request, error: UserError) -> Response:

@@ -26,6 +26,7 @@ from app.strings import TEXT
 
 KEY_HEADER = "x-floe-key"
 BODY_BYTES = 64 << 20
+FILES = {"/api/import": 2 << 30}  # what is written to the disk as it comes may be larger
 # The page without a conversation in it, its scripts and looks: links, styles and imports can carry no header.
 SHELL = ("/", "/theme.css", "/favicon.ico", "/api/strings")
 SHELL_BELOW = ("/ui/", "/assets/", "/static/")
@@ -110,8 +111,8 @@ class Guard:
         shell = scope["method"] in ("GET", "HEAD") and (scope["path"] in SHELL or scope["path"].startswith(SHELL_BELOW))
         if not shell and not _same("".join(headers.get(KEY_HEADER, [])), self._key):
             return 401, TEXT["no_key"]
-        if "transfer-encoding" in headers or int("".join(headers.get("content-length", [])) or 0) > BODY_BYTES:
-            return 413, TEXT["body_too_large"].format(megabytes=BODY_BYTES >> 20)
+        if "transfer-encoding" in headers or int("".join(headers.get("content-length", [])) or 0) > _most(path):
+            return 413, TEXT["body_too_large"].format(megabytes=_most(path) >> 20)
         return None
 
     async def _enter(self, send) -> None:
@@ -121,6 +122,10 @@ class Guard:
         page = _ENTRY.format(title=escape(TEXT["app"]), key=json.dumps(self._key), text=escape(TEXT["entry"]))
         cookie = f"{self._cookie}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
         await _answer(send, 200, page, [(b"set-cookie", cookie.encode()), (b"cache-control", b"no-store")], "html")
+
+
+def _most(path: str) -> int:
+    return FILES.get(path, BODY_BYTES)
 
 
 def _same(candidate: str, secret: str) -> bool:

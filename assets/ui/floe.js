@@ -24,11 +24,11 @@ async function sentence(reply) {
 async function heard(method, path, body) {
   let reply;
   try {
-    const text = typeof body === "string";
+    const raw = typeof body === "string" || body instanceof Blob; // a file goes as it lies on the disk
     reply = await fetch(path, {
       method,
-      headers: body === undefined ? {} : { "content-type": text ? "text/plain" : "application/json" },
-      body: body === undefined || text ? body : JSON.stringify(body),
+      headers: body === undefined ? {} : { "content-type": raw ? "application/octet-stream" : "application/json" },
+      body: body === undefined || raw ? body : JSON.stringify(body),
     });
   } catch {
     if (presence === "here") notice(TEXT.gone || "The program does not answer.");

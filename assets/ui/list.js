@@ -1,8 +1,7 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
 import { placeMenu } from "/ui/dismiss.js";
-import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, say, start, state } from "/ui/floe.js";
-
-const MOST_BYTES = 60 << 20; // of a file to import
+import { droppable, importing } from "/ui/import.js";
+import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, start, state } from "/ui/floe.js";
 
 export async function mount(root) {
   await ready;
@@ -10,8 +9,7 @@ export async function mount(root) {
     oninput: () => { clearTimeout(search.timer); search.timer = setTimeout(look, 150); },
     onkeydown: (event) => { if (event.key === "Escape") { search.value = ""; look(); } } });
   const list = h("ul", { class: "conversations", "aria-label": TEXT.conversations, onscroll: followRow });
-  const file = h("input", { type: "file", accept: ".json,.md,.txt", hidden: true, "aria-label": TEXT.import,
-    id: "import-file", onchange: () => importFile(file) });
+  const { files, far } = importing();
   root.replaceChildren(
     h("nav", { class: "list", "aria-label": TEXT.conversations },
       h("div", { class: "brand" }, icon("wave"), h("span", {}, TEXT.app)),
@@ -20,9 +18,11 @@ export async function mount(root) {
       h("a", { class: "page-link", href: "#models" }, icon("models"), TEXT.page_models),
       h("a", { class: "page-link", href: "#settings" }, icon("settings"), TEXT.page_settings),
       list,
-      h("div", { class: "list-foot" }, file,
-        h("button", { type: "button", class: "quiet", onclick: () => file.click() }, TEXT.import),
+      h("div", { class: "list-foot" }, files, far,
+        h("button", { type: "button", class: "quiet", title: TEXT.import_drop, onclick: () => files.click() }, TEXT.import),
         h("button", { type: "button", class: "quiet", onclick: () => download("/api/export") }, TEXT.export_all))));
+
+  droppable(root.firstChild);
 
   async function look() {
     if (!search.value.trim()) return draw();
@@ -139,14 +139,4 @@ async function remove(conversation) {
     await api("POST", `/api/conversations/${conversation.id}/restore`);
     opened.id = conversation.id;
   }]);
-}
-
-async function importFile(file) {
-  const [chosen] = file.files;
-  file.value = "";
-  if (!chosen) return;
-  if (chosen.size > MOST_BYTES) return notice(TEXT.import_long);
-  const made = await api("POST", "/api/import", await chosen.text());
-  notice(say("imported", { n: made.length }));
-  if (made.length) opened.id = made[0].id;
 }

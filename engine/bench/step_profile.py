@@ -182,7 +182,7 @@ def trunk_bytes(model: torch.nn.Module) -> int:
 def vram_bytes(model: torch.nn.Module, spec: ModelSpec, context: int, of_experts: float) -> float:
     """Bytes of the card's memory that a token reads or writes. Attention reads the whole planned context; a state that
     does not grow is read and written."""
-    return trunk_bytes(model) + spec.kv_bytes_per_token * context + 2 * spec.state_bytes + of_experts
+    return trunk_bytes(model) + spec.kv_bytes_per_token * context + 2 * spec.state_bytes_at(context) + of_experts
 
 
 def whole_experts(runtime: DeviceRuntime, measure: Callable[[], Row]) -> Iterator[Row]:

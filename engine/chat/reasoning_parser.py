@@ -3,14 +3,17 @@
 Models mark their thinking in three ways, and the chat template or the vocabulary tells which: a pair of markers
 (`<think>` ... `</think>`, whose first half the template may already have written), a labelled channel
 (`<|channel>thought` ... `<channel|>`), or harmony's messages, each with a header (`<|channel|>analysis<|message|>`).
+A marker counts where the protocol puts it: the opening one before anything else was said, the closing one in the
+thinking that it ends. Elsewhere it is text that somebody asked for, and comes out as it is; nothing is ever lost.
 Markers and stop texts may be spread over tokens: only a tail that could still become one is held back.
-Invariant: what comes out never contains a special token or a marker. Where tools were offered, the text of their calls
+Invariant: what comes out never contains another special token. Where tools were offered, the text of their calls
 is kept apart, special tokens and all. Does not know the model.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.chat.tokenizer import TextStream, Tokens
 from engine.chat.tool_calls import Format
@@ -20,15 +23,21 @@ THINKING, ANSWER, HEADER, CALLS = "thinking", "answer", "header", "calls"
 
 @dataclass(frozen=True)
 class Markers:
-    """How one family of models writes its thinking; label: a word that follows the opening marker."""
+    """How one family of models writes its thinking. label: a word that follows the opening marker; around: what stands
+    before and behind the answer."""
 
     open: str
     close: str
     label: str = ""
+    around: tuple[str, str] = ("", "")
 
 
+_ANSWER = ("<answer>", "</answer>")
 PAIRS = (Markers("<think>", "</think>"), Markers("[THINK]", "[/THINK]"), Markers("<seed:think>", "</seed:think>"),
-         Markers("<thought>", "</thought>"), Markers("<|channel>", "<channel|>", "thought"))
+         Markers("<mm:think>", "</mm:think>"), Markers("<thought>", "</thought>"),
+         Markers("<|START_THINKING|>", "<|END_THINKING|>"), Markers("<|channel>", "<channel|>", "thought"))
+# What a header of harmony is made of, besides special tokens.
+_HEADER_WORDS = re.compile(r"(?:\s+|(?:assistant|analysis|commentary|final|json)\b|to=\S+)*")
 _CHANNEL, _START, _MESSAGE, _TO = "<|channel|>", "<|start|>", "<|message|>", "to=functions."
 
 
@@ -36,7 +45,10 @@ def find_markers(tokens: Tokens) -> Markers | None:
     """The pair that the template writes, else one that the vocabulary knows, if any."""
     written = [pair for pair in PAIRS if pair.close in tokens.template.source]
     known = [pair for pair in PAIRS if pair.close in tokens.added]
-    return next(iter(written + known), None)
+    found = next(iter(written + known), None)
+    if found and all(mark in tokens.template.source for mark in _ANSWER):  # Hunyuan
+        found = replace(found, around=_ANSWER)
+    return found
 
 
 def is_harmony(tokens: Tokens) -> bool:
@@ -64,6 +76,9 @@ class ReasoningParser:
         self.section = ANSWER
         self._label = ""
         self._strip = False  # blanks at the start of a section are the template's layout, not text
+        self._said = bool(after)  # whether the answer has begun: no marker opens thinking any more
+        self._line = ""  # of the thinking, since its last break
+        self._wrapped = False  # the answer began with the mark that stands before answers
         if after:
             self.section = ANSWER
         elif self._harmony:
@@ -88,7 +103,14 @@ class ReasoningParser:
         if self.section == CALLS:
             self.calls += self._stream.flush()
             return []
-        return [] if self.stopped else self._scan(self._stream.flush()) + self._release()
+        if self.stopped:
+            return []
+        pieces = self._scan(self._stream.flush())
+        if self.section == HEADER:
+            return pieces + self._unannounced()
+        if self._wrapped and self._buffer.rstrip() == self._pair.around[1]:
+            self._buffer = ""
+        return pieces + self._release()
 
     def _control(self, name: str) -> list[tuple[str, str]]:
         if self.section == ANSWER and name == self._opens_calls:
@@ -96,12 +118,10 @@ class ReasoningParser:
             self._begin_calls(name)
             return pieces
         if self._pair and name in (self._pair.open, self._pair.close):
-            pieces = self._release()
-            self._enter(THINKING if name == self._pair.open else ANSWER)
-            return pieces
+            return self._scan(name)
         if not self._harmony:
             return []
-        pieces = self._release()
+        pieces = self._release() + (self._unannounced() if self.section == HEADER and name != _MESSAGE else [])
         if name == _MESSAGE and self._form and _TO in self._header:
             self._begin_calls(self._header + _MESSAGE)
         elif name == _MESSAGE:
@@ -110,6 +130,13 @@ class ReasoningParser:
             to_tool = name == _CHANNEL and _TO in self._header  # said before the channel or behind it
             self.section, self._header = HEADER, self._header + _CHANNEL if to_tool else ""
         return pieces
+
+    def _unannounced(self) -> list[tuple[str, str]]:
+        """Text where a header should be: it is shown."""
+        end = _HEADER_WORDS.match(self._header).end()
+        text, head = self._header[end:], self._header[:end]
+        self._header = head
+        return [(THINKING if "analysis" in head else ANSWER, text)] if text.strip() else []
 
     @property
     def _opens_calls(self) -> str | None:
@@ -133,6 +160,11 @@ class ReasoningParser:
                 break
             position, word = found
             pieces += self._give(position)
+            if self._is_mention(word):
+                if self._may_be_the_end(word):
+                    break
+                pieces += self._give(len(word))
+                continue
             self._buffer = self._buffer[len(word):]
             self._meet(word)
         return pieces
@@ -143,13 +175,27 @@ class ReasoningParser:
         elif word == self._opens_calls:
             self._begin_calls(word + self._buffer)
             self._buffer = ""
+        elif word == self._pair.around[0]:
+            self._wrapped = self._strip = True
         else:
             self._enter(THINKING if word == self._pair.open else ANSWER)
 
+    def _is_mention(self, word: str) -> bool:
+        """Whether a marker stands where the protocol does not put it."""
+        if word in self._stop and self.section == ANSWER or word == self._opens_calls:
+            return False
+        if self.section == THINKING:
+            return word == self._pair.open or self._pair.open in self._line  # it speaks of both, in one line
+        return self._said or word == self._pair.around[1]
+
+    def _may_be_the_end(self, word: str) -> bool:
+        """What stands behind answers, with nothing but blanks behind it yet."""
+        return self._wrapped and word == self._pair.around[1] and not self._buffer[len(word):].strip()
+
     def _watched(self) -> tuple[str, ...]:
         if self.section == THINKING:
-            return (self._pair.close,) if self._pair else ()
-        marks = (self._pair.open, self._pair.close) if self._pair else ()
+            return (self._pair.open, self._pair.close) if self._pair else ()
+        marks = tuple(filter(None, (self._pair.open, self._pair.close, *self._pair.around))) if self._pair else ()
         return self._stop + marks + ((self._opens_calls,) if self._opens_calls else ())
 
     def _skip_layout(self) -> bool:
@@ -166,7 +212,7 @@ class ReasoningParser:
         return bool(self._buffer)
 
     def _enter(self, section: str) -> None:
-        self.section, self._strip = section, True
+        self.section, self._strip, self._line = section, True, ""
         self._label = self._pair.label if self._pair and section == THINKING else ""
 
     def _release(self) -> list[tuple[str, str]]:
@@ -174,6 +220,10 @@ class ReasoningParser:
 
     def _give(self, n_characters: int) -> list[tuple[str, str]]:
         text, self._buffer = self._buffer[:n_characters], self._buffer[n_characters:]
+        if self.section == THINKING:
+            self._line = (self._line + text).rpartition("\n")[2]
+        elif text.strip():
+            self._said = True
         return [(self.section, text)] if text else []
 
 

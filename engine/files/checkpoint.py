@@ -166,6 +166,7 @@ class Checkpoint:
             missing += [name for name in self._expert_parameters(module)
                         if name in self.map.of and not self._complete(name)]
         if missing:
+            _refuse_foreign(self.name, set(self.source.keys()))
             raise UserError(f"{self.name} is incomplete: {len(missing)} tensors are missing, the first is "
                             f"{missing[0]}; download the checkpoint again.")
 
@@ -176,6 +177,15 @@ class Checkpoint:
         n_experts = self._shapes[parameter][0]
         return (len(group.sources) == len(group.converter.source_patterns)
                 and all(len(keys) in (1, n_experts) for keys in group.sources.values()))
+
+
+def _refuse_foreign(name: str, keys: set[str]) -> None:
+    """UserError for weights in the codes of another program, by the names that these have."""
+    kinds = {"NVFP4": ".weight_scale_2", "GPTQ or AWQ": ".qweight", "MLX": ".scales"}
+    for kind, ending in kinds.items():
+        if any(key.endswith(ending) for key in keys):
+            raise UserError(f"{name} is quantised for {kind}, which is not read here; take the unquantised checkpoint, "
+                            "or a GGUF file.")
 
 
 def canonical(module, parts: dict[str, Tensor], post_norm: Tensor | None = None) -> ExpertLayer:

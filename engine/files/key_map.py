@@ -21,6 +21,7 @@ Tensor = torch.Tensor
 # Where a checkpoint with vision or audio keeps its language model, and the name that the text model alone gives it.
 TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", ""),
                  ("thinker.", ""), ("model.text_model.", "model."))
+SAVED_PREFIXES = ("_orig_mod.", "module.")  # of a model that was saved while it was compiled, or spread over cards
 MTP = re.compile(r"(^|[._])mtp[._]")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -128,6 +129,9 @@ def _transforms(skeleton, model_type: str) -> tuple[list[WeightRenaming], list[W
 
 def _spellings(key: str) -> Iterable[str]:
     yield key
+    while key.startswith(SAVED_PREFIXES):
+        key = key.partition(".")[2]
+        yield key
     for prefix, plain in TEXT_PREFIXES:
         if key.startswith(prefix):
             yield plain + key.removeprefix(prefix)

@@ -7,6 +7,7 @@ those that went through transformers' experts interface; their flags say how gat
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ def text_config_of(config):
     text_config = config.get_text_config()
     if text_config is not config:
         text_config.dtype = text_config.dtype or config.dtype
-        text_config.tie_word_embeddings = getattr(config, "tie_word_embeddings", text_config.tie_word_embeddings)
+        own = getattr(text_config, "tie_word_embeddings", False)  # what transformers takes where nothing is said
+        text_config.tie_word_embeddings = getattr(config, "tie_word_embeddings", own)
     return text_config
 
 
@@ -109,7 +111,7 @@ def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> Mode
     hidden: of one expert; biases of the experts count as trunk."""
     config, (experts, neurons, hidden) = skeleton.config, _dimensions(next(iter(modules.values())))
     cache = _cache_of(skeleton, modules)
-    token_bytes, state_bytes, recurrent_bytes = _cache_bytes(config, cache)
+    token_bytes, state_bytes, recurrent_bytes, windows = _cache_bytes(config, cache)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     return ModelSpec(
@@ -117,19 +119,19 @@ def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> Mode
         decoder_layers=config.num_hidden_layers, vocabulary=config.vocab_size,
         trunk_params=sum(p.numel() for p in skeleton.parameters()) - len(modules) * experts * 3 * neurons * hidden,
         embedding_params=0 if tied else embedding.weight.numel(), kv_bytes_per_token=token_bytes,
-        state_bytes=state_bytes, recurrent_bytes=recurrent_bytes, prefill=_prefill(skeleton, cache),
+        state_bytes=state_bytes, recurrent_bytes=recurrent_bytes, windows=windows, prefill=_prefill(skeleton, cache),
         context=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
         model_type=config.model_type.removesuffix("_text"))
 
 
-def _cache_bytes(config, cache) -> tuple[int, int, int]:
-    """Bytes of cache per token and for ever, and of these those of recurrent layers: windows and recurrent states do
-    not grow with the tokens."""
+def _cache_bytes(config, cache) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
+    """Bytes of cache per token and for ever, and of these those of recurrent layers and of windows: neither grows with
+    the tokens."""
     if cache is None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * CACHE_BYTES * config.num_hidden_layers * heads * width, 0, 0
-    token_bytes, window_bytes = 0, 0
+        return 2 * CACHE_BYTES * config.num_hidden_layers * heads * width, 0, 0, ()
+    token_bytes, windows = 0, Counter()
     recurrent_bytes = STATE_BYTES * sum(map(torch.numel, filter(len, getattr(cache, "linear_cache", ()))))
     for layer in cache.layers:
         kept = [tensor for part in ("keys", "values", "indexer_keys")
@@ -137,10 +139,12 @@ def _cache_bytes(config, cache) -> tuple[int, int, int]:
         per_token = CACHE_BYTES * sum(tensor.numel() // tensor.shape[-2] for tensor in kept)
         window = getattr(layer, "sliding_window", None)
         token_bytes += 0 if window else per_token
-        window_bytes += per_token * (window or 0)
+        if window:
+            windows[window] += per_token
         for part, size in (("conv_states", CACHE_BYTES), ("recurrent_states", STATE_BYTES)):
             recurrent_bytes += size * sum(map(torch.numel, _states(layer, part)))
-    return token_bytes, window_bytes + recurrent_bytes, recurrent_bytes
+    window_bytes = sum(window * each for window, each in windows.items())
+    return token_bytes, window_bytes + recurrent_bytes, recurrent_bytes, tuple(sorted(windows.items()))
 
 
 def _states(layer, part: str) -> list:

@@ -22,6 +22,7 @@ Tensor = torch.Tensor
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Pickle protocols 2 to 5; the zip archives that torch.save writes.
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -99,6 +100,9 @@ def open_safetensors(path: Path) -> safe_open:
             head = file.read(9)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if head.startswith(LFS[:9]):
+        raise UserError(f"{path.name} is not there, only the note of Git LFS that stands for it; fetch it with git lfs "
+                        "pull, or download the model again.")
     # A safetensors header of 640 bytes also starts with 80 02; its JSON follows the eight bytes of the length.
     if head.startswith(PICKLE_MAGIC) and head[8:9] != b"{":
         raise UserError(f"{path.name} is a pickle in disguise, which could run code; get the safetensors files.")

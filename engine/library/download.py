@@ -60,7 +60,7 @@ def download(text: str, source: str | None = None, folder: str | Path | None = N
         work = unfinished(dest)
         if dest.exists():
             return _present(dest, work, model)
-        hub = hub or Hub.here()
+        hub = hub or Hub.here(data=data)
         found = _begun(work, hub, source, model) or _chosen(model, source, hub, stop)
         if found.kind == "ready":
             fetch_ready(hub, found, work, report, stop)

@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from engine.core import MachineError, Stopped, UserError
 from engine.disk import writing
+from engine.library.network import allowed_hosts, check_token, check_variables
 from engine.progress import unless
 
 PIECE_BYTES = 1 << 20
@@ -88,8 +89,9 @@ class Listing:
 class Hub:
     """A Hub or a mirror of it. token None: the one that the client library has stored, if any.
 
-    timeout: seconds without a byte before a connection counts as lost. delays: seconds to wait before each new try;
-    the tries begin anew whenever something has arrived. listing_seconds: for all pages of a listing together.
+    hosts: from which files may come besides the Hub's own. timeout: seconds without a byte before a connection counts
+    as lost. delays: seconds to wait before each new try; the tries begin anew whenever something has arrived.
+    listing_seconds: for all pages of a listing together.
     """
 
     endpoint: str
@@ -98,8 +100,11 @@ class Hub:
     delays: tuple[float, ...] = DELAYS
     chunk_bytes: int = CHUNK_BYTES
     listing_seconds: float = LISTING_SECONDS
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.token is not None:
+            check_token(self.token, "The token")
         try:
             there = re.match("https?://", self.endpoint) and self.host
         except ValueError:              # half a bracket
@@ -109,12 +114,17 @@ class Hub:
                             "it.")
 
     @staticmethod
-    def here(token: str | None = None) -> Hub:
-        """The Hub that HF_ENDPOINT names, else the public one. UserError when the network is switched off."""
+    def here(token: str | None = None, hosts: tuple[str, ...] = (), data: str | Path | None = None) -> Hub:
+        """The Hub that HF_ENDPOINT names, else the public one. hosts: allowed besides those that are kept in the data
+        folder. UserError when the network is switched off, or what this computer says of it cannot be."""
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise UserError("The network is switched off (HF_HUB_OFFLINE is set): only models on this disk can be "
                             "used; unset it to download.")
-        return Hub(endpoint(), token)
+        check_variables()
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            if token is None and (stored := os.environ.get(name, "").strip()):
+                check_token(stored, f"The variable {name}")
+        return Hub(endpoint(), token, hosts=(*hosts, *allowed_hosts(data)))
 
     @property
     def host(self) -> str:
@@ -232,12 +242,13 @@ class Hub:
         there, home = urlsplit(target), urlsplit(self.endpoint)
         if not (target.isascii() and target.isprintable() and len(target) < 8000) or "@" in there.netloc:
             raise ValueError("not an address")
-        domains = (home.hostname, *PUBLIC_DOMAINS)
+        domains = (home.hostname, *PUBLIC_DOMAINS, *self.hosts)
         inside = any(f".{there.hostname}".endswith(f".{domain}") for domain in domains)
         if _origin(target) != _origin(self.endpoint) and not (
                 out and inside and there.scheme in ("https", home.scheme)):
             raise UserError(f"{self.host} sends the request on to {there.scheme}://{there.netloc[-80:]}, which is not "
-                            "its own; nothing was fetched.")
+                            "its own; nothing was fetched. If you trust it, allow this host in the settings, with "
+                            "--allow-host, or in FLOECHAT_HOSTS.")
         return target
 
     def _check(self, response, out: _Part | None) -> None:

@@ -133,14 +133,14 @@ def _load_compressed(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, 
     except Exception as error:  # transformers raises many kinds for what does not go together
         if isinstance(error, UserError) or errors.is_out_of_memory(error):
             raise
-        raise UserError(_damaged(folder)) from error
+        raise UserError(_damaged(folder, f": {type(error).__name__} {error}".splitlines()[0][:160])) from error
     if found["missing_keys"] or found["unexpected_keys"]:
         raise UserError(_damaged(folder))
     return model, *blobs_of(model)
 
 
-def _damaged(folder: Path) -> str:
-    return f"{folder} is damaged (config.json or {TRUNK} cannot be used); download or compress the model again."
+def _damaged(folder: Path, why: str = "") -> str:
+    return f"{folder} is damaged (config.json or {TRUNK} cannot be used{why}); download or compress the model again."
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, Planner]:

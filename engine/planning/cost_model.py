@@ -106,7 +106,7 @@ def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sp
     else:
         budget, own = sparsity.budgets[level], SPARSE_NODES
         experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
-    attention = spec.kv_bytes_per_token * context / ATTENTION_SHARE + 2 * spec.state_bytes
+    attention = spec.kv_bytes_per_token * context / ATTENTION_SHARE + 2 * spec.state_bytes_at(context)
     nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
     launches = nodes * (EAGER_NODE_SECONDS if unlocked else NODE_SECONDS) + unlocked * HOST_FETCH_SECONDS
     link = near.far_bytes * link_seconds_per_byte(machine, unlocked / spec.layers)

@@ -159,7 +159,7 @@ def _card_memory(model: ModelSpec, layout: Layout, context: int, chunk: int,
                  trunk: int) -> tuple[tuple[str, int], ...]:
     """Video memory besides near memory. The step's own recurrent states have a second row (model/static_cache.py)."""
     return (("trunk", trunk), ("context memory (KV)", model.kv_bytes_per_token * context),
-            ("recurrent and window state", model.state_bytes + model.recurrent_bytes),
+            ("recurrent and window state", model.state_bytes_at(context) + model.recurrent_bytes),
             ("side jobs' context memory", side_bytes(model, context)),
             ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
             ("staging", staging_bytes(model, layout)), ("routers for looking ahead", router_copy_bytes(model)),
@@ -202,7 +202,7 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     far = model.n_experts_total * far_each
     embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cpu")
     memory = (("trunk", embedding + trunk), ("context memory (KV)", kv),
-              ("recurrent and window state", 2 * model.state_bytes),
+              ("recurrent and window state", 2 * model.state_bytes_at(context)),
               ("side jobs' context memory", 2 * side_bytes(model, context)), ("process", PROCESS_BYTES["cpu"]),
               ("prefill workspace", 4 * (chunk * (8 * model.hidden + 3 * model.top_k * model.neurons)
                                          + model.expert_params)))

@@ -81,7 +81,8 @@ def prefill_bytes(model: ModelSpec, chunk: int, context: int) -> int:
 
 def side_bytes(model: ModelSpec, context: int) -> int:
     """The whole 16-bit cache of a job beside the conversation."""
-    return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes
+    return model.kv_bytes_per_token * min(SIDE_CONTEXT, context) + model.state_bytes_at(
+        min(SIDE_CONTEXT, context))
 
 
 def router_copy_bytes(model: ModelSpec) -> int:

@@ -1,12 +1,14 @@
 """What a person does with conversations and messages: edit, versions, branch, queue, search, files, settings."""
 from __future__ import annotations
 
+import base64
 import json
 import re
 from datetime import datetime, timedelta
 
 import pytest
 
+from tests.app.chat import foreign_exports
 from tests.support import browser
 from tests.support.browser import ask, expect, new_chat, send, settled, stats
 
@@ -191,11 +193,32 @@ def test_what_was_exported_can_be_imported(page, tmp_path, kind, entry):
     file = tmp_path / download.value.suggested_filename
     download.value.save_as(file)
     assert file.suffix == f".{kind}" and question in file.read_text()
-    exported, old = texts(page), page.url
+    exported = texts(page)
     page.set_input_files("#import-file", file)
-    expect(page).not_to_have_url(old)
+    page.wait_for_selector(".notice:has-text('Here already: 1')")
+    menu(page, question, "Delete")
+    expect(page.locator(".message")).to_have_count(0)
+    page.set_input_files("#import-file", file)
     expect(page.locator(".message .answer")).to_have_text(exported)
     ask(page, "Hi again!")  # and it goes on
+
+
+def test_an_export_of_chatgpt_dropped_on_the_list_is_a_conversation_with_its_versions(page):
+    export = foreign_exports.zipped(conversations_dot_json=[foreign_exports.chatgpt("Old boats")])
+    dropped = page.evaluate_handle("""raw => {
+        const data = new DataTransfer();
+        data.items.add(new File([Uint8Array.from(atob(raw), (letter) => letter.charCodeAt(0))], "export.zip"));
+        return data;
+    }""", base64.b64encode(export).decode())
+    page.dispatch_event("nav.list", "drop", {"dataTransfer": dropped})
+    expect(page.locator(".conversations li.current .title")).to_have_text("Old boats")
+    expect(page.locator(".message.assistant .version").first).to_have_text("1/2")
+    expect(page.locator(".message.assistant").first).to_contain_text("<script>")  # as text: nothing of it runs
+    assert "caught" not in page.title() and page.locator(".message img").count() == 0
+    page.fill("#search", "corks")
+    page.wait_for_selector(".conversations .snippet:has-text('Corks do')")
+    page.press("#search", "Escape")
+    ask(page, "Hello!")
 
 
 def test_a_text_file_is_attached_with_its_token_count(page, tmp_path):

@@ -274,7 +274,9 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, monkeypatch):
     ("ERROR: HTTP error 503 while getting https://index/torch.whl", "cannot be reached"),
     ("WARNING: Connection timed out while downloading.\npip._vendor.urllib3.exceptions.ProtocolError: ('Connection "
      "broken: IncompleteRead(1 bytes read, 2 more expected)')", "cannot be reached"),
-    ("something else", "the log says where"),
+    ("something else", "why is not known"),
+    ("ERROR: Could not install packages due to an OSError: Missing dependencies for SOCKS support.", "names a proxy"),
+    ("OSError: Could not find a suitable TLS CA certificate bundle, invalid path: /no/ca.pem", "file of certificates"),
 ])
 def test_what_pip_says_becomes_a_sentence(output, sentence):
     trouble = environment.why(output)
@@ -282,10 +284,32 @@ def test_what_pip_says_becomes_a_sentence(output, sentence):
 
 
 def test_other_pythons_do_not_leak_in(monkeypatch, tmp_path):
-    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PIP_TARGET", "VIRTUAL_ENV"):
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PYTHONOPTIMIZE", "PIP_TARGET", "VIRTUAL_ENV",
+                 "PIP_CONSTRAINT", "PIP_REQUIRE_HASHES", "PIP_DRY_RUN", "PIP_ROOT", "TMPDIR"):
         monkeypatch.setenv(name, "/elsewhere")
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
     variables = environment.clean_variables(tmp_path)
     assert "/elsewhere" not in variables.values()
     assert variables["PIP_INDEX_URL"] == "https://mirror.example/simple", "the computer's own configuration is honoured"
+    assert Path(variables["TMPDIR"]).is_dir() and variables["TMPDIR"].startswith(str(tmp_path))
     assert variables["PIP_USER"] == "0" and variables["PIP_CACHE_DIR"].startswith(str(tmp_path))
+
+
+def test_of_pips_own_files_only_the_way_to_the_index_counts(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    own = tmp_path / "pip.conf"
+    own.write_text("[global]\nindex-url = https://mirror.example/simple\nextra-index-url =\n    https://a.example\n"
+                   "    https://b.example\nrequire-hashes = true\n[install]\ntarget = /elsewhere\ndry-run = true\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(own))
+    variables = environment.pip_variables(sys.executable, tmp_path)
+    assert variables["PIP_INDEX_URL"] == "https://mirror.example/simple"
+    assert variables["PIP_EXTRA_INDEX_URL"].split() == ["https://a.example", "https://b.example"]
+    assert "/elsewhere" not in variables.values() and variables["PIP_CONFIG_FILE"] == os.devnull
+    kept = {name for name in variables if name.startswith("PIP_")}
+    assert kept.isdisjoint({"PIP_TARGET", "PIP_DRY_RUN", "PIP_REQUIRE_HASHES"})
+
+
+def test_the_variable_that_cannot_be_used_is_named(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9/")
+    assert "ALL_PROXY=socks://127.0.0.1:9/" in str(environment.why("Missing dependencies for SOCKS support."))

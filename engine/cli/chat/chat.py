@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from engine.cli import report
 from engine.core import LEVELS, Event, MachineError, Options, Sampling, UserError
@@ -70,12 +71,21 @@ def ask(engine, messages: list[dict], sampling: Sampling, aloud: bool = True) ->
             "hit_rate": end.counters.hit_rate, "far_bytes_per_token": far_bytes, "reason": end.reason}
 
 
-def _converse(engine, messages: list[dict], sampling: Sampling) -> dict | None:
+HELP = """/new          begin a new conversation
+/level        which level runs, and which there are; /level NAME changes it
+/help         this
+Ctrl+C ends an answer, Ctrl+D (Ctrl+Z on Windows) the conversation."""
+
+
+def _converse(engine, system: list[dict], sampling: Sampling) -> dict | None:
     """Question and answer until the input ends. A failed question is told and forgotten."""
-    document = None
-    report(f"{engine.info['name']}. Ctrl+C ends an answer, Ctrl+D (Ctrl+Z on Windows) the conversation.")
+    document, messages = None, list(system)
+    report(f"{engine.info['name']}. /help says what else can be written here.")
     while (question := _question()) is not None:
         if not question.strip():
+            continue
+        if question.startswith("/"):
+            messages = _command(engine, question.split(), system, messages)
             continue
         try:
             document = ask(engine, [*messages, {"role": "user", "content": question}], sampling)
@@ -84,6 +94,25 @@ def _converse(engine, messages: list[dict], sampling: Sampling) -> dict | None:
             continue
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": document["answer"]}]
     return document
+
+
+def _command(engine, words: list[str], system: list[dict], messages: list[dict]) -> list[dict]:
+    """What begins with a stroke is no question; -> the conversation that goes on."""
+    name, *rest = words
+    if name == "/new":
+        report("A new conversation.")
+        return list(system)
+    if name == "/level":
+        levels = engine.info["levels"]
+        try:
+            if rest:
+                engine.configure(replace(engine.options, level=rest[0]))
+            report(f"Level {engine.snapshot()['level']}; there are {', '.join(levels)}.")
+        except (UserError, MachineError) as error:
+            report(str(error))
+        return messages
+    report(HELP if name == "/help" else f"{name} is not known here.\n{HELP}")
+    return messages
 
 
 def _question() -> str | None:

@@ -7,6 +7,7 @@ import sys
 from engine.cli import report
 from engine.library.download import SOURCES, download
 from engine.library.hub import Hub
+from engine.library.network import plain_hosts
 from engine.library.transfer import CompressOptions
 from engine.paths import typed
 from engine.progress import Progress
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", default="", metavar="ORIGINAL",
                         help="folder or Hub id with configuration and tokenizer, where a GGUF repository names none")
     parser.add_argument("--token", help="access token of the Hub (default: the one that `hf auth login` stored)")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="a host besides the "
+                        "Hub's own from which files may come, as a company's store; repeatable (also FLOECHAT_HOSTS)")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), help="bits outside the experts (4 on a card, 8)")
     parser.add_argument("--delete-original", action="store_true",
                         help="remove each part of the original once it is compressed (least disk)")
@@ -33,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     texts = tuple(args.text or [CALIBRATION_TEXT]) if args.quality or args.text else ()
     choice = CompressOptions(args.trunk_bits, args.device, not args.delete_original, texts)
+    hub = Hub.here(args.token, plain_hosts(" ".join(args.allow_host)), args.data)
     try:
-        folder = download(args.model, args.source, args.folder, args.data, Hub.here(args.token), _tell, None, choice,
+        folder = download(args.model, args.source, args.folder, args.data, hub, _tell, None, choice,
                           args.file, args.like)
     except KeyboardInterrupt:
         report("\nWhat has arrived is kept: start again to go on, or delete it.")

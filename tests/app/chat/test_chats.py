@@ -7,8 +7,9 @@ import pytest
 
 from app.chat import schema
 from app.chat.chats import Chats
-from app.chat.import_export import export_json, export_markdown, import_text
+from app.chat.import_export import export_json, export_markdown
 from engine import UserError
+from tests.app.chat.imported import import_text
 
 
 @pytest.fixture
@@ -111,14 +112,17 @@ def test_json_keeps_every_version_and_markdown_the_shown_one(chats):
     second = chats.add(conversation.id, question.id, "assistant", "second", thinking="hm", stats={"tokens": 3},
                        attachments=[{"name": "a.txt", "text": "x"}])
     chats.rename(conversation.id, "Title: ünï")
-    (copy,) = import_text(chats, export_json(chats, [conversation.id]))
+    exported, markdown, before = (export_json(chats, [conversation.id]), export_markdown(chats, conversation.id),
+                                  texts(chats, conversation))
+    chats.delete(conversation.id)
+    (copy,) = import_text(chats, exported)
     path = chats.path(copy.id)
-    assert copy.title == "Title: ünï" and texts(chats, copy) == texts(chats, conversation)
+    assert copy.title == "Title: ünï" and texts(chats, copy) == before
     assert path[-1].thinking == "hm" and path[-1].stats == {"tokens": 3} and path[-1].attachments == second.attachments
     assert len(chats.versions(copy.id)[path[-1].id]) == 2
-    markdown = export_markdown(chats, conversation.id)
+    chats.delete(copy.id)
     (copy,) = import_text(chats, markdown)
-    assert copy.title == "Title: ünï" and texts(chats, copy) == texts(chats, conversation)
+    assert copy.title == "Title: ünï" and texts(chats, copy) == before
     assert export_markdown(chats, copy.id) == markdown
 
 
@@ -149,10 +153,10 @@ def test_a_migration_backs_up_first_and_a_failed_one_changes_nothing(tmp_path):
 
     with pytest.raises(UserError):
         schema.open_database(path, [*schema.MIGRATIONS, break_it])
-    with sqlite3.connect(f"{path}.v1.backup") as backup:
+    with sqlite3.connect(f"{path}.v{len(schema.MIGRATIONS)}.backup") as backup:
         assert backup.execute("SELECT text FROM messages").fetchall() == [("old text",)]
     db = schema.open_database(path, [*schema.MIGRATIONS, add_column])
-    assert db.execute("PRAGMA user_version").fetchone()[0] == 2
+    assert db.execute("PRAGMA user_version").fetchone()[0] == len(schema.MIGRATIONS) + 1
     assert db.execute("SELECT text, colour FROM messages JOIN conversations").fetchone()[0] == "old text"
     db.close()
     with pytest.raises(UserError, match="newer"):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from app.chat.context_window import fit
+from app.chat.context_window import fit, to_prompt
+from app.chat.rows import Message
 from engine import Stopped, UserError
 from engine.chat.tokenizer import LONG, Tokens
 
@@ -127,3 +128,14 @@ def test_a_stopped_tokenizer_hands_the_next_text_over_when_it_has_ended(tokens):
         tokens.prompt([{"role": "user", "content": text}], True, None, stop.is_set)
     whole = tokens.prompt([{"role": "user", "content": text}])
     assert text in tokens.decode(whole.ids)
+
+
+def said(role, text, thinking=""):
+    return Message(1, 1, None, role, text, thinking, "done", 0.0, {}, [])
+
+
+def test_an_empty_answer_is_not_sent_and_the_questions_around_it_are_one():
+    path = [said("user", "One"), said("assistant", "", "hm"), said("user", "Two"), said("assistant", " \n"),
+            said("user", "Three"), said("assistant", "Yes"), said("user", "Four")]
+    assert to_prompt(path, "") == [{"role": "user", "content": "One\n\nTwo\n\nThree"},
+                                   {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Four"}]

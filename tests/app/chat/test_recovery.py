@@ -14,11 +14,12 @@ from app.chat import recovery
 from app.chat.chat_settings import ChatSettings, Drafts, Presets
 from app.chat.chats import Chats
 from app.chat.context_window import to_prompt
-from app.chat.import_export import export_json, import_text
+from app.chat.import_export import export_json
 from engine import UserError
+from tests.app.chat.imported import import_text
 from tests.support.waiting import until
 
-PAGE = 4096
+PAGE = 8192
 TALKS, TURNS = 12, 20
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from app.http.request_guard import BODY_BYTES, Guard
+from app.http.request_guard import BODY_BYTES, FILES, Guard
 
 PORT = 7860
 
@@ -171,8 +171,14 @@ def test_traversal_and_unused_parts_of_gradio_are_closed(door, path):
 @pytest.mark.parametrize("headers", [{"content_length": str(BODY_BYTES + 1)}, {"content_length": "9" * 20},
                                      {"transfer_encoding": "chunked"}])
 def test_a_body_without_end_is_refused_before_it_is_read(door, headers):
-    assert door.status("/api/import", method="POST", **headers) == 413
-    assert door.status("/api/import", method="POST", content_length=str(BODY_BYTES)) == 200
+    assert door.status("/api/send", method="POST", **headers) == 413
+    assert door.status("/api/send", method="POST", content_length=str(BODY_BYTES)) == 200
+
+
+@pytest.mark.parametrize("size, status", [(BODY_BYTES + 1, 200), (FILES["/api/import"], 200),
+                                          (FILES["/api/import"] + 1, 413)])
+def test_only_a_file_that_goes_to_the_disk_may_be_larger(door, size, status):
+    assert door.status("/api/import", method="POST", content_length=str(size)) == status
 
 
 def test_other_protocols_are_not_served(door):

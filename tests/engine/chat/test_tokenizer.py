@@ -284,8 +284,51 @@ def test_thinking_in_a_labelled_channel(make_tokens, special):
 
 
 def test_no_special_token_is_ever_shown(tokens):
-    texts, _ = split(tokens, "", "<|im_start|>a<|im_end|>b<|endoftext|>c<think>d<think>e</think></think>f")
-    assert texts == {"answer": "abcf", "thinking": "de"}
+    texts, _ = split(tokens, "", "<|im_start|><think>d<|im_end|>e</think>a<|im_end|>b<|endoftext|>c")
+    assert texts == {"answer": "abc", "thinking": "de"}
+
+
+MENTIONS = ["re.sub(r'<think>.*?</think>', '', text)", "Write <think> first.", "It ends with </think>.",
+            "a </think>\n b"]
+
+
+@pytest.mark.parametrize("text", MENTIONS)
+@pytest.mark.parametrize("before", ["", "<think>\nHm.\n</think>\n\n"])
+def test_a_marker_that_an_answer_speaks_of_is_text(tokens, before, text):
+    texts, _ = split(tokens, "", f"{before}Use {text}")
+    assert texts == {"thinking": "Hm.\n" if before else "", "answer": f"Use {text}"}
+
+
+def test_thinking_that_speaks_of_its_own_markers(tokens):
+    thinking = "They want r'<think>.*?</think>' gone.\nA lone <think>\nis fine.\n"
+    texts, _ = split(tokens, "", f"<think>\n{thinking}</think>\n\nDone.")
+    assert texts == {"thinking": thinking, "answer": "Done."}
+
+
+@pytest.mark.parametrize("answer, thinking, said", [
+    ("<|channel|>final Hello there", "", "Hello there"), ("Hello there", "", "Hello there"),
+    ("<|channel|>final Hello<|end|>", "", "Hello"), ("<|channel|>analysis Hm, well", "Hm, well", ""),
+    ("<|channel|>analysis<|message|>Only this", "Only this", ""),
+    ("<|channel|>analysis<|message|><|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|channel|>"
+     "final<|message|>Hi", "Hm", "Hi"),
+    ("<|channel|>finally something<|return|>", "", "finally something")])
+def test_harmony_that_is_not_in_order_loses_nothing(make_tokens, answer, thinking, said):
+    tokens = make_tokens(HARMONY, special=HARMONY_TOKENS)
+    texts, _ = split(tokens, tokens.prompt(HI).text, answer)
+    assert {name: text.strip() for name, text in texts.items()} == {"thinking": thinking, "answer": said}
+
+
+@pytest.mark.parametrize("source, special, answer", [
+    ("<think></think><answer></answer>", (), "<think>\nHm\n</think>\n<answer>\nUse <answer> tags.\n</answer>"),
+    ("<think></think><answer></answer>", (), "<think>\nHm\n</think>\n<answer>\nUse <answer> tags.</answer>\n"),
+    ("<mm:think></mm:think>", (), "<mm:think>\nHm\n</mm:think>\n\nUse <answer> tags."),
+    ("<|START_THINKING|><|END_THINKING|>", ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>",
+                                            "<|END_RESPONSE|>"),
+     "<|START_THINKING|>Hm<|END_THINKING|><|START_RESPONSE|>Use <answer> tags.<|END_RESPONSE|>")])
+def test_families_that_write_their_parts_in_their_own_marks(make_tokens, source, special, answer):
+    tokens = make_tokens("{{ messages[0].content }}{# " + source + " #}", special=special)
+    texts, _ = split(tokens, "", answer)
+    assert {name: text.strip() for name, text in texts.items()} == {"thinking": "Hm", "answer": "Use <answer> tags."}
 
 
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))

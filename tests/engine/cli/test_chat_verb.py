@@ -31,11 +31,26 @@ def test_json_is_one_document_and_nothing_else(demo_checkpoint, capsys):
 
 
 def test_a_conversation_in_the_terminal(repository, demo_checkpoint):
-    process = start(repository, str(demo_checkpoint), "--device", "cpu", "--temperature", "0")
-    out, err = process.communicate("Hi!\n\nWhat is your name?\n", timeout=300)
+    process = start(repository, str(demo_checkpoint), "--device", "cpu", "--temperature", "0", "--max-tokens", "20")
+    out, err = process.communicate("Hi!\n\n/level\n/level exact\n/level none\n/help\n/new\n/x\nWhat is your name?\n",
+                                   timeout=300)
     assert process.returncode == 0, err
     assert len([line for line in out.splitlines() if line.strip("> ")]) >= 2
     assert err.count("tokens/s") == 2 and err.count("MB/token") == 2
+    assert "Level exact; there are" in err and "/new          begin" in err and "A new conversation." in err
+    assert "/x is not known here" in err and "none" in err and "Traceback" not in err
+    assert "it/s]" not in err and "%|" not in err  # no library's progress bars
+
+
+def test_an_answer_in_a_file_is_utf_8_and_python_may_be_told_to_optimise(repository, demo_checkpoint):
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
+    said = ("from engine.cli.chat.chat import _say; from engine.core import Event; from engine import speak_plainly; "
+            "speak_plainly('engine'); _say(Event('answer', 'boat ⛵'), True)")
+    done = subprocess.run([sys.executable, "-c", said], cwd=repository, capture_output=True, env=variables)
+    assert done.stdout.decode("utf-8") == "boat ⛵", done.stderr
+    done = subprocess.run([sys.executable, "-OO", "-m", "engine", "chat", str(demo_checkpoint), "--device", "cpu",
+                           "--prompt", "Hi", "--max-tokens", "2"], cwd=repository, capture_output=True, env=variables)
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -10,6 +10,7 @@ import pytest
 
 from engine.core import MachineError, UserError
 from engine.library import hub as hub_module
+from engine.library import network
 from engine.library.catalogue import look_up
 from engine.library.download import download
 from engine.library.hub import Hub, RemoteFile, Stopped
@@ -183,3 +184,48 @@ def test_a_configuration_that_is_no_small_file_is_not_fetched(loopback, tmp_path
 def test_an_endpoint_that_is_no_address(endpoint):
     with pytest.raises(UserError, match="HF_ENDPOINT"):
         Hub(endpoint)
+
+
+# What this computer says of the way to a Hub is looked at before anything is asked
+
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "socks://127.0.0.1:9/"), ("https_proxy", "ftp://a:1"),
+                                         ("HTTP_PROXY", "gopher://a"), ("SSL_CERT_FILE", "/nonexistent/ca.pem")])
+def test_a_variable_that_cannot_be_used_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"variable {name} "):
+        Hub.here()
+
+
+@pytest.mark.parametrize("token, what", [("hf_a\n", "a line break"), ("hf a", "a blank"), ("\u201cx\u201d", "\u201c"),
+                                         ("'hf_a'", "'"), ("hf_ä", "ä"), ("", "empty"), ("a\u200bb", "cannot be seen")])
+def test_what_is_wrong_with_a_token_is_said_at_once(token, what):
+    with pytest.raises(UserError, match=what) as refused:
+        Hub("https://hub.example", token)
+    assert token not in str(refused.value) or not token
+
+
+def test_of_a_token_in_the_environment_as_well(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "\u201chf_a\u201d")
+    with pytest.raises(UserError, match="The variable HF_TOKEN has"):
+        Hub.here()
+
+
+def test_hosts_are_allowed_by_a_person_a_variable_and_an_option(monkeypatch, tmp_path):
+    assert network.allowed_hosts(tmp_path) == ()
+    assert network.allow_hosts("https://Store.example.com/x, b.example", tmp_path) == ("store.example.com", "b.example")
+    monkeypatch.setenv("FLOECHAT_HOSTS", "c.example")
+    hub = Hub.here(hosts=("d.example",), data=tmp_path)
+    assert hub.hosts == ("d.example", "store.example.com", "b.example", "c.example")
+    for bad in ("a b.c!", "http://", "*.example"):
+        with pytest.raises(UserError, match="not the name of a host"):
+            network.allow_hosts(bad, tmp_path)
+    assert network.allow_hosts("", tmp_path) == ()
+
+
+def test_a_redirect_to_an_allowed_host_is_followed_and_to_another_not():
+    hub = Hub("https://hub.example", hosts=("store.example",))
+    class Out:
+        pass
+    assert hub._allowed("https://eu.store.example/f", Out()) == "https://eu.store.example/f"
+    with pytest.raises(UserError, match="allow this host"):
+        hub._allowed("https://other.example/f", Out())

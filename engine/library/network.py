@@ -1,0 +1,69 @@
+"""What this computer says of the way to a Hub, looked at before anything is asked: a wrong word there would look like a
+network that fails. Proxies and certificates (variables that every program reads), the token, hosts that are allowed."""
+from __future__ import annotations
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from engine.core import UserError
+from engine.disk import write_text_atomically
+from engine.paths import data_path
+
+PROXIES = ("https_proxy", "http_proxy", "all_proxy")
+HOSTS, HOSTS_FILE = "FLOECHAT_HOSTS", "allowed-hosts"
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+
+
+def check_variables() -> None:
+    """UserError for a proxy or a file of certificates that cannot be used, by the name of its variable."""
+    schemes = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
+    for name, value in os.environ.items():
+        if name.lower() in PROXIES and value:
+            scheme = urlsplit(value if "://" in value else f"http://{value}").scheme
+            if scheme not in schemes:
+                raise UserError(f"The variable {name} names a {scheme}:// proxy, which cannot be used to download; set "
+                                "it to an http:// address, or unset it.")
+        if name in ("SSL_CERT_FILE", "SSL_CERT_DIR") and value and not Path(value).exists():
+            raise UserError(f"The variable {name} names {value} for certificates, and there is nothing; correct it, or "
+                            "unset it.")
+
+
+def check_token(token: str, where: str) -> None:
+    """UserError for letters that no token has; it would be refused as a whole, or not even be sent."""
+    wrong = re.search(r"[^\x21-\x7e]|[\"']", token)
+    if wrong or not token:
+        what = {"\n": "a line break", "\r": "a line break", " ": "a blank", "\t": "a tab"}
+        seen = wrong and (wrong[0] if wrong[0].isprintable() else "a letter that cannot be seen")
+        found = wrong and what.get(wrong[0], seen)
+        raise UserError(f"{where} {f'has {found} in it' if found else 'is empty'}, as no token does; copy it again, "
+                        "without quotes.")
+
+
+def allowed_hosts(data: str | Path | None = None) -> tuple[str, ...]:
+    """Hosts besides the Hub's own from which files may come: those that a person has allowed, and FLOECHAT_HOSTS."""
+    try:
+        kept = (data_path(data) / HOSTS_FILE).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        kept = []
+    return tuple(dict.fromkeys([*kept, *plain_hosts(os.environ.get(HOSTS, ""))]))
+
+
+def allow_hosts(hosts: str, data: str | Path | None = None) -> tuple[str, ...]:
+    """Keep these hosts, in place of those before; -> them. UserError for what is no host's name."""
+    plain = plain_hosts(hosts)
+    write_text_atomically(data_path(data) / HOSTS_FILE, "\n".join(plain))
+    return plain
+
+
+def plain_hosts(text: str) -> tuple[str, ...]:
+    """Names of hosts, with blanks or commas between them, or addresses there. UserError for others."""
+    found = []
+    for word in text.replace(",", " ").split():
+        host = (urlsplit(word).hostname if "://" in word else word.partition("/")[0]) or ""
+        if not _HOST.fullmatch(host.lower()):
+            raise UserError(f"{word[:100]!r} is not the name of a host; write it like files.example.com.")
+        found.append(host.lower())
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,21 @@
+"""How a process of ours begins, whatever the shell around it says."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def speak_plainly(module: str) -> None:
+    """For a process of its own, before anything is imported: no library's progress bars, UTF-8 in files and pipes, and
+    once more without python -O, with which transformers does not work (it reads its own descriptions)."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' as well
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    if sys.flags.optimize:
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.environ.pop("PYTHONOPTIMIZE", None)
+        if sys.platform == "win32":
+            sys.exit(subprocess.call(command))
+        os.execv(sys.executable, command)
