@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.cli import report
 from engine.core import LEVELS, Options, UserError
-from engine.paths import typed
+from engine.paths import data_dir, typed
 from engine.units import parse_bytes, rate
 
 
@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="near memory (default: all that fits)")
     parser.add_argument("--compare", action="store_true",
                         help="also run transformers' own experts on the same weights, uncompressed")
+    parser.add_argument("--compare-llama-cpp", action="store_true",
+                        help="also run llama.cpp at Q4_K_M on the same weights (the first time it is built, with pip)")
     parser.add_argument("--source", type=typed, metavar="CHECKPOINT",
                         help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
     parser.add_argument("--vram", type=parse_bytes, metavar="SIZE", help="on a card: occupy what it has above this")
@@ -55,12 +57,23 @@ def run(args: argparse.Namespace) -> dict:
     if args.compare:
         source = args.source and load.load(args.source, Options(level="full", device=device))
         document["compare"] = throughput.compare(loaded, source, report)
-        for row in document["compare"]:
-            report(f"{row['implementation']:12} {row['level']:12} "
-                   f"prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
-                   f"decode {row['decode_tokens_per_second']:8.1f} tokens/s")
+        _print_rows(document["compare"])
+    if args.compare_llama_cpp:
+        if device != "cpu":
+            raise UserError("llama.cpp is compared on the processor; add --device cpu.")
+        from engine.bench import llama_cpp
+        document["compare_llama_cpp"] = llama_cpp.compare(loaded, data_dir(args.data), report)
+        _print_rows(document["compare_llama_cpp"])
     del held
     return document
+
+
+def _print_rows(found: list[dict]) -> None:
+    for row in found:
+        bits = f"   {row['bits_per_weight']:.2f} bits a weight" if "bits_per_weight" in row else ""
+        report(f"{row['implementation']:12} {row['level']:12} "
+               f"prefill {rate(row['prefill_tokens_per_second']):>6} tokens/s   "
+               f"decode {row['decode_tokens_per_second']:8.1f} tokens/s{bits}")
 
 
 def _on_gpu(measured, speeds, gpu, folder: Path | None) -> dict:
