@@ -9,7 +9,6 @@ import torch
 from engine.bench.gguf_writer import write
 from engine.core import Options, UserError
 from engine.files.gguf.source import GgufSource
-from engine.library.compress import compress
 from engine.model.load import load
 from engine.model.packed import plain
 from tests.support import architectures, folders, small_model

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import engine.experts.runtime
-from engine.core import Options, UserError
+from engine.core import Options, Sampling, UserError
+from engine.decode.decoder import HostDecoder
 from engine.experts.host import FEW
 from engine.experts.layer import LevelPlan
 from engine.experts.runtime import Runtime
@@ -108,6 +109,25 @@ def test_the_answer_does_not_depend_on_near_memory_nor_on_prediction(level, load
     assert len(set(map(tuple, answers.values()))) == 1 and len(set(answers[least, True])) > 2
     fewest, *_, most = by_near = [far[near, False] for near in sorted({near for near, _ in far}, reverse=True)]
     assert by_near == sorted(by_near) and fewest < most
+
+
+def test_the_answer_depends_on_no_number_of_threads_either(loaded, monkeypatch):
+    """Token by token through the fused step, every product cut into pieces, however small."""
+    threads = pytest.importorskip("kernels.cpu.threads")
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    runtime, before, answers = loaded.runtime, torch.get_num_threads(), set()
+    least, greedy = smallest(runtime, "exact"), Sampling(0.0, 0, 1.0, 0.0, 1.0)
+    try:
+        for near in (runtime.everything_bytes(), (runtime.everything_bytes() + least) // 2, least):
+            runtime.set_level("exact", near)
+            for n in (1, 2):
+                torch.set_num_threads(n)
+                with torch.inference_mode():
+                    drawn = HostDecoder(loaded.model).tokens(PROMPT[0].tolist(), greedy, None, frozenset(), N_TOKENS)
+                    answers.add(tuple(one.token for one in drawn))
+    finally:
+        torch.set_num_threads(before)
+    assert len(answers) == 1 and len(set(answers.pop())) > 2
 
 
 @torch.inference_mode()
