@@ -19,6 +19,7 @@ from xml.etree.ElementTree import Element, tostring
 
 from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline.emphasis import tokenize
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.dollarmath.index import math_inline_dollar
 from pygments import highlight
@@ -44,6 +45,13 @@ LANGUAGES = frozenset("""
 _LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _MATH_TAG = re.compile(r"math|m[a-z]+")
 _DISPLAY = re.compile(r"\\\[|\\begin\{((?:equation|align|alignat|gather|multline|flalign)\*?)\}")
+# Environments that the converter knows by another name.
+_SAME = {"matrix": ("gathered", "gather", "multline", "equation"), "cases": ("dcases", "rcases"),
+         "align*": ("aligned", "alignedat", "align", "alignat", "flalign", "split")}
+_RENAMED = {name: known for known, names in _SAME.items() for name in names}
+_ENVIRONMENT = re.compile(r"\\(begin|end)\{(" + "|".join(_RENAMED) + r")\*?\}(?:\{\d+\})?")
+_BARE_LINK = re.compile(r"https?://[^\s<>\"`|\\^{}。，、；：！？）」』】》]+", re.IGNORECASE)
+_CJK = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef]")
 _TASK = re.compile(r"\[([ xX])\] ")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _MATH_VALUE = re.compile(r"[\w .#%+-]*")
@@ -123,6 +131,7 @@ def _math(text: str, options: dict) -> str:
     try:
         if len(text) > MATH_CHARS:
             raise ValueError("too long")
+        text = _ENVIRONMENT.sub(lambda found: f"\\{found[1]}{{{_RENAMED[found[2]]}}}", text)
         element = convert_to_element(text, display="block" if options.get("display_mode") else "inline")
         return tostring(_harmless(element), encoding="unicode")
     except Exception:  # any text may come out of a model; TeX that cannot be read is shown as it is
@@ -197,6 +206,41 @@ def _no_money(dollar):
     return rule
 
 
+def _bare_link(state, silent: bool) -> bool:
+    """An address that stands there by itself; what ends the sentence is none of it."""
+    begun = re.search(r"(?<![\w:])https?$", state.pending[-7:], re.IGNORECASE) if state.src[state.pos] == ":" else None
+    found = begun and not state.linkLevel and _BARE_LINK.match(state.src, state.pos - len(begun[0]))
+    if not found:
+        return False
+    address = found[0]
+    while address[-1] in ".,;:!?*_~'" or address[-1] in ")]" and address.count(address[-1]) > address.count(
+            {")": "(", "]": "["}[address[-1]]):
+        address = address[:-1]
+    if address.endswith("/") and address.count("/") == 2:  # nothing but the scheme
+        return False
+    if not silent:
+        state.pending = state.pending[:-len(begun[0])]
+        state.push("link_open", "a", 1).attrs = {"href": state.md.normalizeLink(address)}
+        state.push("text", "", 0).content = address
+        state.push("link_close", "a", -1)
+    state.pos += len(address) - len(begun[0])
+    return True
+
+
+def _beside_cjk(emphasis):
+    """Chinese, Japanese and Korean have no spaces: emphasis may begin and end beside their letters and marks."""
+    def rule(state, silent: bool) -> bool:
+        before, n_delimiters = state.pos, len(state.delimiters)
+        if not emphasis(state, silent):
+            return False
+        left, right = state.src[before - 1:before], state.src[state.pos:state.pos + 1]
+        if state.src[before] == "*" and (_CJK.match(left) or _CJK.match(right)):
+            for each in state.delimiters[n_delimiters:]:
+                each.open, each.close = not right.isspace() and bool(right), not left.isspace() and bool(left)
+        return True
+    return rule
+
+
 def _line_break(state, silent: bool) -> bool:
     """<br>, which models write into the cells of tables; no other HTML is anything but text."""
     found = _BREAK.match(state.src, state.pos)
@@ -262,6 +306,8 @@ def _build() -> MarkdownIt:
     markdown.inline.ruler.before("escape", "bracket_math", _bracket_math)
     markdown.inline.ruler.at("math_inline", _no_money(math_inline_dollar(False, False, True)))
     markdown.inline.ruler.before("escape", "line_break", _line_break)
+    markdown.inline.ruler.before("escape", "bare_link", _bare_link)
+    markdown.inline.ruler.at("emphasis", _beside_cjk(tokenize))
     markdown.block.ruler.before("list", "display", _display, {"alt": ["paragraph", "reference", "blockquote", "list"]})
     markdown.validateLink = lambda address: bool(_LINK.match(address))
     for name, rule in (("fence", _fence), ("image", _image), ("link_open", _link_open), ("words", _words),

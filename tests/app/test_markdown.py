@@ -11,6 +11,7 @@ import pytest
 
 from app import markdown
 from app.markdown import Growing, render
+from tests.browser.formulas import FORMULAS
 
 SAMPLE = """# Title
 
@@ -204,7 +205,46 @@ def test_a_formula_that_grows_ends_as_the_whole_text(text):
     ("$a$.", "<mi>a</mi>", "$"),
     ("- [ ] milk\n- [x] bread\n- [y](http://a.b)", "<li>☐ milk</li>\n<li>☑ bread</li>", "[x]"),
     ("a [ ] b", "a [ ] b", "☐"), ("x<br>y<BR/>z", "x<br />\ny<br />\nz", "&lt;"), ("`<br>`", "&lt;br&gt;", "<br"),
+    ("这是**粗体**，好", "<strong>粗体</strong>，", "*"), ("他说**“好”**的", "<strong>“好”</strong>的", "*"),
+    ("これは**「太字」**です", "<strong>「太字」</strong>", "*"), ("2 * 3 * 4", "2 * 3 * 4", "<em>"),
+    ("中 ** 文 ** 中", "**", "<strong>"),
     ("<b>bold</b>", "&lt;b&gt;", "<b>"), ("a\\<br>", "&lt;br&gt;", "<br"), ("    \\[ x \\]", "\\[ x \\]", "<math")])
 def test_what_a_reader_expects_of_small_marks(text, there, not_there):
     html = render(text)
     assert there in html and not_there not in html
+
+
+@pytest.mark.parametrize("text, address, rest", [
+    ("See https://a.example/b.", "https://a.example/b", "."),
+    ("(http://a.example/x_(y))", "http://a.example/x_(y)", ")"),
+    ("http://a.example?q=1&r=2, or", "http://a.example?q=1&amp;r=2", ", or"),
+    ("见 https://a.example/b。", "https://a.example/b", "。"),
+    ("**https://a.example**", "https://a.example", "</strong>")])
+def test_a_bare_address_is_a_link(text, address, rest):
+    html = render(text)
+    assert f'<a href="{address}" target="_blank" rel="noopener noreferrer">{address}</a>{rest}' in html
+
+
+NO_ADDRESS = ["xhttp://a.example", "http:// a", "blob:http://a", "`https://a.example`",
+              "ftp://a.example", "https:", "javascript://a"]
+
+
+@pytest.mark.parametrize("text", NO_ADDRESS)
+def test_what_is_no_address_is_no_link(text):
+    assert "<a " not in render(text)
+
+
+def test_a_link_holds_no_other():
+    assert render("[https://a.example](https://b.example)").count("<a ") == 1
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_formulas_become_mathml_whole(text):
+    html = render(f"$$\n{text}\n$$")
+    assert html.count('<math display="block">') == 1
+    assert "begin" not in html and "<mi>&amp;</mi>" not in html and "<mo>&amp;</mo>" not in html
+
+
+def test_rows_and_columns_of_an_aligned_formula_are_kept():
+    html = render("$$\n\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}\n$$")
+    assert html.count("<mtr>") == 2 and html.count("<mtd") == 4

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench_page import busy_share, long_conversation
+from tests.browser.formulas import page_of_formulas
 from tests.support import browser
 from tests.support.browser import STOP_AT, ask, bring, expect, settled, wait_ready
 
@@ -145,13 +146,16 @@ def test_each_paragraph_runs_as_its_own_script_does(page):
 def test_words_of_a_table_and_formulas_stay_whole_on_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 800})
     row = "| Incomprehensibilities | Internationalisation | Disestablishment |"
-    text = f"{row}\n|---|---|---|\n{row}\n\n$$x = \\frac{{\\sqrt{{\\pi}}}}{{2}}$$"
+    text = f"{row}\n|---|---|---|\n{row}\n\n{page_of_formulas()}"
     bring(page, "Table", [{"role": "user", "text": "?"}, {"role": "assistant", "text": text}])
     heights = page.eval_on_selector_all(".md td", "all => all.map(cell => cell.clientHeight)")
     one = page.locator(".md th").first.evaluate("cell => parseFloat(getComputedStyle(cell).lineHeight)")
     assert len(heights) == 3 and max(heights) < 2 * one, heights
-    formula = page.locator(".math.block").evaluate("place => [place.scrollHeight, place.clientHeight]")
-    assert formula[0] <= formula[1] and page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.fonts.ready.then(() => [...document.fonts].map(font => font.status))") == ["loaded"]
+    cut = page.eval_on_selector_all(".math.block", """all => all.map(place => [place.scrollHeight - place.clientHeight,
+        place.scrollWidth - place.clientWidth]).filter(([y, x]) => y > 0 || x > 0)""")
+    expect(page.locator(".math.block")).to_have_count(30)
+    assert cut == [] and page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_thinking_is_folded_and_timed(page):
