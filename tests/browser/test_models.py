@@ -114,6 +114,30 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     page.wait_for_selector(".message.user")
 
 
+@pytest.mark.parametrize("left, said", [("olmoe-1b-7b", "The best of the others"), ("", "No model of the catalogue")])
+def test_where_little_or_nothing_is_practical_the_first_start_says_so(newcomer, left, said):
+    """A slower computer in place of this one: the verdicts are another's, all else is the program's."""
+    page = newcomer
+
+    def slower(route):
+        reply = route.fetch()
+        shelf = reply.json()
+        for offer in shelf["offers"]:
+            offer.update(recommended=False, verdict="slow" if offer["name"] == left else "impractical")
+        route.fulfill(response=reply, json=shelf)
+    page.route("**/api/models", slower)
+    page.evaluate("""fetch('/api/welcomed', {method: 'POST', body: '{"done": false}',
+        headers: {'content-type': 'application/json'}})""")
+    page.click(".aim[data-aim=coding]")
+    expect(page.locator("#welcome")).to_contain_text(said)
+    expect(page.locator("#welcome").get_by_role("button", name="Download")).to_have_count(1 if left else 0)
+    page.click("#welcome-skip")
+    models_page(page, "Get models")
+    expect(page.locator("#offers .verdict.impractical")).to_have_count(len(catalogue.entries()) - bool(left))
+    expect(page.locator("#offers > li > .card-row .primary")).to_have_count(1 if left else 0)
+    expect(page.locator("#nothing-practical")).to_be_visible(visible=not left)
+
+
 def test_a_model_is_downloaded_opened_and_deleted(hub, page):
     models_page(page, "Get models")
     expect(page.locator("#offers > li")).to_have_count(len(catalogue.entries()))
