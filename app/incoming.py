@@ -99,9 +99,9 @@ class Opening(Named):
 
 
 class Fetching(Named):
-    """file: which GGUF of several."""
+    """file: which GGUF of several, "" for the only one or none."""
 
-    file: Place = ""
+    file: Place
 
 
 class Adding(Body):
@@ -115,7 +115,7 @@ class Dropped(Body):
     """What a browser tells of a file or folder that was dropped; bytes 0: of a folder."""
 
     name: Name
-    bytes: Annotated[int, Field(ge=0, lt=1 << 60)] = 0
+    bytes: Annotated[int, Field(ge=0, lt=1 << 60)]
 
 
 class Measuring(Named):

@@ -22,7 +22,7 @@ def model_routes(router: APIRouter, shelf: Shelf) -> None:
         return shelf.plan(name, level or None, context, near)
 
     @router.get("/models/search")
-    def search(q: Place):
+    def search(q: Annotated[str, Query(max_length=400)]):
         return shelf.search(q)
 
     @router.get("/models/examine")

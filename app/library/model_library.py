@@ -129,7 +129,7 @@ class Shelf:
     def search(self, words: str) -> dict:
         """What a person looks for: {"hits": repositories of these words} or, where it is an address or owner/name of
         one, {"repository": what it holds}. UserError, MachineError: one sentence."""
-        if address(words):
+        if address(words.strip()):
             return {"repository": self.examine(words)}
         return {"hits": [asdict(hit) for hit in search_hub(words)]}
 

@@ -40,7 +40,7 @@ export function welcome(chat) {
   }
 
   async function begin(model) {
-    await api("POST", "/api/models/download", { name: model.name });
+    await api("POST", "/api/models/download", { name: model.name, file: "" });
     notice(say("welcome_begun", { name: model.title }));
     await done();
   }

@@ -385,7 +385,7 @@ def endpoint() -> str:
 def address(text: str) -> tuple[str, str] | None:
     """(repository, file or "") that a person's `owner/name`, or an address copied from a browser or another
     program, means; None for other words. UserError for an address of the Hub that is no model's."""
-    words = re.sub(r"^(?:ollama (?:run|pull)|(?:hf|huggingface-cli) download)\s+", "", text.strip())
+    words = re.sub(r"^(?:ollama (?:run|pull)|(?:hf|huggingface-cli) download)\s+", "", text)
     found = re.fullmatch(r"(?:https?://)?([^/\s]+)/([^\s?#]+?)/*(?:[?#]\S*)?", words)
     hosts = {urlsplit(endpoint()).netloc, *PUBLIC_DOMAINS, *(f"www.{domain}" for domain in PUBLIC_DOMAINS)}
     if not found or found[1].startswith((".", "~")):
@@ -396,7 +396,7 @@ def address(text: str) -> tuple[str, str] | None:
     name, _, rest = rest.partition("/")
     name, _, tag = name.partition(":")
     if owner in ("datasets", "spaces", "collections", "papers", "docs", "blog") or not name:
-        raise UserError(f"{text.strip()[:100]} is not the address of a model; give one like "
+        raise UserError(f"{text[:100]} is not the address of a model; give one like "
                         f"{endpoint()}/owner/name.")
     kind, _, path = rest.partition("/")
     file = path.partition("/")[2] if kind in ("blob", "resolve") else tag

@@ -64,7 +64,7 @@ def examine_repository(text: str, data: str | Path | None = None, hub: Hub | Non
 
     UserError, MachineError: one sentence, where the repository cannot be looked at.
     """
-    found = address(text)
+    found = address(text.strip())
     if found is None:
         raise UserError(f"{text.strip()[:100]!r} is not an address of the Hub; write it like owner/name.")
     repository, file = found

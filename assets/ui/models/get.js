@@ -12,7 +12,7 @@ export function getTab(page) {
   let shelf = null, aim = "all";
   const offers = h("ul", { class: "cards", id: "offers" });
   const found = h("ul", { class: "cards", id: "hub-found" });
-  const headline = h("p", { class: "nothing-practical", id: "nothing-practical", hidden: true });
+  const headline = h("p", { class: "offers-said", id: "offers-said", hidden: true });
   const choice = h("select", { "aria-label": TEXT.aim, onchange: () => { aim = choice.value; drawOffers(); } },
     ...AIMS.map((name) => h("option", { value: name }, TEXT[`aim_${name}`])));
   const search = h("input", { type: "search", id: "hub-id", maxlength: 400, placeholder: TEXT.hub_search, "aria-label": TEXT.hub_search,
@@ -42,8 +42,8 @@ export function getTab(page) {
   function drawOffers() {
     if (!shelf) return;
     const shown = shelf.offers.filter((offer) => (aim === "all" || offer.good_for.includes(aim)) && meant(offer));
-    headline.hidden = shelf.offers.some(practical);
-    headline.textContent = TEXT.nothing_practical;
+    headline.hidden = shown.length > 0 && shelf.offers.some(practical);
+    headline.textContent = shown.length ? TEXT.nothing_practical : TEXT.offers_none;
     const there = (name) => (shelf.disk.some((model) => model.name === name && model.kind !== "unfinished") ? "here"
       : shelf.works.some((work) => work.name === name) ? "working" : "");
     keep(offers, (aim === "all" ? shown : shown.slice(0, 3)).map((offer) =>

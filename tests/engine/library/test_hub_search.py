@@ -30,7 +30,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("typed, meant", [
     ("owner/name", ("owner/name", "")),
-    (" https://huggingface.co/Qwen/Qwen3-30B-A3B ", ("Qwen/Qwen3-30B-A3B", "")),
+    ("https://huggingface.co/Qwen/Qwen3-30B-A3B", ("Qwen/Qwen3-30B-A3B", "")),
     ("https://huggingface.co/a/b/tree/main?library=transformers#top", ("a/b", "")),
     ("https://huggingface.co/a/b/blob/main/Q4/x%20y.gguf?download=true", ("a/b", "Q4/x y.gguf")),
     ("huggingface.co/a/b/resolve/main/x-00001-of-00002.gguf", ("a/b", "x-00001-of-00002.gguf")),
@@ -38,7 +38,7 @@ def hub(monkeypatch, tmp_path):
     ("ollama run hf.co/a/b:Q8_0", ("a/b", "Q8_0")),
     ("hf download a/b", ("a/b", "")),
     ("qwen3 coder", None), ("gpt-oss-20b", None), ("./a/b", None), ("~/x", None), ("/a/b", None), ("C:\\x\\y", None),
-    ("https://example.com/a/b", None), ("a/b/c", None), ("", None)])
+    ("https://example.com/a/b", None), ("a/b/c", None), ("", None), ("owner/name ", None)])
 def test_an_address_means_its_repository_and_file(typed, meant):
     assert address(typed) == meant
 
@@ -81,7 +81,7 @@ def test_a_search_that_fails_is_one_sentence(hub):
 
 
 def test_a_repository_is_looked_at_without_its_weights(hub, tmp_path):
-    found = examine_repository("maker/Boat", tmp_path)
+    found = examine_repository(" maker/Boat ", tmp_path)
     assert (found.download_bytes, found.files, found.why) == (1000, (), "") and found.known.spec.experts == 8
     found = examine_repository("hf.co/other/Boat-GGUF:Q8_0", tmp_path)
     assert found.files == (("Boat-Q4_K_M", 300), ("Boat-Q8_0", 600)) and found.file == "Q8_0"
