@@ -1,4 +1,5 @@
-"""The README's pictures: `python tests/screenshots.py` drives the real program and writes assets/docs/*.png.
+"""Pictures of the real program: `python tests/screenshots.py` writes the README's, assets/docs/*.png, and `python
+tests/screenshots.py DIR` every view (first start, chat, models, details, settings) at three widths in both themes.
 
 Colours are reduced to a palette, so that a picture stays far below 300 kB. Look at them before they are committed.
 """
@@ -20,23 +21,58 @@ PLACE = browser.REPOSITORY / "assets" / "docs"
 MOST_BYTES = 300_000
 
 
-def main() -> None:
+WIDTHS = {"desktop": (1366, 768), "large": (1920, 1080), "phone": (390, 844)}
+
+
+def main(everywhere: Path | None) -> None:
     with tempfile.TemporaryDirectory() as home, sync_playwright() as playwright:
         data = Path(home) / ".local" / "share" / "floechat"
         data.mkdir(parents=True)
         os.environ["HOME"] = home  # no picture names a folder of this computer
         with browser.running(data) as app:
-            drive(app, playwright)
+            drive(app, playwright, everywhere)
 
 
-def drive(app, playwright) -> None:
+def drive(app, playwright, everywhere: Path | None) -> None:
     chromium = playwright.chromium.launch(executable_path=browser.CHROMIUM, chromium_sandbox=False)
     page = chromium.new_page(viewport={"width": 1400, "height": 860})
     page.set_default_timeout(browser.PATIENCE_MS)
     page.goto(app.link)
     browser.wait_ready(page)
-    take(page)
+    if everywhere:
+        everywhere.mkdir(parents=True, exist_ok=True)
+        take_everywhere(page, everywhere)
+    else:
+        take(page)
     chromium.close()
+
+
+def take_everywhere(page, folder: Path) -> None:
+    """Each view once, then at each width in each theme."""
+    def view(name: str) -> None:
+        for width, (across, down) in WIDTHS.items():
+            page.set_viewport_size({"width": across, "height": down})
+            for theme in ("light", "dark"):
+                page.emulate_media(color_scheme=theme)
+                page.mouse.move(0, 0)
+                page.wait_for_timeout(400)
+                page.screenshot(path=folder / f"{name}-{width}-{theme}.png")
+        page.set_viewport_size({"width": 1366, "height": 768})
+
+    view("first-start")
+    page.click("#welcome-skip")
+    browser.ask(page, "Hello! How are you today?")
+    browser.ask(page, "Tell me a story about a small boat.")
+    view("chat")
+    page.evaluate("location.hash = 'models/get'")
+    page.wait_for_selector("#offers > li")
+    view("models")
+    page.locator("#offers .card-details > summary").first.click()
+    page.wait_for_selector("#offers .picture table")
+    view("details")
+    page.evaluate("location.hash = 'settings'")
+    page.wait_for_selector("#preferences-folders .line")
+    view("settings")
 
 
 def take(page) -> None:
@@ -78,4 +114,4 @@ def picture(page, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if sys.argv[1:] else None)
