@@ -26,6 +26,7 @@ from engine.one_thread import one_thread
 
 _DOORS = {  # module: its names that are everybody's
     "disk": ("only_one", "trouble"),
+    "files.chat_parts": ("check_chat_parts",),
     "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir", "make_private", "typed", "FIRST_LIGHT"),
     "plain_process": ("speak_plainly",),
     "progress": ("Progress",),

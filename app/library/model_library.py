@@ -24,6 +24,7 @@ from engine import (
     address,
     adopt_model,
     calibrate_installed,
+    check_chat_parts,
     choose_models_dir,
     compress_installed,
     compressed_name,
@@ -180,7 +181,8 @@ class Shelf:
             return ""
 
     def compress(self, name: str) -> None:
-        """Compress a checkpoint of the disk, beside it."""
+        """Compress a checkpoint of the disk, beside it. UserError for one that nobody could talk to afterwards."""
+        check_chat_parts(self._known_on_disk(name).folder)
         self._begin(compressed_name(name), "compress", name=name)
 
     def bring_in(self, file: str, like: str = "") -> None:

@@ -30,6 +30,7 @@ from engine.model import load
 from engine.planning import explain
 from engine.planning.sizes import SIDE_CONTEXT, planned_chunk
 
+FOLDED = "This model's template has no system prompt: yours goes at the beginning of the first question."
 GRACE_SECONDS = 0.5  # that a stopped model has for its last words
 _log = logging.getLogger(__name__)
 
@@ -207,7 +208,8 @@ class Engine:
         live, runtime, far = turns.live, turns.runtime, turns.runtime.far
         return {
             "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
-            "note": runtime.reason or turns.decoder.reason,
+            "note": " ".join(filter(None, (runtime.reason or turns.decoder.reason,
+                                           FOLDED if turns.tokens.folds_system else ""))),
             "phase": live.phase, "tokens_per_second": live.tokens_per_second,
             "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
             "answer": asdict(live.answer) | {"tokens": live.answer_tokens, "seconds": live.answer_seconds},

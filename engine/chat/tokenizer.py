@@ -52,6 +52,7 @@ class Tokens:
         self._kept: dict[bytes, int] = {}  # tokens of a text, by its hash
         self._beginning = [i for i in tokenizer.encode("a")[:1] if i == tokenizer.bos_token_id]  # of a plain text
         self.special = _special_tokens(tokenizer)
+        self.folds_system = False
         self.added = frozenset(tokenizer.get_added_vocab())
         names = sorted(self.special.values(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -71,7 +72,7 @@ class Tokens:
         wishes = {**(wishes or {}), "tools": self._mark((wishes or {}).get("tools"))}
         given = [self._mark(message) for message in messages]
         continues = answer and given[-1]["role"] == "assistant" and bool(str(given[-1].get("content") or "").strip())
-        marked = self.template.render(given, answer and not continues, wishes, stopped)
+        marked = self._rendered(given, answer and not continues, wishes, stopped)
         if continues:
             marked = _up_to_the_end_of(str(given[-1]["content"]), marked)
         pieces = self._marked.split(marked)
@@ -80,6 +81,24 @@ class Tokens:
             if piece:  # odd pieces were marked: plain text, whatever they look like; None: a mark the template tore off
                 ids += self._encode(piece, i % 2 == 1, stopped)
         return Prompt(ids, "".join(filter(None, pieces)), continues)
+
+    def _rendered(self, given: list[dict], generation: bool, wishes: Mapping, stopped: Callable[[], bool]) -> str:
+        """A template that refuses a system message gets it at the beginning of the first question, from then on."""
+        if self.folds_system:
+            return self.template.render(_folded(given), generation, wishes, stopped)
+        try:
+            return self.template.render(given, generation, wishes, stopped)
+        except UserError:
+            if _folded(given) == given:
+                raise
+            try:
+                rendered = self.template.render(_folded(given), generation, wishes, stopped)
+            except UserError:
+                rendered = None
+            if rendered is None:
+                raise
+        self.folds_system = True
+        return rendered
 
     def _plain(self, text: str, stopped: Callable[[], bool]) -> Prompt:
         ids = self._beginning + self._encode(text, False, stopped)
@@ -120,6 +139,15 @@ class Tokens:
         if isinstance(value, dict):
             return {key: self._mark(item) for key, item in value.items()}
         return [self._mark(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _folded(messages: list[dict]) -> list[dict]:
+    """Without system messages; what they say stands before the first question, where there is one."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    rest = [message for message in messages if message["role"] != "system"]
+    if not system or not rest or rest[0]["role"] != "user":
+        return messages
+    return [rest[0] | {"content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
 class TextStream:

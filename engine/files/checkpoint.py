@@ -166,7 +166,7 @@ class Checkpoint:
             missing += [name for name in self._expert_parameters(module)
                         if name in self.map.of and not self._complete(name)]
         if missing:
-            _refuse_foreign(self.name, set(self.source.keys()))
+            refuse_foreign(self.name, set(self.source.keys()))
             raise UserError(f"{self.name} is incomplete: {len(missing)} tensors are missing, the first is "
                             f"{missing[0]}; download the checkpoint again.")
 
@@ -179,7 +179,7 @@ class Checkpoint:
                 and all(len(keys) in (1, n_experts) for keys in group.sources.values()))
 
 
-def _refuse_foreign(name: str, keys: set[str]) -> None:
+def refuse_foreign(name: str, keys: set[str]) -> None:
     """UserError for weights in the codes of another program, by the names that these have."""
     kinds = {"NVFP4": ".weight_scale_2", "GPTQ or AWQ": ".qweight", "MLX": ".scales"}
     for kind, ending in kinds.items():

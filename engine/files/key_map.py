@@ -88,7 +88,7 @@ class KeyMap:
         return [f"{part} ({number} tensors)" if number > 1 else part for part, number in sorted(counts.items())]
 
     def _place(self, key: str, by_target: dict[str, Group]) -> None:
-        for name in _spellings(key):
+        for name in spellings(key):
             target, pattern = self._rename(name)
             if target in self._wanted:
                 if target not in by_target:
@@ -127,7 +127,7 @@ def _transforms(skeleton, model_type: str) -> tuple[list[WeightRenaming], list[W
             [t for t in transforms if isinstance(t, WeightConverter)])
 
 
-def _spellings(key: str) -> Iterable[str]:
+def spellings(key: str) -> Iterable[str]:
     yield key
     while key.startswith(SAVED_PREFIXES):
         key = key.partition(".")[2]

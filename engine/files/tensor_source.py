@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from engine.core import UserError
 from engine.disk import read_json
+from engine.files.chat_parts import LFS
 from engine.files.manifest import INDEX, SINGLE
 
 Tensor = torch.Tensor
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Pickle protocols 2 to 5; the zip archives that torch.save writes.
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
-LFS = b"version https://git-lfs.github.com/spec/"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -16,7 +16,7 @@ from engine.core import MachineError, ModelSpec, Sampling, UserError
 from engine.disk import MOST_JSON
 from engine.files.config_json import read_config_json
 from engine.files.manifest import Manifest, is_compressed
-from engine.library.hub import Hub
+from engine.library.hub import Hub, address
 from engine.one_thread import one_thread
 from engine.paths import data_dir, demo_model, inside, is_name, models_dirs, typed
 from engine.units import size
@@ -150,8 +150,8 @@ def look_up(text: str, data: str | Path | None = None) -> ModelInfo:
     entry = find(text)
     if entry:
         return ModelInfo(entry.title, entry=entry)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return _from_hub(text, data_dir(data) / "cache")
+    if found := address(text):
+        return _from_hub(found[0], data_dir(data) / "cache")
     raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, or a name of the catalogue: "
                     f"{nearest(text)}.")
 

@@ -22,6 +22,7 @@ from engine.core import ModelSpec, Options, UserError
 from engine.disk import ordinary_files
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarCheckpoint, offered
+from engine.files.chat_parts import VOCABULARIES
 from engine.files.checkpoint import Checkpoint
 from engine.files.config_json import read_config_json
 from engine.files.manifest import TRUNK, Manifest, is_compressed
@@ -38,7 +39,6 @@ from engine.planning import explain
 from engine.planning.planner import Planner
 
 LOADED = 0.95  # share of opening that lies behind when the model is in its place
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass

@@ -117,3 +117,10 @@ def test_models_on_another_disk(tmp_path):
         with pytest.raises(UserError, match=said):
             choose_models_dir(wrong, data)
     assert choose_models_dir(" ", data) == data / "models"
+
+
+def test_a_window_holds_no_more_tokens_than_there_are():
+    spec = ModelSpec("m", layers=1, experts=2, top_k=1, neurons=8, hidden=64, decoder_layers=1, vocabulary=9,
+                     trunk_params=9, kv_bytes_per_token=0, state_bytes=1000 + 10 * 4096, context=8192,
+                     windows=((4096, 10),))
+    assert [spec.state_bytes_at(context) for context in (1, 512, 4096, 8192)] == [1010, 6120, 41960, 41960]

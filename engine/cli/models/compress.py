@@ -4,6 +4,8 @@ from __future__ import annotations
 import argparse
 
 from engine.cli import report, report_layers
+from engine.core import UserError
+from engine.files.chat_parts import check_chat_parts
 from engine.library.transfer import TOKENS
 from engine.paths import typed
 
@@ -20,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     from engine.library.compress import Text, compress
+    try:
+        check_chat_parts(args.source)
+    except (UserError, OSError) as error:  # a folder that is none is refused below
+        report(f"Beforehand: {error}")
     manifest = compress(args.source, args.dest, args.group_size, args.trunk_bits, args.device, report_layers,
                         text=Text(tuple(args.text), args.tokens))
     n_bytes = sum(entry.bytes for entry in manifest.files)

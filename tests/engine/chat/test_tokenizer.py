@@ -192,6 +192,18 @@ def test_what_a_template_refuses_is_said(make_tokens):
         tokens.prompt(HI)
 
 
+def test_a_system_prompt_that_a_template_refuses_goes_with_the_first_question(make_tokens):
+    tokens = make_tokens("{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+                         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    talk = [{"role": "system", "content": "Be brief."}, *HI, {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "Bye"}]
+    for _ in range(2):
+        assert tokens.prompt(talk).text == "[user] Be brief.\n\nHi\n[assistant] Yes?\n[user] Bye\n"
+    assert tokens.folds_system
+    with pytest.raises(UserError, match="refuses this conversation"):
+        make_tokens("{{ raise_exception('No') }}").prompt(talk)
+
+
 def test_missing_parts_are_said(demo_checkpoint):
     with pytest.raises(UserError, match="no tokenizer"):
         Tokens(None)

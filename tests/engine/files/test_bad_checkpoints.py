@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError
-from engine.files.checkpoint import Checkpoint
+from engine.files.chat_parts import LFS, check_chat_parts
+from engine.files.checkpoint import Checkpoint, refuse_foreign
+from engine.files.key_map import spellings
 from engine.files.tensor_source import INDEX, open_safetensors
 from tests.support.architectures import build
 
@@ -245,3 +247,28 @@ def test_fp8_without_scales(good):
     stored[key] = stored[key].to(torch.float8_e4m3fn)
     save_file(stored, path)
     refuse(good, key, "fp8")
+
+
+def test_what_a_chat_needs_is_looked_at_before_hours_of_work(tmp_path):
+    def wrong(match):
+        with pytest.raises(UserError, match=match):
+            check_chat_parts(tmp_path)
+    wrong("has no tokenizer")
+    (tmp_path / "tokenizer.json").write_bytes(LFS + b"v1\noid sha256:0\nsize 7000000\n")
+    wrong("tokenizer.json is not there, only the note of Git LFS")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    wrong("has no chat template")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    check_chat_parts(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(LFS + b"v1\n")
+    with pytest.raises(UserError, match="only the note of Git LFS"):
+        open_safetensors(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("key, kind", [("a.experts.0.up_proj.qweight", "GPTQ or AWQ"), ("a.scales", "MLX"),
+                                       ("a.weight_scale_2", "NVFP4")])
+def test_weights_of_other_programs_are_named(key, kind):
+    with pytest.raises(UserError, match=f"quantised for {kind}"):
+        refuse_foreign("m", {key})
+    refuse_foreign("m", {"a.weight"})
+    assert list(spellings("module._orig_mod.model.norm.weight"))[2] == "model.norm.weight"
