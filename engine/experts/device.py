@@ -131,7 +131,7 @@ class DeviceRuntime(Runtime):
 
 def _in_order(y: Tensor, weights: Tensor) -> Tensor:
     """y [T, k, H], weights [T, k] -> float32 [T, H], summed in the order of the picks."""
-    out = torch.zeros(len(y), y.shape[2], device=y.device)
+    out = torch.zeros(len(y), y.shape[2], dtype=torch.float32, device=y.device)
     for pick in range(y.shape[1]):
         out += y[:, pick] * weights[:, pick, None].float()
     return out

@@ -105,8 +105,8 @@ class HostRuntime(Runtime):
 
     def _scratch(self) -> tuple[Tensor, Tensor]:
         """Room for one decoded expert: rows of gate, then of up [1, 2I, H], and of down [1, I, H]."""
-        return (torch.empty(1, 2 * self.far.neurons, self.far.hidden),
-                torch.empty(1, self.far.neurons, self.far.hidden))
+        return (torch.empty(1, 2 * self.far.neurons, self.far.hidden, dtype=torch.float32),
+                torch.empty(1, self.far.neurons, self.far.hidden, dtype=torch.float32))
 
     def _product(self, layer: LayerExperts, expert: int, x: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
         """One whole expert at its 4-bit values: x [n, H] -> [n, H]."""

@@ -81,7 +81,8 @@ class LayerExperts:
 
     def combined(self, product: Tensor, downs: dict[int, Tensor], ids: Tensor, weights: Tensor) -> Tensor:
         """Products act(g)*u [T, k, I] and down rows [I, H] of every expert in ids [T, k] -> float32 [T, H]."""
-        out = torch.zeros(len(ids), next(iter(downs.values())).shape[1], device=product.device)
+        out = torch.zeros(len(ids), next(iter(downs.values())).shape[1], dtype=torch.float32,
+                          device=product.device)
         for expert, down in downs.items():
             token, place = (ids == expert).nonzero(as_tuple=True)
             y = self.finish(product[token, place] @ down, expert)

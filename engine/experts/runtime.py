@@ -59,11 +59,12 @@ class Runtime(ABC):
         self.headroom, self.link_bytes_per_second = True, float("inf")  # see engine/policies/prefetch.py
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)  # the fields of Counters but the last
         self.counted: list[int] | None = None  # `counts` as of the last token, where they came back with it
-        self.recent = torch.zeros(far.layers * far.experts + 1, device=device)  # picks, decaying; last, their tokens
+        # Picks, decaying; last, their tokens.
+        self.recent = torch.zeros(far.layers * far.experts + 1, dtype=torch.float32, device=device)
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)  # the token under way, or the last one
         self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
-        self.thresholds = torch.zeros(far.layers, far.experts, device=device)
+        self.thresholds = torch.zeros(far.layers, far.experts, dtype=torch.float32, device=device)
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)  # refined, and all that are kept
         self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
         self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far

@@ -70,7 +70,7 @@ class FusedStep:
         self._embed, self._rotation = base.embed_tokens, base.rotary_emb
         self._layers = [_layer(layer, config) for layer in base.layers]
         self._norm, self._head = _norm(base.norm), _matrices(model.lm_head)
-        self._turns = torch.empty(2, 0, self._layers[0].heads.size)
+        self._turns = torch.empty(2, 0, self._layers[0].heads.size, dtype=torch.float32)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
         return len(ids) <= MOST_TOKENS and all(type(layer) is GrowingLayer for layer in cache.layers)

@@ -47,7 +47,7 @@ def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
     x = x.detach().float().contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8)
-    scales = torch.empty(x.shape[0], x.shape[1] // group)
+    scales = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)
     _quantize(x.numpy(), group, codes.numpy(), scales.numpy())
     return codes, scales
 

@@ -197,7 +197,8 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor | N
     assert x.shape == (tokens, layout.padded) and sketches.stride(1) == 1, (x.shape, sketches.stride())
     place, blocks = place.int().contiguous(), blocks16(x, layout.group)
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
-    partial, out = torch.empty(len(pieces), layout.padded), torch.zeros(tokens, routed, layout.padded)
+    partial = torch.empty(len(pieces), layout.padded, dtype=torch.float32)
+    out = torch.zeros(tokens, routed, layout.padded, dtype=torch.float32)
     n_bytes = len(pieces) * min(PIECE, layout.neurons) * (layout.sketch_row + layout.record)
     run(_add_neurons, RECORD, len(pieces), n_bytes, **_sizes(layout), pieces=pieces.ctypes.data,
         n_ranks=0 if neurons is None else neurons.shape[1], routed=routed, per_expert=layout.neurons,

@@ -84,7 +84,7 @@ def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weig
     (tokens, routed), neurons, x = place.shape, layout.neurons, blocks8(codes, scales)
     place, weight = place.int().contiguous(), weight.contiguous()
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
-    scores = torch.empty(tokens, routed * neurons)
+    scores = torch.empty(tokens, routed * neurons, dtype=torch.float32)
     run(_score, RECORD, tokens * routed * -(-neurons // ROWS), scores.numel() * layout.sketch_row,
         pairs=tokens * routed, routed=routed, neurons=neurons, row_bytes=layout.sketch_row, plane=layout.plane2,
         scales=layout.scales, group=layout.group, x=address(x), x_bytes=x.stride(0), sketches=address(sketches),

@@ -126,7 +126,7 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     size, projected = heads.size, projected.clone()
     if size % LANES or any(rows.dtype != torch.float32 or rows.stride()[2:] != (size, 1) for rows in (keys, values)):
         return NotImplemented
-    tokens, out = len(projected), torch.empty(len(projected), heads.queries * size)
+    tokens, out = len(projected), torch.empty(len(projected), heads.queries * size, dtype=torch.float32)
     packed = pack(RECORD, heads.cached, tokens=tokens, queries=heads.queries, cached=heads.cached, size=size,
                   projected=address(projected), turn=address(turn), keys=address(keys), values=address(values),
                   key_head=4 * keys.stride(1), value_head=4 * values.stride(1), position=position,

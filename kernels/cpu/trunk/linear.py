@@ -210,7 +210,7 @@ def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: 
     given = x if norm is None else torch.empty_like(x)
     lines8, lines4 = (n // GROUP if 8 in kinds else 0), (-(-n // (2 * GROUP)) if 4 in kinds else 0)
     blocks8, blocks4 = (torch.empty(tokens, lines * BLOCK, dtype=torch.int8) for lines in (lines8, lines4))
-    out = torch.empty(tokens, matrices.rows)
+    out = torch.empty(tokens, matrices.rows, dtype=torch.float32)
     packed = pack(RECORD, n_pieces, tokens=tokens, columns=n, x=address(x), norm=address(norm), given=address(given),
                   blocks8=address(blocks8), bytes8=lines8 * BLOCK, blocks4=address(blocks4), bytes4=lines4 * BLOCK,
                   matrices=table.ctypes.data, n_matrices=len(table), out=address(out), out_row=matrices.rows,

@@ -37,6 +37,7 @@ def _route(logits, renormalised, ids, shares):
 
 def route(logits: Tensor, top_k: int, renormalised: bool) -> tuple[Tensor, Tensor]:
     """As kernels.trunk.route.route."""
-    ids, shares = torch.empty(len(logits), top_k, dtype=torch.int64), torch.empty(len(logits), top_k)
+    ids = torch.empty(len(logits), top_k, dtype=torch.int64)
+    shares = torch.empty(len(logits), top_k, dtype=torch.float32)
     _route(logits.numpy(), renormalised, ids.numpy(), shares.numpy())
     return ids, shares

@@ -7,6 +7,7 @@ import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from tests.support.waiting import until
 
 openai = pytest.importorskip("openai")
 app = browser.app
+web = partial(httpx.request, timeout=SECONDS)  # others keep the machine busy
 HI = [{"role": "user", "content": "Hi! How are you today?"}]
 STORY = [{"role": "user", "content": "Tell me a story about a small boat."}]
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {
@@ -32,8 +34,8 @@ ENDLESS = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type"
 
 def made(app, name: str) -> SimpleNamespace:
     """A key of its own, the openai client that has it, and its headers for whoever asks without that client."""
-    reply = httpx.post(app.address + "/api/preferences/programs/keys", json={"name": name}, headers=app.credentials,
-                       timeout=SECONDS).json()
+    reply = web("POST", app.address + "/api/preferences/programs/keys", json={"name": name},
+                headers=app.credentials).json()
     key = reply["key"]
     client = openai.OpenAI(base_url=app.address + "/v1", api_key=key, max_retries=0, timeout=SECONDS)
     return SimpleNamespace(key=key, id=reply["keys"][-1]["id"], client=client, ask=client.chat.completions.create,
@@ -51,11 +53,11 @@ def other(app):
 
 
 def status(app, who) -> dict:
-    return httpx.get(app.address + "/v1/status", headers=who.headers, timeout=SECONDS).json()
+    return web("GET", app.address + "/v1/status", headers=who.headers).json()
 
 
 def post(app, who, body, path="/v1/chat/completions", **headers) -> httpx.Response:
-    return httpx.post(app.address + path, json=body, headers=who.headers | headers, timeout=SECONDS)
+    return web("POST", app.address + path, json=body, headers=who.headers | headers)
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def held(app, who):
 def test_models_and_state(app, one):
     assert [model.id for model in one.client.models.list()] == ["demo"]
     assert one.client.models.retrieve("demo").owned_by == "floe-chat"
-    until(lambda: httpx.get(app.address + "/health").status_code == 200)
+    until(lambda: web("GET", app.address + "/health").status_code == 200)
     now = status(app, one)
     assert (now["state"], now["model"], now["level"]) == ("ready", "demo", "balanced") and now["context"]["tokens"] > 0
 
@@ -196,7 +198,7 @@ def test_gradio_client_can_do_nothing_that_the_page_cannot(app, one):
     with pytest.raises(AuthenticationError):
         Client(app.address, verbose=False)
     for path in ("/config", "/api/state", "/gradio_api/info", "/stats", "/"):
-        assert httpx.get(app.address + path, headers=one.headers).status_code == 401, path
+        assert web("GET", app.address + path, headers=one.headers).status_code == 401, path
     inside = Client(app.address, headers=app.credentials, verbose=False, download_files=False)
     offered = inside.view_api(return_format="dict", print_info=False)
     assert offered == {"named_endpoints": {}, "unnamed_endpoints": {}}
@@ -248,12 +250,12 @@ def test_the_line_is_bounded_and_has_an_end(app, one, other):
 
 
 def test_a_person_waits_in_the_same_line_and_gets_an_answer(app, one):
-    made = httpx.post(app.address + "/api/conversations", json={"draft": "line"}, headers=app.credentials).json()
+    made = web("POST", app.address + "/api/conversations", json={"draft": "line"}, headers=app.credentials).json()
     place = f"{app.address}/api/conversations/{made['id']}"
     with held(app, one):
-        httpx.post(place + "/send", json={"text": "Hello!"}, headers=app.credentials)
+        web("POST", place + "/send", json={"text": "Hello!"}, headers=app.credentials)
         until(lambda: status(app, one)["waiting"] == 1)
-    until(lambda: httpx.get(place, headers=app.credentials).json()["messages"][-1]["status"] == "done")
+    until(lambda: web("GET", place, headers=app.credentials).json()["messages"][-1]["status"] == "done")
 
 
 def test_what_one_key_has_asked_no_other_can_tell_by_the_time(one, other):
@@ -267,7 +269,7 @@ def test_a_revoked_key_ends_what_is_under_way(app):
     who = made(app, "gone")
     with pytest.raises(openai.APIError, match="stopped"):
         for _ in who.ask(model="demo", messages=HI, response_format=ENDLESS, stream=True):
-            httpx.delete(f"{app.address}/api/preferences/programs/keys/{who.id}", headers=app.credentials)
+            web("DELETE", f"{app.address}/api/preferences/programs/keys/{who.id}", headers=app.credentials)
     with pytest.raises(openai.AuthenticationError):
         who.client.models.list()
 
@@ -307,8 +309,8 @@ def test_refusals_are_sentences_in_openais_shape(app, one, change, expected, sai
                                   b'{"messages": "\\ud800"}', b'{"\\udfff": 1}', b"\xff\xfe", b"[" * 100_000,
                                   b'{"a":' * 50_000 + b"1" + b"}" * 50_000, b'{"seed": ' + b"9" * 5000 + b"}"])
 def test_bodies_that_are_none(app, one, body):
-    reply = httpx.post(app.address + "/v1/chat/completions", content=body,
-                       headers=one.headers | {"content-type": "application/json"}, timeout=SECONDS)
+    reply = web("POST", app.address + "/v1/chat/completions", content=body,
+                       headers=one.headers | {"content-type": "application/json"})
     assert reply.status_code in (400, 422) and reply.json()["error"]["message"].endswith(".")
 
 
@@ -319,10 +321,10 @@ def test_what_is_too_large_is_not_read(app, one):
     place = app.address + "/v1/chat/completions"
     for content in (b" " * (17 << 20), pieces()):
         try:
-            assert httpx.post(place, content=content, headers=one.headers, timeout=SECONDS).status_code == 413
+            assert web("POST", place, content=content, headers=one.headers).status_code == 413
         except httpx.WriteError:  # refused while it was still being sent
             pass
-    assert httpx.get(app.address + "/v1/models", headers=one.headers | {"x": "y" * 40_000}).status_code == 431
+    assert web("GET", app.address + "/v1/models", headers=one.headers | {"x": "y" * 40_000}).status_code == 431
     assert one.client.models.list().data
 
 
@@ -331,16 +333,16 @@ def test_what_is_too_large_is_not_read(app, one):
 def test_a_key_is_needed_where_it_belongs(app, one, headers):
     sent = {name: value.format(key=one.key) for name, value in headers.items()}
     for path in ("/v1/models", f"/v1/models?key={one.key}", "/v1/status", "/v1/openapi.json", "/v1/nothing"):
-        reply = httpx.get(app.address + path, headers=sent)
+        reply = web("GET", app.address + path, headers=sent)
         assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
-    assert httpx.get(app.address + "/v1/models", headers=app.credentials).status_code == 401
+    assert web("GET", app.address + "/v1/models", headers=app.credentials).status_code == 401
 
 
 @pytest.mark.parametrize("headers, expected", [
     ({"host": "evil.example"}, 421), ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403),
     ({"sec-fetch-site": "cross-site"}, 403)])
 def test_other_places_are_refused_with_a_key_as_well(app, one, headers, expected):
-    assert httpx.get(app.address + "/v1/models", headers=one.headers | headers).status_code == expected
+    assert web("GET", app.address + "/v1/models", headers=one.headers | headers).status_code == expected
 
 
 def test_keys_are_kept_as_hashes(app, one):

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from engine.core import Options, Request, Sampling, UserError
 from engine.decode.grammar import checked_schema
@@ -90,3 +91,16 @@ def test_a_schema_that_explodes_ends(demo_checkpoint):
         except UserError:
             pass
         assert finish(engine.chat(TALK, GREEDY))[1].reason != "error"
+
+
+def test_a_model_that_is_opened_beside_an_answer_does_it_no_harm(engines):
+    """transformers makes a model under its own default dtype, which is the whole process's while it does: buffers of
+    half the size would be written past their end."""
+    host, _ = engines
+    expected = told(finish(host.chat(TALK, GREEDY))[0])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert told(finish(host.chat(chat("Hello!"), GREEDY))[0])
+        assert told(finish(host.chat(TALK, GREEDY))[0]) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
