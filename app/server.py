@@ -21,7 +21,7 @@ from app import preferences
 from app.chat.answers import Jobs
 from app.chat.chat_settings import Drafts
 from app.chat.chats import Chats
-from app.http import api, switcher
+from app.http import api, attachments, switcher
 from app.http.connection import HEADER_BYTES, Connection
 from app.http.events import Stream
 from app.http.request_guard import Guard
@@ -94,6 +94,7 @@ def routes(parts: Parts) -> APIRouter:
     """All below /api."""
     asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, parts.stream.changed)
     switcher.routes(asked, parts.shelf, parts.models)
+    attachments.routes(asked)
     preferences.routes(asked, parts)
     return asked
 

@@ -7,7 +7,7 @@ import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { watch } from "/ui/elsewhere.js";
 import { pages } from "/ui/pages.js";
-import { message, offerActions, showStats, showThinking } from "/ui/message.js";
+import { foldLong, message, offerActions, showStats, showThinking } from "/ui/message.js";
 import { begin, draft, stored } from "/ui/settings.js";
 import { applyTheme, switchTheme } from "/ui/theme.js";
 import { switcher } from "/ui/switcher.js";
@@ -106,6 +106,7 @@ function drawMessages({ messages, n_messages: n }) {
   keep(log, [...earlier, ...rows.map((row) => [key(row), row])], (row) => (row ? message(row.m)
     : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(true); } }, TEXT.earlier)),
   (node, row) => row && offerActions(node, row.m, row.last, act));
+  for (const node of log.querySelectorAll(".message.user")) foldLong(node, scroller.clientHeight);
 }
 
 // Whether a message is drawn as growing that the program is not writing (any more, or not yet).

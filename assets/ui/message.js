@@ -18,6 +18,19 @@ export function message(m) {
   return node;
 }
 
+// What somebody has written and is longer than a screen is shown by its beginning, until all of it is asked for.
+export function foldLong(node, screen) {
+  const answer = node.querySelector(".answer");
+  if (!answer || !screen || node.querySelector(".unfold") || answer.scrollHeight <= screen) return;
+  const more = h("button", { type: "button", class: "quiet unfold", "aria-expanded": "false", onclick: () => {
+    const folded = answer.classList.toggle("folded");
+    more.textContent = folded ? TEXT.show_all : TEXT.show_less;
+    more.setAttribute("aria-expanded", String(!folded));
+  } }, TEXT.show_all);
+  answer.classList.add("folded");
+  answer.after(more);
+}
+
 // What can be done with it depends on whether it is the last one.
 export function offerActions(node, m, last, act) {
   if (node.last === last || m.status === "running") return;

@@ -9,8 +9,10 @@ from datetime import datetime, timedelta
 import pytest
 
 from tests.app.chat import foreign_exports
+from tests.app.chat.test_attachments import pdf
+from tests.browser.test_page import violations
 from tests.support import browser
-from tests.support.browser import ask, expect, new_chat, send, settled, stats
+from tests.support.browser import ask, bring, expect, new_chat, send, settled, stats
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -235,6 +237,46 @@ def test_a_text_file_is_attached_with_its_token_count(page, tmp_path):
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
     page.set_input_files("#attach-file", picture)
     page.wait_for_selector(".notice:has-text('is not a text file')")
+
+
+def test_a_long_paste_becomes_a_file_that_can_be_looked_at_and_taken_away(page, tmp_path):
+    page.click("#new-chat")
+    page.fill("#message", "What is this?")
+    expect(page.locator("#draft-tokens")).to_have_text(re.compile(r"^\d+ tokens in this message$"))
+    page.evaluate("""() => {
+        const data = new DataTransfer(); data.setData('text/plain', 'The boat is red. '.repeat(300));
+        document.querySelector('#message').dispatchEvent(new ClipboardEvent('paste', {clipboardData: data,
+            bubbles: true, cancelable: true})); }""")
+    file = page.locator(".composer .file")
+    expect(file).to_contain_text("Pasted text")
+    file.get_by_role("button", name="Pasted text", exact=True).click()
+    expect(page.locator("dialog.preview pre")).to_contain_text("The boat is red.")
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog.preview")).to_have_count(0)
+    file.get_by_role("button", name="Remove Pasted text").click()
+    expect(file).to_have_count(0)
+    paper = tmp_path / "paper.pdf"
+    paper.write_bytes(pdf("The lighthouse is green."))
+    page.set_input_files("#attach-file", paper)
+    file.get_by_role("button", name="paper.pdf", exact=True).click()
+    expect(page.locator("dialog.preview pre")).to_have_text("The lighthouse is green.")
+    page.keyboard.press("Escape")
+    paper.write_bytes(pdf("secret", password="x"))
+    page.set_input_files("#attach-file", paper)
+    page.wait_for_selector(".notice:has-text('protected by a password')")
+    page.click("#new-chat")
+
+
+def test_a_message_longer_than_a_screen_is_folded(page):
+    bring(page, "Long", [{"role": "user", "text": "A line of the sea.\n\n" * 60},
+                         {"role": "assistant", "text": "Yes."}])
+    answer, more = page.locator(".message.user .answer"), page.locator(".unfold")
+    expect(more).to_have_text("Show all")
+    folded = answer.bounding_box()["height"]
+    more.click()
+    expect(more).to_have_text("Show less")
+    assert answer.bounding_box()["height"] > 2 * folded
 
 
 def test_the_keyboard_alone_is_enough(page):
