@@ -84,7 +84,7 @@ def speed_of_answer(client: httpx.Client, address: str) -> float:
     settings = {"temperature": 0.0, "max_tokens": 200}
     document = {"format": "floechat-conversations", "version": 1, "conversations": [
         {"title": "Bench", "leaf": None, "settings": settings, "messages": []}]}
-    made = client.post(f"{address}/api/import", content=json.dumps(document)).json()[0]["id"]
+    made = client.post(f"{address}/api/import", content=json.dumps(document)).json()["made"][0]["id"]
     client.post(f"{address}/api/conversations/{made}/send", json={"text": "Tell me a story about a dragon."})
     while client.get(f"{address}/api/state").json()["live"]:
         time.sleep(0.5)

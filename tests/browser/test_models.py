@@ -170,7 +170,7 @@ def titles_by_the_model(page) -> None:
             {title: '', leaf: null, settings: {temperature: 0}, messages: []}]};
           const made = await (await fetch('/api/import', {method: 'POST', body: JSON.stringify(document),
             headers: {'content-type': 'text/plain'}})).json();
-          location.hash = `c${made[0].id}`;
+          location.hash = `c${made.made[0].id}`;
         }""")
         ask(page, question)
         if wished:

@@ -275,9 +275,10 @@ def bring(page, title: str, messages: list[dict]) -> None:
     """Import a conversation, each message under the one before it, and open it."""
     numbered = [{"id": i, "parent_id": i - 1 or None} | message for i, message in enumerate(messages, 1)]
     document = {"format": "floechat-conversations", "version": 1,
-                "conversations": [{"title": title, "leaf": len(messages), "messages": numbered}]}
+                "conversations": [{"title": title, "leaf": len(messages), "messages": numbered,
+                                   "created_at": time.time()}]}  # which tells it from one that is there
     made = page.evaluate("""text => fetch('/api/import', {method: 'POST', body: text,
-        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))
+        headers: {'content-type': 'text/plain'}}).then(reply => reply.json())""", json.dumps(document))["made"]
     page.evaluate(f"location.hash = 'c{made[0]['id']}'")
     newest = page.evaluate(f"fetch('/api/conversations/{made[0]['id']}?limit=1').then(reply => reply.json())")
     page.wait_for_selector(f".message[data-id='{newest['messages'][0]['id']}']")
