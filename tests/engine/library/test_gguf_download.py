@@ -146,9 +146,9 @@ def test_several_files_want_a_name_and_lacking_parts_are_noticed(loopback, tmp_p
 # --- refused before the long download ------------------------------------------------------------------------------
 def test_an_architecture_that_is_not_imported_costs_no_download(loopback, tmp_path):
     loopback.cards[REPO] = {"base_model": ORIGINAL}
-    build("phimoe").config.save_pretrained(tmp_path / "phi")
+    build("jamba").config.save_pretrained(tmp_path / "phi")
     loopback.add_folder(ORIGINAL, tmp_path / "phi")
-    with pytest.raises(UserError, match="files of phimoe models are not imported"):
+    with pytest.raises(UserError, match="files of jamba models are not imported"):
         download(REPO, data=tmp_path, choice=CPU)
     assert not gguf_bytes(loopback) and os.listdir(tmp_path / "models") == []
 
