@@ -26,7 +26,8 @@ from engine import (
     typed,
 )
 
-HOST = "127.0.0.1"  # never another address: what listens on the network needs more than a token
+HOST = "127.0.0.1"  # another address only with --lan, which needs a password
+EVERYWHERE = "0.0.0.0"
 PORT = 7860
 
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="floechat", description="Chat with an expert-mixture model.")
     parser.add_argument("--port", type=int, help=f"default: {PORT}, or a free one if that is taken")
+    parser.add_argument("--lan", action="store_true",
+                        help="let other devices of this network in, by the password that is set in Settings")
     parser.add_argument("--no-browser", action="store_true", help="print the link instead of opening it")
     parser.add_argument("--data", type=typed, metavar="DIR",
                         help="data folder (default: FLOECHAT_HOME, else the platform's)")
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    listener = _listen(args.port)
+    listener = _listen(args.port, EVERYWHERE if args.lan else HOST)
     os.umask(0o077)  # what is written from here on is its owner's alone
     data = data_dir(args.data)
     with only_one(data / "floechat.lock", TEXT["data_taken"].format(folder=data)):
@@ -76,23 +79,39 @@ def _serve_from(data: Path, listener: socket.socket, args: argparse.Namespace) -
     parts = Parts.make(data, args.model and args.model.absolute(), options, plan_level=args.level is None)
     link = StartLink(data, not args.no_browser)
     try:
-        serve(parts, listener, link.announce, link.entered)
+        lan = _lan(parts) if args.lan else None
+
+        def announce(url: str) -> None:
+            link.announce(url)
+            if lan:
+                port = listener.getsockname()[1]
+                print(TEXT["lan_open"].format(addresses=" ".join(f"http://{name}:{port}" for name in lan.names)),
+                      flush=True)
+        serve(parts, listener, announce, link.entered, lan)
     finally:
         link.forget()
     return 0
 
 
-def _listen(wished: int | None) -> socket.socket:
+def _lan(parts):
+    """Who lets other devices in. UserError without a password."""
+    from app.http.sign_in import PREFERENCE, SignIn, own_names
+    if not parts.chats.preference(PREFERENCE, {}):
+        raise UserError(TEXT["lan_no_password"])
+    return SignIn(lambda: parts.chats.preference(PREFERENCE, {}), own_names())
+
+
+def _listen(wished: int | None, host: str = HOST) -> socket.socket:
     """A bound socket: the wished port or a sentence; without a wish the usual port or any free one."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     if sys.platform != "win32":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((HOST, PORT if wished is None else wished))
+        listener.bind((host, PORT if wished is None else wished))
     except (OSError, OverflowError) as error:
         if wished is not None:
             raise UserError(TEXT["port_taken"].format(port=wished)) from error
-        listener.bind((HOST, 0))
+        listener.bind((host, 0))
     return listener
 
 

@@ -25,6 +25,7 @@ from app.http import api, attachments, switcher
 from app.http.connection import HEADER_BYTES, Connection
 from app.http.events import Stream
 from app.http.request_guard import Guard
+from app.http.sign_in import SignIn
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
 from app.library.open_model import Models
@@ -99,8 +100,8 @@ def routes(parts: Parts) -> APIRouter:
     return asked
 
 
-def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
-    """The ASGI application for one port; `entered` is told the next start link."""
+def build(parts: Parts, port: int, entered: Callable[[str], None], lan: SignIn | None = None) -> Guard:
+    """The ASGI application for one port; `entered` is told the next start link. lan: lets other devices in."""
     with _without_the_way_outside():
         import gradio as gr
 
@@ -124,7 +125,7 @@ def build(parts: Parts, port: int, entered: Callable[[str], None]) -> Guard:
                         run_history=False, enable_monitoring=False, footer_links=[], show_error=False,
                         max_file_size="16mb", theme=theme(), head=HEAD, pwa=False)
     asked_by_programs = programs.build(Served(parts.models, parts.shelf), parts.jobs.line, parts.keys)
-    return Guard(app, port, entered, asked_by_programs)
+    return Guard(app, port, entered, asked_by_programs, lan)
 
 
 @contextmanager
@@ -156,9 +157,10 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(parts: Parts, listener: socket.socket, announce: Callable[[str], None], entered: Callable[[str], None]):
+def serve(parts: Parts, listener: socket.socket, announce: Callable[[str], None], entered: Callable[[str], None],
+          lan: SignIn | None = None):
     """Serve on the bound socket until the user ends the program. announce, entered: told the first and next links."""
-    guarded = build(parts, listener.getsockname()[1], entered)
+    guarded = build(parts, listener.getsockname()[1], entered, lan)
     config = uvicorn.Config(guarded, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2,
                             http=Connection, h11_max_incomplete_event_size=HEADER_BYTES)
     _Server(config, parts, lambda: announce(guarded.link)).run(sockets=[listener])

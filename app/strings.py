@@ -205,6 +205,27 @@ TEXT = {
     "key_gone": "This key has been revoked already.",
     "key_too_many": "There are {most} keys; revoke one that is not needed any more.",
     "preferences_server": "Another server",
+    "preferences_network": "Other devices",
+    "network_about": "The program listens on this computer alone. Started with --lan it also lets in other devices of "
+                     "your network. Whoever knows the password can then read and write every conversation, use and "
+                     "delete models, and see folder names of this computer; what is sent is not encrypted, so do it "
+                     "only in a network that you trust.",
+    "network_password": "Password",
+    "network_set": "A password is set; a new one takes its place. Who is in already stays until the next start.",
+    "network_unset": "None is set, so --lan will not start. At least 10 characters.",
+    "network_keep": "Set password",
+    "network_kept": "The password is set.",
+    "network_forget": "Remove password",
+    "password": "Password",
+    "password_enter": "Open",
+    "password_bad": "This password is too short or too long; take at least {least} characters.",
+    "password_wrong": "This is not the password.",
+    "password_wait": "Too many tries; wait {minutes} minutes.",
+    "lan_no_password": "Other devices are let in only by a password: start without --lan, set one in Settings, Other "
+                       "devices, then start again.",
+    "lan_open": "Open to your network: whoever knows the password can read and write every conversation, use and "
+                "delete models, and see folder names of this computer. What is sent is not encrypted. Addresses: "
+                "{addresses}",
     "preferences_diagnostics": "When something goes wrong",
     "preferences_about": "About",
     "diagnostics_about": "A zip for whoever helps you: this computer's hardware, versions, the model's plan, the end "

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--offline", action="store_true", help="never use the network")
     parser.add_argument("--port", type=int, help="the page's port (default: 7860, or a free one)")
     parser.add_argument("--data", metavar="DIR", help="where chats and models go; remembered for the next start")
+    parser.add_argument("--lan", action="store_true", help="let other devices of this network in, by a password")
     parser.add_argument("--no-browser", action="store_true", help="print the link instead of opening it")
     return parser
 
@@ -80,6 +81,7 @@ def _start(args: argparse.Namespace, app: Path, lock: instance.Lock, screen: Scr
     screen.say("Starting ...")
     command = [str(where.python), "-m", "app", "--no-browser", "--data", str(data)]
     command += ["--port", str(args.port)] if args.port is not None else []
+    command += ["--lan"] if args.lan else []
     command += ["--device", "cpu"] if args.cpu else []
     variables = where.variables(app / "cache") | ({"HF_HUB_OFFLINE": "1"} if args.offline else {})
     return instance.run(command, app, lock, screen, not args.no_browser, cwd=ROOT, env=variables)

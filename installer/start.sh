@@ -1,6 +1,6 @@
 #!/bin/sh
 # Starts Floe Chat: finds a Python and hands over to bootstrap.py, which does everything else.
-# Options: --repair --uninstall --cpu --offline --port N --data DIR --no-browser
+# Options: --repair --uninstall --cpu --offline --port N --data DIR --lan --no-browser
 set -u
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 3
 

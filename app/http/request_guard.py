@@ -9,6 +9,9 @@ of Host names (421), an exact list of Origins (403), Sec-Fetch-Site (403), and t
 * the key's, for all the rest together with the cookie. The page that answers the start link leaves it in localStorage,
   which belongs to this port alone, for every tab and reload; key.js sends it with each request as a header.
 
+With --lan other devices of the network come in by a password in place of the link (app/http/sign_in.py); their names
+for this computer join the lists, and everything else stays as it is.
+
 Streams pass through untouched; key.js is put first into the page. The same wrapper adds the headers that keep the
 page from loading anything foreign, and refuses a body that is too large before anybody reads it.
 """
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from html import escape
 from urllib.parse import parse_qs, unquote
 
+from app.http.sign_in import FORM_BYTES, SignIn
 from app.openai_api.door import is_for_programs
 from app.strings import TEXT
 
@@ -49,19 +53,30 @@ _REFUSED = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewpor
             "padding:0 20px;color-scheme:light dark;background:Canvas;color:CanvasText}}</style><h1>{title}</h1>"
             "<p>{text}</p><script>setInterval(() => fetch('/api/strings').then((reply) => reply.ok && "
             "location.replace('/'), () => {{}}), 1500)</script>")
+# A form that tells no referrer tells no origin either, and would be refused.
+_FORM = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+         "<meta name=referrer content=same-origin><title>{title}</title><style>body{{font:16px/1.5 system-ui,"
+         "sans-serif;max-width:24em;margin:18vh auto;padding:0 20px;color-scheme:light dark;background:Canvas;"
+         "color:CanvasText}}input,button{{font:inherit;"
+         "padding:8px 12px;box-sizing:border-box;width:100%;margin-top:8px}}</style><h1>{title}</h1>"
+         "<form method=post action=/sign-in><label for=password>{label}</label><input id=password name=password "
+         "type=password autocomplete=current-password required autofocus><button>{enter}</button></form>"
+         "<p role=alert>{text}</p>")
+SIGN_IN = "/sign-in"
 _KEY_SCRIPT = b'<head><script src="/ui/key.js"></script>'
 
 
 class Guard:
     """Wraps an ASGI application that listens on `port` of the loopback address; `entered` is told each next link."""
 
-    def __init__(self, app, port: int, entered: Callable[[str], None], programs=None):
-        """programs: the application that programs with a key may ask, which lets in by itself (app/openai_api)."""
-        self._app, self._entered, self._programs = app, entered, programs
+    def __init__(self, app, port: int, entered: Callable[[str], None], programs=None, lan: SignIn | None = None):
+        """programs: the application that programs with a key may ask, which lets in by itself (app/openai_api). lan:
+        where other devices of the network may come in."""
+        self._app, self._entered, self._programs, self._lan = app, entered, programs, lan
         self._address = f"http://127.0.0.1:{port}"
         self._start, self._pass, self._key = (secrets.token_urlsafe(32) for _ in range(3))
         self._cookie = f"floechat_{port}"  # cookies know no port: two copies of the program must not share one
-        names = ("127.0.0.1", "localhost")
+        names = ("127.0.0.1", "localhost", *(lan.names if lan else ()))
         self._hosts = {f"{name}:{port}" for name in names}
         self._origins = {f"http://{name}:{port}" for name in names}
 
@@ -81,11 +96,15 @@ class Guard:
             return await self._programs(scope, receive, _with_headers(send))
         if token and not foreign and _same(token, self._start):
             return await self._enter(send)
+        if self._lan and not foreign and (scope["method"], scope["path"]) == ("POST", SIGN_IN):
+            return await self._sign_in(scope, headers, receive, send)
         refusal = foreign or self._refusal(scope, headers)
         if refusal:
             status, text = refusal
             text = TEXT["link_used"] if token and not foreign else text
             if status == 401 and scope["method"] == "GET" and "text/html" in "".join(headers.get("accept", [])):
+                if self._lan:
+                    return await self._ask_password(send, status, "")
                 page = _REFUSED.format(title=escape(TEXT["app"]), text=escape(text))
                 return await _answer(send, status, page, [(b"cache-control", b"no-store")], "html")
             return await _answer(send, status, text)
@@ -119,6 +138,28 @@ class Guard:
         """Trade the link for the cookie and the key. What it asked for beside is not looked at: the page is at "/"."""
         self._start = secrets.token_urlsafe(32)
         self._entered(self.link)
+        await self._let_in(send)
+
+    async def _sign_in(self, scope, headers: dict[str, list[str]], receive, send) -> None:
+        """A form of our own page, for whoever knows the password. A browser says of a form where it comes from."""
+        same = headers.get("origin") and headers.get("sec-fetch-site", ["same-origin"]) == ["same-origin"]
+        length = "".join(headers.get("content-length", []))
+        if not same or not length.isdecimal() or int(length) > FORM_BYTES or "transfer-encoding" in headers:
+            return await _answer(send, 403, "Requests from other pages are refused.")
+        body, more = b"", True
+        while more and len(body) <= FORM_BYTES:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        password = parse_qs(body.decode("utf-8", "replace")).get("password", [""])[-1]
+        status, said = await self._lan.check((scope.get("client") or ("",))[0], password)
+        await (self._let_in(send) if status == 200 else self._ask_password(send, status, said))
+
+    async def _ask_password(self, send, status: int, said: str) -> None:
+        page = _FORM.format(title=escape(TEXT["app"]), label=escape(TEXT["password"]), text=escape(said),
+                            enter=escape(TEXT["password_enter"]))
+        await _answer(send, status, page, [(b"cache-control", b"no-store")], "html")
+
+    async def _let_in(self, send) -> None:
         page = _ENTRY.format(title=escape(TEXT["app"]), key=json.dumps(self._key), text=escape(TEXT["entry"]))
         cookie = f"{self._cookie}={self._pass}; Path=/; HttpOnly; SameSite=Strict"
         await _answer(send, 200, page, [(b"set-cookie", cookie.encode()), (b"cache-control", b"no-store")], "html")

@@ -2,7 +2,7 @@
 // A conversation is drawn from /api/conversations/ID; a growing answer then changes only the blocks that changed.
 import { dismiss } from "/ui/dismiss.js";
 import { restoreDrawers, toggleList, toggleTab } from "/ui/drawers.js";
-import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, opened, ready, say, soFar, start, state } from "/ui/floe.js";
+import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, opened, ready, say, soFar, start, state, toClipboard } from "/ui/floe.js";
 import { above } from "/ui/above.js";
 import { composer } from "/ui/composer.js";
 import { watch } from "/ui/elsewhere.js";
@@ -223,7 +223,7 @@ async function act(name, id, argument) {
   const path = `/api/messages/${id}`;
   if (name === "copy") {
     const { text } = await api("GET", path);
-    await navigator.clipboard.writeText(text);
+    await toClipboard(text);
     return notice(TEXT.copied);
   }
   if (name === "branch") {
@@ -238,7 +238,7 @@ async function act(name, id, argument) {
 async function clicked(event) {
   const copy = event.target.closest(".copy-code");
   if (!copy) return;
-  await navigator.clipboard.writeText(copy.closest(".code").querySelector("pre").textContent);
+  await toClipboard(copy.closest(".code").querySelector("pre").textContent);
   copy.textContent = TEXT.copied;
   setTimeout(() => { copy.textContent = TEXT.copy; }, 1500);
 }

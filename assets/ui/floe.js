@@ -60,6 +60,17 @@ export const ready = api("GET", "/api/strings").then((strings) => Object.assign(
 export const say = (name, values = {}) =>
   (TEXT[name] || name).replace(/\{(\w+)\}/g, (_, key) => (key in values ? values[key] : `{${key}}`));
 
+// A page that came over a network, without encryption, has no clipboard of its own.
+export async function toClipboard(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = h("textarea", { readonly: true, class: "sr-only" });
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  return area.remove();
+}
+
 // Numbers as a person reads them.
 export function bytes(n) {
   if (n === undefined || n === null || Number.isNaN(n)) return "–";
@@ -258,7 +269,7 @@ export function start() {
   if (started) return;
   started = true;
   ready.then(async () => {
-    navigator.locks.request("floe-events", hold);
+    navigator.locks ? navigator.locks.request("floe-events", hold) : hold(); // none for a page that came over a network
     await refresh();
     emit("ready");
   });

@@ -39,7 +39,7 @@ export function begin(id) {
 
 // The name under which the program keeps the settings of a conversation that has not begun.
 export function draft() {
-  if (!sessionStorage.getItem(DRAFT)) sessionStorage.setItem(DRAFT, crypto.randomUUID());
+  if (!sessionStorage.getItem(DRAFT)) sessionStorage.setItem(DRAFT, crypto.randomUUID?.() || `draft-${Math.random()}`);
   return sessionStorage.getItem(DRAFT);
 }
 

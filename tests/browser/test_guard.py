@@ -12,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import httpx
 import pytest
 
+from app.chat.chats import Chats
+from app.http.sign_in import PREFERENCE, hashed, own_names
 from app.http.start_link import StartLink
+from engine import data_dir
 from tests.support import browser
 from tests.support.browser import expect
 
@@ -209,3 +212,31 @@ def test_everything_that_is_written_is_in_the_data_folder(app):
     names = {path.relative_to(app.data).parts[0] for path in app.data.iterdir()}
     assert names <= {"models", "logs", "cache", "chats.db", "chats.db-wal", "chats.db-shm", "program.log",
                      "floechat.lock"}
+
+
+def test_another_device_comes_in_by_the_password(chromium, tmp_path):
+    """Over this computer's address in its network, where a browser gives a page no clipboard and no locks."""
+    address = next((name for name in own_names() if name[0].isdigit()), None)
+    if address is None:
+        pytest.skip("this computer is in no network")
+    chats = Chats(data_dir(tmp_path) / "chats.db")
+    chats.set_preference("welcomed", True)
+    command = [sys.executable, "-m", "app", "--lan", "--no-browser", "--port", "0", "--data", str(tmp_path)]
+    refused = subprocess.run(command, cwd=browser.REPOSITORY, capture_output=True, text=True, timeout=SECONDS)
+    assert refused.returncode == 2 and "Settings, Other devices" in refused.stderr
+    chats.set_preference(PREFERENCE, hashed("correct horse battery"))
+    chats.close()
+    with browser.running(tmp_path, "--lan") as program:
+        assert "What is sent is not encrypted" in (tmp_path / "program.log").read_text()
+        page = chromium.new_context().new_page()
+        page.set_default_timeout(browser.PATIENCE_MS)
+        page.goto(f"http://{address}:{program.address.rsplit(':', 1)[1]}/")
+        page.get_by_label("Password").fill("a wrong password")
+        page.get_by_role("button", name="Open").click()
+        expect(page.get_by_role("alert")).to_have_text("This is not the password.")
+        page.get_by_label("Password").fill("correct horse battery")
+        page.get_by_role("button", name="Open").click()
+        browser.wait_ready(page)
+        assert page.evaluate("!navigator.clipboard && !navigator.locks")
+        browser.ask(page, "Hello!")
+        page.context.close()

@@ -1,5 +1,5 @@
 // Keys for programs, and the lines that connect them.
-import { TEXT, api, h, notice, say } from "/ui/floe.js";
+import { TEXT, api, h, notice, say, toClipboard } from "/ui/floe.js";
 import { line } from "/ui/preferences.js";
 
 const button = (text, onclick) => h("button", { type: "button", class: "quiet", onclick }, text);
@@ -36,7 +36,7 @@ export async function draw(place, fresh) {
 
 function copied(text, id = null) {
   const copy = button(TEXT.copy, async () => {
-    await navigator.clipboard.writeText(text);
+    await toClipboard(text);
     copy.textContent = TEXT.copied;
   });
   return h("span", { class: "with-button" }, h("code", { id }, text), copy);
