@@ -1,12 +1,14 @@
 """The running program refuses everybody but its own browser, and ends with one sentence when it cannot start."""
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
@@ -16,7 +18,7 @@ from app.chat.chats import Chats
 from app.http.sign_in import PREFERENCE, hashed, own_names
 from app.http.start_link import StartLink
 from engine import data_dir
-from tests.support import browser
+from tests.support import browser, waiting
 from tests.support.browser import expect
 
 pytestmark = pytest.mark.browser
@@ -75,6 +77,56 @@ def test_no_path_leads_to_a_file_of_the_computer(app, path):
     status = int(reply.split(b" ", 2)[1])
     assert status in (400, 403, 404, 405, 422), (status, path)
     assert b"root:" not in reply and b"[project]" not in reply
+
+
+def raw(app, text: str, body: bytes = b"") -> bytes:
+    """What comes back on a connection of its own, with the credentials of a page."""
+    port = int(app.address.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
+        lines = [text, f"Host: 127.0.0.1:{port}", *(f"{name}: {value}" for name, value in app.credentials.items())]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        return connection.recv(65536)
+
+
+def test_what_another_page_can_send_without_asking_is_refused(app):
+    """A form, a file and a WebSocket, with the cookie and even the key; and a message of 100 MB before it is read."""
+    before = sorted((app.data / "cache" / "gradio").rglob("*"))
+    evil = app.credentials | {"origin": "http://evil.example"}
+    for given in ({"data": {"text": "x"}}, {"files": {"files": ("x.txt", b"x" * 1000)}}, {"content": b"{}"}):
+        for path in ("/api/welcomed", "/gradio_api/upload", "/api/conversations/1/send", "/v1/chat/completions"):
+            assert httpx.post(app.address + path, headers=evil, timeout=SECONDS, **given).status_code == 403, path
+    assert sorted((app.data / "cache" / "gradio").rglob("*")) == before
+    upgrade = ("GET /events HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+               "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: http://evil.example")
+    assert b" 101 " not in raw(app, upgrade)
+    large = "POST /api/conversations/1/send HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 100000000"
+    assert b" 413 " in raw(app, large, b'{"text": "')
+
+
+def test_a_thousand_connections_that_say_nothing_shut_nobody_out(app):
+    """Who is in is answered all the while; who comes newly, once the others have been let go."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    port, crowd = int(app.address.rsplit(":", 1)[1]), []
+    try:
+        with httpx.stream("GET", app.address + "/events", headers=app.credentials, timeout=SECONDS) as page:
+            told = page.iter_lines()
+            for i in range(1000):
+                crowd.append(socket.create_connection(("127.0.0.1", port), timeout=SECONDS))
+                with suppress(OSError):  # let go already
+                    crowd[-1].sendall(b"GET / HTTP/1.1\r\nHost: x\r\nA: ")
+                if i % 100 == 0:
+                    next(line for line in told if line.startswith("event: stats"))
+            next(line for line in told if line.startswith("event: stats"))
+
+        def newcomer() -> bool:
+            with suppress(httpx.TransportError):
+                return get(app, "/api/state").status_code == 200
+            return False
+        waiting.until(newcomer)
+    finally:
+        for each in crowd:
+            each.close()
 
 
 class Thief(BaseHTTPRequestHandler):

@@ -4,8 +4,12 @@ from __future__ import annotations
 import json
 import threading
 
+import httpx
 import pytest
 
+from app.chat.chats import Chats
+from app.remote.server import Servers
+from engine import Sampling, UserError
 from tests.app.remote.model_server import chunk, model_server
 from tests.browser.test_page import violations
 from tests.support import browser
@@ -63,3 +67,19 @@ def test_a_conversation_on_another_server(app, page):
         until(page, lambda: host in page.locator("#model-chip").inner_text())
         ask(page, "Once more?")
         expect(page.locator(".message.assistant").last).to_contain_text("in the middle of the answer")
+
+
+def test_our_own_api_is_such_a_server(app, tmp_path):
+    """Another copy of this program on another port."""
+    key = httpx.post(f"{app.address}/api/preferences/programs/keys", json={"name": "the other one"},
+                     headers=app.credentials, timeout=browser.SECONDS).json()["key"]
+    chats = Chats(tmp_path / "chats.db")
+    servers = Servers(chats)
+    (name,) = servers.choose(f"{app.address}/v1", key).models[:1]
+    events = list(servers.model(name).chat([{"role": "user", "content": "Hello!"}], Sampling(max_tokens=20), {},
+                                           threading.Event()))
+    assert "".join(event.text for event in events if event.kind == "answer").strip()
+    assert events[-1].kind == "end" and events[-1].reason in ("stop", "length") and events[-1].n_tokens > 0
+    with pytest.raises(UserError, match="does not accept the key"):
+        servers.choose(f"{app.address}/v1", "wrong")
+    chats.close()
