@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from app.chat.attachments import text_of
-from app.incoming import BODY_BYTES, Body
+from app.incoming import BODY_BYTES, Body, Name
 from app.strings import TEXT
 from engine import UserError
 
@@ -17,7 +17,7 @@ from engine import UserError
 class File(Body):
     """data: its bytes in base64."""
 
-    name: Annotated[str, Field(max_length=1000)]
+    name: Name
     data: Annotated[str, Field(max_length=BODY_BYTES)]
 
 
