@@ -177,3 +177,15 @@ def test_waiting_messages_keep_their_order_and_leave_once(chats):
     assert [item["text"] for item in chats.waiting()] == ["one", "two"]
     assert chats.unwait(first)["text"] == "one" and chats.unwait(first) is None
     assert [item["id"] for item in chats.waiting()] == [second]
+
+
+@pytest.mark.parametrize("words", ["北京", "長城", "検索", "を検索して", "서울", "北京 boat"])
+def test_a_run_of_letters_inside_a_longer_one_is_found(chats, words):
+    """In scripts without blanks between words, of two letters and of more; and no longer when the text has changed."""
+    text = "我住在北京的長城旁邊。全文を検索してください。대한민국서울특별시 boat"
+    _, (message, _) = talk(chats, text, "其他")
+    (hit,) = chats.search(words)
+    assert hit["message_id"] == message.id and hit["snippet"].count("\x02") == len(words.split())
+    assert chats.search("京北") == [] and chats.search("を検索せよ") == []
+    chats.save(message.id, text="nothing", thinking="", status="done", stats={})
+    assert chats.search(words) == []
