@@ -22,6 +22,7 @@ app, chromium, context, page = browser.app, browser.chromium, browser.context, b
 def name_server(page, address: str, key: str) -> None:
     page.get_by_role("link", name="Settings").click()
     page.get_by_label("Address", exact=True).fill(address)
+    expect(page.locator("#preferences-server")).not_to_contain_text("undefined")
     page.get_by_label("Key", exact=True).fill(key)
     page.get_by_role("button", name="Ask for its models").click()
 

@@ -15,7 +15,7 @@ export async function draw(place) {
   place.replaceChildren(h("p", {}, TEXT.server_about), line(TEXT.server_address_of, address, TEXT.server_address_help),
     line(TEXT.server_key_of, key, TEXT.server_key_help), h("div", { class: "model-buttons" },
       quiet("server-ask", TEXT.server_ask, ask), server.address && quiet("server-forget", TEXT.server_forget, forget)),
-    server.models && models);
+    ...(server.models ? [models] : []));
 
   async function ask() {
     const { models: found } = await api("POST", "/api/preferences/server", { address: address.value, key: key.value || null });
