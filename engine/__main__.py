@@ -37,6 +37,7 @@ GROUPS = {
         "trace": "what the routers say while the model answers, for simulate and fit-predictor",
         "simulate": "a trace replayed under policies: hits, bytes, recall, without the model",
         "fit-predictor": "train predictors of experts on a trace",
+        "evidence": "every policy on one model, as a page with plots",
         "bench": "tokens per second and what bounds them",
         "synth": "a model of real shape with made-up weights, to measure speed with",
         "gpu": "what a graphics card does: first-light is everything in nine minutes",

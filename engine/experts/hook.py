@@ -21,6 +21,13 @@ class Hook:
     def token_ended(self) -> None:
         """Between tokens, before slots are freed: where a policy says what may stay."""
 
+    def keep_free(self, reserve: int) -> int:
+        """Slots of experts, or sketches, that are freed for the coming token; reserve: as the runtime would."""
+        return reserve
+
+    def demanded(self, layer: int, ids: Tensor) -> None:
+        """A layer is about to ask for ids [T, k], -1 for none: where a policy may free slots."""
+
     def token_begins(self) -> None:
         """Slots are free; nothing of the coming token has been asked for yet: where a policy may fetch ahead."""
 

@@ -20,6 +20,7 @@ from engine.policies.build import guesses_of, rule_of
 from engine.policies.choice import Choice
 from engine.policies.predict import Payoff, Predictor
 from engine.policies.residency import stamps
+from kernels.evict import age
 
 Tensor = torch.Tensor
 SAMPLE = 64  # tokens of a prompt from which it is told how a router weighs
@@ -91,6 +92,20 @@ class PolicyHook(Hook):
         if runtime.device == "cpu":
             pays = self.payoff.pays(int(runtime.counts[3]), int(runtime.counts[4]))
             runtime.ahead_bytes.fill_(MOST if pays else 0)
+
+    def keep_free(self, reserve: int) -> int:
+        return 0 if self.choice.free.name == "layer" else reserve
+
+    def demanded(self, layer: int, ids: Tensor) -> None:
+        runtime, pools = self.runtime, self.runtime.near.pools()
+        if self.choice.free.name != "layer" or not pools:
+            return
+        pool, rule = pools[0][0], self.rules[0]
+        if len(pool.object_of) < len(pool.slot_of):
+            missing = (ids >= 0) & (pool.slot_of[(ids.clamp(min=0) + layer * runtime.far.experts).long()] < 0)
+            if rule is not None:
+                pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock, ended=False))
+            runtime.count_wasted(age(pool, runtime.clock, missing.sum()), False)
 
     def token_begins(self) -> None:
         if self.guesses is not None:

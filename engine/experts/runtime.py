@@ -276,6 +276,8 @@ class Runtime(ABC):
         if self.hook is not None:
             self.hook.token_ended()
         for (pool, reserve), records in zip(self.near.pools(), (False, True), strict=False):
+            if self.hook is not None and not records:
+                reserve = self.hook.keep_free(reserve)
             if len(pool.object_of) < len(pool.slot_of):  # else nothing ever leaves
                 self.count_wasted(age(pool, self.clock, reserve), records)
         self.clock.add_(1)
@@ -350,7 +352,9 @@ class Runtime(ABC):
         if self.hook is None:
             return self._bring_experts(layer, ids)
         left_out = weights == 0
-        place = self._bring_experts(layer, torch.where(left_out, -1, ids))
+        wanted = torch.where(left_out, -1, ids)
+        self.hook.demanded(layer, wanted)
+        place = self._bring_experts(layer, wanted)
         return torch.where(left_out, place.gather(1, weights.argmax(1, keepdim=True)), place).clamp(min=0)
 
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Policies by name: `predict=next:1,evict=hobbit,admit=third,route=near:0.1:1,fidelity=score:0.6:0.95`.
 
 What is not named is the engine's own: the next router's guess, recency, the router's experts, the level's fidelity.
-Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
+`free=layer` frees slots when a layer lacks them, instead of keeping some free for the token to come, which is what
+fetching ahead needs. Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
 """
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from engine.policies.residency import RULES
 PREDICTORS = {"none": (), "next": (1,), "repeat": (), "popularity": (32.0,), "profile": (1,), "maps": (),
               "maps-semantic": (), "maps-trajectory": (), "learned": (), "sequence": ()}
 ADMISSIONS = {"always": (), "third": ()}
+FREES = {"token": (), "layer": ()}
 ROUTES = {"exact": (), "near": (None, 1), "drop": (None,), "skip": (None,), "near-only": ()}
 FIDELITIES = {"exact": (), "score": (None, None), "bits": (None,)}
-KINDS = {"predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "route": ROUTES,
+KINDS = {"predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "route": ROUTES,
          "fidelity": FIDELITIES}
 
 
@@ -42,6 +44,7 @@ class Choice:
     predict: Named = Named("next", (1,))
     evict: Named = Named("recency")
     admit: Named = Named("always")
+    free: Named = Named("token")
     route: Named = Named("exact")
     fidelity: Named = Named("exact")
     text: str = ""

@@ -180,12 +180,14 @@ RULES: dict[str, Callable[..., Recency]] = {
     "hobbit": Weighted, "finemoe": Expected, "pinned": Pinned, "divided": Divided}
 
 
-def stamps(rule: Residency, object_of: Tensor, before: Tensor, clock: Tensor | int) -> Tensor:
+def stamps(rule: Residency, object_of: Tensor, before: Tensor, clock: Tensor | int, ended: bool = True) -> Tensor:
     """int32 [S]: what stands for the times of last use when slots are freed next; object_of [S], -1 for a free slot;
-    before: the stamps so far, of which those of pinned slots stay. Exact for the AGES - 2 that leave first."""
+    before: the stamps so far, of which those of pinned slots stay; clock: the token that has ended, or, where it has
+    not, is under way: then what it used stays. Exact for the AGES - 2 that leave first."""
     there = object_of >= 0
     order = torch.where(there, rule.order(object_of.clamp(min=0).long()), float("inf"))
     rank = torch.empty_like(object_of, dtype=torch.int64)
     rank[order.argsort(stable=True)] = torch.arange(len(order), device=order.device)
     found = clock - AGES + 1 + rank.clamp(max=AGES - 2)
-    return torch.where(before == PINNED, before, found.int())
+    stays = before == PINNED if ended else (before == PINNED) | (before == clock)
+    return torch.where(stays, before, found.int())

@@ -84,11 +84,11 @@ def evaluate(loaded: Loaded, documents: list[list[int]], levels: list[str], near
         with torch.inference_mode():
             for done, ids in enumerate(documents):
                 report(done, len(documents))
-                logp = _reference(source, ids)
+                logp = reference_of(source, ids)
                 reference_sums.add(logp, logp, torch.tensor(ids[1:], device=logp.device))
                 for level in sums:
                     runtime.set_level(level, sizes[level])
-                    used[level] += _run(loaded, ids, logp, sums[level])
+                    used[level] += stepwise(loaded, ids, logp, sums[level])
     finally:
         runtime.phase, runtime.predict = before[2:]
         runtime.set_level(*before[:2])
@@ -103,7 +103,7 @@ def _result(level: str, sums: Sums, used: Counters) -> LevelResult:
                        used.hit_rate)
 
 
-def _reference(loaded: Loaded, ids: list[int]) -> Tensor:
+def reference_of(loaded: Loaded, ids: list[int]) -> Tensor:
     """float32 [T-1, V]: log-probabilities of the best level, after each token but the last, in one forward."""
     runtime = loaded.runtime
     runtime.set_level(runtime.levels[0], runtime.top_k * runtime.tokens * runtime.whole_bytes)
@@ -111,7 +111,7 @@ def _reference(loaded: Loaded, ids: list[int]) -> Tensor:
     return log_probabilities(loaded.model, torch.tensor([ids], device=loaded.model.device))
 
 
-def _run(loaded: Loaded, ids: list[int], reference: Tensor, sums: Sums) -> Counters:
+def stepwise(loaded: Loaded, ids: list[int], reference: Tensor, sums: Sums) -> Counters:
     """One document, one token a step, from what the runtime was just set to; what it used."""
     runtime = loaded.runtime
     runtime.phase, runtime.predict = "decode", False

@@ -73,6 +73,12 @@ class Recorder(Hook):
     def token_ended(self) -> None:
         self.inner.token_ended()
 
+    def keep_free(self, reserve: int) -> int:
+        return self.inner.keep_free(reserve)
+
+    def demanded(self, layer: int, ids: Tensor) -> None:
+        self.inner.demanded(layer, ids)
+
     def token_begins(self) -> None:
         self.inner.token_begins()
 

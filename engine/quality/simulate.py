@@ -122,6 +122,7 @@ class _Run:
             rule_of(choice, len(pool.slot_of), run.layers, **({} if i else rules)) for i, pool in enumerate(self.pools)]
         self.looks_ahead = of.predict and not (run.is_sparse and of.split.slots == n)
         self.payoff, self.clock, self.most_ahead = Payoff(), 0, MOST
+        self.frees_late = choice.free.name == "layer"
         self.needed = self.hit = self.passed = self.ahead = self.wasted = self.changed = 0
         self.dropped = 0.0
 
@@ -142,15 +143,21 @@ class _Run:
     def _between(self) -> None:
         """A token has ended: what the runtime and its hook do then."""
         self.most_ahead = MOST if self.payoff.pays(self.ahead, self.wasted) else 0
-        each = (self.run.object_bytes, self.run.record_bytes)
-        for pool, rule, reserve, n_bytes in zip(self.pools, self.rules, self.of.reserves, each, strict=False):
-            if not pool.fits_all:
-                found = None
-                if rule is not None:
-                    now = torch.from_numpy(pool.object_of)
-                    found = stamps(rule, now, torch.from_numpy(pool.stamp), self.clock).numpy()
-                self.wasted += n_bytes * pool.age(self.clock, reserve, found)
+        experts, records = self.of.reserves
+        self._free(0, 0 if self.frees_late else experts, ended=True)
+        if len(self.pools) > 1:
+            self._free(1, records, ended=True)
         self.clock += 1
+
+    def _free(self, which: int, reserve: int, ended: bool) -> None:
+        pool, rule = self.pools[which], self.rules[which]
+        if pool.fits_all:
+            return
+        found = None
+        if rule is not None:
+            tables = torch.from_numpy(pool.object_of), torch.from_numpy(pool.stamp)
+            found = stamps(rule, *tables, self.clock, ended).numpy()
+        self.wasted += (self.run.object_bytes, self.run.record_bytes)[which] * pool.age(self.clock, reserve, found)
 
     def _token(self, row: int) -> None:
         run, trace = self.run, self.trace
@@ -158,7 +165,13 @@ class _Run:
         if self.guesses is not None:
             self._fetch(self.guesses.begin(torch.from_numpy(trace.embedding[row]).float()))
         for layer in range(run.layers):
+            guessed = []
+            if self.guesses is not None:
+                guessed = self.guesses.at(layer, *(torch.from_numpy(table[row, layer]).float() for table in
+                                                   (trace.ahead, trace.logits, trace.inputs)))
             things, weights = taken(layer)
+            if self.frees_late:
+                self._free(0, sum(self.pools[0].slot_of[thing] < 0 for thing in things), ended=False)
             self._demand(0, things, run.object_bytes)
             if run.is_sparse:
                 records, needs = self._records(row, layer, weights)
@@ -166,9 +179,7 @@ class _Run:
                 used += records
             if self.guesses is not None:
                 self.guesses.came(layer, self._experts[layer])
-                x = torch.from_numpy(trace.inputs[row, layer]).float()
-                self._fetch(self.guesses.at(layer, torch.from_numpy(trace.ahead[row, layer]),
-                                            torch.from_numpy(trace.logits[row, layer]), x))
+                self._fetch(guessed)
         self._ended(row, used)
 
     def _picks(self, row: int):

@@ -87,6 +87,7 @@ GOOD = {
     "trace": "{compressed} --prompts {text} --out {new} --tokens 6 --most 3",
     "simulate": "{trace} --near 50% --policies predict=repeat,evict=lfu",
     "fit-predictor": "{compressed} {trace} --out {new} --epochs 1",
+    "evidence": "{compressed} --out {new}.md --train 96 --test 64 --live 64",
 }
 BAD = {
     "compress": "{text} {new}",
@@ -107,6 +108,7 @@ BAD = {
     "trace": "{checkpoint} --prompts {text} --out {new}",
     "simulate": "{text} --near 50%",
     "fit-predictor": "{compressed} {text} --out {new}",
+    "evidence": "{checkpoint} --out {new}",
 }
 
 

@@ -3,10 +3,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import DynamicCache
 
 from engine.core import Options
 from engine.experts.policy_hook import PolicyHook
+from engine.experts.working_set import pin
 from engine.model import load
 from engine.policies.choice import parse
 from engine.policies.trace import RoutingTrace
@@ -52,20 +56,60 @@ def run(demo, prompts: Path, near: float, choice: str | None, predict: bool = Tr
 CASES = [("exact", 0.25, None), ("exact", 0.1, None), ("balanced", 0.25, None), ("balanced", 0.5, None),
          ("exact", 0.25, "predict=repeat,evict=lfu,admit=third"), ("exact", 0.5, "predict=popularity,evict=hobbit"),
          ("exact", 0.25, "predict=maps,evict=finemoe"), ("exact", 0.25, "predict=next:2,evict=popularity"),
+         ("exact", 0.25, "free=layer"), ("exact", 0.25, "free=layer,evict=popularity,predict=none"),
          ("exact", 0.25, "predict=profile,evict=divided,route=near:0.1:1"), ("exact", 0.25, "route=skip:0.5"),
          ("balanced", 0.25, "predict=none,evict=lfu,fidelity=score:0.4:0.6"), ("balanced", 0.25, "fidelity=bits:2.6"),
          ("balanced", 0.25, "route=drop:0.4,admit=third")]
 
 
+@pytest.fixture(scope="module")
+def plain(demo, prompts) -> dict[str, RoutingTrace]:
+    """What each level's routers say without any policy, near memory for everything."""
+    found = {}
+    for demo.runtime.level in ("exact", "balanced"):
+        found[demo.runtime.level] = run(demo, prompts, 1.0, None, predict=False)[0]
+    return found
+
+
 @pytest.mark.parametrize("level, near, choice", CASES)
-def test_a_replay_counts_what_the_engine_counted(demo, prompts, level, near, choice):
-    """Needed, hit, far, speculative and wasted bytes, each to the byte, whatever the policies."""
+def test_a_replay_counts_what_the_engine_counted(demo, prompts, plain, level, near, choice):
+    """Needed, hit, far, speculative and wasted bytes, each to the byte, whatever the policies; and with every exact
+    choice each router says the same to the bit."""
     demo.runtime.level = level
     trace, near_bytes, hook = run(demo, prompts, near, choice, horizon=2)
     found = Simulator(trace, near_bytes).run_choice(parse(choice or ""))
     counted = demo.runtime.counters()
     assert found.tokens == N_TOKENS == trace.decode.sum() and counted.far_bytes > 0
     assert [*vars(found.counters).values()][:5] == [*vars(counted).values()][:5]
+    if parse(choice or "").is_exact:
+        assert np.array_equal(trace.token, plain[level].token) and np.array_equal(trace.logits, plain[level].logits)
     if hook is not None:
         assert found.counters.dropped_weight == pytest.approx(float(hook.dropped))
         assert found.changed == int(hook.changed)
+
+
+@pytest.mark.parametrize("level, choice", [("exact", "route=near:0:1"), ("balanced", "fidelity=score:1:1,route=skip:1"),
+                                           ("balanced", "fidelity=bits:9,route=drop:0")])
+def test_neutral_numbers_change_no_output(demo, prompts, plain, level, choice):
+    demo.runtime.level = level
+    trace, _, hook = run(demo, prompts, 0.25, choice)
+    assert np.array_equal(trace.logits, plain[level].logits) and float(hook.dropped) == 0
+
+
+def test_cached_only_moves_no_byte_in_decode(demo):
+    """From a working set that was brought before; the router's own choice is then often another."""
+    runtime = demo.runtime
+    runtime.set_level("exact", 5_000_000)
+    hook = PolicyHook(runtime, demo.model, parse("route=near-only,predict=none"))
+    pin(runtime, [(layer, expert) for layer in range(runtime.far.layers) for expert in range(3)])
+    runtime.counts.zero_()
+    try:
+        with runtime.hooked(hook), torch.inference_mode():
+            runtime.phase, cache = "decode", DynamicCache(config=demo.model.config)
+            for token in (5, 60, 700, 8, 90):
+                out = demo.model(torch.tensor([[token]]), past_key_values=cache)
+    finally:
+        hook.close()
+    counted = runtime.counters()
+    assert counted.far_bytes == counted.speculative_bytes == 0 < counted.needed_bytes == counted.hit_bytes
+    assert bool(out.logits.isfinite().all()) and int(hook.changed) > 0

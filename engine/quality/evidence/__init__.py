@@ -1,0 +1,1 @@
+"""The evidence: every policy on one model at three sizes of near memory, what its paper claims, what was measured."""

@@ -1,0 +1,121 @@
+"""From a folder to the evidence: traces, training, replays, live rows, and the lines that the policies are held to."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from engine.model.load import Loaded
+from engine.policies.choice import parse
+from engine.policies.learned import fit
+from engine.policies.trace import RoutingTrace
+from engine.quality.evidence.live import LOSSY, SPARSE, Live, live_rows
+from engine.quality.evidence.replayed import coverage, lossless_rows, warm_up
+from engine.quality.evidence.report import Found, Judged, gap_closed
+from engine.quality.recorder import Recorder, record
+from engine.quality.simulate import Replay, Simulator
+from engine.quality.texts import CALIBRATION_TEXT, EVALUATION_TEXT, read_tokens
+
+SHARES = (0.25, 0.5, 0.75)
+EPOCHS = 8
+LONGEST_ANSWER = 96
+Report = Callable[[str], None]
+
+
+def gather(loaded: Loaded, command: str, n_train: int, n_test: int, n_live: int, report: Report) -> Found:
+    """n_train, n_test: tokens of the traces; n_live: that are predicted with a policy live, each."""
+    run = loaded.runtime.far
+    whole = run.layers * run.experts * run.expert_bytes
+    train = _trace(loaded, CALIBRATION_TEXT, n_train, "exact", report)
+    test = _trace(loaded, EVALUATION_TEXT, n_test, "exact", report)
+    report("training the predictors")
+    learned = fit(train, EPOCHS)
+    replayed, live = {}, {}
+    documents = read_tokens(EVALUATION_TEXT, loaded.tokenizer, n_live)
+    popular = _most_popular(train)
+    sparse = _trace(loaded, EVALUATION_TEXT, n_test // 2, "balanced", report) if (
+        "balanced" in loaded.runtime.levels) else None
+    for share in SHARES:
+        report(f"replaying at {share:.0%}")
+        replayed[share] = lossless_rows(train, test, int(share * whole), learned)
+        live[share] = live_rows(loaded, documents, int(share * whole), popular, "exact", LOSSY, report)
+        if sparse is not None:
+            live[share] += live_rows(loaded, documents, int(share * whole), popular, "balanced", SPARSE, report)
+    judged = _judged(train, test, sparse, replayed, live, whole, learned)
+    return Found(test.run.model, command, (len(train.steps), len(test.steps)), replayed, live, judged)
+
+
+def _trace(loaded: Loaded, prompts: Path, n_tokens: int, level: str, report: Report) -> RoutingTrace:
+    report(f"recording {n_tokens} tokens at {level}")
+    runtime = loaded.runtime
+    runtime.set_level(level, None)
+    recorder = Recorder(loaded, 3, True)
+    record(loaded, prompts, recorder, n_tokens, LONGEST_ANSWER)
+    return recorder.trace(loaded.spec.name)
+
+
+def _most_popular(trace: RoutingTrace) -> list[tuple[int, int]]:
+    """(layer, expert), the most often taken first."""
+    run = trace.run
+    taken = trace.experts[trace.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
+    counts = np.bincount(taken.ravel(), minlength=run.layers * run.experts)
+    return [divmod(int(thing), run.experts) for thing in np.argsort(-counts, kind="stable")]
+
+
+def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None, replayed: dict[float, list[Replay]],
+            live: dict[float, list[Live]], whole: int, learned: dict) -> list[Judged]:
+    rows = replayed[0.25]
+    named = {row.name: row for row in rows}
+    best = max(rows[6:], key=lambda row: gap_closed(rows, row, True))
+    closed, routers = gap_closed(rows, best, True), named["predict=next:1"].mean_recall[0]
+    network, popularity = (named[f"predict={name}"].mean_recall[1] for name in ("sequence", "popularity"))
+    plain, gated = named["LRU on demand"], named["LRU on demand, admission on the third use"]
+    uploads = [(row.counters.far_bytes - row.passed_bytes) / row.tokens for row in (plain, gated)]
+    everybody, own = coverage(train, test, 0.5)
+    warm = warm_up(test, int(0.25 * whole), learned)
+    found = [
+        Judged("the best lossless choice closes a quarter of the gap between LRU and the optimum at 25 % near, all "
+               "bytes counted", f"`{best.name}` closes {closed:.0%}", closed >= 0.25),
+        Judged("admission halves what is fetched into the cache at the same hits, 25 % near, the rest computed in "
+               "place",
+               f"{uploads[1] / uploads[0]:.0%} of the bytes, hits {plain.counters.hit_rate:.1%} and "
+               f"{gated.counters.hit_rate:.1%}",
+               uploads[1] <= 0.5 * uploads[0] and gated.counters.hit_rate >= plain.counters.hit_rate - 0.01),
+        Judged("the next router's recall is 75 % or more", f"{routers:.1%}", routers >= 0.75),
+        Judged("the sequence network's recall of 2k guesses is 10 points above popularity's",
+               f"{network:.1%} against {popularity:.1%}", network >= popularity + 0.1),
+        Judged("a conversation's profile covers 5 points more than popularity at 50 %",
+               f"{own:.1%} against {everybody:.1%}", own >= everybody + 0.05),
+        Judged("a draft's warm-up lowers the misses of the first 16 tokens, 25 % near",
+               ", ".join(f"{name}: {share:.1%}" for name, share in warm.items()),
+               warm["expected of the draft"] < warm["cold"])]
+    return found + _judged_live(live) + (_judged_records(sparse, replayed, whole) if sparse is not None else [])
+
+
+def _judged_live(live: dict[float, list[Live]]) -> list[Judged]:
+    exact, *others = (row for row in live[0.25] if row.level == "exact")
+    good = [row for row in others if row.name.startswith("route=near:") and row.perplexity <= 1.01 * exact.perplexity]
+    best = min(good, key=lambda row: row.far_per_token, default=exact)
+    moved = best.far_per_token / exact.far_per_token
+    only = [row for rows in live.values() for row in rows if row.name.startswith("route=near-only")]
+    same = next(row for row in others if row.name == "evict=popularity,free=layer")
+    return [Judged("*prefer cached* at +1 % perplexity moves 70 % of the bytes or less, 25 % near",
+                   f"`{best.name}`: {moved:.0%}, perplexity {best.perplexity / exact.perplexity - 1:+.2%}",
+                   moved <= 0.7),
+            Judged("*cached only* moves no byte in decode",
+                   f"{sum(row.counters.far_bytes + row.counters.speculative_bytes for row in only):,} bytes",
+                   all(row.counters.far_bytes + row.counters.speculative_bytes == 0 for row in only)),
+            Judged("another rule of eviction changes no output",
+                   f"perplexity {same.perplexity!r} and {exact.perplexity!r}",
+                   same.perplexity == exact.perplexity and same.kl == exact.kl)]
+
+
+def _judged_records(sparse: RoutingTrace, replayed: dict[float, list[Replay]], whole: int) -> list[Judged]:
+    found = []
+    for share, most in ((0.25, 0.8), (0.5, 0.4)):
+        row = Simulator(sparse, int(share * whole)).run_choice(parse("predict=none"))
+        moved = row.far_per_token / replayed[share][0].far_per_token
+        found.append(Judged(f"`balanced`, caching records, moves {most:.0%} of LRU on whole experts or less, "
+                            f"{share:.0%} near", f"{moved:.0%}", moved <= most))
+    return found

@@ -1,0 +1,119 @@
+"""Rows of the evidence that need no model: traces replayed under every lossless policy, and what else they tell.
+
+Train and test are different answers: what is learned, pinned or divided comes from the first trace, every figure from
+the second.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from engine.core import Counters
+from engine.policies.choice import parse
+from engine.policies.predict import Predictor
+from engine.policies.residency import USES, WINDOW
+from engine.policies.split import divide, recency_curve
+from engine.policies.trace import RoutingTrace
+from engine.quality.simulate import Replay, Simulator, baselines, most_popular, sizes_of
+
+LOSSLESS = ("predict=none,evict=popularity", "predict=none,evict=hobbit", "predict=none,evict=divided",
+            "predict=none,evict=pinned", "predict=none,admit=third", "predict=none,evict=popularity,admit=third",
+            "predict=none,free=layer", "predict=none,free=layer,evict=lfu", "predict=none,free=layer,evict=popularity",
+            "predict=none,free=layer,evict=popularity,admit=third",
+            "predict=next:1", "predict=next:2", "predict=next:3", "predict=repeat", "predict=popularity",
+            "predict=profile", "predict=maps", "predict=learned", "predict=sequence",
+            "predict=next:1,evict=popularity", "predict=learned,evict=popularity", "predict=sequence,evict=popularity")
+START = 16  # tokens of an answer in which a warm-up shows
+
+
+def lossless_rows(train: RoutingTrace, test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor],
+                  ) -> list[Replay]:
+    """The four baselines, two caches of textbooks, then `LOSSLESS`."""
+    simulator = Simulator(test, near_bytes, learned=learned)
+    slots, run = simulator.split.slots, train.run
+    curves = [recency_curve(train.experts[train.steps][:, layer].tolist(), run.experts) for layer in range(run.layers)]
+    given = {"divided": {"shares": torch.tensor(divide(curves, slots, 1)[0])},
+             "pinned": {"chosen": most_popular(train, slots - simulator.reserves[0])}}
+    return [*baselines(simulator), on_demand(test, near_bytes, False), on_demand(test, near_bytes, True),
+            *(simulator.run_choice(choice, **given.get(choice.evict.name, {})) for choice in map(parse, LOSSLESS))]
+
+
+def on_demand(trace: RoutingTrace, near_bytes: int, gated: bool) -> Replay:
+    """Least recently used as textbooks have it: a miss evicts at once and every slot is in use. gated: only what was
+    used `USES` times within `WINDOW` tokens may evict; the rest passes through, as where the processor computes it in
+    place. Free slots fill ungated."""
+    run, slots = trace.run, sizes_of(trace.run).divided(near_bytes).slots
+    experts = trace.experts[trace.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
+    near: dict[int, None] = {}
+    times: dict[int, list[int]] = {}
+    hits = passed = 0
+    for clock, token in enumerate(experts.reshape(len(experts), -1).tolist()):
+        for thing in token:
+            seen = times[thing] = [*times.get(thing, ()), clock][-USES:]
+            if thing in near:
+                hits += 1
+                del near[thing]
+            elif len(near) >= slots:
+                if gated and not (len(seen) == USES and clock - seen[0] < WINDOW):
+                    passed += 1
+                    continue
+                del near[next(iter(near))]
+            near[thing] = None
+    each = run.object_bytes
+    name = "LRU on demand, admission on the third use" if gated else "LRU on demand"
+    return Replay(name, len(experts), slots, Counters(experts.size * each, hits * each, (experts.size - hits) * each),
+                  passed * each)
+
+
+def coverage(train: RoutingTrace, test: RoutingTrace, share: float) -> tuple[float, float]:
+    """Of the picks of an answer what a resident set of `share` of all experts holds -> by everybody's popularity, by
+    what the answer before it took."""
+    run, n = train.run, round(share * train.run.layers * train.run.experts)
+    everybody, found = most_popular(train, n), []
+    previous = None
+    for answer in np.unique(test.answer):
+        rows = test.rows(np.flatnonzero(test.answer == answer))
+        taken = (rows.experts[rows.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]).ravel()
+        if previous is not None and len(taken):
+            own = most_popular(previous, n)
+            found.append((len(taken), float(everybody[taken].sum()), float(own[taken].sum())))
+        previous = rows
+    total = sum(row[0] for row in found)
+    return sum(row[1] for row in found) / total, sum(row[2] for row in found) / total
+
+
+def warm_up(test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor]) -> dict[str, float]:
+    """Misses of an answer's first tokens from an empty near memory, as a share of their picks: cold; warmed with what
+    the sequence network expects of the prompt's text; with what the prompt was really routed to."""
+    run, slots = test.run, sizes_of(test.run).divided(near_bytes).slots
+    missed, picks = dict.fromkeys(("cold", "expected of the draft", "taken by the prompt"), 0), 0
+    for answer in np.unique(test.answer):
+        rows = test.rows(np.flatnonzero(test.answer == answer))
+        prompt = np.flatnonzero(~rows.decode)
+        steps = rows.steps[:START]
+        if not len(prompt) or not len(steps):
+            continue
+        experts = rows.experts.astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
+        taken = np.bincount(experts[prompt].ravel(), minlength=run.layers * run.experts)
+        text = torch.from_numpy(rows.embedding[prompt]).float()
+        expected = learned["sequence"](text[None])[0].softmax(-1).sum(0).flatten().numpy()
+        for name, likely in (("cold", None), ("expected of the draft", expected), ("taken by the prompt", taken)):
+            near = {} if likely is None else dict.fromkeys(np.argsort(-likely, kind="stable")[:slots].tolist()[::-1])
+            missed[name] += _missed(near, slots, experts[steps].reshape(len(steps), -1).tolist())
+        picks += experts[steps].size
+    return {name: n / max(1, picks) for name, n in missed.items()}
+
+
+def _missed(near: dict[int, None], slots: int, tokens: list[list[int]]) -> int:
+    n = 0
+    for thing in (thing for token in tokens for thing in token):
+        if thing in near:
+            del near[thing]
+        else:
+            n += 1
+            if len(near) >= slots:
+                del near[next(iter(near))]
+        near[thing] = None
+    return n

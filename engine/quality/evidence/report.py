@@ -1,0 +1,158 @@
+"""The evidence as a page of Markdown with two plots beside it (SVG, written by hand: a few lines and words)."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from engine.quality.evidence.claims import SYSTEMS
+from engine.quality.evidence.live import Live
+from engine.quality.simulate import Replay
+
+WIDTH, HEIGHT, EDGE = 640, 320, 56
+COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#b8860b", "#0099c6")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A line that the policies are held to: what was asked for, what was found, whether it holds."""
+
+    asked: str
+    found: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that was measured. Keys of the rows: the share of whole experts that is near."""
+
+    model: str
+    command: str
+    tokens: tuple[int, int]
+    replayed: dict[float, list[Replay]]
+    live: dict[float, list[Live]]
+    judged: list[Judged]
+
+
+def page(found: Found, plots: Sequence[str]) -> str:
+    trained, tested = found.tokens
+    said = [f"# Policies on {found.model}", "",
+            "What each idea of the field does on this one model, measured by one command; a row that loses stays in. "
+            "The default of the engine is exact and uses none of the rows marked *changes the output*.", "",
+            f"    {found.command}", "",
+            f"Traces are the model's own answers: {trained:,} tokens to learn from, {tested:,} other ones to measure "
+            "on. A share of near memory counts whole 4-bit experts. *Gap closed*: between LRU (0 %) and Belady's "
+            "optimum (100 %), in bytes fetched on demand; *with ahead*: in all bytes that cross the link. *Gain*: "
+            "demand bytes less than the row above. Recall is of the layers from the third on.", ""]
+    said += ["## Held to", "", "| asked for | found | |", "|---|---|---|"]
+    said += [f"| {line.asked} | {line.found} | {'holds' if line.holds else 'does **not** hold'} |"
+             for line in found.judged]
+    for share, rows in found.replayed.items():
+        said += ["", f"## Output unchanged, {share:.0%} near", "", *_replayed(rows)]
+    said += ["", f"![Gap between LRU and the optimum that each rule closes]({plots[0]})"]
+    for share, rows in found.live.items():
+        said += ["", f"## Changes the output, {share:.0%} near", "", *_live(rows)]
+    said += ["", f"![Bytes a token against perplexity]({plots[1]})", "", "## System by system", "", *_systems(found)]
+    return "\n".join(said) + "\n"
+
+
+def gap_closed(rows: Sequence[Replay], row: Replay, crossed: bool = False) -> float:
+    """rows: LRU first, the optimum fourth."""
+    worst, best = rows[0].far_per_token, rows[3].far_per_token
+    moved = row.crossed_per_token if crossed else row.far_per_token
+    return (worst - moved) / (worst - best) if worst > best else 0.0
+
+
+def _replayed(rows: Sequence[Replay]) -> Iterable[str]:
+    yield ("| policies | hits | demand bytes/token | ahead | wasted | gap closed | with ahead | recall k / 2k / 3k "
+           "| gain |")
+    yield "|---|---|---|---|---|---|---|---|---|"
+    before = None
+    for row in rows:
+        counters, n = row.counters, max(1, row.tokens)
+        recall = " / ".join(f"{share:.0%}" for share in row.mean_recall)
+        gain = f"{1 - row.far_per_token / before:+.1%}" if before else ""
+        before = row.far_per_token
+        yield (f"| {row.name} | {counters.hit_rate:.1%} | {row.far_per_token:,.0f} | "
+               f"{counters.speculative_bytes / n:,.0f} | {counters.wasted_bytes / n:,.0f} | "
+               f"{gap_closed(rows, row):.0%} | {gap_closed(rows, row, True):.0%} | {recall} | {gain} |")
+
+
+def _live(rows: Sequence[Live]) -> Iterable[str]:
+    yield "| policies | level | perplexity | KL | far bytes/token | of the exact row | weight left out | gain |"
+    yield "|---|---|---|---|---|---|---|---|"
+    exact, before = {}, None
+    for row in rows:
+        exact.setdefault(row.level, row)
+        share = row.far_per_token / max(1, exact[row.level].far_per_token)
+        gain = f"{1 - row.far_per_token / before:+.1%}" if before else ""
+        before = row.far_per_token
+        yield (f"| {row.name} | {row.level} | {row.perplexity:.3f} | {row.kl:.4f} | {row.far_per_token:,.0f} | "
+               f"{share:.0%} | {row.dropped:.2%} | {gain} |")
+
+
+def _systems(found: Found) -> Iterable[str]:
+    share = min(found.replayed)
+    yield f"Figures at {share:.0%} near."
+    yield ""
+    yield "| system | source | its claim | measured here |"
+    yield "|---|---|---|---|"
+    replayed = {row.name: row for row in found.replayed[share]}
+    live = {row.name: row for row in found.live[share]}
+    for system in SYSTEMS:
+        said = [_short(found.replayed[share], replayed[name]) for name in system.rows if name in replayed]
+        said += [f"`{name}`: perplexity {live[name].perplexity:.2f}, KL {live[name].kl:.3f}, "
+                 f"{live[name].far_per_token:,.0f} bytes/token" for name in system.rows if name in live]
+        yield f"| {system.name} | {system.source} | {system.claim} | {'; '.join(filter(None, (*said, system.note)))} |"
+
+
+def _short(rows: Sequence[Replay], row: Replay) -> str:
+    recall = f", recall {row.mean_recall[0]:.0%}" if row.recall else ""
+    return f"`{row.name}`: hits {row.counters.hit_rate:.1%}, gap closed {gap_closed(rows, row, True):.0%}{recall}"
+
+
+def bars(rows: dict[float, list[Replay]], chosen: Sequence[str]) -> str:
+    """SVG: the share of the gap, all bytes counted, that each rule closes at each size."""
+    step = (WIDTH - 220) / len(rows)
+    drawn = []
+    for at, (share, found) in enumerate(rows.items()):
+        by_name = {row.name: row for row in found}
+        x0 = 200 + at * step
+        drawn.append(_text(x0 + step / 2, 20, f"{share:.0%} near", "middle"))
+        for line, name in enumerate(chosen):
+            value, y = gap_closed(found, by_name[name], True), 34 + line * 22
+            length = max(-1.0, min(1.0, value)) * step / 2.4
+            left = x0 + step / 2.2 + min(0.0, length)
+            drawn.append(f'<rect x="{left:.1f}" y="{y}" width="{abs(length):.1f}" height="14" '
+                         f'fill="{COLOURS[0] if length >= 0 else COLOURS[1]}"/>')
+            drawn.append(_text(x0 + step / 2.2 + max(0.0, length) + 4, y + 12, f"{value:.0%}"))
+            if not at:
+                drawn.append(_text(192, y + 12, name, "end"))
+    return _svg(drawn, 44 + 22 * len(chosen))
+
+
+def scatter(rows: dict[float, list[Live]]) -> str:
+    """SVG: far bytes a token against perplexity, a colour for each size of near memory."""
+    every = [row for found in rows.values() for row in found]
+    most, low = max(row.far_per_token for row in every) or 1, min(row.perplexity for row in every)
+    high = min(max(row.perplexity for row in every), 1.5 * low)  # what is worse stands at the edge
+    drawn = [f'<path d="M{EDGE} {EDGE / 2} V{HEIGHT - EDGE} H{WIDTH - EDGE}" fill="none" stroke="#888"/>',
+             _text(WIDTH / 2, HEIGHT - 12, f"far bytes a token, up to {most:,.0f}", "middle"),
+             _text(EDGE, 16, f"perplexity, {low:.1f} to {high:.1f}")]
+    for at, (share, found) in enumerate(rows.items()):
+        drawn.append(_text(WIDTH - EDGE, 40 + 18 * at, f"{share:.0%} near", "end", COLOURS[at]))
+        for row in found:
+            x = EDGE + row.far_per_token / most * (WIDTH - 2 * EDGE)
+            y = HEIGHT - EDGE - (min(row.perplexity, high) - low) / max(1e-9, high - low) * (HEIGHT - 2 * EDGE)
+            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[at]}">'
+                         f'<title>{escape(row.name)}, {row.level}</title></circle>')
+    return _svg(drawn, HEIGHT)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#777") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
+
+
+def _svg(drawn: Iterable[str], height: float) -> str:
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" '
+            f'font-size="11">\n' + "\n".join(drawn) + "\n</svg>\n")

@@ -1,0 +1,99 @@
+"""The page of evidence from replays and figures that are there, without the minutes that measuring takes."""
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from engine.core import Counters, UserError
+from engine.policies.learned import fit
+from engine.policies.trace import RoutingTrace, RunNumbers
+from engine.quality.evidence.live import Live
+from engine.quality.evidence.replayed import coverage, lossless_rows, on_demand, warm_up
+from engine.quality.evidence.report import Found, Judged, bars, gap_closed, page, scatter
+from engine.quality.simulate import Simulator, optimum, recalls, sizes_of
+
+L, E, K, H, N = 3, 8, 2, 16, 4
+
+
+def made(seed: int, answers: int = 5, prompt: int = 3, steps: int = 16) -> RoutingTrace:
+    """Routers that like some experts more and repeat themselves; the next one is nearly guessed."""
+    rng, n = np.random.default_rng(seed), answers * (prompt + steps)
+    logits = rng.normal(size=(n, L, E)).astype(np.float32) + 2 * np.eye(E, dtype=np.float32)[rng.integers(0, 3, (n, L))]
+    ahead = np.zeros((n, L, 3, E), np.float32)
+    for step in (1, 2):
+        ahead[:, :-step, step - 1] = logits[:, step:] + rng.normal(size=(n, L - step, E)) * 0.3 * step
+    experts = np.argsort(-logits, axis=2)[:, :, :K]
+    share = np.exp(np.take_along_axis(logits, experts, 2))
+    decode = np.tile(np.arange(prompt + steps) >= prompt, answers)
+    run = RunNumbers("made", "exact", L, E, K, N, 1000, 400, 100, 50, 64, (0,) * L, {})
+    answer = np.repeat(np.arange(answers, dtype=np.int32), prompt + steps)
+    return RoutingTrace(run, np.arange(n, dtype=np.int32), answer, decode, rng.normal(size=(n, H)).astype(np.float16),
+                        logits, ahead, experts.astype(np.uint8),
+                        (share / share.sum(2, keepdims=True)).astype(np.float32), *(np.zeros((n, L, 0), np.uint8),) * 2,
+                        rng.normal(size=(n, L, H)).astype(np.float16))
+
+
+@pytest.fixture(scope="module")
+def traces() -> tuple[RoutingTrace, RoutingTrace]:
+    return made(0), made(1)
+
+
+@pytest.fixture(scope="module")
+def learned(traces):
+    return fit(traces[0], 1)
+
+
+@pytest.fixture(scope="module")
+def rows(traces, learned):
+    return lossless_rows(*traces, 10_000, learned)
+
+
+def test_no_rule_passes_the_optimum_and_all_see_the_same_picks(rows, traces):
+    best = next(row for row in rows if row.name == "Belady's optimum")
+    for row in rows:
+        assert row.counters.needed_bytes == 5 * 16 * L * K * 1000 == row.counters.hit_bytes + row.counters.far_bytes
+        assert row.crossed_per_token >= best.far_per_token > 0, row.name
+    assert gap_closed(rows, best) == 1 and gap_closed(rows, rows[0]) == 0
+    for n_slots in (2, 5, 9):
+        size = (n_slots + K) * 1000
+        assert optimum(traces[1], size).far_per_token <= on_demand(traces[1], size, False).far_per_token
+
+
+def test_where_everything_fits_each_expert_is_fetched_once(traces):
+    size = (L * E + K) * 1000
+    taken = len(np.unique(traces[1].experts[traces[1].steps] + E * np.arange(L)[:, None]))
+    for row in (optimum(traces[1], size), on_demand(traces[1], size, False), on_demand(traces[1], size, True)):
+        assert row.counters.far_bytes == taken * 1000 and row.passed_bytes == 0
+
+
+def test_recall_grows_with_the_guesses_and_the_control_is_perfect(traces, learned):
+    found = recalls(traces[1], ("popularity", "repeat", "next:0", "next:1", "sequence"), learned)
+    assert found["next:0"] == [1.0] * 3 and found["next:1"][0] > found["popularity"][0]
+    for row in found.values():
+        assert 0 < row[0] <= row[1] <= row[2] <= 1
+
+
+def test_coverage_and_warm_up_are_shares(traces, learned):
+    assert all(0 < share < 1 for share in coverage(*traces, 0.5)) and coverage(*traces, 1.0) == (1.0, 1.0)
+    found = warm_up(traces[1], 10_000, learned)
+    assert found["taken by the prompt"] < found["cold"] and all(0 < share < 1 for share in found.values())
+
+
+def test_the_page_holds_every_row_and_every_system(rows):
+    live = [Live(name, "exact", 10, 5.0 + at, 0.01, Counters(100, 60, 40 - at), 0.1) for at, name in enumerate(
+        ("exact", "route=near:0.1:1"))]
+    found = Found("made", "the command", (144, 144), {0.25: rows, 0.5: rows}, {0.25: live, 0.5: live},
+                  [Judged("something", "less", False)])
+    text = page(found, ["gap.svg", "cost.svg"])
+    assert all(f"| {row.name} |" in text for row in rows) and "does **not** hold" in text
+    for system in ("FloE", "SiDA-MoE", "eMoE", "HOBBIT", "FineMoE", "MoLE"):
+        assert f"\n| {system} |" in text
+    for drawn in (bars(found.replayed, [row.name for row in rows]), scatter(found.live)):
+        assert ElementTree.fromstring(drawn).tag.endswith("svg") and "NaN" not in drawn
+
+
+def test_too_little_near_memory_is_one_sentence(traces):
+    with pytest.raises(UserError, match="give at least 2,000"):
+        Simulator(traces[1], sizes_of(traces[1].run).least_bytes - 1)
