@@ -44,7 +44,8 @@ class Options:
     """How a model is opened. `None` lets the plan decide.
 
     near_bytes: bytes of near memory for sketches, records or experts. context and chunk: tokens.
-    device: "cpu" or "cuda"; predict: fetch ahead of the router (never changes the output).
+    device: "cpu" or "cuda"; predict: fetch ahead of the router (never changes the output). policies: as
+    engine/policies/choice.py reads them, "" for the engine's own.
     """
 
     level: str | None = None
@@ -53,6 +54,7 @@ class Options:
     chunk: int | None = None
     device: str | None = None
     predict: bool = True
+    policies: str = ""
 
     def __post_init__(self) -> None:
         _check(self.level in (None, *LEVELS), f"There is no level {self.level!r}; choose one of {', '.join(LEVELS)}.")

@@ -68,7 +68,7 @@ class PolicyHook(Hook):
                           for width in widths]
 
     def _embedded(self, module: nn.Module, given: tuple, embedded: Tensor) -> None:
-        self._embedding.copy_(embedded.flatten(0, 1)[-1].half())  # as a trace keeps it
+        self._embedding.copy_(embedded.reshape(-1, embedded.shape[-1])[-1].half())  # as a trace keeps it
 
     # --- between tokens -----------------------------------------------------------------------------------------
     def token_ended(self) -> None:

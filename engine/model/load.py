@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core import ModelSpec, Options, UserError
 from engine.disk import ordinary_files
+from engine.experts.policy_hook import PolicyHook
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarCheckpoint, offered
 from engine.files.chat_parts import VOCABULARIES
@@ -37,6 +38,7 @@ from engine.model.tokenizer_trial import what_is_wrong
 from engine.one_thread import one_thread
 from engine.planning import explain
 from engine.planning.planner import Planner
+from engine.policies.choice import parse
 
 LOADED = 0.95  # share of opening that lies behind when the model is in its place
 
@@ -79,12 +81,15 @@ def load(folder: str | Path, options: Options, progress: Report | None = None) -
 
 def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     return_freed()  # of a model that was open before
+    choice = parse(options.policies)
     no_card = options.device == "cpu" or torch.version.cuda is None
     found = detect.without_cards(folder) if no_card else detect.survey(folder, own_vram_bytes=own_vram_bytes())
     if not torch.cuda.is_initialized():
         detect.choose_card(found)
     device, why_not_the_card = errors.device_for(options.device)
     machine = detect.machine(found, device)
+    if options.policies and device != "cpu":
+        raise UserError("Policies act on the processor only; open the model with --device cpu.")
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
     if device == "cpu":
@@ -101,6 +106,8 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     if device == "cpu":
         runtime = bind(model, side_of(far), far, planner, level, planner.near_bytes(level, options), options.predict)
         runtime.reason = " ".join((why_not_the_card, why_slow)).strip()
+        if options.policies:
+            runtime.hook = PolicyHook(runtime, model, choice)
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     return_freed()

@@ -50,7 +50,7 @@ class Recorder(Hook):
         self._rows["token"] += ids
         self._rows["answer"] += [self.answer] * len(ids)
         self._rows["decode"] += [self.runtime.phase == "decode"] * len(ids)
-        self._rows["embedding"].append(_array(embedded.flatten(0, 1), np.float16))
+        self._rows["embedding"].append(_array(embedded.reshape(-1, embedded.shape[-1]), np.float16))
 
     @property
     def tokens(self) -> int:

@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--near-bytes", type=parse_bytes, metavar="SIZE", help="near memory (default: planned)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens (default: what the model can)")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens that are read at once")
+    parser.add_argument("--policies", default="", metavar="SPEC",
+                        help="what to fetch ahead, keep and route, as of `simulate`; route and fidelity change answers")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here; repeatable")
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> dict | None:
     if args.json and args.prompt is None:
         raise UserError("--json prints one answer; give the question with --prompt TEXT.")
     options = Options(level=args.level, near_bytes=args.near_bytes, context=args.context, chunk=args.chunk,
-                      device=args.device)
+                      device=args.device, policies=args.policies)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
                         repetition_penalty=args.repetition_penalty, seed=args.seed, max_tokens=args.max_tokens,
                         stop=tuple(args.stop))

@@ -97,7 +97,7 @@ def _judged_live(live: dict[float, list[Live]]) -> list[Judged]:
     exact, *others = (row for row in live[0.25] if row.level == "exact")
     good = [row for row in others if row.name.startswith("route=near:") and row.perplexity <= 1.01 * exact.perplexity]
     best = min(good, key=lambda row: row.far_per_token, default=exact)
-    moved = best.far_per_token / exact.far_per_token
+    moved = best.far_per_token / max(1.0, exact.far_per_token)
     only = [row for rows in live.values() for row in rows if row.name.startswith("route=near-only")]
     same = next(row for row in others if row.name == "evict=popularity,free=layer")
     return [Judged("*prefer cached* at +1 % perplexity moves 70 % of the bytes or less, 25 % near",
@@ -115,7 +115,7 @@ def _judged_records(sparse: RoutingTrace, replayed: dict[float, list[Replay]], w
     found = []
     for share, most in ((0.25, 0.8), (0.5, 0.4)):
         row = Simulator(sparse, int(share * whole)).run_choice(parse("predict=none"))
-        moved = row.far_per_token / replayed[share][0].far_per_token
+        moved = row.far_per_token / max(1.0, replayed[share][0].far_per_token)
         found.append(Judged(f"`balanced`, caching records, moves {most:.0%} of LRU on whole experts or less, "
                             f"{share:.0%} near", f"{moved:.0%}", moved <= most))
     return found

@@ -55,7 +55,7 @@ def live_rows(loaded: Loaded, documents: list[list[int]], near_bytes: int, popul
                         runtime.set_level(level, near_bytes)
                         if choice.evict.name == "pinned":
                             pool, reserve = runtime.near.pools()[0]
-                            pin(runtime, popular[:len(pool.object_of) - reserve])
+                            pin(runtime, popular[:max(0, len(pool.object_of) - reserve)])
                         used += stepwise(loaded, ids, reference, sums)
             finally:
                 hook.close()

@@ -34,7 +34,7 @@ def lossless_rows(train: RoutingTrace, test: RoutingTrace, near_bytes: int, lear
     simulator = Simulator(test, near_bytes, learned=learned)
     slots, run = simulator.split.slots, train.run
     curves = [recency_curve(train.experts[train.steps][:, layer].tolist(), run.experts) for layer in range(run.layers)]
-    given = {"divided": {"shares": torch.tensor(divide(curves, slots, 1)[0])},
+    given = {"divided": {"shares": torch.tensor(divide(curves, slots, min(1, slots // run.layers))[0])},
              "pinned": {"chosen": most_popular(train, slots - simulator.reserves[0])}}
     return [*baselines(simulator), on_demand(test, near_bytes, False), on_demand(test, near_bytes, True),
             *(simulator.run_choice(choice, **given.get(choice.evict.name, {})) for choice in map(parse, LOSSLESS))]
@@ -56,7 +56,7 @@ def on_demand(trace: RoutingTrace, near_bytes: int, gated: bool) -> Replay:
                 hits += 1
                 del near[thing]
             elif len(near) >= slots:
-                if gated and not (len(seen) == USES and clock - seen[0] < WINDOW):
+                if not slots or gated and not (len(seen) == USES and clock - seen[0] < WINDOW):
                     passed += 1
                     continue
                 del near[next(iter(near))]
@@ -80,7 +80,7 @@ def coverage(train: RoutingTrace, test: RoutingTrace, share: float) -> tuple[flo
             own = most_popular(previous, n)
             found.append((len(taken), float(everybody[taken].sum()), float(own[taken].sum())))
         previous = rows
-    total = sum(row[0] for row in found)
+    total = sum(row[0] for row in found) or 1  # a single answer has none before it
     return sum(row[1] for row in found) / total, sum(row[2] for row in found) / total
 
 
@@ -113,6 +113,8 @@ def _missed(near: dict[int, None], slots: int, tokens: list[list[int]]) -> int:
             del near[thing]
         else:
             n += 1
+            if not slots:
+                continue
             if len(near) >= slots:
                 del near[next(iter(near))]
         near[thing] = None

@@ -71,7 +71,7 @@ def place(made, tmp_path, monkeypatch) -> Place:
 GOOD = {
     "compress": "{checkpoint} {new}",
     "calibrate": "{data}/models/small --text {text} --tokens 200",
-    "chat": "{compressed} --prompt Hello --max-tokens 3",
+    "chat": "{compressed} --prompt Hello --max-tokens 3 --policies evict=lfu,route=near:0.1 --near-bytes 64KiB",
     "eval": "{compressed} --text {text} --tokens 12",
     "bench": "{compressed} --level exact --near-bytes 64KiB",
     "hardware": "",
@@ -87,7 +87,7 @@ GOOD = {
     "trace": "{compressed} --prompts {text} --out {new} --tokens 6 --most 3",
     "simulate": "{trace} --near 50% --policies predict=repeat,evict=lfu",
     "fit-predictor": "{compressed} {trace} --out {new} --epochs 1",
-    "evidence": "{compressed} --out {new}.md --train 96 --test 64 --live 64",
+    "evidence": "{compressed} --out {new}.md --train 80 --test 24 --live 16",
 }
 BAD = {
     "compress": "{text} {new}",
