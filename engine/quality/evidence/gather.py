@@ -79,7 +79,7 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
                "bytes counted", f"`{best.name}` closes {closed:.0%}", closed >= 0.25),
         Judged("admission halves what is fetched into the cache at the same hits, 25 % near, the rest computed in "
                "place",
-               f"{uploads[1] / uploads[0]:.0%} of the bytes, hits {plain.counters.hit_rate:.1%} and "
+               f"{uploads[1] / max(1.0, uploads[0]):.0%} of the bytes, hits {plain.counters.hit_rate:.1%} and "
                f"{gated.counters.hit_rate:.1%}",
                uploads[1] <= 0.5 * uploads[0] and gated.counters.hit_rate >= plain.counters.hit_rate - 0.01),
         Judged("the next router's recall is 75 % or more", f"{routers:.1%}", routers >= 0.75),
