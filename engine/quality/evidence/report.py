@@ -44,8 +44,8 @@ def page(found: Found, plots: Sequence[str]) -> str:
             "on. A share of near memory counts whole 4-bit experts. *Gap closed*: between LRU (0 %) and Belady's "
             "optimum (100 %), in bytes fetched on demand; *with ahead*: in all bytes that cross the link. *Gain*: "
             "demand bytes less than the row above. Recall is of the layers from the third on.", "",
-            "Rows that change the output are read from few tokens: a perplexity that moves by a percent is chance, KL is "
-            "the surer figure.", ""]
+            "Rows that change the output are read from few tokens: a perplexity that moves by a percent is chance, KL "
+            "is the surer figure.", ""]
     said += ["## Held to", "", "| asked for | found | |", "|---|---|---|"]
     said += [f"| {line.asked} | {line.found} | {'holds' if line.holds else 'does **not** hold'} |"
              for line in found.judged]
