@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from kernels.trunk.linear import MOST_TOKENS, columns, decode, dequantize_rows, linear
+from kernels.trunk.linear import MOST_TOKENS, Matrices, columns, decode, dequantize_rows, linear, linears
 
 Tensor = torch.Tensor
 
@@ -26,11 +26,13 @@ class Packed(Tensor):
 
     codes: Tensor
     scales: Tensor
+    alone: Matrices  # what a processor knows of it from one token to the next
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Packed:
         self = Tensor._make_wrapper_subclass(cls, (len(codes), columns(codes)), dtype=dtype, device=codes.device)
         self.codes, self.scales = codes, scales
+        self.alone = Matrices(((codes, scales, None),))
         return self
 
     @property
@@ -102,8 +104,13 @@ class _Linear(torch.autograd.Function):
 @torch.no_grad()
 def _product(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    few = len(rows) <= MOST_TOKENS
-    out = linear(rows, weight.codes, weight.scales, bias) if few else _by_tiles(rows, weight, bias)
+    if len(rows) > MOST_TOKENS:
+        out = _by_tiles(rows, weight, bias)
+    elif rows.is_cpu and rows.dtype == torch.float32:
+        out, _ = linears(rows.contiguous(), weight.alone)
+        out = out if bias is None else out.add_(bias)
+    else:
+        out = linear(rows, weight.codes, weight.scales, bias)
     return out.view(*x.shape[:-1], len(weight))
 
 

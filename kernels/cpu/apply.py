@@ -19,7 +19,7 @@ from kernels.cpu.activation import blocks16
 from kernels.cpu.down import NEURONS, TILE, add_rows, weigh_rows, weights_bytes
 from kernels.cpu.gate import gated, kind_of
 from kernels.cpu.rows import CODES, ask_for, coarse_row, fine_row
-from kernels.cpu.threads import address, claim, fields, pointer, run, task
+from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
 from kernels.layout import Layout
 from kernels.select import DOWN_ONLY, REFINED
 
@@ -30,7 +30,7 @@ AHEAD = 2               # neurons whose rows are asked for before their turn
 SIZES = ("plane2", "scales", "group", "groups", "padded", "sketch_row", "sketch_bytes", "record", "prefix",
          "record_scales_at", "refine_at")       # of a layout
 RECORD = fields(" ".join(SIZES) + " pieces n_ranks routed per_expert slots n_slots blobs stride neurons fidelity "
-                "record_places records record_stride x x_bytes kind gate_bias up_bias weights_bytes partial",
+                "record_places records record_stride x x_bytes kind gate_bias up_bias weights_bytes partial out",
                 floats="alpha limit")
 
 
@@ -152,12 +152,17 @@ def _every_piece(tokens: int, routed: int, per_expert: int) -> np.ndarray:
     return pieces.reshape(-1, 4)
 
 
-@njit("void(int32[:,::1], float32[:,::1], float32[:,:,::1])", cache=True, nogil=True)
-def _add_pieces(pieces, partial, out):
-    """out float32 [T, k, H] += the pieces [n, H], in their order."""
-    for n in range(len(pieces)):
-        total = out[pieces[n, 0], pieces[n, 1]]
-        for i in range(len(total)):
+@task
+def _add_pieces(table):
+    """out float32 [T, k, H] = the sums of the pieces [n, H], in their order."""
+    a = carray(pointer(table), 1, RECORD)[0]
+    pieces = carray(pointer(a.pieces), (a.n_pieces, 4), int32)
+    partial = carray(pointer(a.partial), (a.n_pieces, a.padded), float32)
+    out = carray(pointer(a.out), (a.n_slots, a.padded), float32)
+    out[:] = 0
+    for n in range(a.n_pieces):
+        total = out[pieces[n, 0] * a.routed + pieces[n, 1]]
+        for i in range(a.padded):
             total[i] += partial[n, i]
 
 
@@ -198,14 +203,17 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor | N
     place, blocks = place.int().contiguous(), blocks16(x, layout.group)
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     partial = torch.empty(len(pieces), layout.padded, dtype=torch.float32)
-    out = torch.zeros(tokens, routed, layout.padded, dtype=torch.float32)
+    out = torch.empty(tokens, routed, layout.padded, dtype=torch.float32)
     n_bytes = len(pieces) * min(PIECE, layout.neurons) * (layout.sketch_row + layout.record)
-    run(_add_neurons, RECORD, len(pieces), n_bytes, **_sizes(layout), pieces=pieces.ctypes.data,
+    packed = pack(
+        RECORD, len(pieces), **_sizes(layout), pieces=pieces.ctypes.data,
         n_ranks=0 if neurons is None else neurons.shape[1], routed=routed, per_expert=layout.neurons,
         slots=address(place), n_slots=place.numel(), blobs=address(sketches), stride=sketches.stride(0),
         neurons=address(neurons), fidelity=address(fidelity), record_places=address(record_place),
         records=address(records), record_stride=0 if records is None else records.stride(0), x=address(blocks),
         x_bytes=blocks.stride(0), kind=kind_of(gate), gate_bias=address(gate_bias), up_bias=address(up_bias),
-        weights_bytes=weights_bytes(layout.groups), partial=address(partial), alpha=gate.alpha, limit=gate.limit)
-    _add_pieces(pieces, partial.numpy(), out.numpy())
+        weights_bytes=weights_bytes(layout.groups), partial=address(partial), out=address(out), alpha=gate.alpha,
+        limit=gate.limit)
+    call(_add_neurons, packed, len(pieces), n_bytes)
+    call(_add_pieces, packed)
     return out

@@ -10,6 +10,7 @@ Legend as there; a piece of work is ROWS rows.
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -177,6 +178,9 @@ def _kind(codes: Tensor) -> int:
     return {torch.int8: 8, torch.uint8: 4}.get(codes.dtype, 32)
 
 
+_known: WeakKeyDictionary[Matrices, tuple] = WeakKeyDictionary()    # what is told of matrices, as long as they live
+
+
 def _table(matrices: Matrices) -> tuple[np.ndarray, int, frozenset[int]]:
     """The matrices' addresses, the number of pieces, and their kinds."""
     rows, first, piece = [], 0, 0
@@ -200,9 +204,9 @@ def takes(matrices: Matrices) -> bool:
 def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
             residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.trunk.linear.linears."""
-    known = matrices.__dict__.get("_compiled")      # what a matrix needs to be told of is made once
+    known = _known.get(matrices)
     if known is None:
-        known = matrices.__dict__["_compiled"] = _table(matrices) if takes(matrices) else ()
+        known = _known[matrices] = _table(matrices) if takes(matrices) else ()
     if not known:
         return NotImplemented
     table, n_pieces, kinds = known
