@@ -116,7 +116,9 @@ def _listen(wished: int | None, host: str = HOST) -> socket.socket:
 
 
 def _keep_inside(data: Path) -> None:
-    """Gradio's temporary files and every other cache go below the data folder."""
+    """Gradio's temporary files and every other cache go below the data folder, and whoever asks for the data folder by
+    itself (which Hub, which hosts are allowed) is told this one."""
+    os.environ["FLOECHAT_HOME"] = str(data)
     os.environ["GRADIO_TEMP_DIR"] = str(data / "cache" / "gradio")
     os.environ.setdefault("HF_HOME", str(data / "cache" / "huggingface"))
     os.environ.setdefault("NUMBA_CACHE_DIR", str(data / "cache" / "numba"))     # what is compiled for this processor

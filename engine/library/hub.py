@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from engine.core import MachineError, Stopped, UserError
 from engine.disk import writing
-from engine.library.network import allowed_hosts, check_token, check_variables
+from engine.library.network import MIRROR, allowed_hosts, check_token, check_variables, mirror
 from engine.progress import unless
 
 PIECE_BYTES = 1 << 20
@@ -115,8 +115,9 @@ class Hub:
 
     @staticmethod
     def here(token: str | None = None, hosts: tuple[str, ...] = (), data: str | Path | None = None) -> Hub:
-        """The Hub that HF_ENDPOINT names, else the public one. hosts: allowed besides those that are kept in the data
-        folder. UserError when the network is switched off, or what this computer says of it cannot be."""
+        """The Hub that HF_ENDPOINT names, or that the settings do, else the public one. hosts: allowed besides those
+        that are kept in the data folder. UserError when the network is switched off, or what this computer says of it
+        cannot be."""
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise UserError("The network is switched off (HF_HUB_OFFLINE is set): only models on this disk can be "
                             "used; unset it to download.")
@@ -124,7 +125,7 @@ class Hub:
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             if token is None and (stored := os.environ.get(name, "").strip()):
                 check_token(stored, f"The variable {name}")
-        return Hub(endpoint(), token, hosts=(*hosts, *allowed_hosts(data)))
+        return Hub(endpoint(data), token, hosts=(*hosts, *allowed_hosts(data)))
 
     @property
     def host(self) -> str:
@@ -377,9 +378,9 @@ class _Part(io.FileIO):
                             "download and start again.")
 
 
-def endpoint() -> str:
-    """Of the Hub that HF_ENDPOINT names, else of the public one."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+def endpoint(data: str | Path | None = None) -> str:
+    """Of the Hub that HF_ENDPOINT names, or that a person has chosen, else of the public one."""
+    return (os.environ.get(MIRROR) or mirror(data) or "https://huggingface.co").rstrip("/")
 
 
 def address(text: str) -> tuple[str, str] | None:

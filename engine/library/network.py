@@ -13,7 +13,8 @@ from engine.disk import write_text_atomically
 from engine.paths import data_path
 
 PROXIES = ("https_proxy", "http_proxy", "all_proxy")
-HOSTS, HOSTS_FILE = "FLOECHAT_HOSTS", "allowed-hosts"
+HOSTS, HOSTS_FILE = "FLOECHAT_HOSTS", "floechat.hosts"
+MIRROR, MIRROR_FILE = "HF_ENDPOINT", "floechat.mirror"
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 
 
@@ -55,6 +56,30 @@ def allow_hosts(hosts: str, data: str | Path | None = None) -> tuple[str, ...]:
     """Keep these hosts, in place of those before; -> them. UserError for what is no host's name."""
     plain = plain_hosts(hosts)
     write_text_atomically(data_path(data) / HOSTS_FILE, "\n".join(plain))
+    return plain
+
+
+def mirror(data: str | Path | None = None) -> str:
+    """The address of a Hub in place of the public one, as a person has chosen it; "" for the public one. The variable
+    HF_ENDPOINT goes before it."""
+    try:
+        return (data_path(data) / MIRROR_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def choose_mirror(address: str, data: str | Path | None = None) -> str:
+    """Keep this address, "" for the public Hub again; -> it. UserError for what is no address."""
+    plain = address.strip().rstrip("/")
+    try:
+        parts = urlsplit(plain)
+        is_address = parts.scheme in ("http", "https") and _HOST.fullmatch(parts.hostname or "") and not (
+            parts.username or parts.query or parts.fragment) and (parts.port or True)
+    except ValueError:  # half a bracket, a port that is no number
+        is_address = False
+    if plain and not (is_address and plain.isascii() and plain.isprintable() and " " not in plain):
+        raise UserError(f"{plain[:100]!r} is not the address of a Hub; write it like https://hub.example.com.")
+    write_text_atomically(data_path(data) / MIRROR_FILE, plain)
     return plain
 
 

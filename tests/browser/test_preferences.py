@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser.test_page import violations
 from tests.support import browser
-from tests.support.browser import ask, expect
+from tests.support.browser import ask, expect, until
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -68,6 +68,26 @@ def test_a_key_for_a_program_is_shown_once_and_works_until_it_is_revoked(app, pa
     page.get_by_role("button", name="Revoke").click()
     expect(page.locator("#preferences-programs")).to_contain_text("No keys yet.")
     assert models() == 401
+
+
+def test_a_mirror_and_allowed_hosts_are_kept_and_a_wrong_one_is_told(app, page):
+    open_settings(page)
+    mirror, hosts = page.get_by_label("Mirror"), page.get_by_label("Allowed hosts")
+    save = page.locator("#preferences-downloads").get_by_role("button", name="Save")
+    mirror.fill("hub.example.com")
+    save.click()
+    expect(page.locator(".notice")).to_contain_text("is not the address of a Hub")
+    expect(mirror).to_have_value("hub.example.com")
+    mirror.fill("https://hub.example.com")
+    hosts.fill("store.example.com")
+    save.click()
+    expect(page.locator(".notice").last).to_contain_text("The next download uses it")
+    page.reload()
+    expect(mirror).to_have_value("https://hub.example.com")
+    expect(hosts).to_have_value("store.example.com")
+    mirror.fill("")
+    save.click()
+    until(page, lambda: not (app.data / "floechat.mirror").read_text())
 
 
 def test_a_theme_is_kept_and_the_systems_is_followed(page):

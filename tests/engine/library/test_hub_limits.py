@@ -222,6 +222,21 @@ def test_hosts_are_allowed_by_a_person_a_variable_and_an_option(monkeypatch, tmp
     assert network.allow_hosts("", tmp_path) == ()
 
 
+def test_a_mirror_is_chosen_by_a_person_and_the_variable_goes_before_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert network.choose_mirror(" https://hub.example.com/ ", tmp_path) == "https://hub.example.com"
+    assert Hub.here(data=tmp_path).endpoint == network.mirror(tmp_path) == "https://hub.example.com"
+    for bad in ("hub.example.com", "ftp://hub.example", "https://", "https://a b", "https://me:secret@hub.example",
+                "https://hub.example/?x=1", "https://hub.example:many", "https://[half", "https://hub.ex\nample"):
+        with pytest.raises(UserError, match="is not the address of a Hub"):
+            network.choose_mirror(bad, tmp_path)
+    assert network.mirror(tmp_path) == "https://hub.example.com"
+    monkeypatch.setenv("HF_ENDPOINT", "http://other.example")
+    assert Hub.here(data=tmp_path).endpoint == "http://other.example"
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert network.choose_mirror("", tmp_path) == "" and Hub.here(data=tmp_path).endpoint == "https://huggingface.co"
+
+
 def test_a_redirect_to_an_allowed_host_is_followed_and_to_another_not():
     hub = Hub("https://hub.example", hosts=("store.example",))
     class Out:
