@@ -140,7 +140,8 @@ def _load_compressed(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, 
     except Exception as error:  # transformers raises many kinds for what does not go together
         if isinstance(error, UserError) or errors.is_out_of_memory(error):
             raise
-        raise UserError(_damaged(folder, f": {type(error).__name__} {error}".splitlines()[0][:160])) from error
+        why = f": {type(error).__name__} {error}".replace(str(folder), folder.name).splitlines()[0][:120]
+        raise UserError(_damaged(folder, why)) from error
     if found["missing_keys"] or found["unexpected_keys"]:
         raise UserError(_damaged(folder))
     return model, *blobs_of(model)

@@ -284,7 +284,7 @@ def test_look_up_explains_what_is_nothing(tmp_path, monkeypatch):
                            ("gwen3.6-35b-a3", "qwen3.6-35b-a3b")):
         with pytest.raises(UserError, match=f"a name of the catalogue: {offered}"):
             catalogue.look_up(typed, tmp_path)
-    with pytest.raises(UserError, match="not a Hub id"):
+    with pytest.raises(UserError, match="'owner/bad name!': give a folder, a Hub id"):
         catalogue.look_up("owner/bad name!", tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="network is switched off"):
