@@ -95,7 +95,7 @@ def routes(parts: Parts) -> APIRouter:
     """All below /api."""
     asked = api.routes(parts.chats, parts.drafts, parts.jobs, parts.models, parts.shelf, parts.stream.changed)
     switcher.routes(asked, parts.shelf, parts.models)
-    attachments.routes(asked)
+    attachments.routes(asked, parts.chats)
     preferences.routes(asked, parts)
     return asked
 

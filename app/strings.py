@@ -79,6 +79,7 @@ TEXT = {
     "too_large": "{name} is larger than 1 MB; attach a shorter text.",
     "too_much": "The attached files hold more than {most} characters together; attach fewer.",
     "pdf_broken": "{name} is damaged and cannot be read; save it anew from the program that made it.",
+    "no_attachment": "This message has no such file; reload the page.",
     "pdf_locked": "{name} is protected by a password; save a copy without one and attach that.",
     "pdf_pictures": "{name} holds no text, only pictures of it; attach a file with text.",
     "pdf_long": "{name} has more than {most} pages; attach a part of it.",

@@ -1,5 +1,6 @@
 // The place to write: text, attached text files with their token count, Send and Stop.
 import { TEXT, api, button, h, notice, on, opened, say } from "/ui/floe.js";
+import { preview } from "/ui/preview.js";
 
 const MOST_BYTES = { pdf: 11_000_000, text: 1_000_000 }; // what a request can carry
 const LONG_PASTE = 4000; // characters
@@ -142,13 +143,4 @@ async function readText(file) {
   const { text, encoding } = await api("POST", "/api/attachments/text", { name: file.name, data });
   if (encoding) notice(say("read_as", { name: file.name, encoding: encoding.replace("_", "-").toUpperCase() }));
   return text;
-}
-
-function preview(file) {
-  const place = h("dialog", { class: "preview", "aria-label": file.name, onclose: () => place.remove(),
-    onclick: (event) => event.target === place && place.close() },
-  h("div", { class: "preview-head" }, h("strong", {}, file.name), button("close", TEXT.dismiss, () => place.close())),
-  h("pre", { tabindex: "0", dir: "auto" }, file.text));
-  document.querySelector(".floe-chat").append(place);
-  place.showModal();
 }

@@ -1,12 +1,14 @@
 // One message: who, thinking, text, what it cost, and what can be done with it.
 import { TEXT, api, button, h, icon, say } from "/ui/floe.js";
+import { preview } from "/ui/preview.js";
 
 export function message(m) {
   const running = m.status === "running";
   const node = h("article", { class: `message ${m.role}${running ? " running" : ""}`, "data-id": m.id,
     "aria-label": m.role === "user" ? TEXT.you : TEXT.assistant });
   if (m.attachments.length)
-    node.append(h("div", { class: "files" }, ...m.attachments.map((file) => h("span", { class: "file" }, file.name))));
+    node.append(h("div", { class: "files" }, ...m.attachments.map((file, i) => h("span", { class: "file" },
+      h("button", { type: "button", class: "file-name", onclick: () => look(m.id, i) }, file.name)))));
   if (m.role === "assistant") node.append(thought(m, running));
   node.append(h("div", { class: "answer md", dir: "auto", html: m.html }));
   if (m.role === "assistant") {
@@ -17,6 +19,8 @@ export function message(m) {
   if (m.role === "assistant") showStats(node, m.stats);
   return node;
 }
+
+const look = async (id, i) => preview(await api("GET", `/api/messages/${id}/attachments/${i}`));
 
 // What somebody has written and is longer than a screen is shown by its beginning, until all of it is asked for.
 export function foldLong(node, screen) {

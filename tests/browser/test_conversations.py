@@ -231,7 +231,9 @@ def test_a_text_file_is_attached_with_its_token_count(page, tmp_path):
     tokens = int(page.locator(".composer .file small").text_content().split()[0])
     assert tokens > 40
     ask(page, "What colour is the boat?")
-    expect(page.locator(".message.user")).to_contain_text("notes.txt")
+    page.locator(".message.user").get_by_role("button", name="notes.txt", exact=True).click()
+    expect(page.locator("dialog.preview pre")).to_have_text(re.compile("The boat is red"))
+    page.keyboard.press("Escape")
     assert stats(page)["context_used"] > tokens
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")

@@ -206,6 +206,17 @@ def test_a_message_is_measured_before_any_work(client, parts):
     assert parts.chats.path(made["id"]) == []
 
 
+def test_a_file_of_a_message_is_read_by_its_place(client, parts):
+    made = client.post("/api/conversations", json={"draft": "files"}).json()
+    files = [{"name": "a.txt", "text": "red"}, {"name": "b.txt", "text": "green"}]
+    message = parts.chats.add(made["id"], None, "user", "q", attachments=files)
+    place = f"/api/messages/{message.id}/attachments"
+    assert [client.get(f"{place}/{i}").json() for i in (0, 1)] == files
+    for wrong in (2, -1, 2**40, "x"):
+        is_refused(client.get(f"{place}/{wrong}"))
+    is_refused(client.get("/api/messages/987654321/attachments/0"))
+
+
 def test_titles_have_an_end(client):
     made = client.post("/api/conversations", json={"draft": "title"}).json()
     place = f"/api/conversations/{made['id']}"
