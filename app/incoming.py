@@ -27,10 +27,32 @@ Words = Annotated[str, Field(max_length=TEXT_CHARACTERS)]
 Place = Annotated[str, Field(max_length=4096, pattern=ONE_LINE)]  # a path of this computer
 Context = Annotated[int, Field(ge=1, lt=1 << 31)]
 NearBytes = Annotated[int, Field(ge=0, lt=1 << 60)]
+DEPTH = 50  # of values within values that are looked at; nothing that is stored lies deeper
+
+
+def whole_letters(text: str) -> str:
+    """With a replacement character for half an emoji, which no file and no program takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not text.isascii() else text
+
+
+def _whole(value: object, depth: int = 0) -> object:
+    """JSON whose texts are whole letters, names included."""
+    if isinstance(value, str):
+        return whole_letters(value)
+    if depth < DEPTH and isinstance(value, list):
+        return [_whole(each, depth + 1) for each in value]
+    if depth < DEPTH and isinstance(value, dict):
+        return {_whole(name): _whole(each, depth + 1) for name, each in value.items()}
+    return value
 
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_whole_letters(cls, wish: object) -> object:
+        return _whole(wish)
 
 
 class Attachment(Body):

@@ -33,9 +33,9 @@ from app.chat.rows import (
     one_line,
     snippet,
     waiting_of,
-    whole_letters,
 )
 from app.chat.schema import UNSPACED, is_damage, open_database
+from app.incoming import whole_letters
 from app.strings import TEXT
 from engine import UserError
 

@@ -109,11 +109,6 @@ def one_line(title: str) -> str:
     return " ".join(title[:10 * TITLE_CHARACTERS].split())[:TITLE_CHARACTERS]
 
 
-def whole_letters(text: str) -> str:
-    """With a replacement character for half an emoji, which no file and no program takes."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not text.isascii() else text
-
-
 def snippet(text: str, words: list[str], around: int = 30) -> str:
     """What stands around the first of the words, each of them between two marks."""
     pattern = re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))), re.IGNORECASE)

@@ -217,6 +217,28 @@ def test_a_file_of_a_message_is_read_by_its_place(client, parts):
     is_refused(client.get("/api/messages/987654321/attachments/0"))
 
 
+def test_half_an_emoji_is_replaced_wherever_it_is_written(client, parts):
+    def sent(method, path, **body):
+        reply = client.request(method, f"/api/{path}", content=json.dumps(body), headers=BROWSER)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+    half, shown = "a\ud83d b\ude00 \ud83d\ude00", "a\ufffd b\ufffd \U0001f600"
+    made = sent("POST", "conversations", draft="h\ud83d")["id"]
+    settings = f"settings?whose={made}"
+    assert sent("PATCH", f"conversations/{made}", title=half)["title"] == shown
+    assert sent("PATCH", settings, changes={"system": half, "stop": [half]})["settings"] == {
+        "system": shown, "stop": [shown]}
+    assert sent("POST", settings.replace("?", "/preset?"), name=half)["preset"] == shown
+    sent("DELETE", settings.replace("?", "/preset?"), name=half)
+    sent("POST", f"conversations/{made}/send", text=half, attachments=[{"name": half, "text": half}])
+    until(lambda: parts.jobs.live is None and not parts.chats.waiting())
+    question = parts.chats.path(made)[0]
+    assert (question.text, question.attachments) == (shown, [{"name": shown, "text": shown}])
+    assert sent("POST", "count", text=half)["tokens"]
+    assert client.get("/api/search?q=%ED%A0%BD").status_code == 200
+    assert [found["id"] for found in client.get("/api/search", params={"q": "a\ufffd b\ufffd"}).json()] == [made]
+
+
 def test_titles_have_an_end(client):
     made = client.post("/api/conversations", json={"draft": "title"}).json()
     place = f"/api/conversations/{made['id']}"
