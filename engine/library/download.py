@@ -13,10 +13,12 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 
 from engine.core import UserError
-from engine.disk import check_room
+from engine.disk import MOST_JSON, check_room
+from engine.files.chat_parts import POINTER_BYTES, TEMPLATES, VOCABULARIES, check_chat_parts
 from engine.files.manifest import INDEX, MANIFEST, SINGLE, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile, address
@@ -160,7 +162,7 @@ def _ready(hub: Hub, listing: Listing) -> Source:
 
 
 def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
-    """Configuration, tokenizer and all shards that the repository has in its top folder."""
+    """Configuration, tokenizer and all shards that the repository has in its top folder, if a chat could use them."""
     if not listing.find("config.json"):
         raise UserError(f"{listing.repository} has no config.json: it is not a transformers checkpoint.")
     weights = _weights(listing)
@@ -169,7 +171,22 @@ def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
     if not weights:
         raise UserError(f"{listing.repository} has no safetensors files; Floe Chat takes no other format than these "
                         "and GGUF (--source gguf).")
-    return _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + weights)
+    source = _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + weights)
+    _check_chat_parts(hub, listing, source.files, stop)
+    return source
+
+
+def _check_chat_parts(hub: Hub, listing: Listing, files: Iterable[RemoteFile], stop: Event) -> None:
+    """UserError for a repository that nobody could talk to afterwards: by its names, and by the few kilobytes that
+    have to be read for it: where the template may stand inside, and what is too small to be what it is called."""
+    names = {file.name for file in files}
+    inside = set() if names & set(TEMPLATES) else {"tokenizer_config.json"}
+    with TemporaryDirectory(prefix="floe-", ignore_cleanup_errors=True) as folder:
+        for file in files:
+            tiny = file.bytes < POINTER_BYTES and file.name.endswith((".safetensors", *VOCABULARIES))
+            if tiny or file.name in inside and file.bytes <= MOST_JSON:
+                hub.fetch(listing, file, Path(folder) / file.name, lambda n_bytes, text: None, stop)
+        check_chat_parts(Path(folder), listing.repository, names)
 
 
 def gguf_models(listing: Listing) -> dict[str, list[RemoteFile]]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engine.core import MachineError, UserError
+from engine.files.chat_parts import LFS
 from engine.files.compressed import MappedFile
 from engine.files.manifest import TRUNK, Manifest, experts_name
 from engine.library.compress import compress
@@ -28,7 +29,7 @@ from tests.support.folders import next_logits, write_tokenizer
 from tests.support.killed import CHUNK, Nursery
 from tests.support.loopback_hub import LoopbackHub
 
-NAME = "me/Small"
+NAME, TEMPLATE = "me/Small", "{{ messages }}"
 SHAPE = dict(num_hidden_layers=10, vocab_size=512, hidden_size=128, moe_intermediate_size=64)
 LEAN = CompressOptions(trunk_bits=16, device="cpu", keep_original=False)
 
@@ -39,6 +40,7 @@ def original(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("original")
     build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500KB")
     write_tokenizer(folder, apart=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     assert len(list(folder.glob("*.safetensors"))) > 4
     return folder
 
@@ -109,6 +111,21 @@ def test_same_folder_as_compress_and_no_more_than_three_shards_beside_it(loopbac
     assert sum(loopback.served.values()) == size_of(original)
 
 
+def test_what_nobody_could_talk_to_is_refused_before_it_is_fetched(loopback, original, tmp_path):
+    whole = {path.name: path.read_bytes() for path in original.iterdir()}
+    bare = {name: data for name, data in whole.items() if name != "chat_template.jinja"}
+    note = LFS + b"v1\noid sha256:0\nsize 7000000\n"
+    shard = next(name for name in whole if name.endswith(".safetensors"))
+    for files, said in (({name: data for name, data in whole.items() if name != "tokenizer.json"}, "has no tokenizer"),
+                        (bare, "has no chat template"), (bare | {"tokenizer_config.json": b"{}"}, "no chat template"),
+                        (whole | {"tokenizer.json": note}, "me/Mute/tokenizer.json is not there, only the note of Git"),
+                        (whole | {shard: note}, f"me/Mute/{shard} is not there, only .*choose another source")):
+        loopback.add("me/Mute", files)
+        with pytest.raises(UserError, match=said):
+            download("me/Mute", data=tmp_path, choice=LEAN)
+        assert models(tmp_path) == [] and sum(loopback.served.values()) < 10_000
+
+
 def test_the_original_stays_if_it_is_to_stay(loopback, original, made, tmp_path):
     folder = download(NAME, data=tmp_path, choice=CompressOptions(16, "cpu", keep_original=True))
     assert_same(folder, made)
@@ -165,6 +182,7 @@ def test_over_a_text_while_it_arrives_paused_anywhere(loopback, original, tmp_pa
 def test_single_file_without_an_index(made, tmp_path):
     build("qwen3_moe", **SHAPE).to(torch.bfloat16).save_pretrained(tmp_path / "one")
     write_tokenizer(tmp_path / "one")
+    (tmp_path / "one" / "chat_template.jinja").write_text(TEMPLATE)
     with LoopbackHub() as loopback:
         loopback.add_folder(NAME, tmp_path / "one")
         assert_same(download(NAME, folder=tmp_path / "Small", choice=LEAN, hub=Hub(loopback.endpoint)), made)
