@@ -12,14 +12,13 @@ import os
 import sys
 import time
 
-import llama_cpp as llama
-
 Q4_K_M = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
 BATCH = 512
 
 
 def main(source: str, made: str, threads: int, context: int, ordered: bool) -> None:
-    llama.llama_log_set(_silent, ctypes.c_void_p(0))
+    silent = llama.llama_log_callback(_silent)  # lives as long as what calls it
+    llama.llama_log_set(silent, ctypes.c_void_p(0))
     llama.llama_backend_init()
     if not os.path.exists(made):
         wishes = llama.llama_model_quantize_default_params()
@@ -51,10 +50,11 @@ def read(opened, ids: list[int]) -> None:
     llama.llama_get_logits_ith(opened, -1)[0]  # waits for it
 
 
-@llama.llama_log_callback
 def _silent(level, text, data) -> None:
     """It tells of every tensor."""
 
 
 if __name__ == "__main__":
+    import llama_cpp as llama  # only this environment has it; the module is looked at in ours as well
+
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1")

@@ -181,6 +181,7 @@ def test_repair_makes_it_anew_though_nothing_seems_wrong(tmp_path, screen, monke
     made = recipe(tmp_path, "h11")
     (tmp_path / "requirements.lock").write_text(made.locks[0].read_text())
     monkeypatch.setattr(bootstrap, "PINS", tmp_path)
+    monkeypatch.setattr(bootstrap, "FIRST_IMPORTS", "import h11")
     parse = bootstrap._parser().parse_args
     file = bootstrap._environment(parse(["--cpu"]), tmp_path, screen).folder
     file = next(file.glob("lib/python*/site-packages/h11/_version.py"))

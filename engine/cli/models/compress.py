@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     from engine.library.compress import Text, compress
-    try:
-        check_chat_parts(args.source)
-    except (UserError, OSError) as error:  # a folder that is none is refused below
-        report(f"Beforehand: {error}")
+    if (args.source / "config.json").is_file():  # what is no model is refused below
+        try:
+            check_chat_parts(args.source)
+        except (UserError, OSError) as error:
+            report(f"Beforehand: {error}")
     manifest = compress(args.source, args.dest, args.group_size, args.trunk_bits, args.device, report_layers,
                         text=Text(tuple(args.text), args.tokens))
     n_bytes = sum(entry.bytes for entry in manifest.files)

@@ -29,18 +29,23 @@ TALK = chat("Hi! How are you today?")
 
 
 class Forwards:
-    """Counts the forwards of a model and runs `on[n]` before the n-th (from 1)."""
+    """Counts the forwards of an engine's model, fused ones too, and runs `on[n]` before the n-th (from 1)."""
 
-    def __init__(self, model):
+    def __init__(self, prefix):
         self.sizes: list[int] = []
         self.on: dict[int, object] = {}
-        self.handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._prefix, self._forward = prefix, prefix._forward
+        prefix._forward = self._counted
 
-    def _before(self, module, args, kwargs) -> None:
-        self.sizes.append(kwargs["input_ids"].shape[1])
+    def remove(self) -> None:
+        del self._prefix._forward
+
+    def _counted(self, ids: list[int]) -> torch.Tensor:
+        self.sizes.append(len(ids))
         action = self.on.get(len(self.sizes))
         if action:
             action()
+        return self._forward(ids)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +61,9 @@ def engine(trained):
 
 @pytest.fixture
 def forwards(engine):
-    counter = Forwards(engine._turns.model)
+    counter = Forwards(engine._turns.prefix)
     yield counter
-    counter.handle.remove()
+    counter.remove()
 
 
 def told(events: list[Event]) -> str:
@@ -172,7 +177,7 @@ def test_a_conversation_reads_little_and_answers_as_if_it_read_all(demo_checkpoi
             return told(finish(other.chat(messages, GREEDY))[0])
 
     with Engine(loaded, Options(chunk=16)) as engine:
-        counter = Forwards(loaded.model)
+        counter = Forwards(engine._turns.prefix)
         text = told(finish(engine.chat(first, GREEDY))[0])
         second = first + [{"role": "assistant", "content": text}, *chat("Why? " * 6)]
         cases = {"next": (second, 12), "again": (second, 0), "edited": (first + chat("No.") + chat("Oh?"), 12),
@@ -182,10 +187,10 @@ def test_a_conversation_reads_little_and_answers_as_if_it_read_all(demo_checkpoi
             events, end = finish(engine.chat(messages, GREEDY))
             read = sum(counter.sizes) - end.n_tokens
             assert read == 0 if case == "again" else read <= engine.count_tokens(messages) - saved, case
-            counter.handle.remove()
+            counter.remove()
             assert told(events) == fresh(messages), case
-            counter = Forwards(loaded.model)
-        counter.handle.remove()
+            counter = Forwards(engine._turns.prefix)
+        counter.remove()
 
 
 # Stopping
@@ -291,8 +296,8 @@ def test_after_an_error_the_engine_goes_on(engine, forwards, error):
         raise error
 
     hooks = []  # in the middle of the third forward: some layers have read the token, some have not
-    layer = engine._turns.model.model.layers[3]
-    forwards.on[len(forwards.sizes) + 3] = lambda: hooks.append(layer.register_forward_pre_hook(fail))
+    experts = engine._turns.model.model.layers[3].mlp.experts
+    forwards.on[len(forwards.sizes) + 3] = lambda: hooks.append(experts.register_forward_pre_hook(fail))
     answer = engine.chat(TALK, GREEDY)
     _, end = finish(answer)
     hooks[0].remove()
@@ -365,14 +370,14 @@ def test_a_snapshot_while_near_memory_is_made_anew_shows_what_was(engine, traine
 
 def test_closing_stops_what_runs_and_refuses_what_comes(trained):
     engine = Engine(trained, Options(chunk=16))
-    forwards = Forwards(trained.model)
+    forwards = Forwards(engine._turns.prefix)
     closer = threading.Thread(target=engine.close)
     forwards.on[2] = closer.start
     running, waiting = engine.chat(LONG, replace(GREEDY, max_tokens=900)), engine.chat(TALK, GREEDY)
     assert finish(running)[1].reason == "stopped" and finish(waiting)[1].reason == "stopped"
     closer.join(60)
     assert not closer.is_alive() and not engine._thread.is_alive()
-    forwards.handle.remove()
+    forwards.remove()
     with pytest.raises(UserError, match="closed"):
         engine.chat(TALK)
     engine.close()

@@ -236,7 +236,9 @@ def test_the_verb_refuses_in_one_sentence(source, tmp_path, capsys):
                             ([source, dest, "--group-size", "128"], "group size")):
         assert main(["compress", *map(str, arguments), "--json"]) == 2
         out, err = capsys.readouterr()
-        assert out == "" and word in err and err.count("\n") == 1
+        *warned, refused = err.splitlines()
+        assert out == "" and word in refused
+        assert all(line.startswith("Beforehand: ") and "chat template" in line for line in warned)
 
 
 def test_progress_counts_only_its_own_work(source, tmp_path):
