@@ -95,6 +95,7 @@ async function showFound() {
     await load();
   }
   found()?.classList.add("hit");
+  found()?.querySelector('.unfold[aria-expanded="false"]')?.click(); // what was found may stand in the part that is folded
   found()?.scrollIntoView({ block: "center" });
 }
 
@@ -106,7 +107,7 @@ function drawMessages({ messages, n_messages: n }) {
   keep(log, [...earlier, ...rows.map((row) => [key(row), row])], (row) => (row ? message(row.m)
     : h("button", { type: "button", class: "quiet earlier", onclick: () => { drawn.limit += 40; load(true); } }, TEXT.earlier)),
   (node, row) => row && offerActions(node, row.m, row.last, act));
-  for (const node of log.querySelectorAll(".message.user")) foldLong(node, scroller.clientHeight);
+  foldLong(log, scroller.clientHeight);
 }
 
 // Whether a message is drawn as growing that the program is not writing (any more, or not yet).

@@ -22,10 +22,16 @@ export function message(m) {
 
 const look = async (id, i) => preview(await api("GET", `/api/messages/${id}/attachments/${i}`));
 
-// What somebody has written and is longer than a screen is shown by its beginning, until all of it is asked for.
-export function foldLong(node, screen) {
-  const answer = node.querySelector(".answer");
-  if (!answer || !screen || node.querySelector(".unfold") || answer.scrollHeight <= screen) return;
+// What is longer than a screen is shown by its beginning, until all of it is asked for; the newest answer is always whole.
+// All are measured before any is folded: the page is laid out once.
+export function foldLong(log, screen) {
+  const messages = [...log.querySelectorAll(".message:not(.running)")], newest = log.querySelectorAll(".message.assistant");
+  const long = (node) => node !== newest[newest.length - 1] && !node.querySelector(".unfold")
+    && node.querySelector(".answer")?.scrollHeight > screen;
+  if (screen) messages.filter(long).forEach((node) => fold(node.querySelector(".answer")));
+}
+
+function fold(answer) {
   const more = h("button", { type: "button", class: "quiet unfold", "aria-expanded": "false", onclick: () => {
     const folded = answer.classList.toggle("folded");
     more.textContent = folded ? TEXT.show_all : TEXT.show_less;

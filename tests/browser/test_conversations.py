@@ -271,14 +271,26 @@ def test_a_long_paste_becomes_a_file_that_can_be_looked_at_and_taken_away(page, 
 
 
 def test_a_message_longer_than_a_screen_is_folded(page):
-    bring(page, "Long", [{"role": "user", "text": "A line of the sea.\n\n" * 60},
-                         {"role": "assistant", "text": "Yes."}])
-    answer, more = page.locator(".message.user .answer"), page.locator(".unfold")
-    expect(more).to_have_text("Show all")
-    folded = answer.bounding_box()["height"]
-    more.click()
-    expect(more).to_have_text("Show less")
-    assert answer.bounding_box()["height"] > 2 * folded
+    long = "A line of the sea.\n\n" * 60
+    bring(page, "Long", [{"role": role, "text": text} for role, text in (
+        ("user", long), ("assistant", f"{long}A zephyr."), ("user", "And?"), ("assistant", long))])
+    for kind in (".message.user >> nth=0", ".message.assistant >> nth=0"):
+        answer, more = page.locator(kind).locator(".answer"), page.locator(kind).locator(".unfold")
+        expect(more).to_have_text("Show all")
+        folded = answer.bounding_box()["height"]
+        more.click()
+        expect(more).to_have_text("Show less")
+        assert answer.bounding_box()["height"] > 2 * folded
+        more.click()
+    expect(page.locator(".unfold")).to_have_count(2)  # not the newest answer
+    page.fill("#search", "zephyr")
+    page.locator(".conversations .snippet").first.click()
+    expect(page.locator(".message.hit .unfold")).to_have_attribute("aria-expanded", "true")  # the end is what was found
+    page.fill("#search", "")
+    with page.expect_response(lambda reply: reply.url.endswith("/send")):
+        send(page, "Hello!")
+    expect(page.locator(".message.assistant >> nth=1 >> .unfold")).to_have_text("Show all")  # not newest any more
+    settled(page)
 
 
 def test_the_keyboard_alone_is_enough(page):
