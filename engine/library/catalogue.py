@@ -166,15 +166,20 @@ def _from_folder(folder: Path) -> ModelInfo:
                    calibration=manifest.calibration)
 
 
-def _from_hub(repository: str, cache_folder: Path) -> ModelInfo:
+def _from_hub(repository: str, cache_folder: Path, follow: bool = True) -> ModelInfo:
     """From the few kilobytes of a repository that say what it is, kept in the data folder's cache by commit.
 
+    follow: where it has no config.json (GGUF files alone), that of the model which its card says it was made of.
     Without a network what was read last time is taken. UserError, MachineError: one sentence.
     """
     own = inside(cache_folder / "hub", repository.replace("/", "--"))
     try:
         hub = replace(Hub.here(), delays=(1,))
         listing = hub.listing(repository)
+        if follow and listing.base_model and not listing.find("config.json"):
+            entry = find(listing.base_model)
+            of = ModelInfo(entry.title, entry=entry) if entry else _from_hub(listing.base_model, cache_folder, False)
+            return replace(of, name=repository)
         folder = inside(own, listing.commit)
         for name in ("config.json", "floe.json"):
             file = listing.find(name)

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 from engine.core import UserError
 from engine.library import catalogue
 from engine.library.download import gguf_models
-from engine.library.hub import REPOSITORY, Hub, Listing, address
+from engine.library.hub import REPOSITORY, Hub, address
 
 MOST = 20
 FORMATS = ("safetensors", "gguf")
@@ -72,16 +72,9 @@ def examine_repository(text: str, data: str | Path | None = None, hub: Hub | Non
     files = tuple(sorted((name, sum(file.bytes for file in parts)) for name, parts in gguf_models(listing).items()))
     weights = sum(file.bytes for file in listing.files if file.path.endswith(".safetensors") and "/" not in file.path)
     try:
-        return Examined(repository, weights, files, file, _known(listing, data))
+        return Examined(repository, weights, files, file, catalogue.look_up(repository, data))
     except UserError as error:
         return Examined(repository, weights, files, file, None, str(error))
-
-
-def _known(listing: Listing, data: str | Path | None) -> catalogue.ModelInfo:
-    """From its own config.json, else from that of the model it was made of."""
-    if listing.find("config.json") or not listing.base_model:
-        return catalogue.look_up(listing.repository, data)
-    return replace(catalogue.look_up(listing.base_model, data), name=listing.repository)
 
 
 def _quickly(hub: Hub | None) -> Hub:

@@ -1,4 +1,5 @@
-"""plan MODEL: does it fit, at which level, how fast. For a folder, a catalogue name (no network) or a Hub id."""
+"""plan MODEL: does it fit, at which level, how fast. For a folder, a catalogue name (no network), a Hub id or
+address."""
 from __future__ import annotations
 
 import argparse
@@ -15,7 +16,8 @@ from engine.units import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a folder, a name of the catalogue, or a Hub id (owner/name)")
+    parser.add_argument("model", metavar="MODEL",
+                        help="a folder, a name of the catalogue, or a Hub id (owner/name) or address")
     parser.add_argument("--machine", metavar="M", help="a machine of the table, e.g. rtx-3060-12gb (default: this one)")
     parser.add_argument("--ram", type=parse_bytes, metavar="SIZE", help="main memory (32GiB with --machine)")
     parser.add_argument("--vram", type=parse_bytes, metavar="SIZE", help="video memory, e.g. 11GiB")

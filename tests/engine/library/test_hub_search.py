@@ -2,10 +2,12 @@
 fetched."""
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 
+from engine.cli.models import plan
 from engine.core import MachineError, UserError
 from engine.library import catalogue
 from engine.library.download import wanted
@@ -53,6 +55,26 @@ def test_an_address_of_the_hub_that_is_no_models_is_said(typed):
 def test_a_pasted_file_is_the_one_that_is_fetched():
     model = wanted("https://huggingface.co/a/Boat-GGUF/blob/main/Q4/Boat-Q4_K_M.gguf")
     assert (model.name, model.repository, model.gguf_file) == ("Boat-GGUF", "a/Boat-GGUF", "Q4/Boat-Q4_K_M.gguf")
+
+
+def test_pasted_addresses_are_planned(hub, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    for typed in ("https://huggingface.co/maker/Boat", "hf.co/maker/Boat/tree/main", "hf.co/other/Boat-GGUF:Q4_K_M",
+                  "https://huggingface.co/other/Boat-GGUF/blob/main/Boat-Q4_K_M.gguf"):
+        words = argparse.Namespace(data=tmp_path, device="cpu")
+        made = plan.run(parser.parse_args([typed, "--machine", "rtx-3060-12gb"], words))
+        assert made["verdict"] == "fits" and made["context"] == 8192
+        assert capsys.readouterr().err.startswith("other/Boat-GGUF on" if "GGUF" in typed else "maker/Boat on")
+    assert set(hub.served) == {"config.json"}
+
+
+def test_cards_that_name_each_other_have_an_end(hub, tmp_path):
+    for one, other in (("a/x", "a/y"), ("a/y", "a/x")):
+        hub.add(one, {"x.gguf": b"x"})
+        hub.cards[one] = {"base_model": other}
+    with pytest.raises(UserError, match="a/y has no config.json"):
+        catalogue.look_up("a/x", tmp_path)
 
 
 def test_a_search_names_what_could_be_fetched(hub):
