@@ -53,8 +53,11 @@ class Checkpoint:
     """Read access to one checkpoint. Build it with `open(folder)`, or from any source of named tensors.
 
     expert_layers: names of the routed-experts modules in order of depth. skeleton: the model on the meta device.
-    left_out: parts of the checkpoint that the text model has no place for, in words.
+    left_out: parts of the checkpoint that the text model has no place for, in words. warning: what a user
+    should know of weights that config.json does not speak of truly, "" mostly; found by `open` alone.
     """
+
+    warning = ""
 
     def __init__(self, config, source: TensorSource, name: str = "model") -> None:
         self.name = name
@@ -72,8 +75,15 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """UserError, in one sentence, for anything that is not a Mixture-of-Experts checkpoint in safetensors."""
         folder = Path(folder)
-        checkpoint = cls(read_config(folder), SafetensorsFolder(folder), folder.name)
+        config, source = read_config(folder), SafetensorsFolder(folder)
+        checkpoint = cls(config, source, folder.name)
         checkpoint.check_shapes()
+        if own := [name for name in checkpoint.tied_but_stored() if checkpoint._differs(name)]:
+            config.tie_word_embeddings = checkpoint.text_config.tie_word_embeddings = False
+            checkpoint = cls(config, source, folder.name)
+            checkpoint.check_shapes()
+            checkpoint.warning = (f"config.json ties {', '.join(own)} to another tensor, but the weights hold "
+                                  "values of its own; these are used, as transformers does.")
         checkpoint.read_expert(0, 0)
         return checkpoint
 
@@ -132,6 +142,16 @@ class Checkpoint:
         for parameter, value in made.items():
             self._check_shape(parameter, value.shape, self._shapes[parameter])
         return made
+
+    def tied_but_stored(self) -> list[str]:
+        """Parameters that config.json ties to another one and that are stored all the same: mostly a copy of it."""
+        return [name for name in self.map.tied() if name in self.map.of]
+
+    def _differs(self, name: str) -> bool:
+        """Whether a tied parameter is stored with other values than the one it is tied to."""
+        first = self.map.tied()[name]
+        own, other = (self.read_group(self.map.of[each])[each] for each in (name, first))
+        return not torch.equal(own, other)
 
     def _expert_parameters(self, name: str) -> list[str]:
         return [f"{name}.{own}" for own, _ in self._experts[name].named_parameters(recurse=False)]

@@ -47,6 +47,8 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
     `FolderWriter.begin`; check: is called within every expert and before every tensor, and may raise."""
     if checkpoint.left_out:
         report(said(left_out(checkpoint)))
+    if checkpoint.warning:
+        report(said(checkpoint.warning))
     spec, device, documents = checkpoint.spec, errors.device_for(device)[0], text.documents(source)
     with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents) as writer:
         units = list(units_of(writer, checkpoint, device, check, documents))

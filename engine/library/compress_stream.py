@@ -97,6 +97,8 @@ class Stream:
         writer = writer_for(checkpoint, self.made, origin, None, bits, documents)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
+        if beside := checkpoint.tied_but_stored():      # two tensors of different shards, never here together
+            self.meter.add(0, f"Left out, config.json ties them to other tensors: {', '.join(beside)}.")
         try:
             with writer:
                 units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents))

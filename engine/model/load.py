@@ -97,7 +97,10 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     report("Reading the weights", 0.1)
     before, dtype = own_bytes(), trunk_dtype(device)
     with one_thread:
-        model, far, planner = (_load_compressed if is_compressed(folder) else _load_checkpoint)(folder, dtype)
+        if is_compressed(folder):
+            model, far, planner = _load_compressed(folder, dtype)
+        else:
+            model, far, planner = _load_checkpoint(folder, dtype, report)
     report("Preparing near memory", 0.8)
     planner, levels = replace(planner, machine=machine), offered(far, level_plans(planner.calibration))
     level = _level(options, levels, planner)
@@ -151,8 +154,10 @@ def _damaged(folder: Path, why: str = "") -> str:
     return f"{folder} is damaged (config.json or {TRUNK} cannot be used{why}); download or compress the model again."
 
 
-def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, Planner]:
+def _load_checkpoint(folder: Path, dtype: torch.dtype, report: Report) -> tuple[nn.Module, Far, Planner]:
     checkpoint = Checkpoint.open(folder)
+    if checkpoint.warning:
+        report(checkpoint.warning, 0.1)
     trunk = {name: tensor for name, tensor in checkpoint.trunk()}
     model = type(checkpoint.skeleton).from_pretrained(
         None, config=checkpoint.text_config, state_dict=trunk, dtype=dtype,

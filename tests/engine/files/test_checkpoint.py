@@ -14,12 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from engine.core import Options
 from engine.files import dequantize
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.dequantize import block_fp8, mxfp4
 from engine.files.key_map import KeyMap
 from engine.files.skeleton import TRANSFORMERS, check_transformers
 from engine.files.tensor_source import INDEX
+from engine.library.compress import compress
+from engine.model.load import load
+from tests.support import folders
 from tests.support.architectures import COMMON, DELTA, MOE, SMALL, build
 
 NAMES = sorted(SMALL)
@@ -200,6 +204,22 @@ def test_a_tied_head_is_stored_once(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     names = [name for name, _ in Checkpoint.open(tmp_path).trunk()]
     assert names.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in names
+
+
+def test_a_head_of_its_own_is_used_whatever_the_configuration_says(tmp_path):
+    source, made, said = tmp_path / "source", tmp_path / "made", []
+    model = folders.checkpoint("ernie4_5_moe", source)
+    assert model.config.tie_word_embeddings
+    stored = load_file(source / "model.safetensors")
+    stored["lm_head.weight"] = torch.randn(stored["model.embed_tokens.weight"].shape)
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    compress(source, made, device="cpu", report=lambda progress: said.append(progress.text))
+    theirs, ids = AutoModelForCausalLM.from_pretrained(source), torch.tensor([[3, 1, 4, 1, 5]])
+    full = load(source, Options(device="cpu", level="full"), lambda text, share: said.append(text)).model
+    for found, close in ((full, 0.999), (load(made, Options(device="cpu", level="exact")).model, 0.9)):
+        logits = [each(ids).logits.float().flatten() for each in (found, theirs)]
+        assert torch.cosine_similarity(*logits, dim=0) > close
+    assert sum("ties lm_head.weight to another tensor" in text and "these are used" in text for text in said) == 2
 
 
 # --- quantised sources ----------------------------------------------------------------------------------------
