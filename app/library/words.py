@@ -111,6 +111,7 @@ MODELS_TEXT = {
     "nothing_practical": "No model of the catalogue is practical on this computer: each would write less than one "
                          "token a second. The demo still runs.",
     "offers_none": "The catalogue has no such model; Hugging Face may have it.",
+    "hub_add": "Add from Hugging Face",
     "hub_search": "Search, or paste a Hugging Face address",
     "hub_look": "Search Hugging Face",
     "hub_looking": "Asking Hugging Face",

@@ -52,6 +52,10 @@ def test_nobody_is_shut_out(page):
         page.wait_for_selector(".fits li")
         assert violations(page) == [], (dark, "three fits")
         page.click("#welcome-skip")
+        page.click("#model-chip")
+        page.locator("#switcher-level").wait_for()
+        assert violations(page) == [], (dark, "switcher")
+        page.keyboard.press("Escape")
     page.locator(".message.user").get_by_role("button", name="Edit").click()
     page.wait_for_selector(".editing textarea")
     page.locator(".conversations summary").first.click()
@@ -98,6 +102,35 @@ def inside(page, element) -> None:
     box = element.bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 360, box
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_nothing_scrolls_sideways_on_a_phone_or_at_150_percent(page):
+    wide = "| Incomprehensibilities | Internationalisation | Disestablishment |"
+    bring(page, "Wide", [{"role": "user", "text": "x" * 300}, {"role": "assistant", "text":
+          f"{wide}\n|---|---|---|\n{wide}\n\n```\n{'y' * 300}\n```\n\nhttps://example.org/{'z' * 300}"}])
+    views = {"models": "#disk > li", "models/get": "#offers > li", "models/progress": "#model-works > li",
+             "settings": "#preferences-folders .line", page.evaluate("location.hash"): ".message.assistant"}
+    for width, height in ((390, 800), (911, 512)):  # 911 x 512: 1366 x 768 at a zoom of 150 %
+        page.set_viewport_size({"width": width, "height": height})
+        for address, there in views.items():
+            page.evaluate("where => location.hash = where", address)
+            page.locator(there).first.wait_for()
+            assert sideways(page) == [], (width, address)
+        for opener, drawer in (("conversations", "#left"), ("the engine", "#right")):
+            page.get_by_role("button", name=f"Show or hide {opener}").click()
+            expect(page.locator(drawer)).to_be_visible()
+            backdrop = page.evaluate("getComputedStyle(document.querySelector('#center'), '::after').backgroundColor")
+            assert backdrop == "rgba(0, 0, 0, 0.467)" and sideways(page) == [], (width, drawer)
+            page.keyboard.press("Escape")
+            expect(page.locator(drawer)).to_be_hidden()
+
+
+def sideways(page) -> list[str]:
+    """The document and the columns of the page, those that are wider than their room (a table or code may scroll)."""
+    return page.evaluate("""() => [document.scrollingElement,
+        ...document.querySelectorAll('.chat, .page, .scroller, #right, #left')]
+        .filter(e => e.checkVisibility({visibilityProperty: true}) && e.scrollWidth > e.clientWidth)
+        .map(e => `${e.className || e.tagName} ${e.scrollWidth}`)""")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ export function getTab(page) {
   const opener = h("button", { type: "button", class: "quiet", "aria-expanded": "false", "aria-controls": "add-local",
     onclick: () => local.show(local.hidden) }, TEXT.add_local);
   const local = adding(opener);
-  const node = h("div", { class: "get-models" },
+  const node = h("div", { class: "get-models" }, h("h3", {}, TEXT.hub_add),
     h("div", { class: "find" }, search, quiet(TEXT.hub_look, look, "primary"),
       opener), local,
     found,
