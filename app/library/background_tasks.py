@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from app.strings import TEXT
-from engine import MachineError, Progress, Stopped, UserError
+from engine import MachineError, Progress, Stopped, UserError, title_of
 
 Report = Callable[[Progress], None]
 Run = Callable[[Report, threading.Event], object]
@@ -39,7 +39,8 @@ class Work:
         if self.progress:
             numbers = {"done": self.progress.done_bytes, "total": self.progress.total_bytes,
                        "speed": self.progress.bytes_per_second, "left": self.progress.seconds_left}
-        return {"name": self.name, "kind": self.kind, "state": self.state, "text": self.text} | numbers
+        return {"name": self.name, "title": title_of(self.name), "kind": self.kind, "state": self.state,
+                "text": self.text} | numbers
 
 
 class Works:
@@ -52,7 +53,7 @@ class Works:
         self.on_change, self._keep = on_change, keep
         self._works: dict[str, Work] = {}
         self._lock = threading.Lock()
-        self.finished: list[dict] = []  # {"name", "kind"} of all since the program was started, in order
+        self.finished: list[dict] = []  # {"name", "title", "kind"} of all since the program was started, in order
 
     def shown(self) -> list[dict]:
         with self._lock:
@@ -62,7 +63,7 @@ class Works:
         """Begin, or begin again. UserError while it is running."""
         with self._lock:
             if name in self._works and self._works[name].state == "running":
-                raise UserError(TEXT["already_working"].format(name=name))
+                raise UserError(TEXT["already_working"].format(name=title_of(name)))
             work = self._works[name] = Work(name, kind, asked, run)
             self._note()
         threading.Thread(target=self._run, args=(work,), name=f"{kind} {name}", daemon=True).start()
@@ -98,7 +99,7 @@ class Works:
         if work:
             work.stop.set()
             if not work.ended.wait(seconds):
-                raise UserError(TEXT["still_stopping"].format(name=name))
+                raise UserError(TEXT["still_stopping"].format(name=title_of(name)))
 
     def forget(self, name: str) -> None:
         with self._lock:
@@ -122,7 +123,7 @@ class Works:
             with self._lock:
                 self._works.pop(work.name, None)
                 self._note()
-                self.finished.append({"name": work.name, "kind": work.kind})
+                self.finished.append({"name": work.name, "title": title_of(work.name), "kind": work.kind})
         except Stopped:
             work.state = "paused"
         except (UserError, MachineError) as error:

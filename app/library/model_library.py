@@ -40,6 +40,7 @@ from engine import (
     plan_for,
     recommendations,
     search_hub,
+    title_of,
     typed,
 )
 
@@ -231,9 +232,9 @@ class Shelf:
     def remove(self, name: str) -> int:
         """Delete a model, whole or unfinished; bytes freed. Refused for the one that is open."""
         if any(model.name == name and model.folder == self._opened.folder for model in models(self._data)):
-            raise UserError(TEXT["model_in_use"].format(name=name))
+            raise UserError(TEXT["model_in_use"].format(name=title_of(name)))
         if other := self.works.reads(name):
-            raise UserError(TEXT["source_in_use"].format(name=name, other=other))
+            raise UserError(TEXT["source_in_use"].format(name=title_of(name), other=title_of(other)))
         self.works.pause(name)
         freed = delete(name, self._data)
         self.works.forget(name)
@@ -274,9 +275,10 @@ class Shelf:
         return self._offered[1]
 
     def _on_disk(self, model) -> dict:
-        return {"name": model.name, "kind": model.kind, "bytes": model.bytes, "levels": list(model.levels),
-                "share": model.share, "open": model.folder == self._opened.folder, "source": model.source,
-                "folder": str(model.folder), "read_by": self.works.reads(model.name), "linked": model.linked}
+        return {"name": model.name, "title": title_of(model.name), "kind": model.kind, "bytes": model.bytes,
+                "levels": list(model.levels), "share": model.share, "open": model.folder == self._opened.folder,
+                "source": model.source, "folder": str(model.folder), "read_by": self.works.reads(model.name),
+                "linked": model.linked}
 
     def _demo(self) -> dict:
         folder = demo_model()
@@ -285,7 +287,7 @@ class Shelf:
             levels = levels_of(look_up(str(folder)))
         except UserError:  # opening it says what is wrong
             levels = ()
-        return {"name": DEMO, "kind": "demo", "bytes": size, "levels": list(levels),
+        return {"name": DEMO, "title": shown_title(folder), "kind": "demo", "bytes": size, "levels": list(levels),
                 "share": 1.0, "open": folder == self._opened.folder, "source": "", "folder": str(folder), "read_by": "",
                 "linked": False}
 

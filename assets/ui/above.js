@@ -41,7 +41,7 @@ export function above() {
     keep(works, running, () => h("button", { type: "button", class: "work", onclick: showWorks }), (node, work) => {
       const share = work.total ? work.done / work.total : 0;
       node.style.setProperty("--share", share);
-      node.textContent = say("working_on", { name: work.name, percent: Math.floor(100 * share), left: timeLeft(work) });
+      node.textContent = say("working_on", { name: work.title, percent: Math.floor(100 * share), left: timeLeft(work) });
     });
   }
 
@@ -50,12 +50,12 @@ export function above() {
     told = finished.length;
   }
 
-  async function tellOne({ name, kind }) {
+  async function tellOne({ name, title, kind }) {
     const open = [TEXT.open, () => openModel(name)];
-    if (kind === "measure") return notice(say("measured", { name }), open);
+    if (kind === "measure") return notice(say("measured", { name: title }), open);
     const { disk } = await api("GET", "/api/models");
-    if (!disk.some((model) => model.name === name && unmeasured(model))) return notice(say("made", { name }), open);
-    return notice(say("made_unmeasured", { name }), open, [TEXT.measure, () => measureLevels(name)]);
+    if (!disk.some((model) => model.name === name && unmeasured(model))) return notice(say("made", { name: title }), open);
+    return notice(say("made_unmeasured", { name: title }), open, [TEXT.measure, () => measureLevels(name)]);
   }
 
   on("state", ({ now, before }) => {

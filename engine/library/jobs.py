@@ -75,7 +75,7 @@ def calibrate_installed(name: str, data: str | Path | None = None, text: Path | 
 
         def say(line: str) -> None:
             nonlocal saying
-            saying = line
+            saying = line.split(":")[0]  # the figures behind it are for a terminal
 
         def measured(read: int, skipped: int, most: int) -> None:
             nonlocal begun, heard

@@ -76,7 +76,7 @@ class Calibration:
     @torch.inference_mode()
     def run(self) -> tuple[dict, dict[str, Tensor]]:
         """-> the manifest's "calibration", and the usage counts."""
-        self.report("exact: the loss to compare with")
+        self.report("Measuring level exact, with which the others are compared")
         self.probe = LossProbe(self.model, self._simulating, self.fit, self._log, self._skipped)
         tables = self._tables()
         for level, promise in PROMISES.items():
@@ -84,7 +84,7 @@ class Calibration:
         self.plans["floe"] = LevelPlan(thresholds=self._thresholds())
         levels = self._measured()
         traces, usage = self._traces()
-        self.report("miss curves")
+        self.report("Working out how much has to be fetched")
         found = {"levels": levels, "miss_curves": {name: miss_curve(trace) for name, trace in traces.items()},
                  "tokens": sum(ids.numel() for documents in self.fit for ids in documents)}
         return found, usage
@@ -103,7 +103,7 @@ class Calibration:
 
     # --- budgets ------------------------------------------------------------------------------------------------
     def _tables(self) -> list[LayerTable]:
-        self.report("errors of every layer")
+        self.report("Measuring layer sensitivity")
         errors = OutputErrors(self.runtime)
         self._watch(None, errors.see, self.fit, TABLE_TOKENS)
         bare = errors.tables()
@@ -126,8 +126,8 @@ class Calibration:
         """
         rises, kept = self.probe.measure(probe), table.nearest(PROBE)
         own, usual = _mean(rise.loss for rise in rises), ratio * _mean(rise.divergence for rise in rises)
-        self.report(f"layer {layer}: {own:+.4f} nats, {usual:+.4f} by divergence, with {kept} of {table.edges[-1]} "
-                    "neurons")
+        self.report(f"Measuring layer sensitivity, layer {layer}: {own:+.4f} nats, {usual:+.4f} by divergence, "
+                    f"with {kept} of {table.edges[-1]} neurons")
         return max((own + usual) / 2, 1e-6) / max(table.loss(kept, 0), 1e-30)
 
     def _coarse_ratio(self, tables: list[LayerTable]) -> float:
@@ -140,7 +140,8 @@ class Calibration:
         weighted = sum(t.loss_per_dropped * float(t.coarse[t.edges.index(r), -1])
                        for t, (r, _) in zip(tables, pairs, strict=True))
         ratio = coarse / max(weighted, 1e-30)
-        self.report(f"coarse neurons: {coarse:+.4f} nats, {ratio:.2f} of the loss of dropped ones at equal error")
+        self.report(f"Measuring coarse neurons: {coarse:+.4f} nats, "
+                    f"{ratio:.2f} of the loss of dropped ones at equal error")
         return ratio
 
     def _budgets(self, level: str, promise: float, tables: list[LayerTable]) -> Budgets:
@@ -151,7 +152,8 @@ class Calibration:
         good = [budgets for budgets in self.tried if self.probe.worst(LevelPlan(budgets)) <= target]
         best = min(good, key=lambda budgets: record_bytes(budgets, self.layout), default=everything)
         kept = sum(map(sum, best)) / sum(table.edges[-1] for table in tables)
-        self.report(f"{level}: {kept:.0%} of the neurons, {record_bytes(best, self.layout):,} record bytes a token")
+        self.report(f"Trying level {level}: {kept:.0%} of the neurons, "
+                    f"{record_bytes(best, self.layout):,} record bytes a token")
         return best
 
     def _search(self, level: str, tables: list[LayerTable], target: float) -> None:
@@ -169,7 +171,8 @@ class Calibration:
                 return
             self.tried[budgets] = predicted
             loss = self.probe.worst(LevelPlan(budgets))
-            self.report(f"{level}: {record_bytes(budgets, self.layout):,} record bytes, {math.expm1(loss):+.2%}")
+            self.report(f"Trying level {level}: {record_bytes(budgets, self.layout):,} record bytes, "
+                        f"{math.expm1(loss):+.2%}")
 
     def _thresholds(self) -> tuple:
         """FloE's rule at the record bytes of `balanced`: per expert the |u| that keeps the same share everywhere."""
@@ -195,7 +198,7 @@ class Calibration:
         """Perplexity and KL of every level on the text that was held back, with its budgets."""
         plans = {"exact": None, **self.plans}
         sums = {level: Sums() for level in plans}
-        self.report("measuring every level on text it was not fitted on")
+        self.report("Measuring every level on text it was not fitted on")
         for batch in (ids for documents in self.held for ids in documents):
             reference = self._reference(batch)
             for level, plan in plans.items():
@@ -222,7 +225,7 @@ class Calibration:
         usage = {"experts": torch.zeros(far.layers, far.experts, dtype=torch.int32),
                  "neurons": torch.zeros(far.layers, far.experts * far.neurons, dtype=torch.int32)}
         for level, plan in self.plans.items():
-            self.report(f"{level}: trace")
+            self.report(f"Following level {level} through a text")
             traces[f"record:{level}"] = trace = Trace(far.experts * far.neurons)
             counted = level == "balanced"
             self._watch(plan, lambda seen, t=trace, c=counted: self._follow(seen, t, traces, usage, c), self.held,

@@ -95,14 +95,14 @@ def test_the_first_run_asks_offers_three_and_fetches_while_the_demonstration_cha
     page.click(".aim[data-aim=fast]")
     page.wait_for_selector(".fits li")
     hub.pause = 0.2  # it is under way until the demonstration has answered
-    name = offers.first.get_attribute("data-name")
+    name, title = offers.first.get_attribute("data-name"), offers.first.locator("h3").text_content()
     offers.first.get_by_role("button", name="Download").click()
-    page.wait_for_selector(f"#works .work:has-text('{name}')")
+    page.wait_for_selector(f"#works .work:has-text('{title}')")
     page.wait_for_selector("#welcome", state="hidden")
     expect(ask(page, "Hello!").locator(".answer")).not_to_be_empty()  # the demonstration, meanwhile
     assert [work["name"] for work in state(page)["works"]] == [name]
     hub.pause = 0.0
-    page.wait_for_selector(f".notice:has-text('{name} is ready')")
+    page.wait_for_selector(f".notice:has-text('{title} is ready')")
     page.reload()
     browser.wait_ready(page)
     page.wait_for_selector(".message.user")

@@ -37,7 +37,7 @@ export function diskTab(page) {
   }
 
   function row(model) {
-    const title = model.kind === "demo" ? TEXT.demo_title : model.name;
+    const { title } = model;
     return card({ name: model.name, title }, {
       about: model.kind === "checkpoint" ? TEXT.checkpoint_about : model.kind === "demo" ? TEXT.demo_about : null,
       badges: [model.open && h("span", { class: "verdict open" })].filter(Boolean),
@@ -54,10 +54,10 @@ export function diskTab(page) {
     });
   }
 
-  async function remove({ name, bytes: size, linked }) {
-    if (!confirm(say(linked ? "really_unlink" : "really_delete", { name, size: bytes(size) }))) return;
+  async function remove({ name, title, bytes: size, linked }) {
+    if (!confirm(say(linked ? "really_unlink" : "really_delete", { name: title, size: bytes(size) }))) return;
     await api("POST", "/api/models/delete", { name });
-    notice(say("freed", { name }));
+    notice(say("freed", { name: title }));
     page.load();
   }
   return { node, draw };

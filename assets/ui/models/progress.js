@@ -22,7 +22,7 @@ export function progressTab(page) {
   function work(item) {
     const running = item.state === "running";
     return h("li", { class: "card", "data-name": item.name },
-      h("div", { class: "card-head" }, h("h3", {}, item.name), h("span", { class: "verdict" },
+      h("div", { class: "card-head" }, h("h3", {}, item.title), h("span", { class: "verdict" },
         item.state === "paused" ? TEXT.paused : item.state === "failed" ? TEXT.work_failed : TEXT[`work_${item.kind}`])),
       h("span", { class: "meter-bar" }), h("p", { class: item.state === "failed" ? "note error" : "amount" }),
       h("div", { class: "model-buttons" }, quiet(TEXT.cancel, () => cancel(item)), running
@@ -32,7 +32,7 @@ export function progressTab(page) {
 
   function leftBehind(model) {
     return h("li", { class: "card", "data-name": model.name },
-      h("div", { class: "card-head" }, h("h3", {}, model.name), h("span", { class: "verdict" }, TEXT.paused)),
+      h("div", { class: "card-head" }, h("h3", {}, model.title), h("span", { class: "verdict" }, TEXT.paused)),
       h("span", { class: "meter-bar" }), h("p", { class: "amount" }),
       h("div", { class: "model-buttons" }, quiet(TEXT.delete, () => remove(model), "quiet delete"),
         model.source && quiet(TEXT.resume, () => api("POST", "/api/models/download", { name: model.source, file: "" }), "primary")));
@@ -56,17 +56,17 @@ export function progressTab(page) {
       item.text].filter(Boolean).join(" · ");
   }
 
-  async function remove({ name, bytes: size }) {
-    if (!confirm(say("really_delete", { name, size: bytes(size) }))) return;
+  async function remove({ name, title, bytes: size }) {
+    if (!confirm(say("really_delete", { name: title, size: bytes(size) }))) return;
     await api("POST", "/api/models/delete", { name });
-    notice(say("freed", { name }));
+    notice(say("freed", { name: title }));
     page.load();
   }
 
-  async function cancel({ name, kind }) {
-    if (!confirm(TEXT[`really_cancel_${kind}`].replace("{name}", name))) return;
+  async function cancel({ name, title, kind }) {
+    if (!confirm(TEXT[`really_cancel_${kind}`].replace("{name}", title))) return;
     await api("POST", "/api/models/cancel", { name });
-    notice(say(kind === "measure" ? "measuring_cancelled" : "cancelled", { name }));
+    notice(say(kind === "measure" ? "measuring_cancelled" : "cancelled", { name: title }));
     page.load();
   }
   return { node, draw };

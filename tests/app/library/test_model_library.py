@@ -85,7 +85,7 @@ def test_a_model_is_fetched_opened_and_deleted(loopback, shelf):
     shelf.fetch(NAME)
     until(lambda: "Tiny-Floe" in on_disk(shelf) and not works(shelf))
     assert on_disk(shelf)["Tiny-Floe"]["kind"] == "compressed"
-    assert shelf.works.finished == [{"name": "Tiny-Floe", "kind": "download"}]
+    assert shelf.works.finished == [{"name": "Tiny-Floe", "title": "Tiny-Floe", "kind": "download"}]
     assert on_disk(shelf)["demo"]["open"]
     shelf.open("Tiny-Floe")
     assert on_disk(shelf)["Tiny-Floe"]["open"] and not on_disk(shelf)["demo"]["open"]
@@ -318,6 +318,15 @@ def test_a_model_that_something_is_made_of_is_not_deleted_meanwhile(shelf, kept,
     assert "mine" not in on_disk(shelf)
 
 
+def test_work_on_a_model_is_called_by_its_title(shelf):
+    shelf.works.start("qwen3-30b-a3b", "download", {}, lambda report, stop: stop.wait())
+    with pytest.raises(UserError, match="Qwen3 30B-A3B Instruct 2507 is being worked on"):
+        shelf.fetch("qwen3-30b-a3b")
+    assert works(shelf)["qwen3-30b-a3b"]["title"] == "Qwen3 30B-A3B Instruct 2507"
+    shelf.pause("qwen3-30b-a3b")
+    until(lambda: [done["title"] for done in shelf.works.finished] == ["Qwen3 30B-A3B Instruct 2507"])
+
+
 def test_what_is_being_made_is_no_model_of_the_disk_as_well(shelf, kept, tmp_path):
     (tmp_path / "models" / "mine-floe.partial").mkdir()
     (tmp_path / "models" / "mine-floe.partial" / "floe.source.json").write_text("{}")
@@ -330,11 +339,15 @@ def test_what_is_being_made_is_no_model_of_the_disk_as_well(shelf, kept, tmp_pat
 def test_levels_are_measured_and_offered_then(shelf, unmeasured):
     folder, text = unmeasured
     assert on_disk(shelf)["Small"]["levels"] == ["exact"] == shelf.plan("Small")["levels"]
+    said = set()
+    shelf.works.on_change = lambda: said.update(work["text"] for work in shelf.works.shown())
     shelf.measure("Small", str(text))
     with pytest.raises(UserError, match="already"):
         shelf.measure("Small")
     until(lambda: not works(shelf) or works(shelf)["Small"]["state"] == "failed")
-    assert works(shelf) == {} and shelf.works.finished == [{"name": "Small", "kind": "measure"}]
+    assert works(shelf) == {} and shelf.works.finished == [{"name": "Small", "title": "Small", "kind": "measure"}]
+    assert any(text.startswith("Measuring layer sensitivity") for text in said)
+    assert not any("nats" in text or ":" in text for text in said), said  # figures are for a terminal
     levels = ["exact", "quality", "balanced", "fast", "floe"]
     assert on_disk(shelf)["Small"]["levels"] == levels and shelf.plan("Small")["levels"] == levels
     assert shelf.plan("Small", "fast")["level"] == "fast"
