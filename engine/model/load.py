@@ -6,6 +6,7 @@ executed.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +42,7 @@ from engine.planning import explain
 from engine.planning.planner import Planner
 from engine.policies.choice import parse
 
+_log = logging.getLogger(__name__)
 LOADED = 0.95  # share of opening that lies behind when the model is in its place
 
 
@@ -143,8 +146,7 @@ def _load_compressed(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, 
     except Exception as error:  # transformers raises many kinds for what does not go together
         if isinstance(error, UserError) or errors.is_out_of_memory(error):
             raise
-        why = f": {type(error).__name__} {error}".replace(str(folder), folder.name).splitlines()[0][:120]
-        raise UserError(_damaged(folder, why)) from error
+        raise UserError(_unopened(folder, error)) from error
     if found["missing_keys"] or found["unexpected_keys"]:
         raise UserError(_damaged(folder))
     return model, *blobs_of(model)
@@ -152,6 +154,18 @@ def _load_compressed(folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Far, 
 
 def _damaged(folder: Path, why: str = "") -> str:
     return f"{folder} is damaged (config.json or {TRUNK} cannot be used{why}); download or compress the model again."
+
+
+def _unopened(folder: Path, error: Exception) -> str:
+    """What transformers' error means: weights that cannot be read or have other shapes, else nobody knows."""
+    why = f": {type(error).__name__} {error}".replace(str(folder), folder.name).splitlines()[0][:120]
+    if isinstance(error, SafetensorError) or "size mismatch" in str(error) or "mismatched" in str(error):
+        return _damaged(folder, why)
+    _log.error("%s cannot be opened", folder, exc_info=error)
+    logs = [Path(handler.baseFilename) for handler in logging.getLogger().handlers
+            if isinstance(handler, logging.FileHandler)]
+    more = f"stands in {logs[-1].parent.name}/{logs[-1].name}" if logs else "was written to the terminal"
+    return f"{folder} cannot be opened, and the cause is unknown{why}; all that is known {more}."
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype, report: Report) -> tuple[nn.Module, Far, Planner]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import struct
@@ -237,12 +238,23 @@ def test_a_manifest_with_numbers_that_no_model_has(folder, changes):
     ("config.json", {"num_hidden_layers": 1}, "damaged"), ("config.json", {"num_hidden_layers": 3}, "damaged"),
     ("config.json", {"vocab_size": 100}, "damaged"), ("config.json", {"hidden_size": 128}, "damaged"),
     ("config.json", {"quantization_config": None}, "damaged"), ("config.json", {"model_type": "llama"}, "no routed"),
-    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "damaged"),
 ])
 def test_configuration_manifest_and_weights_of_different_models(folder, name, changes, word):
     as_format_1(folder)
     edit(folder / name, **changes)
     refuse(folder, word)
+
+
+def test_what_nobody_foresaw_is_called_unknown_and_stands_in_the_log(folder, tmp_path):
+    log = logging.FileHandler(tmp_path / "the.log")
+    logging.getLogger().addHandler(log)
+    try:
+        edit(as_format_1(folder) / "config.json", quantization_config={"quant_method": "gptq"})
+        refuse(folder, "the cause is unknown: TypeError", f"stands in {tmp_path.name}/the.log.")
+    finally:
+        logging.getLogger().removeHandler(log)
+        log.close()
+    assert "Traceback" in (tmp_path / "the.log").read_text() and "GPTQConfig" in (tmp_path / "the.log").read_text()
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/b", "", ".", ".x", "a\nb", "C:\\x", None, 7, "config.json"])
