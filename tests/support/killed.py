@@ -22,6 +22,7 @@ from engine.library.download import download
 from engine.library.hub import Hub
 from engine.library.installed import unfinished
 from engine.library.transfer import CompressOptions
+from kernels.dispatch import compile_all
 from tests.support.loopback_hub import LoopbackHub
 
 CHUNK = 64 << 10
@@ -130,6 +131,7 @@ def _die_at(change: int, kinds: tuple[str, ...]) -> None:
 def serve() -> None:
     for name in sys.argv[1:]:
         __import__(name)
+    compile_all()  # else each child would, and numba opens a file for every function, which is no change of the work's
     while line := sys.stdin.readline():
         pid = os.fork()
         if pid == 0:
