@@ -12,7 +12,7 @@ from engine.bench import synthetic
 from engine.core import Options
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.step import Step
-from engine.experts import device, layer
+from engine.experts import layer
 from engine.experts.device import DeviceRuntime
 from engine.experts.runtime import Runtime
 from engine.experts.store import FarMemory
@@ -62,7 +62,7 @@ def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str) -> OnFake
     small = table.described("rtx-3060-12gb")
     planner = Planner(shape.spec, small, DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
     n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * 2 // 3
-    with mock.patch.object(layer, "recognised", _recognised), mock.patch.object(device, "recognised", _recognised):
+    with mock.patch.object(layer, "recognised", _recognised):
         runtime = bind(model, DeviceRuntime, FarNothing(shape), planner, level, n_near, device=CARD,
                        dtype=torch.bfloat16)
     plan = planner.plan(level, Options(level, runtime.near_bytes))
