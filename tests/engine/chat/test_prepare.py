@@ -14,7 +14,7 @@ from engine.decode.cuda_graph import Graphs
 from engine.decode.decoder import COMPILING, RECORDING, Decoder, decoder_for
 from engine.model import load
 from engine.model.placement import experts_on_gpu
-from tests.engine.chat.test_engine import GREEDY, LONG, TALK, Forwards, finish, told
+from tests.engine.chat.test_engine import GREEDY, LONG, TALK, finish, told
 from tests.engine.experts.test_far_locked import Ledger
 from tests.support.recorded import Recording
 
@@ -26,7 +26,7 @@ class Card(Recording):
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
-        self.ledger, self.said, self.on, self.forwards = Ledger(), [], {}, None
+        self.ledger, self.said, self.on, self.sizes = Ledger(), [], {}, []
         self._load = load.load
         monkeypatch.setattr(load, "load", self.load)
         monkeypatch.setattr(turn, "decoder_for", self.decoder)
@@ -38,7 +38,9 @@ class Card(Recording):
         near_bytes = far.layers * far.experts * far.expert_bytes // 2
         loaded.runtime = experts_on_gpu(loaded.model, far, folder, level, loaded.planner,
                                         replace(options, near_bytes=near_bytes), report, self.ledger, "cpu")
-        self.forwards, self.near_used = Forwards(loaded.model), loaded.runtime.near_used_bytes()
+        loaded.model.register_forward_pre_hook(
+            lambda model, args, named: self.sizes.append(named["input_ids"].shape[1]), with_kwargs=True)
+        self.near_used = loaded.runtime.near_used_bytes()
         return loaded
 
     def decoder(self, *given) -> Decoder:
@@ -78,7 +80,7 @@ def test_the_first_answer_finds_its_graphs(demo_checkpoint, card, level):
         preparing = shares[names.index(COMPILING):]
         assert min(shares[-1], *preparing) == preparing[0] == load.LOADED == max(shares[:-len(preparing)])
         assert list(preparing) == sorted({*preparing}) and card.said[-1] == ("Ready.", 1.0)
-        assert max(card.forwards.sizes) > 4  # a piece of a prompt, which other kernels compute than a step
+        assert max(card.sizes) > 4  # a piece of a prompt, which other kernels compute than a step
         made = card.n_graphs
         assert told(finish(engine.chat(TALK, GREEDY))[0]) == expected
         engine._turns.runtime.link_bytes_per_second = 1.0  # from now on nothing is fetched ahead
