@@ -227,17 +227,12 @@ def test_the_context_meter_counts_and_a_full_context_is_never_silent(app, page):
     ask(page, "Hello!")
     expect(page.locator("#context-meter")).to_have_text(re.compile(r"^Context: [1-9]\d? of 1,024 tokens$"))
     filler = "Tell me about the sea, the boat and the bird. " * 50
-    with app.endless():
-        page.evaluate("""async text => {
-          for (let i = 0; i < 2; i += 1) {
-            const id = location.hash.slice(2);
-            await fetch(`/api/conversations/${id}/send`, {method: 'POST', headers: {'content-type': 'application/json'},
-              body: JSON.stringify({text, attachments: []})});
-            while ((await (await fetch('/api/state')).json()).live === null) await new Promise(r => setTimeout(r, 20));
-            await fetch('/api/stop', {method: 'POST'});
-            while ((await (await fetch('/api/state')).json()).live) await new Promise(r => setTimeout(r, 50));
-          }
-        }""", filler)
+    for _ in range(2):
+        with app.endless():
+            send(page, filler)
+            page.wait_for_selector(".message.running")
+            page.click("#stop")
+            settled(page)
     expect(ask(page, "Hello again!")).to_contain_text(re.compile(r"\d+ earlier messages did not fit"))
     number = chat_tab(page)
     for policy, said in (("stop", "the context holds"), ("newest", "earlier messages did not fit")):
