@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from app.chat.chat_settings import ChatSettings
 from app.chat.chats import Chats, Message
-from app.chat.context_window import fit, to_prompt
+from app.chat.context_window import fit, joined, spoken
 from app.chat.line import Line
 from app.chat.titles import Titles
 from app.library.open_model import Models
@@ -211,7 +211,7 @@ class Jobs:
 
     def _stream(self, answer: Message, live: Live) -> str:
         wishes = ChatSettings.of(self.chats.conversation(answer.conversation_id).settings)
-        messages = to_prompt(self._given(answer), wishes.system, wishes.keep_thinking)
+        messages = spoken(self._given(answer), wishes.system, wishes.keep_thinking)
         ask = self._elsewhere if wishes.remote else self._here
         meter = _Meter(live)
         with closing(ask(answer, live, wishes, messages)) as events:
@@ -254,7 +254,7 @@ class Jobs:
         live.phase = "asked"
         live.revision += 1
         self.on_change()
-        with closing(model.chat(messages, wishes.sampling(), wishes.template(), live.stop)) as events:
+        with closing(model.chat(joined(messages), wishes.sampling(), wishes.template(), live.stop)) as events:
             yield from events
 
     def _given(self, answer: Message) -> list[Message]:

@@ -26,22 +26,32 @@ class Prompt:
 
 
 def to_prompt(path: list[Message], system: str, keep_thinking: bool = False) -> list[dict]:
-    """The shown messages in the engine's form; earlier thinking is left out unless it is wanted. Empty answers, which
-    many templates refuse, are left out as well; questions that then follow each other become one."""
+    """All that is shown, as a model is given it."""
+    return joined(spoken(path, system, keep_thinking))
+
+
+def spoken(path: list[Message], system: str, keep_thinking: bool = False) -> list[dict]:
+    """The shown messages in the engine's form, one for one; earlier thinking is left out unless it is wanted, and so
+    are empty answers, which many templates refuse."""
     prompt = [{"role": "system", "content": system}] if system.strip() else []
-    for message in path:
-        one = _one(message, keep_thinking)
-        if message.role == "assistant" and not one["content"].strip():
-            continue
+    each = (_one(message, keep_thinking) for message in path)
+    return prompt + [one for one in each if one["role"] != "assistant" or one["content"].strip()]
+
+
+def joined(messages: list[dict]) -> list[dict]:
+    """Questions that follow each other become one: many templates want roles by turns."""
+    prompt: list[dict] = []
+    for one in messages:
         if prompt and prompt[-1]["role"] == one["role"] == "user":
-            one["content"] = f"{prompt.pop()['content']}\n\n{one['content']}"
+            one = one | {"content": f"{prompt.pop()['content']}\n\n{one['content']}"}
         prompt.append(one)
     return prompt
 
 
 def fit(messages: list[dict], context: int, reserve: int, policy: str, count: Callable[[list], int],
         weigh: Callable[[dict], int]) -> Prompt:
-    """The messages that leave `reserve` tokens of the context for the answer. UserError with the numbers if none do.
+    """Of `spoken` messages those that leave `reserve` tokens of the context for the answer, joined. UserError with the
+    numbers if none do.
 
     count: tokens of a whole prompt; weigh: of one message's own text, kept from the last time. The turns are weighed
     once, from the newest back, and a prompt is counted a few times however long the conversation is: only then it is
@@ -57,14 +67,14 @@ def fit(messages: list[dict], context: int, reserve: int, policy: str, count: Ca
         at = _first_that_stays(turns, starts, room, weigh)
     if policy == "newest" and at:
         at = last
-    while (tokens := count(head + turns[starts[at]:])) > room:
+    while (tokens := count(joined(head + turns[starts[at]:]))) > room:
         if policy == "stop" or at == last:
             raise UserError(TEXT["context_full"].format(tokens=tokens, context=context, reserve=reserve))
         weights = [sum(map(weigh, turns[start:end])) for start, end in pairwise([*starts[at:], len(turns)])]
         too_much = (tokens - room) * (sum(weights) + sum(map(weigh, head))) / tokens
         at = last if policy == "newest" else min(last, at + max(goes, _how_many(weights, too_much)))
         goes *= 2
-    return Prompt(head + turns[starts[at]:], tokens, starts[at])
+    return Prompt(joined(head + turns[starts[at]:]), tokens, starts[at])
 
 
 def _first_that_stays(turns: list[dict], starts: list[int], room: int, weigh: Callable[[dict], int]) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from app.chat.context_window import fit, to_prompt
+from app.chat.context_window import fit, spoken, to_prompt
 from app.chat.rows import Message
 from engine import Stopped, UserError
 from engine.chat.tokenizer import LONG, Tokens
@@ -139,3 +139,18 @@ def test_an_empty_answer_is_not_sent_and_the_questions_around_it_are_one():
             said("user", "Three"), said("assistant", "Yes"), said("user", "Four")]
     assert to_prompt(path, "") == [{"role": "user", "content": "One\n\nTwo\n\nThree"},
                                    {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Four"}]
+
+
+def test_of_questions_that_were_stopped_the_oldest_are_dropped():
+    """Joined too early they would be one question, which is too long for ever."""
+    path = [said("user", "a " * 30), said("assistant", ""), said("user", "b " * 30), said("assistant", " "),
+            said("user", "c")]
+    made = fit(spoken(path, "Be brief."), 60, 10, "oldest", lambda some: sum(map(words, some)), words)
+    assert made.dropped == 1 and made.messages == [{"role": "system", "content": "Be brief."},
+                                                   {"role": "user", "content": "b " * 30 + "\n\nc"}]
+    with pytest.raises(UserError, match="needs 63 tokens"):
+        fit(spoken(path, "Be brief."), 60, 10, "stop", lambda some: sum(map(words, some)), words)
+
+
+def words(message: dict) -> int:
+    return len(message["content"].split())
