@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -74,7 +76,12 @@ def test_our_own_api_is_such_a_server(app, tmp_path):
     """Another copy of this program on another port."""
     key = httpx.post(f"{app.address}/api/preferences/programs/keys", json={"name": "the other one"},
                      headers=app.credentials, timeout=browser.SECONDS).json()["key"]
-    chats = Chats(tmp_path / "chats.db")
+    with ThreadPoolExecutor(1) as thread:  # as an answer's own: in the main one runs Playwright's loop
+        thread.submit(_asked, app, key, tmp_path).result()
+
+
+def _asked(app, key: str, folder: Path) -> None:
+    chats = Chats(folder / "chats.db")
     servers = Servers(chats)
     (name,) = servers.choose(f"{app.address}/v1", key).models[:1]
     events = list(servers.model(name).chat([{"role": "user", "content": "Hello!"}], Sampling(max_tokens=20), {},

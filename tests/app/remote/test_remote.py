@@ -4,17 +4,19 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from contextlib import closing
 
 import pytest
 
 from app.chat.answers import Jobs
 from app.chat.chat_settings import Drafts, Presets
 from app.chat.chats import Chats
-from app.chat.import_export import export_json, import_text
+from app.chat.import_export import export_json
 from app.remote import exchange
 from app.remote.answer import RemoteModel, request
 from app.remote.server import Servers, whole_address
 from engine import Sampling, UserError
+from tests.app.chat.imported import import_text
 from tests.app.remote.model_server import ANSWER, DONE, chunk, model_server
 from tests.support.waiting import until
 
@@ -221,12 +223,13 @@ def test_a_conversation_is_answered_by_the_server_and_stays_readable(server, cha
         jobs.close()
 
 
-def test_no_file_and_no_preset_sends_a_conversation_away(chats):
+def test_no_file_and_no_preset_sends_a_conversation_away(chats, tmp_path):
     own = chats.create(settings={"remote": "big-moe", "system": "x"})
     document = json.loads(export_json(chats, [own.id]))
     assert "remote" not in document["conversations"][0]["settings"]
     document["conversations"][0]["settings"] = {"remote": "big-moe"}
-    assert import_text(chats, json.dumps(document))[0].settings == {}
+    with closing(Chats(tmp_path / "another.db")) as another:  # in its own it would be recognised
+        assert import_text(another, json.dumps(document))[0].settings == {}
     presets = Presets(chats)
     presets.keep("mine", {"remote": "big-moe", "system": "x"})
     assert presets.chosen("mine", {}) == {"system": "x"}
