@@ -182,7 +182,7 @@ TEXT = {
     "downloads_mirror_about": "A Hub that is asked in place of huggingface.co, as a company's own.",
     "downloads_variable": "HF_ENDPOINT is set to {address}, and goes before what stands here.",
     "downloads_hosts": "Allowed hosts",
-    "downloads_hosts_about": "Hosts besides the Hub's own from which downloads may come, with blanks between.",
+    "downloads_hosts_about": "Hosts besides the Hub's own from which downloads may come, separated by spaces.",
     "downloads_kept": "Saved. The next download uses it.",
     "preferences_look": "Appearance",
     "preferences_titles": "Conversations",

@@ -37,7 +37,7 @@ _DOORS = {  # module: its names that are everybody's
     "chat.engine": ("Engine",),
     "decode.grammar": ("checked_schema",),
     "library.hub": ("Hub", "address"),
-    "library.network": ("allow_hosts", "allowed_hosts", "choose_mirror", "mirror"),
+    "library.network": ("allow_hosts", "choose_mirror", "kept_hosts", "mirror", "plain_address"),
     "library.download": ("download",),
     "library.transfer": ("CompressOptions",),
     "library.catalogue": ("ModelInfo", "look_up", "title_of"),

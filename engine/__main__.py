@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         args = build_parser(argv[0]).parse_args(argv[1:])
-        _keep_compiled(data_path(args.data) / "cache")
+        if args.data:
+            os.environ["FLOECHAT_HOME"] = str(args.data)  # for whoever asks for it by itself: which Hub, which hosts
+        _keep_compiled(data_path() / "cache")
         document = module_of(argv[0]).run(args)
     except (UserError, MachineError) as error:
         print(error, file=sys.stderr)

@@ -171,13 +171,14 @@ def pip_variables(python: Path | str, cache: Path) -> dict[str, str]:
     variables = clean_variables(cache)
     listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True,
                             errors="replace", env=variables, stdin=subprocess.DEVNULL)
-    for line in listed.stdout.splitlines():
+    of_files = {}
+    for line in listed.stdout.splitlines():  # sorted: [install] comes behind [global], and goes before it in pip
         found = re.fullmatch(r"(global|install)\.([\w-]+)=(.*)", line)
         name = found and found[2].upper().replace("-", "_")
         if name in WAY_TO_THE_INDEX and found[3]:
             with suppress(ValueError, SyntaxError):
-                variables.setdefault(f"PIP_{name}", str(ast.literal_eval(found[3])))
-    return variables | {"PIP_CONFIG_FILE": os.devnull}
+                of_files[f"PIP_{name}"] = str(ast.literal_eval(found[3]))
+    return of_files | variables | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def _install_torch(environment: Environment, pins: Path, app: Path, screen: Screen) -> None:

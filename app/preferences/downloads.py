@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from app.incoming import Body
-from engine import allow_hosts, allowed_hosts, choose_mirror, mirror
+from engine import allow_hosts, choose_mirror, kept_hosts, mirror, plain_address
 
 MOST_CHARACTERS = 4000
 
@@ -24,11 +24,12 @@ def routes(router: APIRouter, parts) -> None:
     @router.get("/preferences/downloads")
     def read():
         """variable: the address that HF_ENDPOINT names, which goes before the one that is kept."""
-        return {"mirror": mirror(data), "hosts": list(allowed_hosts(data)),
+        return {"mirror": mirror(data), "hosts": list(kept_hosts(data)),
                 "variable": os.environ.get("HF_ENDPOINT", "")}
 
     @router.post("/preferences/downloads")
     def choose(wish: Sources):
-        choose_mirror(wish.mirror, data)
+        plain_address(wish.mirror)  # both are looked at before either is kept
         allow_hosts(wish.hosts, data)
+        choose_mirror(wish.mirror, data)
         return read()

@@ -8,8 +8,9 @@ from engine.core import UserError
 from engine.disk import read_json
 
 LFS = b"version https://git-lfs.github.com/spec/"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")    # of which a made folder has one
+VOCABULARIES = (*TOKENIZERS, "vocab.txt", "spiece.model")           # of which a folder that is opened has one
+TEMPLATE = "chat_template.jinja"
 POINTER_BYTES = 1024  # more than any such note has
 
 
@@ -20,14 +21,13 @@ def check_chat_parts(folder: Path, repository: str = "", others: Iterable[str] =
     """
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < POINTER_BYTES and is_pointer(path):
-            place, instead = (f"{repository}/{path.name}", "choose another source") if repository else (
-                path, "fetch it with git lfs pull, or download the model again")
-            raise UserError(f"{place} is not there, only the note of Git LFS that stands for it; {instead}.")
+            raise UserError(only_a_note(f"{repository}/{path.name}", "choose another source") if repository else
+                            only_a_note(path))
     names, place = {path.name for path in folder.iterdir() if path.is_file()} | set(others), repository or folder
-    if names.isdisjoint(VOCABULARIES):
+    if names.isdisjoint(TOKENIZERS):
         raise UserError(f"{place} has no tokenizer (tokenizer.json), so nobody could talk to what is made of it; get "
                         "that of the original model first.")
-    if names.isdisjoint(TEMPLATES) and not _has_template(folder / "tokenizer_config.json"):
+    if TEMPLATE not in names and not has_template(folder):
         raise UserError(f"{place} has no chat template (chat_template.jinja), so it is no chat model; take the "
                         "variant that was tuned for chat, or put its template into the folder.")
 
@@ -37,8 +37,16 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS)) == LFS
 
 
-def _has_template(path: Path) -> bool:
+def only_a_note(place: str | Path, instead: str = "fetch it with git lfs pull, or download the model again") -> str:
+    """What is said of a pointer."""
+    return f"{place} is not there, only the note of Git LFS that stands for it; {instead}."
+
+
+def has_template(folder: Path) -> bool:
+    """Whether transformers' tokenizer finds a chat template in a folder; chat_template.json it does not read."""
+    if (folder / TEMPLATE).is_file():
+        return True
     try:
-        return bool(read_json(path).get("chat_template"))
+        return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.core import UserError
 from engine.disk import read_json
-from engine.files.chat_parts import LFS
+from engine.files.chat_parts import is_pointer, only_a_note
 from engine.files.manifest import INDEX, SINGLE
 
 Tensor = torch.Tensor
@@ -98,11 +98,11 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         with path.open("rb") as file:
             head = file.read(9)
+        is_note = is_pointer(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    if head.startswith(LFS[:9]):
-        raise UserError(f"{path.name} is not there, only the note of Git LFS that stands for it; fetch it with git lfs "
-                        "pull, or download the model again.")
+    if is_note:
+        raise UserError(only_a_note(path.name))
     # A safetensors header of 640 bytes also starts with 80 02; its JSON follows the eight bytes of the length.
     if head.startswith(PICKLE_MAGIC) and head[8:9] != b"{":
         raise UserError(f"{path.name} is a pickle in disguise, which could run code; get the safetensors files.")

@@ -18,7 +18,7 @@ from threading import Event
 
 from engine.core import UserError
 from engine.disk import MOST_JSON, check_room
-from engine.files.chat_parts import POINTER_BYTES, TEMPLATES, VOCABULARIES, check_chat_parts
+from engine.files.chat_parts import POINTER_BYTES, TEMPLATE, TOKENIZERS, check_chat_parts
 from engine.files.manifest import INDEX, MANIFEST, SINGLE, Manifest
 from engine.library import catalogue
 from engine.library.hub import Hub, Listing, RemoteFile, address
@@ -180,10 +180,10 @@ def _check_chat_parts(hub: Hub, listing: Listing, files: Iterable[RemoteFile], s
     """UserError for a repository that nobody could talk to afterwards: by its names, and by the few kilobytes that
     have to be read for it: where the template may stand inside, and what is too small to be what it is called."""
     names = {file.name for file in files}
-    inside = set() if names & set(TEMPLATES) else {"tokenizer_config.json"}
+    inside = set() if TEMPLATE in names else {"tokenizer_config.json"}
     with TemporaryDirectory(prefix="floe-", ignore_cleanup_errors=True) as folder:
         for file in files:
-            tiny = file.bytes < POINTER_BYTES and file.name.endswith((".safetensors", *VOCABULARIES))
+            tiny = file.bytes < POINTER_BYTES and file.name.endswith((".safetensors", *TOKENIZERS))
             if tiny or file.name in inside and file.bytes <= MOST_JSON:
                 hub.fetch(listing, file, Path(folder) / file.name, lambda n_bytes, text: None, stop)
         check_chat_parts(Path(folder), listing.repository, names)

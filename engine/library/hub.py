@@ -265,7 +265,8 @@ class Hub:
                 raise out.changed(found)
 
     def _no_hub(self) -> MachineError:
-        return MachineError(f"{self.host} gave an answer that is not a Hub's; check HF_ENDPOINT and the network.")
+        return MachineError(f"{self.host} gave an answer that is not a Hub's; check the mirror (Settings, Downloads, "
+                            "or HF_ENDPOINT) and the network.")
 
     def _patiently(self, repository: str, stop: Event, work: Callable, out: _Part | None = None):
         """work(), again and again while the trouble may pass; what will not pass becomes a sentence at once."""

@@ -85,6 +85,8 @@ def adopt_model(folder: str | Path, data: str | Path | None = None) -> str:
             "; give a folder that has a config.json beside its weights, or a .gguf file")
         raise UserError(f"There is no model in {there}{better}.")
     dest = place_of(there.name, data)
+    if dest.is_symlink() and not dest.exists():  # of a model that has moved since; the list cannot show it
+        dest.unlink()
     if there.parent == dest.parent or os.path.exists(dest) or os.path.exists(unfinished(dest)):
         raise UserError(f"A model named {there.name} is in the list already.")
     try:

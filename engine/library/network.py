@@ -23,7 +23,7 @@ def check_variables() -> None:
     schemes = ("http", "https", *(("socks5", "socks5h") if find_spec("socksio") else ()))
     for name, value in os.environ.items():
         if name.lower() in PROXIES and value:
-            scheme = urlsplit(value if "://" in value else f"http://{value}").scheme
+            scheme = value.partition("://")[0].lower() if "://" in value else "http"
             if scheme not in schemes:
                 raise UserError(f"The variable {name} names a {scheme}:// proxy, which cannot be used to download; set "
                                 "it to an http:// address, or unset it.")
@@ -44,12 +44,18 @@ def check_token(token: str, where: str) -> None:
 
 
 def allowed_hosts(data: str | Path | None = None) -> tuple[str, ...]:
-    """Hosts besides the Hub's own from which files may come: those that a person has allowed, and FLOECHAT_HOSTS."""
+    """Hosts besides the Hub's own from which files may come: those that a person has allowed, and FLOECHAT_HOSTS.
+    UserError where the variable names none."""
     try:
-        kept = (data_path(data) / HOSTS_FILE).read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
-        kept = []
-    return tuple(dict.fromkeys([*kept, *plain_hosts(os.environ.get(HOSTS, ""))]))
+        named = plain_hosts(os.environ.get(HOSTS, ""))
+    except UserError as error:
+        raise UserError(f"The variable {HOSTS}: {error}") from error
+    return tuple(dict.fromkeys([*kept_hosts(data), *named]))
+
+
+def kept_hosts(data: str | Path | None = None) -> tuple[str, ...]:
+    """Those of them that a person has allowed for good."""
+    return tuple(_kept(HOSTS_FILE, data).split())
 
 
 def allow_hosts(hosts: str, data: str | Path | None = None) -> tuple[str, ...]:
@@ -62,14 +68,25 @@ def allow_hosts(hosts: str, data: str | Path | None = None) -> tuple[str, ...]:
 def mirror(data: str | Path | None = None) -> str:
     """The address of a Hub in place of the public one, as a person has chosen it; "" for the public one. The variable
     HF_ENDPOINT goes before it."""
+    return _kept(MIRROR_FILE, data).strip()
+
+
+def _kept(name: str, data: str | Path | None) -> str:
     try:
-        return (data_path(data) / MIRROR_FILE).read_text(encoding="utf-8").strip()
+        return (data_path(data) / name).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return ""
 
 
 def choose_mirror(address: str, data: str | Path | None = None) -> str:
     """Keep this address, "" for the public Hub again; -> it. UserError for what is no address."""
+    plain = plain_address(address)
+    write_text_atomically(data_path(data) / MIRROR_FILE, plain)
+    return plain
+
+
+def plain_address(address: str) -> str:
+    """A Hub's address as it is kept, "" for none. UserError for what is no address."""
     plain = address.strip().rstrip("/")
     try:
         parts = urlsplit(plain)
@@ -79,7 +96,6 @@ def choose_mirror(address: str, data: str | Path | None = None) -> str:
         is_address = False
     if plain and not (is_address and plain.isascii() and plain.isprintable() and " " not in plain):
         raise UserError(f"{plain[:100]!r} is not the address of a Hub; write it like https://hub.example.com.")
-    write_text_atomically(data_path(data) / MIRROR_FILE, plain)
     return plain
 
 
@@ -87,7 +103,10 @@ def plain_hosts(text: str) -> tuple[str, ...]:
     """Names of hosts, with blanks or commas between them, or addresses there. UserError for others."""
     found = []
     for word in text.replace(",", " ").split():
-        host = (urlsplit(word).hostname if "://" in word else word.partition("/")[0]) or ""
+        try:
+            host = (urlsplit(word).hostname if "://" in word else word.partition("/")[0]) or ""
+        except ValueError:  # half a bracket
+            host = ""
         if not _HOST.fullmatch(host.lower()):
             raise UserError(f"{word[:100]!r} is not the name of a host; write it like files.example.com.")
         found.append(host.lower())

@@ -159,7 +159,9 @@ def _damaged(folder: Path, why: str = "") -> str:
 def _unopened(folder: Path, error: Exception) -> str:
     """What transformers' error means: weights that cannot be read or have other shapes, else nobody knows."""
     why = f": {type(error).__name__} {error}".replace(str(folder), folder.name).splitlines()[0][:100]
-    if isinstance(error, SafetensorError) or "size mismatch" in str(error) or "mismatched" in str(error):
+    if "size mismatch" in str(error) or "mismatched" in str(error):
+        return _damaged(folder, " together: their shapes differ")
+    if isinstance(error, SafetensorError):
         return _damaged(folder, why)
     _log.error("%s cannot be opened", folder, exc_info=error)
     logs = [Path(handler.baseFilename) for handler in logging.getLogger().handlers

@@ -34,6 +34,7 @@ BLOCK_NAMES = {
     "post_attention_norm.weight": "post_attention_layernorm.weight", "attn_output.weight": "self_attn.o_proj.weight",
     "attn_output.bias": "self_attn.o_proj.bias", "ffn_gate_inp.weight": "mlp.gate.weight",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
     **{f"attn_{x}.{kind}": f"self_attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")},
     **{f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
     **{f"ffn_{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}}
@@ -67,7 +68,6 @@ LFM2MOE = {"attn_norm.weight": "operator_norm.weight", "ffn_norm.weight": "ffn_n
 # Per architecture, what its blocks name besides BLOCK_NAMES, or otherwise.
 OWN_NAMES = {"gpt-oss": GPT_OSS, "deepseek2": LATENT, "gemma4": GEMMA4, "hunyuan-moe": HUNYUAN, "afmoe": AFMOE,
              "phimoe": PHIMOE, "lfm2moe": LFM2MOE,
-             "qwen2moe": {"ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight"},
              "minimax-m2": {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
              "ernie4_5-moe": {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"},
              "granitemoe": {"ffn_gate_inp.weight": "block_sparse_moe.router.weight"}}
@@ -192,7 +192,7 @@ def joined_latent(key: Tensor, value: Tensor) -> Tensor:
 
 
 def _linear_attention(own: dict[str, str], shape: Shape, tiled: bool) -> dict[str, Recipe]:
-    """The gated delta rule: A_log from -exp(A_log), the convolution's middle axis, one row for the shared gate.
+    """The gated delta rule: A_log from -exp(A_log), the convolution's middle axis.
 
     tiled (Qwen3.5): value heads go back into the groups of their key heads. Else (Qwen3-Next) query, key, value and z
     go back into one matrix, key head by key head; older files have not taken it apart.
@@ -216,8 +216,6 @@ def _linear_attention(own: dict[str, str], shape: Shape, tiled: bool) -> dict[st
     if not tiled and "attn_qkv.weight" in own and "attn_gate.weight" in own:
         made["linear_attn.in_proj_qkvz.weight"] = Recipe((own["attn_qkv.weight"], own["attn_gate.weight"]),
                                                          lambda qkv, z: joined_qkvz(qkv, z, shape))
-    if "ffn_gate_inp_shexp.weight" in own:
-        made["mlp.shared_expert_gate.weight"] = Recipe((own["ffn_gate_inp_shexp.weight"],), lambda t: t.reshape(1, -1))
     return made
 
 

@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.core import UserError
-from engine.disk import read_json
+from engine.files.chat_parts import TEMPLATE, TOKENIZERS, has_template
 from engine.files.folder_writer import copy_file
 from engine.files.gguf.names import MODEL_TYPES
 from engine.files.manifest import CONFIG, COPIED
 from engine.files.skeleton import read_config, text_config_of
 
-TEMPLATE = "chat_template.jinja"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SPLIT_OF_GPT2 = ("gpt-2",)      # the split that a byte-level vocabulary has where the file names no other
 
 
@@ -43,7 +41,7 @@ def completed(like: Path, file: Path, texts: Mapping[str, str], scratch: Path) -
     texts: of the file's metadata (`GgufSource.texts`)."""
     template = texts["tokenizer.chat_template"]
     has_tokenizer = any((like / name).is_file() for name in TOKENIZERS)
-    if has_tokenizer and (_has_template(like) or not template):
+    if has_tokenizer and (has_template(like) or not template):
         return like
     copy_small(like, scratch)
     if not has_tokenizer:
@@ -75,11 +73,3 @@ def _known_splits() -> tuple[str, ...]:
         splits = {}
     return (*SPLIT_OF_GPT2, *splits)
 
-
-def _has_template(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in (TEMPLATE, "chat_template.json")):
-        return True
-    try:
-        return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
