@@ -14,10 +14,8 @@ import json
 import re
 import time
 from functools import lru_cache
-from html import escape, unescape
-from xml.etree.ElementTree import Element, tostring
+from html import escape
 
-from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
 from markdown_it.rules_inline.emphasis import tokenize
 from mdit_py_plugins.dollarmath import dollarmath_plugin
@@ -26,6 +24,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
+from app.formulas import formula
 from app.strings import TEXT
 
 SECONDS = 1.0  # for one rendering of a text: what is not done by then stays as it was written
@@ -33,7 +32,6 @@ TEXT_CHARS = 100_000  # of a text that are looked at for blocks
 PARAGRAPH_CHARS = 5_000  # a paragraph, list item or cell: emphasis and brackets cost up to the square
 CODE_CHARS = 20_000  # of a block of code that are coloured, in pieces of
 PIECE_CHARS = 2_000
-MATH_CHARS = 2_000
 # Pygments knows many more; some take seconds for 2,000 spaces, in which no other thread runs.
 LANGUAGES = frozenset("""
     python python3 py pycon java javascript js typescript ts tsx jsx c cpp c++ csharp c# cs go golang rust rs ruby rb
@@ -43,21 +41,11 @@ LANGUAGES = frozenset("""
     vhdl groovy graphql protobuf nginx vim objective-c objc zig nim d pascal delphi prolog solidity terraform hcl vue
     django jinja http awk sed vbnet cobol ada tcl""".split())
 _LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
-_MATH_TAG = re.compile(r"math|m[a-z]+")
 _DISPLAY = re.compile(r"\\\[|\\begin\{((?:equation|align|alignat|gather|multline|flalign)\*?)\}")
-# Environments that the converter knows by another name.
-_SAME = {"matrix": ("gathered", "gather", "multline", "equation"), "cases": ("dcases", "rcases"),
-         "align*": ("aligned", "alignedat", "align", "alignat", "flalign", "split")}
-_RENAMED = {name: known for known, names in _SAME.items() for name in names}
-_ENVIRONMENT = re.compile(r"\\(begin|end)\{(" + "|".join(_RENAMED) + r")\*?\}(?:\{\d+\})?")
 _BARE_LINK = re.compile(r"https?://[^\s<>\"`|\\^{}。，、；：！？）」』】》]+", re.IGNORECASE)
 _CJK = re.compile("[\u1100-\u11ff\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef]")
 _TASK = re.compile(r"\[([ xX])\] ")
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
-_MATH_VALUE = re.compile(r"[\w .#%+-]*")
-_MATH_ATTRIBUTES = {"display", "mathvariant", "stretchy", "linethickness", "accent", "columnalign", "rowspacing",
-                    "fence", "columnspacing", "columnlines", "rowlines", "displaystyle", "scriptlevel", "movablelimits",
-                    "width", "minsize", "maxsize", "mathcolor", "lspace", "rspace", "separator", "form"}
 
 
 def render(text: str) -> str:
@@ -125,28 +113,6 @@ def _top_level(tokens: list) -> list[list]:
             groups.append([])
         groups[-1].append(token)
     return groups
-
-
-def _math(text: str, options: dict) -> str:
-    try:
-        if len(text) > MATH_CHARS:
-            raise ValueError("too long")
-        text = _ENVIRONMENT.sub(lambda found: f"\\{found[1]}{{{_RENAMED[found[2]]}}}", text)
-        element = convert_to_element(text, display="block" if options.get("display_mode") else "inline")
-        return tostring(_harmless(element), encoding="unicode")
-    except Exception:  # any text may come out of a model; TeX that cannot be read is shown as it is
-        return f"<code>{escape(text)}</code>"
-
-
-def _harmless(root: Element) -> Element:
-    """Only MathML's own elements and harmless attributes: \\text and \\href would let a model write anything."""
-    for element in root.iter():
-        if not _MATH_TAG.fullmatch(element.tag):
-            raise ValueError(element.tag)
-        element.attrib = {name: value for name, value in element.attrib.items()
-                          if name in _MATH_ATTRIBUTES and _MATH_VALUE.fullmatch(value)}
-        element.text = unescape(element.text) if element.text else element.text  # the converter writes &#x221A;
-    return root
 
 
 def _bracket_math(state, silent: bool) -> bool:
@@ -302,7 +268,7 @@ def _link_open(self, tokens, index, options, env) -> str:
 def _build() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     markdown.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True,
-                 renderer=_math)
+                 renderer=formula)
     markdown.inline.ruler.before("escape", "bracket_math", _bracket_math)
     markdown.inline.ruler.at("math_inline", _no_money(math_inline_dollar(False, False, True)))
     markdown.inline.ruler.before("escape", "line_break", _line_break)

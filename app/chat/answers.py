@@ -244,6 +244,9 @@ class Jobs:
                      lambda some: engine.count_tokens(some, asked, stopped), lambda one: engine.weigh(one, stopped))
         live.stats |= {"model": self._models.title, "level": self._models.level, "dropped": prompt.dropped,
                        "prompt_tokens": prompt.tokens}
+        above = self._given(answer)
+        if engine.folds_system and wishes.system.strip() and not any(m.stats.get("folded") for m in above):
+            live.stats["folded"] = 1
         yield from engine.chat(prompt.messages, sampling, asked, live.stop)
 
     def _elsewhere(self, answer: Message, live: Live, wishes: ChatSettings, messages: list[dict]) -> Iterator[Event]:

@@ -71,6 +71,7 @@ export function showThinking(node, update) {
 function notes(m) {
   const found = [];
   if (m.stats.dropped) found.push(say("dropped", { n: m.stats.dropped }));
+  if (m.stats.folded) found.push(TEXT.system_folded);
   if (m.stats.certain) found.push(TEXT.same_again);
   if (m.stats.edited) found.push(TEXT.edited);
   if (m.status === "error") found.push(m.stats.error || TEXT.status_error);

@@ -30,7 +30,6 @@ from engine.model import load
 from engine.planning import explain
 from engine.planning.sizes import SIDE_CONTEXT, planned_chunk
 
-FOLDED = "This model's template has no system prompt: yours goes at the beginning of the first question."
 GRACE_SECONDS = 0.5  # that a stopped model has for its last words
 _log = logging.getLogger(__name__)
 
@@ -190,6 +189,11 @@ class Engine:
         """Tokens of the prompt that `chat` would read. Stopped soon after `stopped` says so."""
         return len(self._open_turns().tokens.prompt(messages, True, wishes, stopped).ids)
 
+    @property
+    def folds_system(self) -> bool:
+        """Whether the template has refused a system message, which then goes with the first question."""
+        return self._open_turns().tokens.folds_system
+
     def weigh(self, message: dict, stopped: Callable[[], bool] = never) -> int:
         """Tokens of a message's own text, without what the chat template writes around it; kept for the next time."""
         return self._open_turns().tokens.weigh(message, stopped)
@@ -208,8 +212,7 @@ class Engine:
         live, runtime, far = turns.live, turns.runtime, turns.runtime.far
         return {
             "model": self._info["name"], "level": runtime.level, "device": turns.model.device.type,
-            "note": " ".join(filter(None, (runtime.reason or turns.decoder.reason,
-                                           FOLDED if turns.tokens.folds_system else ""))),
+            "note": runtime.reason or turns.decoder.reason,
             "phase": live.phase, "tokens_per_second": live.tokens_per_second,
             "counters": asdict(live.totals) | {"hit_rate": live.totals.hit_rate}, "last": asdict(live.last),
             "answer": asdict(live.answer) | {"tokens": live.answer_tokens, "seconds": live.answer_seconds},

@@ -8,10 +8,11 @@ is the only code that runs: a checkpoint that brings its own is refused.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -54,10 +55,12 @@ class Checkpoint:
 
     expert_layers: names of the routed-experts modules in order of depth. skeleton: the model on the meta device.
     left_out: parts of the checkpoint that the text model has no place for, in words. warning: what a user
-    should know of weights that config.json does not speak of truly, "" mostly; found by `open` alone.
+    should know of weights that config.json does not speak of truly, "" mostly; found by `whole`. copies: see
+    `arriving`.
     """
 
     warning = ""
+    copies: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config, source: TensorSource, name: str = "model") -> None:
         self.name = name
@@ -75,16 +78,30 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """UserError, in one sentence, for anything that is not a Mixture-of-Experts checkpoint in safetensors."""
         folder = Path(folder)
-        config, source = read_config(folder), SafetensorsFolder(folder)
-        checkpoint = cls(config, source, folder.name)
-        checkpoint.check_shapes()
-        if own := [name for name in checkpoint.tied_but_stored() if checkpoint._differs(name)]:
-            config.tie_word_embeddings = checkpoint.text_config.tie_word_embeddings = False
-            checkpoint = cls(config, source, folder.name)
-            checkpoint.check_shapes()
-            checkpoint.warning = (f"config.json ties {', '.join(own)} to another tensor, but the weights hold "
-                                  "values of its own; these are used, as transformers does.")
+        checkpoint = cls.whole(read_config(folder), SafetensorsFolder(folder), folder.name)
         checkpoint.read_expert(0, 0)
+        return checkpoint
+
+    @classmethod
+    def whole(cls, config, source: TensorSource, name: str) -> Checkpoint:
+        """Of weights that are all here: a head that is stored is used even where config.json ties it to the embedding,
+        as transformers does. UserError for shapes that are not config.json's."""
+        checkpoint = cls(config, source, name)
+        checkpoint.check_shapes()
+        if own := [head for head in checkpoint._stored_twice() if checkpoint._differs(head)]:
+            checkpoint = cls(_untied(config), source, name)
+            checkpoint.check_shapes()
+            checkpoint.warning = own_values(own)
+        return checkpoint
+
+    @classmethod
+    def arriving(cls, config, source: TensorSource, name: str) -> Checkpoint:
+        """Of weights that are still to come. A parameter that config.json ties to another one, and that is stored all
+        the same, has a place of its own and stands in `copies`, name -> the other's name, until both are here."""
+        checkpoint = cls(config, source, name)
+        if copies := checkpoint._stored_twice():
+            checkpoint = cls(_untied(config), source, name)
+            checkpoint.copies = copies
         return checkpoint
 
     def check_shapes(self) -> None:
@@ -143,9 +160,9 @@ class Checkpoint:
             self._check_shape(parameter, value.shape, self._shapes[parameter])
         return made
 
-    def tied_but_stored(self) -> list[str]:
+    def _stored_twice(self) -> dict[str, str]:
         """Parameters that config.json ties to another one and that are stored all the same: mostly a copy of it."""
-        return [name for name in self.map.tied() if name in self.map.of]
+        return {name: first for name, first in self.map.tied().items() if name in self.map.of}
 
     def _differs(self, name: str) -> bool:
         """Whether a tied parameter is stored with other values than the one it is tied to."""
@@ -197,6 +214,16 @@ class Checkpoint:
         n_experts = self._shapes[parameter][0]
         return (len(group.sources) == len(group.converter.source_patterns)
                 and all(len(keys) in (1, n_experts) for keys in group.sources.values()))
+
+
+def own_values(names: Iterable[str]) -> str:
+    return (f"config.json ties {', '.join(names)} to another tensor, but the weights hold values of its own; these are "
+            "used, as transformers does.")
+
+
+def _untied(config):
+    config.tie_word_embeddings = text_config_of(config).tie_word_embeddings = False
+    return config
 
 
 def refuse_foreign(name: str, keys: set[str]) -> None:

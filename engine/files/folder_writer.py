@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from engine.core import ModelSpec, UserError
 from engine.disk import read_json, trouble, write_text_atomically, writing
 from engine.files.checkpoint import ExpertLayer
-from engine.files.compressed import BIASES, SafetensorsWriter
+from engine.files.compressed import BIASES, MappedFile, SafetensorsWriter
 from engine.files.manifest import (
     COPIED,
     EXPERTS,
@@ -35,7 +35,7 @@ from engine.files.manifest import (
 )
 from engine.files.quantize import nested
 from engine.files.tensor_source import DTYPES
-from engine.files.trunk import CODES, bits_of, encode
+from engine.files.trunk import CODES, SCALES, bits_of, encode
 from kernels.layout import Layout, default_group_size
 from kernels.planes import Nested, record_rows, sketch_rows
 
@@ -103,6 +103,17 @@ class FolderWriter:
     def add_to_trunk(self, name: str, tensor: Tensor) -> None:
         bits = bits_of(name, tensor, self.trunk_bits, self.spec.decoder_layers)
         self.trunk.add(encode(name, tensor, bits))
+
+    def without_copies(self, copies: Mapping[str, str]) -> list[str]:
+        """Which of these names hold other values than what each may be a copy of. If none does, they leave the trunk,
+        to which they were added behind everything else."""
+        if not self.trunk.is_open:                  # killed while it was sealed
+            stored = MappedFile(self.dest / TRUNK)
+            return [name for name in copies if name in stored or name + CODES in stored]
+        own = [name for name, first in copies.items() if not self.trunk.same(name, first)]
+        for name in [] if own else reversed(copies):
+            self.trunk.drop(name)
+        return own
 
     def save(self) -> None:
         """What has been added so far survives a kill."""
@@ -173,6 +184,21 @@ class GrowingFile:
         content = bytearray(file.read(high - low))
         file.seek(self.writer.start + self.writer.position)
         return torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors that have been added are stored as the same values."""
+        parts = [name.removeprefix(one) for name in self.writer.header if name in (one, one + CODES, one + SCALES)]
+        return all(other + part in self.writer.header and torch.equal(self.read(one + part), self.read(other + part))
+                   for part in parts)
+
+    def drop(self, name: str) -> None:
+        """Forget the tensor that was added last."""
+        for part in [part for part in self.writer.header if part in (name, name + CODES, name + SCALES)][::-1]:
+            low, high = self.writer.header.pop(part)["data_offsets"]
+            assert high == self.writer.position, f"{part} does not stand at the end"
+            self.writer.position = low
+        self.writer.file.seek(self.writer.start + self.writer.position)
+        self.writer.file.truncate()
 
     def save(self) -> None:
         """What has been added so far survives a kill."""

@@ -82,7 +82,7 @@ def settled(choice: CompressOptions) -> tuple[str, int]:
     return device, choice.trunk_bits or DEFAULT_TRUNK_BITS[device]
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """One thing that can be compressed once its keys are there. layer: its number, counted from 1; 0 for others.
     after: what has to be done before it, over a text."""

@@ -20,7 +20,7 @@ import torch
 
 from engine.core import UserError
 from engine.disk import check_room, write_text_atomically
-from engine.files.checkpoint import Checkpoint
+from engine.files.checkpoint import Checkpoint, own_values
 from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
 from engine.files.manifest import INDEX
 from engine.files.skeleton import read_config
@@ -90,24 +90,32 @@ class Stream:
         fetch_all(self.hub, self.source, small, self.folder, self.meter, self.stop)
         file_of = self._file_of()
         self.tensors = ArrivingShards(self.folder, file_of)
-        checkpoint = Checkpoint(read_config(self.folder), self.tensors, self.source.repository.partition("/")[2])
+        checkpoint = Checkpoint.arriving(read_config(self.folder), self.tensors,
+                                         self.source.repository.partition("/")[2])
         origin = f"{self.source.repository} at {self.source.commit}"
         device, bits = settled(self.choice)
         documents = text_of(self.choice).documents(self.folder)
         writer = writer_for(checkpoint, self.made, origin, None, bits, documents)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
-        if beside := checkpoint.tied_but_stored():      # two tensors of different shards, never here together
-            self.meter.add(0, f"Left out, config.json ties them to other tensors: {', '.join(beside)}.")
         try:
             with writer:
                 units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents))
                 for unit in units:
                     unit.files = frozenset(file_of[key] for key in unit.keys)
-                self._all_shards(units, writer)
+                self._all_shards(copies_last(units, checkpoint), writer)
+                self._tell_copies(checkpoint, writer)
                 writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder, calibration=noted(documents))
         finally:
             self.ended.set()
+
+    def _tell_copies(self, checkpoint: Checkpoint, writer: FolderWriter) -> None:
+        """Both are compressed by now, and were never here together before: a mere copy is stored once."""
+        own = writer.without_copies(checkpoint.copies)
+        if checkpoint.copies:
+            checkpoint.text_config.tie_word_embeddings = not own
+        if own:
+            self.meter.add(0, own_values(own))
 
     def _file_of(self) -> dict[str, str]:
         """Key -> shard; without an index all shards have to arrive before they can be asked."""
@@ -183,12 +191,27 @@ class Stream:
         check_room(self.folder, max(0, result - there) + shards - arrived(self.folder, files), hint)
 
 
+def copies_last(units: list[Unit], checkpoint: Checkpoint) -> list[Unit]:
+    """What may turn out to be a copy of another tensor is added to the trunk behind everything else."""
+    wanted = {part for name in checkpoint.copies for key in checkpoint.map.of[name].keys
+              for part in checkpoint.source.parts(key)}
+    last = [unit for unit in units if wanted.intersection(unit.keys)]
+    for n, unit in enumerate(last):
+        unit.after = (*(each for each in units if each not in last), *last[:n])
+    return [*(unit for unit in units if unit not in last), *last]
+
+
+def reach(unit: Unit) -> frozenset[str]:
+    """The files of a unit and of all that is done before it."""
+    return unit.files.union(*map(reach, unit.after))
+
+
 def most_held(units: list[Unit], files: list[RemoteFile]) -> int:
     """Bytes of shards that lie on the disk together at the worst moment, the one that is being fetched included."""
-    worst = 0
+    worst, open_ones = 0, [(unit.files, reach(unit)) for unit in units if not unit.done]
     for n in range(len(files)):
         absent = {file.name for file in files[n:]}
-        waiting = set().union(*(unit.files for unit in units if not unit.done and unit.files & absent))
+        waiting = set().union(*(own for own, reached in open_ones if reached & absent))
         worst = max(worst, sum(file.bytes for file in files[:n] if file.name in waiting)
                     + sum(file.bytes for file in files[n:n + 2]))
     return worst

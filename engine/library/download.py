@@ -120,12 +120,12 @@ def _begun(work: Path, hub: Hub, kind: str | None, model: Wanted) -> Source | No
 def _chosen(model: Wanted, kind: str | None, hub: Hub, stop: Event) -> Source:
     """Ask the Hub what there is, and take the best or what the user asked for."""
     if kind in (None, "ready") and model.ready:
-        return _ready(hub, hub.listing(model.ready, stop=stop))
+        return _ready(hub, hub.listing(model.ready, stop=stop), stop)
     if kind == "gguf" and model.gguf_repository:
         return _gguf(hub, hub.listing(model.gguf_repository, stop=stop), model.gguf_file)
     listing = hub.listing(model.repository, model.revision, stop)
     if kind == "ready" or kind is None and listing.find(MANIFEST):
-        return _ready(hub, listing)
+        return _ready(hub, listing, stop)
     if kind == "original" or kind is None and not any(file.path.endswith(".gguf") for file in listing.files):
         return _original(hub, listing, stop)
     return _gguf(hub, listing, model.gguf_file)
@@ -155,10 +155,12 @@ def _weights(listing: Listing) -> list[RemoteFile]:
             and not file.path.startswith("consolidated")]
 
 
-def _ready(hub: Hub, listing: Listing) -> Source:
+def _ready(hub: Hub, listing: Listing, stop: Event) -> Source:
     if not listing.find(MANIFEST):
         raise UserError(f"{listing.repository} holds no ready-made Floe folder; use --source original.")
-    return _source(hub, listing, "ready", _flat(listing) + _weights(listing))
+    source = _source(hub, listing, "ready", _flat(listing) + _weights(listing))
+    _check_chat_parts(hub, listing, source.files, stop)
+    return source
 
 
 def _original(hub: Hub, listing: Listing, stop: Event) -> Source:

@@ -18,9 +18,9 @@ from engine.core import UserError
 from engine.disk import check_room
 from engine.files.checkpoint import Checkpoint
 from engine.files.folder_writer import is_sealed, result_bytes
-from engine.files.gguf.header import require_package
+from engine.files.gguf.header import read_texts, require_package
 from engine.files.gguf.source import FLOATS, GgufSource
-from engine.files.gguf.tokenizer import completed, config_of, copy_small
+from engine.files.gguf.tokenizer import check_talk, completed, config_of, copy_small
 from engine.files.manifest import CONFIG, COPIED, Manifest
 from engine.files.quantize import nested
 from engine.files.skeleton import spec_of
@@ -37,6 +37,7 @@ from kernels.planes import decode_down, decode_gate, decode_up, record_rows, ske
 
 KINDS = ("gate", "up", "down")
 SMALL_FILES = (CONFIG, *COPIED)
+FIRST_LOOK = 1 << 10      # bytes of a GGUF file; then at twice as many, until its metadata are whole
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,16 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
 
     like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
     the file. report: hears what quantising twice costs, too. check: is called within every expert and may raise.
-    UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it.
+    UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it. Also for
+    what has no tokenizer or no chat template anywhere: before any work.
     """
     paths = parts_of(Path(file))
     with TemporaryDirectory() as scratch:
         folder = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
         report(said(f"Reading {paths[0].name}"))        # a large vocabulary takes the package ten seconds and more
         source = GgufSource(paths, config_of(folder))
-        checkpoint = Checkpoint(config_of(folder), source, source.name.removesuffix(".gguf"))
-        checkpoint.check_shapes()
+        checkpoint = Checkpoint.whole(config_of(folder), source, source.name.removesuffix(".gguf"))
+        check_talk(folder, source.name, source.texts)
         folder = completed(folder, paths[0], source.texts, Path(scratch) / "made")
         if source.left_out:
             report(said(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
@@ -129,7 +131,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     if not is_sealed(work / MADE):
         device, bits = settled(choice)
         _prepare(hub, source, model, work, bits, stop)
-        meter = Meter(source.bytes, arrived(work, source.files), report)
+        meter = Meter(source.bytes, arrived(work, source.files), _look_early(work, source.files[0].name, report))
         fetch_all(hub, source, source.files, work, meter, stop)
 
         def heard(progress: Progress) -> None:
@@ -138,6 +140,31 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
         import_gguf(work / source.files[0].name, work / MADE, work / "like", bits, device, heard, partial(check, stop),
                     text=text_of(choice))
     finish(work, source, dest)
+
+
+def _look_early(work: Path, name: str, report: Report) -> Report:
+    """`report`, which on the way looks at the beginning of the file that arrives, once its metadata are whole.
+    UserError for what nobody could talk to; nothing stays of it."""
+    wanted = FIRST_LOOK
+
+    def heard(progress: Progress) -> None:
+        nonlocal wanted
+        path = next((path for path in (work / name, work / f"{name}.part") if path.is_file()), None)
+        if wanted and path and path.stat().st_size >= wanted:
+            texts, wanted = read_texts(path), 2 * wanted
+            if texts is not None:
+                wanted = 0
+                _keep_if_it_talks(work, name, texts)
+        report(progress)
+    return heard
+
+
+def _keep_if_it_talks(work: Path, name: str, texts: dict[str, str]) -> None:
+    try:
+        check_talk(work / "like", name, texts)
+    except UserError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, stop: Event) -> None:

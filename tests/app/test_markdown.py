@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app import markdown
+from app import formulas, markdown
 from app.markdown import Growing, render
 from tests.browser.formulas import FORMULAS
 
@@ -138,7 +138,7 @@ def test_what_grows_is_rendered_piece_by_piece(kind, monkeypatch):
         return call
     monkeypatch.setattr(markdown, "highlight", counting(markdown.highlight))
     monkeypatch.setattr(markdown._INLINE, "renderInline", counting(markdown._INLINE.renderInline))
-    monkeypatch.setattr(markdown, "convert_to_element", counting(markdown.convert_to_element))
+    monkeypatch.setattr(formulas, "convert_to_element", counting(formulas.convert_to_element))
     monkeypatch.setattr(markdown, "SECONDS", 1e9)
     markdown._inline.cache_clear()
     markdown._coloured.cache_clear()
@@ -243,6 +243,39 @@ def test_formulas_become_mathml_whole(text):
     html = render(f"$$\n{text}\n$$")
     assert html.count('<math display="block">') == 1
     assert "begin" not in html and "<mi>&amp;</mi>" not in html and "<mo>&amp;</mo>" not in html
+
+
+@pytest.mark.parametrize("text", [r"\lim_{x \to 0} f", r"\max_x f", r"\inf_{x} f", r"\limsup_n a", r"\bigcup_i A",
+                                  r"\operatorname*{argmax}_x f", r"\mathop{\mathrm{argmin}}_x f", r"\sum_i a",
+                                  r"\prod_i a"])
+def test_limits_stand_below_in_a_display_and_at_the_side_in_a_line(text):
+    assert "<munder>" in render(f"$$\n{text}\n$$") and "<munder>" not in render(f"A ${text}$ here")
+
+
+def test_limits_stay_where_they_are_asked_for():
+    assert "<munder>" not in render("$$\n\\bigcup\\nolimits_i A + \\int_0 f\n$$")
+
+
+@pytest.mark.parametrize("chemistry, elements", [
+    ("H2O", ["<msub><mtext>H</mtext><mrow><mn>2</mn>", "<mtext>O</mtext>"]),
+    ("2H2 + O2 -> 2H2O", ["<mn>2</mn><msub><mtext>H", "<mo>+</mo>", "<mo>→</mo><mn>2</mn>"]),
+    ("SO4^2-", ["<msubsup>", "<mn>4</mn>", "<mn>2</mn><mo>−</mo>"]),
+    ("Na+ + Cl-", ["<msup>", "<mo>+</mo>", "<mo>−</mo>"]),
+    ("NaCl(s) <=> NaCl(aq)", ["<mtext>(s)</mtext>", "<mo>⇌</mo>", "<mtext>(aq)</mtext>"]),
+    ("CuSO4.5H2O", ["<mo>·</mo><mn>5</mn>"]), ("A ->[heat] B", ["<mtext>heat</mtext>"]),
+    ("CH2=CH2", ["<mo>=</mo>"]), ("^{14}_{6}C", ["<mn>14</mn>", "<mn>6</mn>"])])
+def test_chemistry_is_read(chemistry, elements):
+    html = render(f"$\\ce{{{chemistry}}}$")
+    assert all(element in html for element in elements) and "<code>" not in html, html
+
+
+@pytest.mark.parametrize("text", [r"\ce{Fe^{II}}", r"\ce{A?}", r"\unheardof x", r"\pu{1 m}"])
+def test_what_cannot_be_read_is_shown_as_it_was_written(text):
+    assert f"<code>{text}</code>" in render(f"${text}$") and "<math" not in render(f"$$\n{text}\n$$")
+
+
+def test_a_single_upright_letter_is_upright():
+    assert "<mtext>d</mtext>" in render(r"$\mathrm{d}x$")
 
 
 def test_rows_and_columns_of_an_aligned_formula_are_kept():

@@ -212,11 +212,12 @@ def linear_attention(kind: str, config, key: str, value: Tensor) -> Iterator[tup
 
 
 def like(folder: Path, model: torch.nn.Module, tokenizer: bool = True) -> Path:
-    """A folder with the configuration alone, and a tokenizer."""
+    """A folder with configuration and chat template, and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     if tokenizer:
         write_tokenizer(folder)
     return folder

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.core import UserError
+from engine.files.chat_parts import is_pointer, only_a_note
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -21,6 +22,7 @@ STRING, ARRAY = 8, 9
 MOST_WORDS = 1 << 22    # texts in all arrays together; the largest vocabulary and its merges have a fifth of that
 MOST_FIELDS = 1 << 16
 LONGEST_NAME = 200
+TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 MOST_TENSORS = 1 << 20
 DATA = {"F32": np.float32, "F16": np.float16}
 
@@ -43,6 +45,11 @@ class GgufHeader:
     fields: dict[str, int | float | bool | str]
     tensors: tuple[GgufTensor, ...]
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Some of its fields, see TEXTS."""
+        return _texts(self.fields)
+
 
 def require_package() -> None:
     """UserError, in one sentence, where GGUF files cannot be read."""
@@ -50,6 +57,20 @@ def require_package() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise UserError("Reading GGUF files needs the package gguf: pip install gguf.") from error
+
+
+def read_texts(path: Path) -> dict[str, str] | None:
+    """The file's metadata, see TEXTS, of a file whose beginning may be all that is here; None where that is too
+    little, or no GGUF file."""
+    try:
+        data = np.memmap(path, mode="r")
+        return _texts(_Reader(data).fields()[1]) if bytes(data[:4]) == MAGIC else None
+    except (OSError, ValueError, KeyError, IndexError, struct.error):
+        return None
+
+
+def _texts(fields: dict) -> dict[str, str]:
+    return {key: str(fields.get(key, "")) for key in TEXTS}
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -60,6 +81,8 @@ def read_header(path: Path) -> GgufHeader:
             raise UserError(f"There is no file {path}.")
         data = np.memmap(path, mode="r")
         if bytes(data[:4]) != MAGIC:
+            if is_pointer(path):
+                raise UserError(only_a_note(path))
             raise UserError(f"{path} is not a GGUF file.")
         return _Reader(data).header()
     except OSError as error:
@@ -75,19 +98,25 @@ class _Reader:
         self.data, self.bytes, self.at, self.words = data, memoryview(data), len(MAGIC), MOST_WORDS
 
     def header(self) -> GgufHeader:
+        n_tensors, fields = self.fields()
+        infos = [self.info() for _ in range(n_tensors)]
+        start = _aligned(self.at, fields.get("general.alignment", 32))
+        tensors = tuple(self.tensor(start, *info) for info in infos)
+        if len({tensor.name for tensor in tensors}) < n_tensors:
+            raise ValueError("one name for two things")
+        return GgufHeader(fields, tensors)
+
+    def fields(self) -> tuple[int, dict]:
+        """Number of tensors, and what stands before them."""
         if self.number("I") not in VERSIONS:
             raise ValueError("another version of the format, or another order of bytes")
         n_tensors, n_fields = self.number("Q"), self.number("Q")
         if n_tensors > MOST_TENSORS or n_fields > MOST_FIELDS:
             raise ValueError(f"{n_tensors:,} tensors, {n_fields:,} fields")
         found = [(self.text(), self.value()) for _ in range(n_fields)]
-        infos = [self.info() for _ in range(n_tensors)]
-        fields = {name: value for name, value in found if value is not None}
-        start = _aligned(self.at, fields.get("general.alignment", 32))
-        tensors = tuple(self.tensor(start, *info) for info in infos)
-        if len({name for name, _ in found}) < n_fields or len({tensor.name for tensor in tensors}) < n_tensors:
+        if len({name for name, _ in found}) < n_fields:
             raise ValueError("one name for two things")
-        return GgufHeader(fields, tensors)
+        return n_tensors, {name: value for name, value in found if value is not None}
 
     def number(self, kind: str):
         (value,) = struct.unpack_from("<" + kind, self.bytes, self.at)

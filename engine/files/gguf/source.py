@@ -26,7 +26,6 @@ TYPES = (*FLOATS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K"
          "IQ4_XS")
 # Beside what is NVFP4: a scale of the whole tensor, or one of each expert; what its inputs were scaled by is not used.
 SCALES = (".scale", ".input_scale")
-TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 # Numbers of the file that must be those of the configuration, where both have them.
 NUMBERS = {"embedding_length": "hidden_size", "expert_used_count": "num_experts_per_tok",
            "attention.head_count": "num_attention_heads"}
@@ -37,7 +36,7 @@ DECODED_AT_ONCE = 1 << 24       # weights; their float32 and the package's tempo
 
 class GgufSource:
     """`TensorSource` over the parts of one GGUF model, in order. config: transformers' configuration of the language
-    model. left_out: tensors of the file that the model has no place for. texts: some of the metadata, see TEXTS.
+    model. left_out: tensors of the file that the model has no place for. texts: some of the metadata (`GgufHeader`).
 
     UserError for another architecture, an unknown kind of quantisation, a damaged file, a configuration of another
     model, the missing package.
@@ -48,7 +47,7 @@ class GgufSource:
         headers = [read_header(path) for path in paths]
         fields = headers[0].fields
         self.name = paths[0].name
-        self.texts = {key: str(fields.get(key, "")) for key in TEXTS}
+        self.texts = headers[0].texts
         self.architecture = self.texts["general.architecture"][:40]
         _check(self.name, self.architecture, fields, config)
         self._tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}

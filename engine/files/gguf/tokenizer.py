@@ -51,12 +51,18 @@ def completed(like: Path, file: Path, texts: Mapping[str, str], scratch: Path) -
     return scratch
 
 
+def check_talk(like: Path, name: str, texts: Mapping[str, str]) -> None:
+    """UserError where neither `like` nor the file of that name, by its metadata, has what a chat needs."""
+    if not any((like / own).is_file() for own in TOKENIZERS):
+        _refuse_unknown(name, texts)
+    if not has_template(like) and not texts["tokenizer.chat_template"]:
+        raise UserError(f"Neither {name} nor its original has a chat template ({TEMPLATE}), so it is no chat model; "
+                        "take the variant that was tuned for chat.")
+
+
 def rebuild_tokenizer(file: Path, texts: Mapping[str, str], folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json from the file's metadata. UserError where that would be guessing."""
-    kind, split = texts["tokenizer.ggml.model"], texts["tokenizer.ggml.pre"]
-    if kind != "llama" and not (kind == "gpt2" and split in _known_splits()):
-        raise UserError(f"The tokenizer in {file.name} ({kind or 'none'}, {split or 'none'}) cannot be rebuilt; name "
-                        "the original with --like: its tokenizer.json is needed.")
+    _refuse_unknown(file.name, texts)
     from transformers import PreTrainedTokenizerFast
     try:
         made = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
@@ -64,6 +70,13 @@ def rebuild_tokenizer(file: Path, texts: Mapping[str, str], folder: Path) -> Non
         raise UserError(f"The tokenizer in {file.name} cannot be rebuilt ({type(error).__name__}); name the original "
                         "with --like: its tokenizer.json is needed.") from error
     made.save_pretrained(folder)
+
+
+def _refuse_unknown(name: str, texts: Mapping[str, str]) -> None:
+    kind, split = texts["tokenizer.ggml.model"], texts["tokenizer.ggml.pre"]
+    if kind != "llama" and not (kind == "gpt2" and split in _known_splits()):
+        raise UserError(f"The tokenizer in {name} ({kind or 'none'}, {split or 'none'}) cannot be rebuilt; name "
+                        "the original with --like: its tokenizer.json is needed.")
 
 
 def _known_splits() -> tuple[str, ...]:

@@ -96,6 +96,14 @@ def test_reading_asks_no_model_and_an_answer_says_why(parts, client, monkeypatch
     assert client.get(f"/api/conversations/{conversation}/context").json()["used"] > 10
 
 
+def test_a_system_prompt_that_goes_with_the_first_question_is_said_once(parts, client):
+    opened(parts, "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+                  "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    for system, said in (("Be brief.", [1, None]), ("", [None, None])):
+        conversation = parts.chats.create(settings={"system": system, "temperature": 0, "max_tokens": 4})
+        assert [answered(parts, client, conversation.id).stats.get("folded") for _ in range(2)] == said
+
+
 def test_stop_ends_an_answer_whose_template_loops(parts, client):
     engine = opened(parts, LOOP, seconds=1000)
     conversation = begun(parts)

@@ -233,6 +233,19 @@ def test_mxfp4_of_a_gguf_file_is_mxfp4_of_the_original(tmp_path):
     assert source.kinds == ("F32", "MXFP4")
 
 
+def test_a_head_of_its_own_is_used_whatever_the_configuration_says(tmp_path):
+    model, said = build("ernie4_5_moe"), []
+    assert model.config.tie_word_embeddings
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape))
+    (path,) = write(tmp_path / "model.gguf", "ernie4_5_moe", model)
+    import_gguf(path, tmp_path / "made", like(tmp_path / "like", model), device="cpu",
+                report=lambda progress: said.append(progress.text))
+    made = load.load(tmp_path / "made", Options("exact", device="cpu")).model
+    logits = [each(TOKENS[None]).logits.float().flatten() for each in (made, model)]
+    assert torch.cosine_similarity(*logits, dim=0) > 0.9
+    assert sum("ties lm_head.weight to another tensor" in text for text in said) == 1
+
+
 def test_one_tensor_per_expert_as_in_2023(tmp_path):
     model = build("mixtral")
     (path,) = write(tmp_path / "old.gguf", "mixtral", model, single_experts=True)

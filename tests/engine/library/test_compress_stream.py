@@ -1,6 +1,8 @@
 """Compress while downloading: the same folder as compress makes, little disk, and on again after any stop."""
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
 import resource
@@ -13,11 +15,12 @@ from threading import Event
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.core import MachineError, UserError
 from engine.files.chat_parts import LFS
 from engine.files.compressed import MappedFile
-from engine.files.manifest import TRUNK, Manifest, experts_name
+from engine.files.manifest import INDEX, TRUNK, Manifest, experts_name
 from engine.library.compress import compress
 from engine.library.download import download
 from engine.library.hub import Hub, Stopped
@@ -177,6 +180,46 @@ def test_over_a_text_while_it_arrives_paused_anywhere(loopback, original, tmp_pa
             assert len(list((unfinished(tmp_path / "Small") / "source").glob("*.safetensors"))) <= 4
     assert n > 3
     assert_same(tmp_path / "Small", tmp_path / "made")
+
+
+@pytest.mark.parametrize("shards, is_copy", [(("embed", "lm_head"), False), (("lm_head", "embed"), False),
+                                             (("lm_head", "embed"), True)])
+def test_a_head_of_its_own_is_used_whatever_the_configuration_says(shards, is_copy, tmp_path, monkeypatch):
+    """Head and embedding are in different shards, never here together; a mere copy is stored once."""
+    source, said = tmp_path / "source", []
+    model = build("ernie4_5_moe")
+    assert model.config.tie_word_embeddings
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    if not is_copy:
+        tensors["lm_head.weight"] = torch.randn(tensors["lm_head.weight"].shape)
+    model.config.save_pretrained(source)
+    write_tokenizer(source, apart=True)
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    save_shards(tensors, source, shards)
+    compress(source, tmp_path / "whole", trunk_bits=16, device="cpu")
+
+    def full(source: Path, dest: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+    with LoopbackHub() as loopback:
+        loopback.add_folder(NAME, source)
+        dest, hub = tmp_path / "Small", Hub(loopback.endpoint)
+        with monkeypatch.context() as context, pytest.raises(OSError):     # the trunk has its name, the rest is missing
+            context.setattr("engine.files.folder_writer.copy_file", full)
+            download(NAME, folder=dest, choice=LEAN, hub=hub, report=lambda progress: said.append(progress.text))
+        download(NAME, folder=dest, choice=LEAN, hub=hub)
+    assert_same(dest, tmp_path / "whole")
+    assert torch.equal(next_logits(dest), next_logits(tmp_path / "whole"))
+    assert json.loads((dest / "config.json").read_text())["tie_word_embeddings"] == is_copy
+    assert sum("ties lm_head.weight to another tensor" in text for text in said) == (not is_copy)
+
+
+def save_shards(tensors: dict[str, torch.Tensor], folder: Path, firsts: tuple[str, ...]) -> None:
+    """One shard for each word of `firsts`, with the tensors that have it in their name; the last has the rest, too."""
+    file_of = {name: f"model-{next((n for n, word in enumerate(firsts) if word in name), len(firsts) - 1)}.safetensors"
+               for name in tensors}
+    for file in set(file_of.values()):
+        save_file({name: value for name, value in tensors.items() if file_of[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": file_of}))
 
 
 def test_single_file_without_an_index(made, tmp_path):

@@ -15,6 +15,7 @@ from threading import Event
 import pytest
 
 from engine.core import UserError
+from engine.files.chat_parts import LFS
 from engine.library import catalogue
 from engine.library.download import download, wanted
 from engine.library.hub import Hub, Stopped
@@ -34,12 +35,13 @@ def published(extra: int = 1_200_000) -> dict[str, bytes]:
     files = {"trunk.safetensors": random.randbytes(extra // 4), "experts-00000.safetensors": random.randbytes(extra)}
     listed = manifest(files, calibration={"levels": {"balanced": {}, "exact": {}}})
     return files | {"floe.json": listed, "config.json": b'{"model_type": "qwen3_moe"}',
-                    "tokenizer.json": b"{}", "LICENSE": b"free", "README.md": b"# hello", "run.py": b"import os",
-                    "model.bin": b"pickle", "onnx/config.json": b"{}", ".gitattributes": b"* lfs"}
+                    "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}", "LICENSE": b"free",
+                    "README.md": b"# hello", "run.py": b"import os", "model.bin": b"pickle", "onnx/config.json": b"{}",
+                    ".gitattributes": b"* lfs"}
 
 
-FETCHED = {"trunk.safetensors", "experts-00000.safetensors", "floe.json", "config.json", "tokenizer.json", "LICENSE",
-           "README.md"}
+FETCHED = {"trunk.safetensors", "experts-00000.safetensors", "floe.json", "config.json", "tokenizer.json",
+           "chat_template.jinja", "LICENSE", "README.md"}
 
 
 @pytest.fixture
@@ -173,6 +175,17 @@ def test_a_published_folder_that_is_not_whole(loopback, tmp_path):
     with pytest.raises(UserError, match="not whole: experts-00000.safetensors"):
         download(NAME, data=tmp_path)
     assert not (tmp_path / "models" / "Small-Floe").exists()
+
+
+@pytest.mark.parametrize("lacking, said", [("tokenizer.json", "has no tokenizer"),
+                                           ("chat_template.jinja", "has no chat template"),
+                                           ("trunk.safetensors", "only the note of Git LFS .*choose another source")])
+def test_a_published_folder_that_nobody_could_talk_to_is_refused_at_once(loopback, tmp_path, lacking, said):
+    note = {lacking: LFS + b"v1\noid sha256:0\nsize 7000000\n"} if lacking.endswith("safetensors") else {}
+    loopback.add("me/Mute", {name: data for name, data in published().items() if name != lacking} | note)
+    with pytest.raises(UserError, match=said):
+        download("me/Mute", data=tmp_path)
+    assert models(tmp_path) == [] and sum(loopback.served.values()) < 10_000
 
 
 def test_one_download_of_a_model_at_a_time(loopback, tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from engine.__main__ import main
 from engine.core import MachineError, UserError
+from engine.files.chat_parts import LFS
 from engine.files.gguf.names import MODEL_TYPES
 from engine.files.gguf.tokenizer import completed, rebuild_tokenizer
 from engine.files.manifest import Manifest, experts_name
@@ -33,7 +34,6 @@ from tests.support.loopback_hub import LoopbackHub, status
 
 gguf = pytest.importorskip("gguf")
 from engine.files.gguf.header import read_header  # noqa: E402
-from engine.files.gguf.source import TEXTS  # noqa: E402
 from tests.support.gguf_files import add_tokenizer, finish, like, write  # noqa: E402
 
 SHAPE = dict(num_hidden_layers=4, moe_intermediate_size=64, num_experts=4)
@@ -108,6 +108,27 @@ def test_nobody_names_it(loopback, tmp_path):
     with pytest.raises(UserError, match="me/Weights has no config.json; name the original"):
         download(REPO, data=tmp_path, choice=CPU)
     assert not gguf_bytes(loopback) and os.listdir(tmp_path / "models") == []
+
+
+@pytest.mark.parametrize("lacking, said", [
+    ("tokenizer.json", r"The tokenizer in Model-Q8_0.gguf .none, none. cannot be rebuilt"),
+    ("chat_template.jinja", "Neither Model-Q8_0.gguf nor its original has a chat template")])
+def test_what_nobody_could_talk_to_is_refused_when_its_beginning_is_here(loopback, made, tmp_path, monkeypatch, lacking,
+                                                                       said):
+    monkeypatch.setattr("engine.progress.EVERY_SECONDS", 0)
+    loopback.cards[REPO] = {"base_model": [ORIGINAL]}
+    loopback.add(ORIGINAL, {path.name: path.read_bytes() for path in made["like"].iterdir() if path.name != lacking})
+    with pytest.raises(UserError, match=said):
+        download(REPO, data=tmp_path, choice=CPU, hub=Hub(loopback.endpoint, chunk_bytes=CHUNK))
+    assert os.listdir(tmp_path / "models") == []
+    assert gguf_bytes(loopback) < made["gguf"].stat().st_size / 2
+
+
+def test_the_note_of_git_lfs_in_place_of_a_file_is_named(loopback, made, tmp_path):
+    loopback.cards[REPO] = {"base_model": [ORIGINAL]}
+    loopback.add(REPO, {made["gguf"].name: LFS + b"v1\noid sha256:0\nsize 7000000\n"})
+    with pytest.raises(UserError, match=f"{made['gguf'].name} is not there, only the note of Git LFS"):
+        download(REPO, data=tmp_path, choice=CPU)
 
 
 def test_a_name_of_the_catalogue_takes_its_file_out_of_a_folder_in_parts(loopback, made, tmp_path, monkeypatch):
@@ -250,7 +271,7 @@ def vocabulary_file(path: Path, tokenizer: Path, split: str = "gpt-2") -> Path:
 
 
 def texts_of(file: Path) -> dict[str, str]:
-    return {key: str(read_header(file).fields.get(key, "")) for key in TEXTS}
+    return read_header(file).texts
 
 
 def test_a_tokenizer_out_of_the_file_is_the_original_s(demo_checkpoint, tmp_path):
@@ -274,7 +295,8 @@ def test_the_original_s_own_tokenizer_and_template_come_first(demo_checkpoint, m
     shutil.copytree(made["like"], whole)
     (whole / "chat_template.jinja").write_text("mine")
     assert completed(whole, file, texts_of(file), tmp_path / "a") == whole
-    folder = completed(made["like"], file, texts_of(file), tmp_path / "b")          # a tokenizer, but no template
+    shutil.copytree(made["like"], tmp_path / "mute", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    folder = completed(tmp_path / "mute", file, texts_of(file), tmp_path / "b")     # a tokenizer, but no template
     assert (folder / "tokenizer.json").read_bytes() == (made["like"] / "tokenizer.json").read_bytes()
     assert "im_start" in (folder / "chat_template.jinja").read_text() and (folder / "config.json").is_file()
 
