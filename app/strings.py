@@ -34,8 +34,8 @@ TEXT = {
     "imported_known": "Here already: {n}.",
     "importing": "Importing {share} %",
     "import_drop": "Drop exports here to import them",
-    "import_foreign": "Nothing was imported: this is none of the files that can be read, which are exports of Floe "
-                      "Chat, ChatGPT, Claude, Open WebUI, Jan and LM Studio (.json, .jsonl, .md or the whole .zip).",
+    "import_foreign": "Nothing was imported: this is not a chat export that can be read. Exports of Floe Chat, "
+                      "ChatGPT, Claude, Open WebUI, Jan and LM Studio can (.json, .jsonl, .md or the whole .zip).",
     "import_damaged": "Nothing was imported, because this file is damaged or only a part of it is here; export or "
                       "download it again.",
     "file_not_exported": "(The export that this conversation comes from has only the name of this file.)",
@@ -47,7 +47,7 @@ TEXT = {
     "request_wrong": "This cannot be done: {what}. Correct it, or reload the page and try again.",
     "request_unread": "This cannot be done, because the request could not be read; reload the page and try again.",
     "request_large": "This is too large to be taken at once; shorten it, or send it in parts.",
-    "setting_wrong": "This setting cannot be kept: {what}.",
+    "setting_wrong": "This setting cannot be saved: {what}.",
     "wrong_missing": "{where} is missing",
     "wrong_unknown": "{where} is not known here",
     "wrong_length": "{where} is too long (at most {most})",
@@ -164,7 +164,7 @@ TEXT = {
     "gpu_torch": "Runs on the processor: {name} is there, but this installation cannot use it. Start with --repair to "
                  "install what is missing.",
     "gpu_none": "Runs on the processor. {why}",
-    "gpu_unknown": "The computer is still being looked at.",
+    "gpu_unknown": "Checking this computer.",
     "dismiss": "Hide",
     "gone": "Floe Chat isn't running. Start it again.",
     "away_gone": "Floe Chat isn't running. Start it again as you did before; this page goes on by itself.",
@@ -228,7 +228,7 @@ TEXT = {
     "password": "Password",
     "password_enter": "Open",
     "password_bad": "This password is too short or too long; take at least {least} characters.",
-    "password_wrong": "This is not the password.",
+    "password_wrong": "Wrong password.",
     "password_wait": "Too many tries; wait {minutes} minutes.",
     "lan_no_password": "Other devices are let in only by a password: start without --lan, set one in Settings, Other "
                        "devices, then start again.",
@@ -257,8 +257,8 @@ TEXT = {
     "server_models": "Models ({n})",
     "server_chosen": "The server offers {n} model(s).",
     "server_none": "There is no server any more that has {model}; name one in Settings, or let this computer answer.",
-    "server_address": "This is no address of a server; type one like http://localhost:8000/v1.",
-    "server_key_bad": "This is no key: a key is one line of letters, digits and signs.",
+    "server_address": "This is not a server address; enter one like http://localhost:8000/v1.",
+    "server_key_bad": "This is not a valid key: a key is one line of letters, digits and signs.",
     "server_foreign": "This server does not answer as OpenAI-compatible servers do; check its address, which often "
                       "ends with /v1.",
     "server_empty": "This server offers no models; load one there, then ask again.",
@@ -362,7 +362,7 @@ TEXT = {
     "setting_seed": "Seed",
     "setting_max_tokens": "Max response tokens",
     "advanced": "Advanced",
-    "not_a_number": "Only a number can stand in this field.",
+    "not_a_number": "Enter a number.",
     "help_temperature": "Higher is more varied; 0 takes the likeliest word.",
     "help_max_tokens": "Ends an answer that gets longer. Empty: no limit.",
     "help_top_p": "Likeliest words that together are this probable.",
@@ -391,7 +391,7 @@ TEXT = {
     "ready": "Floe Chat is ready: {url}",
     "next_link": "This link has been used. To open the page in another browser: {url}",
     "no_link": "Open Floe Chat with the newest link in the window where it runs, or start Floe Chat once more.",
-    "link_used": "This link does not open the page (any more): each works once. Use the newest one in the window where "
+    "link_used": "This link no longer opens the page: each works once. Use the newest one in the window where "
                  "Floe Chat runs, or start Floe Chat once more.",
     "no_key": "This page was opened before Floe Chat was started, or its browser keeps no data for it. Use the newest "
               "link in the window where Floe Chat runs, or start Floe Chat once more.",

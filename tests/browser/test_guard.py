@@ -285,7 +285,7 @@ def test_another_device_comes_in_by_the_password(chromium, tmp_path):
         page.goto(f"http://{address}:{program.address.rsplit(':', 1)[1]}/")
         page.get_by_label("Password").fill("a wrong password")
         page.get_by_role("button", name="Open").click()
-        expect(page.get_by_role("alert")).to_have_text("This is not the password.")
+        expect(page.get_by_role("alert")).to_have_text("Wrong password.")
         page.get_by_label("Password").fill("correct horse battery")
         page.get_by_role("button", name="Open").click()
         browser.wait_ready(page)

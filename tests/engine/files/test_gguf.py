@@ -234,10 +234,9 @@ def test_mxfp4_of_a_gguf_file_is_mxfp4_of_the_original(tmp_path):
 
 
 def test_a_head_of_its_own_is_used_whatever_the_configuration_says(tmp_path):
-    model, said = build("ernie4_5_moe"), []
-    assert model.config.tie_word_embeddings
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape))
+    model, said = build("ernie4_5_moe", tie_word_embeddings=False), []
     (path,) = write(tmp_path / "model.gguf", "ernie4_5_moe", model)
+    model.config.tie_word_embeddings = True
     import_gguf(path, tmp_path / "made", like(tmp_path / "like", model), device="cpu",
                 report=lambda progress: said.append(progress.text))
     made = load.load(tmp_path / "made", Options("exact", device="cpu")).model
