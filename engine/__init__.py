@@ -9,6 +9,7 @@ from importlib import import_module
 from engine.core import (
     LEVELS,
     PROMISES,
+    CallPiece,
     Counters,
     Event,
     Likelihood,
@@ -35,6 +36,7 @@ _DOORS = {  # module: its names that are everybody's
     "planning.bottleneck": ("what_binds",),
     "planning.pictures": ("plan_pictures",),
     "chat.engine": ("Engine",),
+    "chat.growing_calls": ("FORCED", "GrowingCalls"),
     "decode.grammar": ("checked_schema",),
     "library.hub": ("Hub", "address"),
     "library.network": ("allow_hosts", "choose_mirror", "kept_hosts", "mirror", "plain_address"),
@@ -51,8 +53,8 @@ _DOORS = {  # module: its names that are everybody's
 }
 _LAZY = {name: f"engine.{module}" for module, names in _DOORS.items() for name in names}
 
-__all__ = ["LEVELS", "PROMISES", "Counters", "Event", "Likelihood", "Machine", "MachineError", "ModelSpec", "Options",
-           "Request", "Sampling", "Stopped", "ToolCall", "UserError", *_LAZY]
+__all__ = ["LEVELS", "PROMISES", "CallPiece", "Counters", "Event", "Likelihood", "Machine", "MachineError", "ModelSpec",
+           "Options", "Request", "Sampling", "Stopped", "ToolCall", "UserError", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -139,6 +139,15 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class CallPiece:
+    """What one more token adds to call number `index` of an answer: its name, once, or a piece of its arguments."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
 class Counters:
     """What crossed the link, in bytes, since some moment; subtract two to get what happened between them.
 
@@ -170,7 +179,8 @@ class Counters:
 class Event:
     """One step of an answer. Counters are those of the answer so far (decode only).
 
-    likely: of the token that this step drew, where it was asked for. calls: at the end, of the tools that were offered.
+    likely: of the token that this step drew, where it was asked for. piece: of a call that is being written. calls: at
+    the end, whole, of the tools that were offered.
     """
 
     kind: str
@@ -180,6 +190,7 @@ class Event:
     counters: Counters = field(default_factory=Counters)
     reason: str | None = None
     likely: Likelihood | None = None
+    piece: CallPiece | None = None
     calls: tuple[ToolCall, ...] = ()
 
     def __post_init__(self) -> None:

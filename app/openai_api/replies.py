@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from app.openai_api.asking import Begun
 from app.openai_api.orders import Order
-from engine import Event, Likelihood, ToolCall
+from engine import FORCED, CallPiece, Event, GrowingCalls, Likelihood, ToolCall
 
 LOWEST = -9999.0  # JSON has no infinity
 
@@ -62,6 +62,9 @@ class ChatReply:
     def __init__(self, order: Order, begun: Begun):
         self.told = Told(order, begun)
         self._head = _head("chatcmpl", "chat.completion", begun.model)
+        names = [tool["function"]["name"] for tool in order.wishes.get("tools", ())]
+        self._forced = GrowingCalls(FORCED if order.forced else "", names)
+        self._n_begun = 0  # calls that the stream has told of
 
     def whole(self) -> dict:
         told, message = self.told, {"role": "assistant", "content": self.told.text, "refusal": None}
@@ -83,21 +86,37 @@ class ChatReply:
         likely = [event.likely] if event.likely else []
         if event.kind == "thinking" and event.text:
             return [self._chunk({"reasoning_content": event.text})]
-        if event.kind == "answer" and (event.text or likely) and not told.order.forced:
+        if event.kind == "end":
+            return self._last()
+        if told.order.forced and event.kind == "answer":
+            return [self._piece(piece) for piece in self._forced.push(told.text)]
+        if event.piece:
+            return [self._piece(event.piece)]
+        if event.kind == "answer" and (event.text or likely) and not self._n_begun:  # else a call that came to nothing
             return [self._chunk({"content": event.text}, self._logprobs(likely))]
-        return self._last() if event.kind == "end" else []
+        return []
 
     def usage(self) -> dict:
         return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self.told.usage()}
 
     def _last(self) -> list[dict]:
-        told, rest = self.told, []
-        if told.calls:
-            numbered = [{"index": i} | call for i, call in enumerate(_calls(told.calls))]
+        """What is left of the calls, or the text of a forced one that was cut off before its name."""
+        told, rest, finish = self.told, [], self.told.finish
+        if numbered := [{"index": i} | call for i, call in enumerate(_calls(told.calls)) if i >= self._n_begun]:
             rest = [self._chunk({"tool_calls": numbered})]
-        elif told.order.forced:
+        elif told.order.forced and not self._n_begun:
             rest = [self._chunk({"content": told.text})]
-        return [*rest, self._chunk({}, finish=told.finish)]
+        if self._n_begun and finish == "stop":
+            finish = "tool_calls"
+        return [*rest, self._chunk({}, finish=finish)]
+
+    def _piece(self, piece: CallPiece) -> dict:
+        """The name with an id of its own, then the arguments, as they come."""
+        told = {"index": piece.index, "function": {"arguments": piece.arguments}}
+        if piece.name:
+            self._n_begun = piece.index + 1
+            told |= _call(piece.name, "")
+        return self._chunk({"tool_calls": [told]})
 
     def _chunk(self, delta: dict, logprobs: dict | None = None, finish: str | None = None) -> dict:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -152,8 +171,12 @@ def _head(prefix: str, kind: str, model: str) -> dict:
 
 
 def _calls(calls: tuple[ToolCall, ...]) -> list[dict]:
-    return [{"id": f"call_{secrets.token_hex(12)}", "type": "function",
-             "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+    return [_call(call.name, call.arguments) for call in calls]
+
+
+def _call(name: str, arguments: str) -> dict:
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name,
+                                                                                    "arguments": arguments}}
 
 
 def _token(text: str, logprob: float) -> dict:

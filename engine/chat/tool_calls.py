@@ -11,6 +11,7 @@ from functools import cache
 
 from transformers.utils.chat_parsing import parse_response
 
+from engine.chat.growing_calls import FORCED
 from engine.core import ToolCall
 
 _CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
@@ -20,11 +21,13 @@ _WHOLE = {"type": "function", "function": "{content}"}
 @dataclass(frozen=True)
 class Format:
     """marks: what the chat template writes, all of it. opens: the text that begins the calls; all before it is answer.
-    calls: the region of one call, as transformers' parser wants it."""
+    calls: the region of one call, as transformers' parser wants it. begins: what stands before a call's arguments
+    where these are JSON (engine/chat/growing_calls.py)."""
 
     marks: tuple[str, ...]
     opens: str
     calls: str  # JSON: a frozen dataclass holds no dict
+    begins: str = ""
 
     def read(self, text: str, tools: list[dict]) -> tuple[ToolCall, ...]:
         """What follows `opens`, that included, special tokens as text. Empty where it is no call."""
@@ -37,9 +40,10 @@ class Format:
             return ()
 
 
-def _format(marks: str | tuple[str, ...], opens: str, open_pattern: str, close_pattern: str, **region) -> Format:
+def _format(marks: str | tuple[str, ...], opens: str, open_pattern: str, close_pattern: str, begins: str = "",
+            **region) -> Format:
     region = {"open_pattern": open_pattern, "close_pattern": close_pattern, "transform": _CALL} | region
-    return Format((marks,) if isinstance(marks, str) else marks, opens, json.dumps(region))
+    return Format((marks,) if isinstance(marks, str) else marks, opens, json.dumps(region), begins)
 
 
 _XML = {"content": "xml-inline"}
@@ -47,10 +51,11 @@ FORMATS = (  # the first whose marks are there
     _format("<|tool_call>call:", "<|tool_call>", r"<\|tool_call>call:(?P<name>[\w.-]+)", r"<tool_call\|>",  # Gemma 4
             content="json", content_args={"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]}),
     _format(("<|channel|>", "functions."), "<|channel|>",                                                   # gpt-oss
-            r".*?to=functions\.(?P<name>[\w.-]+).*?<\|message\|>", r"<\|call\|>|$", content="json"),
+            r".*?to=functions\.(?P<name>[\w.-]+).*?<\|message\|>", r"<\|call\|>|$",
+            r"[^{]*?to=functions\.(?P<name>[\w.-]+)[^{]*?<\|message\|>\s*", content="json"),
     _format(("[TOOL_CALLS]", "[ARGS]"), "[TOOL_CALLS]",                                                # Mistral, newer
             r"\[TOOL_CALLS\]\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]", r"(?=\[TOOL_CALLS\])|</s>|$",
-            content="json"),
+            r"\s*\[TOOL_CALLS\]\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*", content="json"),
     _format("[TOOL_CALLS]", "[TOOL_CALLS]", r"\[TOOL_CALLS\]", r"</s>|$", content="json", transform=_WHOLE),
     _format(("<tool_call>", "<arg_key>"), "<tool_call>",                                                     # GLM 4.x
             r"<tool_call>\s*(?P<name>[\w.-]+)", r"</tool_call>", **_XML, content_args={
@@ -58,11 +63,14 @@ FORMATS = (  # the first whose marks are there
     _format(("<tool_call>", "<function="), "<tool_call>",                               # Qwen3-Coder, Qwen 3.5 and 3.6
             r"<tool_call>\s*<function=(?P<name>[^>\n]+)>", r"</function>\s*</tool_call>", **_XML, content_args={
                 "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"}),
-    _format("<tool_call>", "<tool_call>", r"<tool_call>", r"</tool_call>", content="json",              # Hermes, Qwen 3
-            transform=_WHOLE),
+    _format("<tool_call>", "<tool_call>", r"<tool_call>", r"</tool_call>",                              # Hermes, Qwen 3
+            r"(?:\s*\}\s*</tool_call>)?\s*<tool_call>" + FORCED, content="json", transform=_WHOLE),
     _format("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁begin｜>",                                             # DeepSeek
             r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>|\s*```json\s*)",
-            r"(?:\s*```\s*)?<｜tool▁call▁end｜>", content="json"),
+            r"(?:\s*```\s*)?<｜tool▁call▁end｜>",
+            r"(?:<｜tool▁calls▁begin｜>|(?:\s*```\s*)?<｜tool▁call▁end｜>)\s*<｜tool▁call▁begin｜>"
+            r"(?:function<｜tool▁sep｜>)?(?!function<｜tool▁sep｜>)(?P<name>[\w.-]+)(?:<｜tool▁sep｜>|\s*```json)\s*",
+            content="json"),
 )
 
 

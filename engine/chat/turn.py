@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
+from engine.chat.growing_calls import GrowingCalls
 from engine.chat.reasoning_parser import ANSWER, ReasoningParser
 from engine.chat.tokenizer import Prompt, Tokens
 from engine.chat.tool_calls import format_of
@@ -172,6 +173,7 @@ class Turns:
         """Decode until an end token, a stop text, a limit, the end of a grammar or `stopped`."""
         after = prompt.ids[-CONTEXT_TOKENS:] if prompt.continues or prompt.plain else ()
         form = format_of(self.tokens.template.source) if tools else None
+        growing = GrowingCalls(form.begins if form else "", names_of(tools))
         sections = ReasoningParser(self.tokens, prompt.text, sampling.stop, after, form, prompt.plain)
         usual = most_tokens(self._recommended) or self.context
         limit = min(sampling.max_tokens or usual, self.context - len(self.prefix.ids))
@@ -199,6 +201,8 @@ class Turns:
                         kind = section
                         yield replace(event, kind=kind, text=text, likely=likely)
                         likely = None
+                    for piece in growing.push(sections.calls):
+                        yield replace(event, kind=ANSWER, piece=piece)
         rest, calls = sections.flush(), self._calls(sections, tools)
         for kind, text in rest if calls or not sections.calls else [*rest, (ANSWER, sections.calls)]:
             yield replace(event, kind=kind, text=text)
@@ -208,7 +212,7 @@ class Turns:
         """What was called of what was offered; none where any of it is no such call, which then is text."""
         form = format_of(self.tokens.template.source)
         calls = form.read(sections.calls, tools) if form and sections.calls else ()
-        offered = {tool["function"]["name"] for tool in tools}
+        offered = names_of(tools)
         return calls if all(call.name in offered for call in calls) else ()
 
     def _likely(self, drawn: Drawn, top: int | None) -> Likelihood | None:
@@ -230,6 +234,10 @@ class Turns:
         live.answer_tokens, live.answer_seconds = n_tokens, seconds
         live.n_tokens_total += 1
         return Event("answer", "", n_tokens, speed, live.answer)
+
+
+def names_of(tools: list[dict]) -> set[str]:
+    return {tool["function"]["name"] for tool in tools}
 
 
 def check_room(n_prompt: int, context: int) -> None:

@@ -18,9 +18,11 @@ from engine.core import UserError
 from engine.disk import check_room
 from engine.files.checkpoint import Checkpoint
 from engine.files.folder_writer import is_sealed, result_bytes
-from engine.files.gguf.header import read_texts, require_package
+from engine.files.gguf.config import refuse
+from engine.files.gguf.header import read_header, read_texts, require_package
+from engine.files.gguf.names import BLOCK
 from engine.files.gguf.source import FLOATS, GgufSource
-from engine.files.gguf.tokenizer import check_talk, completed, config_of, copy_small
+from engine.files.gguf.tokenizer import alone, check_talk, completed, config_of, copy_small
 from engine.files.manifest import CONFIG, COPIED, Manifest
 from engine.files.quantize import nested
 from engine.files.skeleton import spec_of
@@ -55,7 +57,8 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
     """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
 
     like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
-    the file. report: hears what quantising twice costs, too. check: is called within every expert and may raise.
+    the file, and the file itself where that folder has none. report: hears what quantising twice costs, too. check: is
+    called within every expert and may raise.
     UserError, MachineError: one sentence; what is finished survives, and the next call goes on behind it. Also for
     what has no tokenizer or no chat template anywhere: before any work.
     """
@@ -65,6 +68,8 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
         report(said(f"Reading {paths[0].name}"))        # a large vocabulary takes the package ten seconds and more
         source = GgufSource(paths, config_of(folder))
         checkpoint = Checkpoint.whole(config_of(folder), source, source.name.removesuffix(".gguf"))
+        if folder == Path(scratch) / "like" and not like:
+            _refuse_unplaced(source, checkpoint.spec.layers, paths[0])
         check_talk(folder, source.name, source.texts)
         folder = completed(folder, paths[0], source.texts, Path(scratch) / "made")
         if source.left_out:
@@ -75,6 +80,15 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
         origin = f"{source.name} of {sum(path.stat().st_size for path in paths)} bytes"
         manifest = compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report, check, text)
     return Imported(manifest, source.kinds, added)
+
+
+def _refuse_unplaced(source: GgufSource, layers: int, file: Path) -> None:
+    """UserError for a tensor that the configuration made from the file itself knows nothing of: it may change what the
+    model says. Layers behind the last one only predict further tokens."""
+    for name in source.left_out:
+        found = BLOCK.match(name)
+        if found is None or int(found[1]) < layers:
+            raise refuse(file.name, f"{name} is not known here", read_header(file).fields)
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -192,8 +206,7 @@ def _like_folder(like: str, file: Path, scratch: Path, hub: Hub | None) -> Path:
     if (folder / CONFIG).is_file():
         return folder
     if not like:
-        raise UserError(f"{file.parent} has no {CONFIG}; name the original with --like: a folder or a Hub id like "
-                        "owner/name.")
+        return alone(file, scratch)
     fetch_like(hub or Hub.here(), like, scratch)
     return scratch
 

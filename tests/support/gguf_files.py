@@ -28,25 +28,37 @@ ARCHITECTURES = {
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2, "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
     "exaone_moe": gguf.MODEL_ARCH.EXAONE_MOE, "hunyuan_v1_moe": gguf.MODEL_ARCH.HUNYUAN_MOE,
     "afmoe": gguf.MODEL_ARCH.AFMOE, "phimoe": gguf.MODEL_ARCH.PHIMOE, "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
-    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE}
+    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE, "cohere2_moe": gguf.MODEL_ARCH.COHERE2}
+CALLED = {"cohere2_moe": "cohere2moe"}      # what the package does not know yet; its names stand in PLAIN_BLOCKS
+ALONE = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "gpt_oss")    # whose files say all of their model
 # Whose names transformers has changed since the converter's table was written: the checkpoints' own stand there.
 RENAMED = {"moe_statics.e_score_correction_bias": "exp_probs_b.bias", "block_sparse_moe.router.weight":
            "ffn_gate_inp.weight", "e_score_correction_bias": "exp_probs_b.bias", "expert_bias": "exp_probs_b.bias"}
+PLAIN_BLOCKS = {"cohere2_moe": {"mlp.gate.weight": "ffn_gate_inp.weight"} | {
+    f"shared_experts.{part}_proj.weight": f"ffn_{part}_shexp.weight" for part in ("gate", "up", "down")}}
 # DeepSeek-V2 stands for the files of 2024, whose latent matrix was not taken apart yet.
 SPLIT_LATENT = ("deepseek_v3", "glm4_moe_lite")
 SINGLE = {"ffn_gate_exps": "ffn_gate", "ffn_up_exps": "ffn_up", "ffn_down_exps": "ffn_down"}
 
 
 def write(path: Path, kind: str, model: torch.nn.Module, quantisation: str = "F32", tokenizer: Path | None = None,
-          single_experts: bool = False, part_bytes: int = 0) -> list[Path]:
+          single_experts: bool = False, part_bytes: int = 0, called: str = "",
+          base: str = "", beside: str = "") -> list[Path]:
     """The model as a GGUF file, experts as `quantisation` says, everything else in float32; -> its files.
 
     tokenizer: folder of the one whose vocabulary goes into the metadata. single_experts: one tensor per expert, as in
-    2023. part_bytes: split into parts of about this size.
+    2023. part_bytes: split into parts of about this size. called: another architecture with the same tensors.
+    base: what it says that it was made from. beside: name of one tensor more.
     """
     architecture = ARCHITECTURES[kind]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture], split_max_size=part_bytes)
+    called = called or CALLED.get(kind, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(path, called, split_max_size=part_bytes)
     add_metadata(writer, model.config)
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    if beside:
+        writer.add_tensor(beside, np.ones(8, np.float32))
     if tokenizer:
         add_tokenizer(writer, tokenizer)
     else:
@@ -79,29 +91,50 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 
 def add_metadata(writer: gguf.GGUFWriter, config) -> None:
-    """Enough for transformers' own reader of GGUF files to build the configuration of a Qwen3.5."""
+    """What the converter writes for every architecture (TextModel.set_gguf_parameters), and for those of Qwen and
+    gpt-oss beside it (conversion/qwen.py, gpt_oss.py)."""
+    told, rope = config.to_dict(), getattr(config, "rope_parameters", None) or {}
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
     writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    if told.get("intermediate_size"):
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
-    writer.add_expert_used_count(getattr(config, "top_k_experts", None) or config.num_experts_per_tok)
-    if config.model_type == "qwen3_5_moe_text":
-        rope, width = config.rope_parameters, config.head_dim
-        writer.add_key_length(width)
-        writer.add_full_attention_interval(2)
+    writer.add_layer_norm_rms_eps(told.get("rms_norm_eps") or told.get("norm_eps") or config.layer_norm_eps)
+    writer.add_expert_used_count(told.get("top_k_experts") or config.num_experts_per_tok)
+    if config.model_type not in ALONE:
+        return
+    add_rope(writer, rope)
+    writer.add_expert_count(told.get("num_experts") or config.num_local_experts)
+    writer.add_expert_feed_forward_length(told.get("moe_intermediate_size") or config.intermediate_size)
+    if told.get("head_dim"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if told.get("shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if config.model_type == "gpt_oss":
+        writer.add_sliding_window(config.sliding_window)
+    if told.get("linear_num_value_heads"):
         writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
         writer.add_ssm_state_size(config.linear_key_head_dim)
         writer.add_ssm_group_count(config.linear_num_key_heads)
         writer.add_ssm_time_step_rank(config.linear_num_value_heads)
         writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
-        writer.add_rope_freq_base(rope["rope_theta"])
-        writer.add_rope_dimension_count(int(width * rope["partial_rotary_factor"]))
-        writer.add_rope_dimension_sections([1, 1, 0, 0])
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+        writer.add_full_attention_interval(2)
+        writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))
+
+
+def add_rope(writer: gguf.GGUFWriter, rope: dict) -> None:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if "mrope_section" in rope:
+        writer.add_rope_dimension_sections([*rope["mrope_section"], 0, 0, 0][:4])
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, split: str = "gpt-2") -> None:
@@ -137,7 +170,7 @@ def turned(kind: str, config, key: str, value: Tensor) -> Iterator[tuple[str, Te
     elif kind in ("mixtral", "granitemoe") and ("q_proj" in key or "k_proj" in key):
         heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
         yield key, value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-    elif own := next((name for end, name in RENAMED.items() if key.endswith(end)), ""):
+    elif own := next((name for end, name in (RENAMED | PLAIN_BLOCKS.get(kind, {})).items() if key.endswith(end)), ""):
         yield block + own, value.squeeze()
     elif "conv.conv" in key:
         yield key, value.squeeze(1)
@@ -163,7 +196,7 @@ def experts(kind: str, key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     suffix = "bias" if own.endswith("_bias") else "weight"
     if kind == "gpt_oss" and suffix == "weight":
         value = value.transpose(-1, -2)
-    if kind in ("lfm2_moe", "granitemoe"):
+    if kind in ("lfm2_moe", "granitemoe", "cohere2_moe"):
         block, parts = f"blk.{key.split('.')[2]}.", value.chunk(2, 1) if own == "gate_up_proj" else (value,)
         yield from ((f"{block}ffn_{part}_exps.weight", tensor)
                     for part, tensor in zip(("gate", "up") if len(parts) == 2 else ("down",), parts, strict=True))

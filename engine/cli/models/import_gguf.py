@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", type=typed, help="folder to make")
     parser.add_argument("--like", default="", metavar="ORIGINAL",
                         help="folder or Hub id with config.json and the tokenizer of the original model "
-                             "(default: the folder of the file)")
+                             "(default: the folder of the file, else the file itself where it "
+                             "says all of both)")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), default=16, help="bits outside the experts")
 
 

@@ -24,6 +24,7 @@ MOST_FIELDS = 1 << 16
 LONGEST_NAME = 200
 TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
 MOST_TENSORS = 1 << 20
+MOST_NUMBERS = 16       # of an array that is kept: sections of a rotary embedding
 DATA = {"F32": np.float32, "F16": np.float16}
 
 
@@ -40,9 +41,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """fields: its single numbers and texts."""
+    """fields: its single numbers and texts, and its short arrays of numbers."""
 
-    fields: dict[str, int | float | bool | str]
+    fields: dict[str, int | float | bool | str | tuple]
     tensors: tuple[GgufTensor, ...]
 
     @property
@@ -134,17 +135,22 @@ class _Reader:
             raise ValueError("a text that is longer than the file")
         return n
 
-    def value(self) -> int | float | bool | str | None:
-        """None for an array."""
+    def value(self) -> int | float | bool | str | tuple | None:
+        """None for an array of texts, or of many numbers."""
         kind = self.number("I")
         if kind == STRING:
             return self.text()
         if kind == ARRAY:
-            return self.skip_array()
+            return self.array()
         return self.number(SCALARS[kind])
 
-    def skip_array(self) -> None:
+    def array(self) -> tuple | None:
         kind, n = self.number("I"), self.number("Q")
+        if n <= MOST_NUMBERS and kind != STRING and SCALARS[kind]:
+            return tuple(self.number(SCALARS[kind]) for _ in range(n))
+        return self.skip_array(kind, n)
+
+    def skip_array(self, kind: int, n: int) -> None:
         if kind == STRING:
             self.words -= n
             if self.words < 0:

@@ -23,7 +23,8 @@ ARCHITECTURES = {"qwen3moe": ("qwen3_moe",), "qwen35moe": ("qwen3_5_moe_text", "
                  "gemma4": ("gemma4_text", "gemma4"), "qwen2moe": ("qwen2_moe",), "dots1": ("dots1",),
                  "minimax-m2": ("minimax_m2",), "ernie4_5-moe": ("ernie4_5_moe",), "exaone-moe": ("exaone_moe",),
                  "hunyuan-moe": ("hunyuan_v1_moe",), "afmoe": ("afmoe",), "phimoe": ("phimoe",),
-                 "lfm2moe": ("lfm2_moe",), "granitemoe": ("granitemoe",)}
+                 "lfm2moe": ("lfm2_moe",), "granitemoe": ("granitemoe",), "cohere2moe": ("cohere2_moe",),
+                 "qwen3vlmoe": ("qwen3_moe",)}
 MODEL_TYPES = {model_type: name for name, types in ARCHITECTURES.items() for model_type in types}
 SHIFTED = ("qwen35moe", "qwen3next")            # norms are stored as 1 + weight
 TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",

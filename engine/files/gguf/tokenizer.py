@@ -1,31 +1,55 @@
-"""What an import needs and a GGUF file does not hold: the original's config.json; and a tokenizer, which it may hold.
+"""What an import needs besides weights: the original's config.json and tokenizer, or what the file says of both.
 
-Configuration and tokenizer come from a folder or a repository of the original. Where that has no tokenizer, the
-file's own vocabulary and merges make one (transformers' converter), if its way of splitting text is one that the
-converter knows; the chat template then is the file's as well.
+They come from a folder or a repository of the original. Where that has no tokenizer, the file's own vocabulary and
+merges make one (transformers' converter), if that gives the original's tokens; the chat template then is the file's as
+well. A file that comes alone may say all of its configuration, too (engine/files/gguf/config.py).
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from tokenizers.normalizers import NFC
+from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from engine.core import UserError
 from engine.files.chat_parts import TEMPLATE, TOKENIZERS, has_template
 from engine.files.folder_writer import copy_file
+from engine.files.gguf.config import Unsaid, describe, refuse
+from engine.files.gguf.header import read_header
 from engine.files.gguf.names import MODEL_TYPES
+from engine.files.gguf.source import refuse_unknown
 from engine.files.manifest import CONFIG, COPIED
 from engine.files.skeleton import read_config, text_config_of
 
-SPLIT_OF_GPT2 = ("gpt-2",)      # the split that a byte-level vocabulary has where the file names no other
+# Ways of splitting text at which transformers' converter gives the original's tokens, and whether the original composes
+# letters and accents first, which no file says (NOTES.md: against the encodings that llama.cpp's tests keep).
+SPLITS = {"gpt-2": False, "qwen2": True, "qwen35": True, "gpt-4o": False}
+
+
+SEEING_QWEN3 = "qwen3_vl_moe_text"      # transformers has no language model of it alone: of a text it is Qwen3's
 
 
 def config_of(like: Path):
     """The language model's configuration. UserError where no GGUF file could belong to it: before a long download."""
     config = text_config_of(read_config(like))
+    if config.model_type == SEEING_QWEN3:
+        config = _as_qwen3(config)
     if config.model_type not in MODEL_TYPES:
         raise UserError(f"GGUF files of {config.model_type} models are not imported; these are: "
                         f"{', '.join(sorted(MODEL_TYPES))}. Take the original checkpoint instead.")
     return config
+
+
+def _as_qwen3(config):
+    """Of a text all three positions of a token are one, and the router's weights are always normed."""
+    rope = {key: value for key, value in config.rope_parameters.items() if not key.startswith("mrope")}
+    given = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    made = AutoConfig.for_model("qwen3_moe", **given | {"rope_parameters": rope, "norm_topk_prob": True,
+                                                        "num_experts": config.num_experts})
+    made.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.model_type]]
+    return made
 
 
 def copy_small(source: Path, folder: Path) -> None:
@@ -54,35 +78,58 @@ def completed(like: Path, file: Path, texts: Mapping[str, str], scratch: Path) -
 def check_talk(like: Path, name: str, texts: Mapping[str, str]) -> None:
     """UserError where neither `like` nor the file of that name, by its metadata, has what a chat needs."""
     if not any((like / own).is_file() for own in TOKENIZERS):
-        _refuse_unknown(name, texts)
+        try:
+            _check_split(texts)
+        except Unsaid as why:
+            raise _not_rebuilt(name, why) from why
     if not has_template(like) and not texts["tokenizer.chat_template"]:
         raise UserError(f"Neither {name} nor its original has a chat template ({TEMPLATE}), so it is no chat model; "
                         "take the variant that was tuned for chat.")
 
 
+def alone(file: Path, folder: Path) -> Path:
+    """`folder` with all that an import needs, out of the file. UserError, which names the original where the file does,
+    if that would be guessing."""
+    header = read_header(file)
+    refuse_unknown(file.name, str(header.fields.get("general.architecture", ""))[:40])
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        made = _rebuilt(file, header.texts)
+        describe(header, made.get_vocab(), folder)
+    except Unsaid as why:
+        raise refuse(file.name, str(why), header.fields) from why
+    made.save_pretrained(folder)
+    return folder
+
+
 def rebuild_tokenizer(file: Path, texts: Mapping[str, str], folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json from the file's metadata. UserError where that would be guessing."""
-    _refuse_unknown(file.name, texts)
-    from transformers import PreTrainedTokenizerFast
     try:
-        made = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    except Exception as error:          # transformers raises many kinds for vocabularies it cannot take
-        raise UserError(f"The tokenizer in {file.name} cannot be rebuilt ({type(error).__name__}); name the original "
-                        "with --like: its tokenizer.json is needed.") from error
+        made = _rebuilt(file, texts)
+    except Unsaid as why:
+        raise _not_rebuilt(file.name, why) from why
     made.save_pretrained(folder)
 
 
-def _refuse_unknown(name: str, texts: Mapping[str, str]) -> None:
-    kind, split = texts["tokenizer.ggml.model"], texts["tokenizer.ggml.pre"]
-    if kind != "llama" and not (kind == "gpt2" and split in _known_splits()):
-        raise UserError(f"The tokenizer in {name} ({kind or 'none'}, {split or 'none'}) cannot be rebuilt; name "
-                        "the original with --like: its tokenizer.json is needed.")
+def _not_rebuilt(name: str, why: Unsaid) -> UserError:
+    return UserError(f"The tokenizer in {name} cannot be rebuilt ({why}); name the original with --like: its "
+                     "tokenizer.json is needed.")
 
 
-def _known_splits() -> tuple[str, ...]:
+def _rebuilt(file: Path, texts: Mapping[str, str]) -> PreTrainedTokenizerFast:
+    """Unsaid where its tokens could be others than the original's."""
+    split = _check_split(texts)
     try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS as splits
-    except ImportError:                 # an older transformers splits everything as GPT-2 does
-        splits = {}
-    return (*SPLIT_OF_GPT2, *splits)
+        made = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:          # transformers raises many kinds for vocabularies it cannot take
+        raise Unsaid(type(error).__name__) from error
+    if SPLITS[split]:
+        made.backend_tokenizer.normalizer = NFC()
+    return made
 
+
+def _check_split(texts: Mapping[str, str]) -> str:
+    kind, split = (texts[key] or "none" for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre"))
+    if kind != "gpt2" or split not in SPLITS:
+        raise Unsaid(f"it does not say enough of how text is split: {kind[:40]}, {split[:40]}")
+    return split

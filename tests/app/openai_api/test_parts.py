@@ -14,7 +14,7 @@ from app.openai_api.bodies import ChatBody
 from app.openai_api.keys import MOST_KEYS, Key, Keys
 from app.openai_api.orders import of_chat
 from app.openai_api.replies import ChatReply
-from engine import Event, MachineError, Stopped, ToolCall, UserError, checked_schema
+from engine import CallPiece, Event, MachineError, Stopped, ToolCall, UserError, checked_schema
 from tests.support.waiting import until
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -178,4 +178,22 @@ def test_a_forced_call_that_was_cut_off_is_told_as_text():
                                  Event("end", "", 9, reason="stop")])
     message = whole["choices"][0]["message"]
     assert message["tool_calls"][0]["function"]["arguments"] == "{}"
-    assert message["content"] is None and len(chunks) == 2
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert message["content"] is None and [call["function"] for delta in deltas for call in delta.get(
+        "tool_calls", ())] == [{"name": "a", "arguments": ""}, {"arguments": "{}"}]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_call_of_its_own_is_told_as_it_is_written_and_what_is_left_at_the_end():
+    order = of_chat(ChatBody.model_validate({"model": "m", "messages": HI}), "me")
+    pieces = [CallPiece(0, "get_time"), CallPiece(0, "", '{"zone"'), CallPiece(0, "", ': "UTC"}')]
+    calls = (ToolCall("get_time", '{"zone": "UTC"}'), ToolCall("get_date", "{}"))
+    _, chunks = told(order, [*(Event("answer", piece=piece) for piece in pieces),
+                             Event("end", "", 9, reason="stop", calls=calls)])
+    told_of = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert [(call["index"], call["function"]["arguments"]) for call in told_of] == [
+        (0, ""), (0, '{"zone"'), (0, ': "UTC"}'), (1, "{}")]
+    assert ["id" in call for call in told_of] == [True, False, False, True]
+    _, chunks = told(order, [Event("answer", piece=pieces[0]), Event("answer", "<tool_call>{", 3),
+                             Event("end", "", 9, reason="length")])
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "length"]

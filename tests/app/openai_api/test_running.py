@@ -162,13 +162,23 @@ def test_a_call_of_a_tool_can_be_forced(one, stream, choice):
     reply = one.ask(model="demo", messages=HI, tools=[WEATHER, TIME], tool_choice=choice, max_tokens=60, stream=stream)
     chunks = list(reply) if stream else []
     finish = chunks[-1].choices[0].finish_reason if stream else reply.choices[0].finish_reason
-    calls = (next(chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls) if stream
-             else reply.choices[0].message.tool_calls)
+    pieces = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    calls = assembled(chunks) if stream else reply.choices[0].message.tool_calls
+    assert not stream or len(pieces) > 2 and pieces[0].function.name and not pieces[0].function.arguments
     assert finish in ("tool_calls", "length") and not any(c.choices[0].delta.content for c in chunks)
     names = ("get_weather",) if isinstance(choice, dict) else ("get_weather", "get_time")
     assert calls[0].function.name in names and calls[0].id.startswith("call_")
     arguments = json.loads(calls[0].function.arguments)
     assert calls[0].function.name == "get_time" or arguments["city"] in ("Paris", "Rome")
+
+
+def assembled(chunks: list) -> list:
+    """The official client's own way of putting a stream together."""
+    from openai.lib.streaming.chat import ChatCompletionStreamState
+    state = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(chunk)
+    return state.get_final_completion().choices[0].message.tool_calls
 
 
 # What other makers' clients make of it
@@ -343,6 +353,19 @@ def test_a_key_is_needed_where_it_belongs(app, one, headers):
     ({"sec-fetch-site": "cross-site"}, 403)])
 def test_other_places_are_refused_with_a_key_as_well(app, one, headers, expected):
     assert web("GET", app.address + "/v1/models", headers=one.headers | headers).status_code == expected
+
+
+@pytest.mark.parametrize("name", ["rebound.example", "localhost.rebound.example", "127.0.0.1.rebound.example"])
+def test_a_name_that_resolves_to_this_computer_opens_nothing(app, one, monkeypatch, name):
+    """DNS rebinding: the page of a stranger asks its own name, whose address has become 127.0.0.1 meanwhile."""
+    resolve, port = socket.getaddrinfo, urlsplit(app.address).port
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: resolve(
+        "127.0.0.1" if host == name else host, *rest, **more))
+    place = f"http://{name}:{port}"
+    own = one.headers | {"origin": place, "sec-fetch-site": "same-origin"}
+    for method, path, headers in (("GET", "/", app.credentials), ("GET", "/v1/models", own), ("GET", "/health", {}),
+                                  ("POST", "/v1/chat/completions", own), ("GET", "/api/state", app.credentials | own)):
+        assert web(method, place + path, headers=headers, trust_env=False).status_code == 421, path
 
 
 def test_keys_are_kept_as_hashes(app, one):

@@ -1,10 +1,12 @@
 """The engine's answers: right, reproducible, stoppable, and only as much reading as is new."""
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
@@ -13,6 +15,7 @@ from engine.chat import engine as generate
 from engine.chat.engine import Engine
 from engine.core import Event, MachineError, Options, Sampling, UserError
 from engine.decode.sampling import Sampler, end_tokens, merged, most_tokens
+from engine.machine.process_memory import own_bytes
 from engine.model import load
 from tests.support.architectures import build
 
@@ -414,3 +417,20 @@ def test_draws_follow_transformers_own_processors():
     expected = (penalised / 0.5).masked_fill(torch.arange(5) > 2, -torch.inf).softmax(-1)
     draws = torch.bincount(torch.tensor([sampler(logits, [0]) for _ in range(4000)]), minlength=5) / 4000
     assert (draws - expected).abs().max() < 0.03
+
+
+@pytest.mark.slow
+def test_a_thousand_short_answers_leave_nothing_behind(engine):
+    """Descriptors and threads are as many as after the first few; memory may grow by what the allocator keeps, a
+    token's logits for each answer."""
+    this, brief = psutil.Process(), replace(GREEDY, max_tokens=1)
+
+    def ask(times: int) -> tuple[int, int, int]:
+        for n in range(times):
+            assert finish(engine.chat(chat(("Hi!", "How are you?")[n % 2]), brief))[1].n_tokens == 1
+        gc.collect()
+        return this.num_fds(), this.num_threads(), own_bytes()
+    descriptors, threads, memory = ask(200)
+    after = ask(1000)
+    assert after[:2] == (descriptors, threads)
+    assert after[2] - memory < 1000 * 4 * engine._turns.model.config.vocab_size

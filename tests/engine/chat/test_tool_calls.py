@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from engine.chat.growing_calls import FORCED, GrowingCalls
 from engine.chat.reasoning_parser import ReasoningParser
 from engine.chat.tool_calls import FORMATS, format_of
+from engine.core import CallPiece
 from tests.engine.chat.test_tokenizer import encode, load_tokens
 
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {
@@ -52,16 +54,46 @@ def test_calls_are_read_and_kept_out_of_the_answer(demo_checkpoint, family):
     tokens = load_tokens(demo_checkpoint, f"{{# {template} #}}", special)
     form = format_of(tokens.template.source)
     sections = ReasoningParser(tokens, "", form=form)
-    pieces = [piece for token in encode(tokens, written) for piece in sections.push(token)] + sections.flush()
+    growing, grown, pieces = GrowingCalls(form.begins, ["get_weather"]), [], []
+    for token in encode(tokens, written):
+        pieces += sections.push(token)
+        grown += growing.push(sections.calls)
+    pieces += sections.flush()
     assert "".join(text for kind, text in pieces if kind == "answer").strip() == (
         "Let me see." if family == "hermes" else "")
     calls = form.read(sections.calls, [WEATHER])
     assert [(call.name, json.loads(call.arguments)) for call in calls] == [("get_weather", each) for each in expected]
+    if form.begins:
+        assert [json.loads(text) for text in assembled(grown)] == expected
     untouched = ReasoningParser(tokens, "")  # nothing was offered: an answer is an answer
     for token in encode(tokens, written):
         untouched.push(token)
     assert not untouched.calls
     tokens.close()
+
+
+def assembled(pieces: list[CallPiece]) -> list[str]:
+    """As clients do it; the name comes first and once, the arguments in pieces of what came."""
+    calls: dict[int, list[str]] = {}
+    for piece in pieces:
+        assert bool(piece.name) == (piece.index not in calls) and (piece.name != "") != (piece.arguments != "")
+        calls.setdefault(piece.index, []).append(piece.arguments)
+    assert list(calls) == list(range(len(calls))) and all(len(grown) > 3 for grown in calls.values())
+    return ["".join(grown) for grown in calls.values()]
+
+
+@pytest.mark.parametrize("written", [
+    '{"name": "other", "arguments": {"a": 1}}', '{"arguments": {"a": 1}, "name": "get_time"}', '{"name": "get_time"}',
+    '{"name": "get_time", "arguments": "{}"}', '{"name": "get_time", "arguments": ', "", '{"name": "get_time", "arg'])
+def test_what_may_be_no_call_is_not_begun(written):
+    growing = GrowingCalls(FORCED, ["get_time"])
+    assert not [piece for end in range(len(written) + 1) for piece in growing.push(written[:end])]
+
+
+def test_braces_and_quotes_in_a_text_end_no_arguments():
+    arguments = json.dumps({"a": '}"\\', "b": [{"c": "{"}, "\\"]})
+    growing, written = GrowingCalls(FORCED, ["f"]), f'{{"name": "f", "arguments": {arguments}}}'
+    assert assembled([piece for end in range(len(written) + 1) for piece in growing.push(written[:end])]) == [arguments]
 
 
 def test_every_format_is_of_a_transcript():

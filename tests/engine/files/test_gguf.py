@@ -34,6 +34,7 @@ from engine.files.gguf.source import TYPES, GgufSource  # noqa: E402
 from tests.support.gguf_files import ARCHITECTURES, finish, like, write  # noqa: E402
 
 CHANGES = {"qwen3_moe": dict(moe_intermediate_size=64, num_experts=4)}
+SEEING = {"qwen3_moe": dict(norm_topk_prob=True)}   # which its seeing relative always does
 MATRICES = ("gate", "up", "down")
 TOKENS = torch.randint(3, 128, (9,), generator=torch.Generator().manual_seed(1))
 K_KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -93,11 +94,16 @@ def test_the_imported_model_gives_the_logits_of_the_compressed_original(kind, tm
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind, whole", [("qwen3_5_moe_text", "qwen3_5_moe"), ("gemma4_text", "gemma4")])
+@pytest.mark.parametrize("kind, whole", [("qwen3_5_moe_text", "qwen3_5_moe"), ("gemma4_text", "gemma4"),
+                                         ("qwen3_moe", "qwen3_vl_moe")])
 def test_the_original_may_see_as_well(kind, whole, tmp_path):
     """Its config.json is that of a model with vision; the file and the import have the language model alone."""
-    model, path, folder = file_of(kind, tmp_path)
+    model, path, folder = file_of(kind, tmp_path, **SEEING.get(kind, {}))
     text = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
+    if whole == "qwen3_vl_moe":
+        (path,) = write(tmp_path / "model.gguf", kind, model, called="qwen3vlmoe")
+        text |= {"model_type": "qwen3_vl_moe_text", "rope_parameters": text["rope_parameters"] | {
+            "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
     AutoConfig.for_model(whole, text_config=text, tie_word_embeddings=model.config.tie_word_embeddings
                          ).save_pretrained(tmp_path / "seeing")
     write_tokenizer(tmp_path / "seeing")
