@@ -14,8 +14,7 @@ from app.strings import TEXT
 from engine import LEVELS, UserError
 
 HEAD = ('<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="stylesheet" href="/ui/style.css"><link rel="stylesheet" href="/ui/code.css">'
-        '<link rel="stylesheet" href="/ui/models/models.css">')
+        + "".join(f'<link rel="stylesheet" href="/ui/styles/{name}.css">' for name in ("style", "code", "models")))
 FONTS = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]  # the system's own: nothing is fetched
 _MIB = 1 << 20
 FASTER = 1.05  # a plan is no more exact than that
@@ -36,23 +35,23 @@ def build_page(parts) -> gr.Blocks:
     with gr.Blocks(title=TEXT["app"], fill_width=True, fill_height=True, analytics_enabled=False) as page:
         with gr.Row(elem_id="shell", equal_height=False):
             with gr.Column(elem_id="left", scale=0):
-                _element("list")
+                _element("conversation", "list")
             with gr.Column(elem_id="center", scale=1):
-                _element("chat")
+                _element("conversation", "chat")
             with gr.Column(elem_id="right", scale=0), gr.Tabs():
                 with gr.Tab(TEXT["tab_engine"], id="engine"):
-                    _element("figures")
+                    _element("engine", "figures")
                     _engine_controls(parts)
                 with gr.Tab(TEXT["tab_chat"], id="settings"):
-                    _element("settings")
+                    _element("conversation", "settings")
     return page
 
 
-def _element(name: str) -> gr.HTML:
-    """An own element: assets/ui/NAME.js fills it."""
+def _element(room: str, name: str) -> gr.HTML:
+    """An own element: assets/ui/ROOM/NAME.js fills it."""
     return gr.HTML(html_template=f'<div class="floe-{name}"></div>', elem_id=f"floe-{name}",
                    apply_default_css=False,
-                   js_on_load=f"import('/ui/{name}.js').then(m => m.mount(element.firstElementChild, trigger))")
+                   js_on_load=f"import('/ui/{room}/{name}.js').then(m => m.mount(element.firstElementChild, trigger))")
 
 
 def _engine_controls(parts) -> None:
@@ -61,7 +60,7 @@ def _engine_controls(parts) -> None:
     near = gr.Slider(0, 1, value=1, step=0.25, label=TEXT["near"], info=TEXT["near_info"], interactive=False,
                      elem_id="near", buttons=[])
     planned = gr.Button(TEXT["near_planned"], size="sm", elem_id="near-planned")
-    panel = _element("panel")
+    panel = _element("engine", "panel")
 
     def present():
         return _level_update(parts), _near_update(parts)

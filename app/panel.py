@@ -1,7 +1,7 @@
 """The numbers of the live panel: the engine's snapshot, rates between two samples, the card's and the machine's.
 
 One `Panel` samples for all tabs. Totals are the engine's own counters, passed on unchanged; only rates are computed
-here, from the difference of two samples. Draws nothing: assets/ui/panel.js does.
+here, from the difference of two samples. Draws nothing: assets/ui/engine/panel.js does.
 """
 from __future__ import annotations
 

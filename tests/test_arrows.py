@@ -126,10 +126,10 @@ def test_there_is_no_circle():
     assert not left, f"circles among {sorted(left)}"
 
 
-@pytest.mark.parametrize("top", (*PACKAGES, "tests"))
-def test_no_folder_is_a_heap(top):
-    for folder in {path.parent for path in files(top)}:
-        found = sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
+@pytest.mark.parametrize("top, ending", [*((package, "py") for package in (*PACKAGES, "tests")), ("assets/ui", "*")])
+def test_no_folder_is_a_heap(top, ending):
+    for folder in {path.parent for path in (ROOT / top).rglob(f"*.{ending}")}:
+        found = sorted(path.name for path in folder.glob(f"*.{ending}") if path.name != "__init__.py")
         assert len(found) <= MAX_FILES, f"{folder.relative_to(ROOT)} holds {len(found)} files: {found}"
 
 

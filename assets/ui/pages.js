@@ -3,7 +3,7 @@
 // place.dispatchEvent("shown") tells it each time that it is opened, and `page_NAME` (app/strings.py) is its title.
 import { TEXT, button, h, on, opened } from "/ui/floe.js";
 
-const PAGES = { models: "/ui/models.js", settings: "/ui/preferences.js" };
+const PAGES = { models: "/ui/models/page.js", settings: "/ui/preferences/page.js" };
 
 export const page = () => Object.keys(PAGES).find((name) => location.hash.split("/")[0] === `#${name}`) || null; // #models/get
 export const go = (name) => { location.hash = name; }; // the browser's Back leads to the conversation again

@@ -31,7 +31,7 @@ def get(app, path="/", headers=()):
 
 
 def test_the_link_opens_the_page_and_its_parts(app):
-    for path in ("/", "/stats", "/api/state", "/ui/chat.js", "/config"):
+    for path in ("/", "/stats", "/api/state", "/ui/conversation/chat.js", "/config"):
         assert get(app, path).status_code == 200, path
 
 
@@ -53,7 +53,7 @@ def test_foreign_pages_are_refused_with_the_cookie_too(app, headers, status):
 
 
 def test_without_the_token_there_is_nothing_and_no_file_is_written(app):
-    for path in ("/", "/config", "/stats", "/events", "/api/state", "/ui/chat.js", "/api/export"):
+    for path in ("/", "/config", "/stats", "/events", "/api/state", "/ui/conversation/chat.js", "/api/export"):
         assert httpx.get(app.address + path, timeout=SECONDS).status_code == 401, path
     uploads = app.data / "cache" / "gradio"
     before = sorted(uploads.rglob("*"))

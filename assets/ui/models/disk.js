@@ -1,6 +1,6 @@
 // On this computer: the models that can be loaded, what each needs, and where new ones are stored.
 import { TEXT, api, bytes, h, keep, notice, say, state } from "/ui/floe.js";
-import { measureLevels, openModel, unmeasured } from "/ui/models.js";
+import { measureLevels, openModel, unmeasured } from "/ui/models/page.js";
 import { card, judge, quiet } from "/ui/models/card.js";
 import { planDetails } from "/ui/models/plan.js";
 import { pathField } from "/ui/path_field.js";

@@ -1,7 +1,7 @@
 // Get models: the catalogue with how each would run here, the Hub by words or by an address, and what already lies on
 // this computer: a folder or a GGUF file, dropped or given by its path.
 import { TEXT, api, bytes, emit, h, keep, notice, say } from "/ui/floe.js";
-import { showModels, showWorks } from "/ui/models.js";
+import { showModels, showWorks } from "/ui/models/page.js";
 import { card, judge, practical, quiet, setFacts, toFetch } from "/ui/models/card.js";
 import { planDetails } from "/ui/models/plan.js";
 import { pathField } from "/ui/path_field.js";

@@ -1,6 +1,6 @@
 // In progress: downloads, compressions, imports and measurements, running or waiting to be resumed.
 import { TEXT, api, bytes, h, keep, notice, say } from "/ui/floe.js";
-import { timeLeft } from "/ui/models.js";
+import { timeLeft } from "/ui/models/page.js";
 import { quiet } from "/ui/models/card.js";
 
 // An unfinished download of an earlier start that no work knows of.

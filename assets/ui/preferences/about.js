@@ -1,6 +1,6 @@
 // Version and licences.
 import { TEXT, api, h } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 export async function draw(place) {
   const { version, python, system, libraries } = await api("GET", "/api/preferences/about");

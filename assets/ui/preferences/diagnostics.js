@@ -1,6 +1,6 @@
 // A zip of facts for somebody who helps.
 import { TEXT, download, h, state } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 export function draw(place) {
   const whose = h("select", { id: "diagnostics-messages" }, h("option", { value: "" }, TEXT.diagnostics_no_messages),

@@ -1,6 +1,6 @@
 // Where models come from: a mirror of the Hub, and the hosts that downloads may be sent on to.
 import { TEXT, api, h, notice, say } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 export async function draw(place) {
   const now = await api("GET", "/api/preferences/downloads");

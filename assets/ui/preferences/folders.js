@@ -1,7 +1,7 @@
 // Where data, models and logs lie; another folder for new models.
 import { TEXT, api, h, notice, say } from "/ui/floe.js";
 import { pathField } from "/ui/path_field.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 const quiet = (text, onclick) => h("button", { type: "button", class: "quiet", onclick }, text);
 

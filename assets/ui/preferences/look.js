@@ -1,6 +1,6 @@
 // Light or dark. It belongs to this browser, so the program is not asked.
 import { TEXT, h } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 import { setTheme, theme } from "/ui/theme.js";
 
 export function draw(place) {

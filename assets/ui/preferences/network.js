@@ -1,6 +1,6 @@
 // The password for other devices. It is never told to the page: what is stored is not it.
 import { TEXT, api, h, notice } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 export async function draw(place) {
   const { has_password: set } = await api("GET", "/api/preferences/network");

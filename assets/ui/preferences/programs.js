@@ -1,6 +1,6 @@
 // Keys for programs, and the lines that connect them.
 import { TEXT, api, h, notice, say, toClipboard } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 const button = (text, onclick) => h("button", { type: "button", class: "quiet", onclick }, text);
 

@@ -1,6 +1,6 @@
 // Another server that conversations can be sent to. Its key is never told to the page: what is left empty stays.
 import { TEXT, api, h, notice, say } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 const SECRET = "••••••••"; // in place of a key that is stored
 

@@ -1,6 +1,6 @@
 // Whether the model writes titles.
 import { TEXT, api, h } from "/ui/floe.js";
-import { line } from "/ui/preferences.js";
+import { line } from "/ui/preferences/page.js";
 
 export async function draw(place) {
   const { by_model: now } = await api("GET", "/api/preferences/titles");

@@ -3,15 +3,15 @@
 import { dismiss } from "/ui/dismiss.js";
 import { restoreDrawers, toggleList, toggleTab } from "/ui/drawers.js";
 import { TEXT, Unheard, api, button, emit, h, icon, keep, notice, notices, on, opened, ready, say, soFar, start, state, toClipboard } from "/ui/floe.js";
-import { above } from "/ui/above.js";
-import { composer } from "/ui/composer.js";
-import { watch } from "/ui/elsewhere.js";
+import { above } from "/ui/conversation/above.js";
+import { composer } from "/ui/conversation/composer.js";
+import { watch } from "/ui/conversation/elsewhere.js";
 import { pages } from "/ui/pages.js";
-import { foldLong, message, offerActions, showStats, showThinking } from "/ui/message.js";
-import { begin, draft, stored } from "/ui/settings.js";
+import { foldLong, message, offerActions, showStats, showThinking } from "/ui/conversation/message.js";
+import { begin, draft, stored } from "/ui/conversation/settings.js";
 import { applyTheme, switchTheme } from "/ui/theme.js";
-import { switcher } from "/ui/switcher.js";
-import { welcome } from "/ui/welcome.js";
+import { switcher } from "/ui/conversation/switcher.js";
+import { welcome } from "/ui/conversation/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
 let goal = null; // the message that a search has found

@@ -1,6 +1,6 @@
 // Whether the open conversation, or the one that this tab will begin, is answered by another server: by which model.
 import { api, emit, on, opened, state } from "/ui/floe.js";
-import { draft } from "/ui/settings.js";
+import { draft } from "/ui/conversation/settings.js";
 
 export let elsewhere = ""; // "" for the engine here
 

@@ -1,6 +1,6 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
 import { placeMenu } from "/ui/dismiss.js";
-import { droppable, importing } from "/ui/import.js";
+import { droppable, importing } from "/ui/conversation/import.js";
 import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, start, state } from "/ui/floe.js";
 
 export async function mount(root) {

@@ -1,7 +1,7 @@
 // What stands above the conversation: the steps of a model that is being opened, whether the graphics card is used,
 // trouble with the disk, and work on models that goes on while a person chats.
 import { TEXT, api, button, h, keep, notice, on, say } from "/ui/floe.js";
-import { measureLevels, openModel, showWorks, timeLeft, unmeasured } from "/ui/models.js";
+import { measureLevels, openModel, showWorks, timeLeft, unmeasured } from "/ui/models/page.js";
 
 const HIDDEN = "floe-graphics-hidden";
 const AWAY = ["gone", "shut"];

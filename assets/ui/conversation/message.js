@@ -1,6 +1,6 @@
 // One message: who, thinking, text, what it cost, and what can be done with it.
 import { TEXT, api, button, h, icon, say } from "/ui/floe.js";
-import { preview } from "/ui/preview.js";
+import { preview } from "/ui/conversation/preview.js";
 
 export function message(m) {
   const running = m.status === "running";

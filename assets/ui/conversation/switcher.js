@@ -1,7 +1,7 @@
 // Which model answers, at which level: its title in the header opens the list of those on this computer.
 import { TEXT, api, h, icon, on, say, state } from "/ui/floe.js";
-import { elsewhere } from "/ui/elsewhere.js";
-import { openModel, showModels } from "/ui/models.js";
+import { elsewhere } from "/ui/conversation/elsewhere.js";
+import { openModel, showModels } from "/ui/models/page.js";
 
 export function switcher() {
   const name = h("span", { class: "name" }), level = h("span", { class: "level" });

@@ -1,6 +1,6 @@
 // The place to write: text, attached text files with their token count, Send and Stop.
 import { TEXT, api, button, h, notice, on, opened, say } from "/ui/floe.js";
-import { preview } from "/ui/preview.js";
+import { preview } from "/ui/conversation/preview.js";
 
 const MOST_BYTES = { pdf: 11_000_000, text: 1_000_000 }; // what a request can carry
 const LONG_PASTE = 4000; // characters
