@@ -275,32 +275,32 @@ class Chats:
     def take_in(self, copies: Iterable[tuple[Conversation, list[Message]]]) -> TakenIn:
         """Conversations from a file, all or none, however many: hidden until the last of them is there. Ids only say
         how messages hang together; where leaf_id is among them, that version is shown, else the newest."""
-        stamp, made, more, known = time.time(), [], [], 0
+        stamp, made, more, known = time.time(), [], [], set()
 
-        def one(copy: tuple[Conversation, list[Message]], db: sqlite3.Connection) -> int | None:
-            source, messages = copy
-            number, ids = there_already(db, source, messages, stamp)
+        def one(copy: tuple[Conversation, list[Message]], db: sqlite3.Connection) -> None:
+            number, whole = there_already(db, *copy, stamp)
             if number is None:
-                return insert(db, source, messages, hidden=stamp)
-            if len(ids) < len(messages):
-                more.append((number, source, messages, ids))
-            return None
+                made.append(insert(db, *copy, hidden=stamp))
+            elif whole:
+                known.add(number)
+            else:
+                more.append((number, *copy))
         try:
             for copy in copies:
-                number = self._together(partial(one, copy))
-                known += number is None
-                made += [number] if number is not None else []
+                self._together(partial(one, copy))
             self._together(lambda db: self._appear(db, stamp, more))
         except BaseException:
             self._rows("DELETE FROM conversations WHERE deleted_at=?", stamp)
             raise
+        new, grown = set(made), dict.fromkeys(number for number, *_ in more)
         return TakenIn([self.conversation(number) for number in made],
-                       [self.conversation(number) for number, *_ in more], known - len(more))
+                       [self.conversation(number) for number in grown if number not in new],
+                       len(known - new - grown.keys()))
 
     @staticmethod
     def _appear(db: sqlite3.Connection, stamp: float, more: list[tuple]) -> None:
-        for number, source, messages, ids in more:
-            grow(db, number, source, messages, ids)
+        for number, source, messages in more:
+            grow(db, number, source, messages)
         db.execute("UPDATE conversations SET deleted_at=NULL WHERE deleted_at=?", (stamp,))
 
     # Messages that wait for the engine

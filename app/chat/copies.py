@@ -21,20 +21,20 @@ def insert(db: sqlite3.Connection, source: Conversation, messages: list[Message]
     return number
 
 
-def grow(db: sqlite3.Connection, number: int, source: Conversation, messages: list[Message],
-         ids: dict[int, int]) -> None:
-    """The messages that a conversation has not yet. ids: of those that it has, as `there_already` found them."""
+def grow(db: sqlite3.Connection, number: int, source: Conversation, messages: list[Message]) -> None:
+    """The messages that a conversation has not yet; looked at now, for the same file may have brought some of them."""
+    ids = _same(db, number, messages)
     leaf, updated_at = db.execute("SELECT leaf_id, updated_at FROM conversations WHERE id=?", (number,)).fetchone()
     has_newer = leaf not in ids.values()  # somebody went on here
-    _hang(db, number, source, messages, dict(ids))
+    _hang(db, number, source, messages, ids)
     if has_newer:
         db.execute("UPDATE conversations SET leaf_id=? WHERE id=?", (leaf, number))
     db.execute("UPDATE conversations SET updated_at=max(?, ?) WHERE id=?", (updated_at, source.updated_at, number))
 
 
 def there_already(db: sqlite3.Connection, source: Conversation, messages: list[Message],
-                  stamp: float) -> tuple[int | None, dict[int, int]]:
-    """(a conversation that is this one, which of its messages are which of these), (None, {}) where there is none.
+                  stamp: float) -> tuple[int | None, bool]:
+    """(a conversation that is this one, whether it has all of these messages), (None, False) where there is none.
 
     It begins at the same time and with the same message; one without a date has the same title and all of the messages.
     stamp: the mark of what the same import has brought so far.
@@ -44,9 +44,10 @@ def there_already(db: sqlite3.Connection, source: Conversation, messages: list[M
                       (source.created_at or one_line(source.title), stamp)).fetchall()
     for row in rows:
         ids = _same(db, row["id"], messages)
-        if len(ids) == len(messages) or ids and source.created_at:
-            return row["id"], ids
-    return None, {}
+        whole = len(ids) == len(messages)
+        if whole or ids and source.created_at:
+            return row["id"], whole
+    return None, False
 
 
 def _same(db: sqlite3.Connection, number: int, messages: list[Message]) -> dict[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -66,16 +66,19 @@ def _first_letter(file: BinaryIO) -> bytes:
 
 def _found(stream: Iterator[Piece]) -> Iterator[tuple[Conversation, list[Message]]]:
     """The conversations among the pieces. Other files may lie beside in a zip; a bare file is read whole or not."""
-    none, thread = True, _Thread()
+    none, ours, thread = True, False, _Thread()
     for piece in stream:
-        if not piece.text:
-            none = not _is_ours(piece, {})
+        if not piece.text:  # a list begins, and each of its conversations comes with the same head
+            ours = _is_ours(piece.head)
+            none = none and not ours
             continue
-        document = _parsed(piece)
-        if _is_ours(piece, document):
-            none = False
+        if ours and piece.head:
             yield floe.read(piece.text)
-        elif jan.recognised(document):
+            continue
+        document = _parsed(piece.text)
+        if document.get("format") == floe.FORMAT:
+            floe.check_head(piece.text)
+        if jan.recognised(document):
             none = False
             yield from thread.take(piece, document)
         elif reader := next((each for each in FOREIGN if each.recognised(document)), None):
@@ -111,23 +114,19 @@ class _Thread:
             yield conversation, messages
 
 
-def _parsed(piece: Piece) -> dict:
+def _parsed(text: str) -> dict:
     try:
-        document = pydantic_core.from_json(piece.text, allow_inf_nan=False)
+        document = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise UserError(TEXT["import_damaged"]) from error
     return document if isinstance(document, dict) else {}
 
 
-def _is_ours(piece: Piece, document: dict) -> bool:
-    """One of our conversations; UserError for one of a newer version, or where the whole is not as we write it."""
-    if "format" in document:
-        floe.check_head(piece.text)
-    if not piece.head:
+def _is_ours(head: str) -> bool:
+    """Whether our conversations follow; UserError for those of a newer version, or where it is not as we write it."""
+    if _parsed(head).get("format") != floe.FORMAT:
         return False
-    if "format" not in _parsed(replace(piece, text=piece.head)):
-        return False
-    floe.check_head(piece.head)
+    floe.check_head(head)
     return True
 
 

@@ -17,6 +17,7 @@ from app.chat.imports.tree import (
     NOWHERE,
     Node,
     conversation_of,
+    fenced,
     named_files,
     objects,
     part,
@@ -76,7 +77,7 @@ def _said(content: dict, metadata: dict) -> tuple[str, str]:
     text = words(content.get("text")) or words(content.get("result"))
     if kind in ("code", "execution_output") and text:
         language = words(content.get("language")).replace("unknown", "")
-        return f"```{language}\n{text}\n```", ""
+        return fenced(text, language), ""
     found = [each if isinstance(each, str) else words(each.get("text")) for each in parts(content, "parts")
              if isinstance(each, str | dict)]
     return _without_marks("\n".join(filter(None, found)) or text, metadata), ""

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 import json
 
-from app.chat.imports.tree import ANSWER, Node, conversation_of, named_files, objects, part, parts, seconds, words
+from app.chat.imports.tree import (
+    ANSWER,
+    Node,
+    conversation_of,
+    fenced,
+    named_files,
+    objects,
+    part,
+    parts,
+    seconds,
+    words,
+)
 
 ARTIFACTS = ("artifacts", "create_file")  # tools whose input is what the person asked for
 
@@ -64,11 +75,3 @@ def _block(block: dict) -> tuple[str, str]:
         return "", found if isinstance(found, str) else "\n\n".join(
             words(each.get("text")) for each in parts(block, "content") if isinstance(each, dict))
     return "", ""
-
-
-def fenced(text: str) -> str:
-    """A block of code that its own text cannot end."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}\n{text}\n{fence}"

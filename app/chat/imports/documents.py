@@ -154,7 +154,7 @@ class _Scanner:
             text, self._start = self._text[self._start:self._at], None
             if _n_parts(text) > PARTS:
                 raise UserError(TEXT["import_long"])
-            piece = Piece(whole_letters(text), self._head)
+            piece = Piece(_whole_escapes(text), self._head)
         if self._depth < self._level:
             self._level, self._head = 0, ""
         return piece
@@ -164,7 +164,7 @@ def _n_parts(text: str) -> int:
     return sum(map(text.count, '",[{'))
 
 
-def whole_letters(text: str) -> str:
+def _whole_escapes(text: str) -> str:
     """The same JSON, with a replacement character for every half of an emoji."""
     if "\\u" not in text:
         return text

@@ -86,6 +86,8 @@ def _checked(kind: type[BaseModel], text: str) -> Any:
         raise UserError(TEXT["import_wrong"].format(what=said[:1].lower() + said[1:])) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise UserError(TEXT["import_damaged"]) from error
         newer = first["loc"] == ("version",) and first["type"] == "less_than_equal"
         raise UserError(TEXT["import_newer"] if newer else
                         TEXT["import_wrong"].format(what=what_is_wrong(first))) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 
-from app.chat.imports.tree import ANSWER, NOWHERE, Node, conversation_of, objects, part, seconds, words
+from app.chat.imports.tree import ANSWER, NOWHERE, Node, conversation_of, fenced, objects, part, seconds, words
 
 _THINK = re.compile(r"\s*<think>(.*?)(?:</think>|\Z)\s*", re.DOTALL)
 
@@ -28,8 +28,9 @@ def key_of(document: dict) -> str:
 def read(documents: list[dict]):
     """All documents of one thread."""
     thread = next((each for each in documents if each["object"] == "thread"), {})
-    said = [each for each in documents if each["object"] == "thread.message"]
-    nodes = [_node(each, str(i), str(i - 1)) for i, each in enumerate(said)]
+    said = {words(each.get("id")) or f"#{i}": each for i, each in enumerate(documents)
+            if each["object"] == "thread.message"}  # one that stands there twice is one
+    nodes = [_node(each, str(i), str(i - 1)) for i, each in enumerate(said.values())]
     assistant = next(iter(objects(thread, "assistants")), {})
     return conversation_of(words(thread.get("title")) or words(thread.get("summary")), seconds(thread.get("created")),
                            seconds(thread.get("updated")), nodes, system=words(assistant.get("instructions")),
@@ -57,7 +58,7 @@ def _part(content: dict) -> tuple[str, str]:
     kind, text = content.get("type"), words(part(content, "text").get("value")) or words(content.get("text"))
     if kind == "tool_call":
         asked = {name: content.get(name) for name in ("tool_name", "input", "output") if content.get(name) is not None}
-        return "", f"```json\n{json.dumps(asked, ensure_ascii=False, indent=1)}\n```"
+        return "", fenced(json.dumps(asked, ensure_ascii=False, indent=1), "json")
     return ("", text) if kind == "reasoning" else (text, "")
 
 

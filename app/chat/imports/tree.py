@@ -145,6 +145,14 @@ def _fitting(files: list[dict]) -> list[dict]:
     return fitting
 
 
+def fenced(text: str, language: str = "") -> str:
+    """A block of code that its own text cannot end."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 # What stands in a foreign file may be of any kind.
 
 def words(value: object) -> str:

@@ -119,6 +119,66 @@ def test_a_later_export_brings_what_is_new(chats):
     assert chats.path(made.id)[-1].text == "mine"  # what is shown stays where somebody went on
 
 
+OURS = {"title": "Ropes", "created_at": 1.7e9, "messages": [
+    {"id": 1, "parent_id": None, "role": "user", "text": "A rope?"},
+    {"id": 2, "parent_id": 1, "role": "assistant", "text": "Hemp."},
+    {"id": 3, "parent_id": 1, "role": "assistant", "text": "Jute."}]}
+WEBUI_CHAT = foreign.OPEN_WEBUI["chat"]
+WEBUI_HALF = WEBUI_CHAT["history"] | {"messages": {key: each for key, each in WEBUI_CHAT["history"]["messages"].items()
+                                                   if key != "3"}}
+GROWN = {  # a conversation, and the same some time later
+    "chatgpt": (foreign.chatgpt(), foreign.chatgpt(turns=2)),
+    "claude": (foreign.CLAUDE | {"chat_messages": foreign.CLAUDE["chat_messages"][:2]}, foreign.CLAUDE),
+    "open webui": (foreign.OPEN_WEBUI | {"chat": WEBUI_CHAT | {"history": WEBUI_HALF}}, foreign.OPEN_WEBUI),
+    "lm studio": (foreign.LM_STUDIO | {"messages": foreign.LM_STUDIO["messages"][:2]}, foreign.LM_STUDIO),
+    "jan": (foreign.JAN_MESSAGES[:1], foreign.JAN_MESSAGES),
+    "ours": (OURS | {"messages": OURS["messages"][:2]}, OURS)}
+
+
+def together(name, *which):
+    """A file in which the conversation stands several times, as it was at first (0) or later (1)."""
+    found = [GROWN[name][i] for i in which]
+    if name == "jan":
+        return foreign.zipped(**{f"threads__{i}__thread_dot_json": foreign.JAN_THREAD for i, _ in enumerate(found)}, **{
+            f"threads__{i}__messages_dot_jsonl": "\n".join(map(json.dumps, each)) for i, each in enumerate(found)})
+    return json.dumps({"format": "floechat-conversations", "version": 1, "conversations": found}
+                      if name == "ours" else found).encode()
+
+
+def tree(chats, number):
+    """Each message with what is above it."""
+    texts = {message.id: message.text for message in chats.messages(number)}
+    return sorted((texts.get(message.parent_id, ""), message.role, message.text) for message in chats.messages(number))
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_one_conversation_several_times_in_a_file_is_one(tmp_path, name):
+    """New, or here already as it was at first: nothing is lost, and nothing is there twice."""
+    alone, new, here = (Chats(tmp_path / f"{which}.db") for which in ("alone", "new", "here"))
+    whole = tree(alone, taken(alone, together(name, 1)).made[0].id)
+    both = taken(new, together(name, 0, 1, 1, 0))
+    assert (len(both.made), both.grown, both.known) == (1, [], 0) and tree(new, both.made[0].id) == whole
+    (first,) = taken(here, together(name, 0)).made
+    later = taken(here, together(name, 1, 0, 1))
+    assert ([c.id for c in later.grown], later.made, later.known) == ([first.id], [], 0)
+    assert tree(here, first.id) == whole and len(here.conversations()) == 1
+    for chats in (alone, new, here):
+        chats.close()
+
+
+def test_lines_of_one_of_jans_threads_stand_twice(chats):
+    lines = "\n".join(map(json.dumps, foreign.JAN_MESSAGES[:1] + foreign.JAN_MESSAGES)).encode()
+    assert [m.text for m in chats.path(taken(chats, lines).made[0].id)] == ["A sail?", "Canvas."]
+
+
+def test_another_programs_word_format_is_not_ours(chats):
+    """And a fence that stands in the code of an import does not end it."""
+    document = foreign.chatgpt() | {"format": "v2"}
+    document["mapping"]["a2"]["message"]["content"] = {"content_type": "code", "language": "md", "text": "```\nx\n```"}
+    (made,) = taken(chats, json.dumps([document]).encode()).made
+    assert "````md\n```\nx\n```\n````" in [message.text for message in chats.messages(made.id)]
+
+
 def test_our_own_json_keeps_its_dates_and_is_recognised(chats, tmp_path):
     made, _ = only(chats, "chatgpt")
     text = export_json(chats, [made.id])
