@@ -127,7 +127,7 @@ class Jobs:
             live.stop.set()
 
     def _idle(self) -> bool:
-        return not self._closed and not self._asked and not self.chats.waiting() and not len(self.line)
+        return not self._closed and not self._asked and not self.chats.waiting() and self.line.is_free
 
     def _busy(self) -> bool:
         return self.live is not None or bool(self._asked)

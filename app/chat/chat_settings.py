@@ -28,6 +28,7 @@ SAMPLINGS = {
 }
 CUSTOM = "custom"
 PRESET_CHARACTERS = 60
+REMOTE_CHARACTERS = 200  # of the name of a model of another server
 DRAFTS = 20  # tabs that were closed leave theirs behind
 
 
@@ -49,7 +50,7 @@ class ChatSettings(BaseModel):
     seed: int | None = None
     max_tokens: int | None = None
     stop: Annotated[list[str], Field(max_length=100)] = []
-    remote: Annotated[str, Field(max_length=200)] = ""  # a model of the server in app/remote; "" for the engine here
+    remote: Annotated[str, Field(max_length=REMOTE_CHARACTERS)] = ""  # a model of the server in app/remote; "" for the engine here
 
     def model_post_init(self, context) -> None:
         self.sampling()  # knows what lies in range
@@ -84,6 +85,12 @@ def usable(settings: dict) -> dict:
     """What of a stored document can be: a row may hold anything."""
     return {name: value for name, value in settings.items()
             if name in ChatSettings.model_fields and _can_be(name, value)}
+
+
+def remote_of(settings: dict) -> str:
+    """ChatSettings.remote of a stored document, without a look at the rest: the list of all conversations asks it."""
+    remote = settings.get("remote")
+    return remote if isinstance(remote, str) and len(remote) <= REMOTE_CHARACTERS else ""
 
 
 def anywhere(settings: dict) -> dict:

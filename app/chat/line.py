@@ -1,7 +1,6 @@
 """The line before the engine: the page's answers and programs' requests, one at a time, the nearest deadline first."""
 from __future__ import annotations
 
-import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,17 @@ class Line:
         self._on_come = on_come
         self._changed = threading.Condition()
         self._numbers = count()  # of those with one deadline the first comes first
-        self._waiting: list[tuple[float, int]] = []
+        self._waiting: set[tuple[float, int]] = set()
         self._taken = False
 
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody has the engine, and nobody waits for it."""
+        return not self._taken and not self._waiting
 
     @contextmanager
     def turn(self, deadline: float, stopped: Callable[[], bool], patient: bool = False) -> Iterator[None]:
@@ -37,14 +41,13 @@ class Line:
         patient; Stopped soon after `stopped` says so."""
         place = (deadline, next(self._numbers))
         with self._changed:
-            heapq.heappush(self._waiting, place)
+            self._waiting.add(place)
         self._on_come()
         try:
             self._wait(place, stopped, patient)
         finally:
             with self._changed:
                 self._waiting.remove(place)
-                heapq.heapify(self._waiting)
                 self._changed.notify_all()
         try:
             yield
@@ -60,7 +63,7 @@ class Line:
                     raise Stopped
                 if not patient and time.monotonic() > place[0]:
                     raise Late
-                if not self._taken and self._waiting[0] == place:
+                if not self._taken and min(self._waiting) == place:
                     self._taken = True
                     return
                 self._changed.wait(LOOK_SECONDS)

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from app import incoming
 from app.chat.answers import Jobs
-from app.chat.chat_settings import ChatSettings, Drafts, Presets, checked
+from app.chat.chat_settings import ChatSettings, Drafts, Presets, checked, remote_of
 from app.chat.chats import Chats, Conversation, Message, TakenIn
 from app.chat.context_window import to_prompt
 from app.chat.import_export import FILE_BYTES, export_json, export_markdown, import_file
@@ -322,7 +322,7 @@ def _shown_info(models: Models) -> dict:
 def _listed(conversation: Conversation) -> dict:
     return {"id": conversation.id, "title": conversation.title, "pinned": conversation.pinned,
             "updated_at": conversation.updated_at,
-            "remote": ChatSettings.of({"remote": conversation.settings.get("remote")}).remote}
+            "remote": remote_of(conversation.settings)}
 
 
 def _document(chats: Chats, jobs: Jobs, conversation_id: Id, limit: int, reach: int) -> dict:

@@ -79,10 +79,8 @@ class Shelf:
 
     def titles(self) -> list[dict]:
         """What can be opened: {"name", "title", "open"} of each."""
-        whole = [(DEMO, demo_model()), *((model.name, model.folder) for model in models(self._data)
-                                         if model.kind != "unfinished")]
         return [{"name": name, "title": shown_title(folder), "open": folder == self._opened.folder}
-                for name, folder in whole]
+                for name, folder in self._folders().items()]
 
     # --- opening ------------------------------------------------------------------------------------------------
     def open(self, name: str, level: str | None = None, context: int | None = None,
@@ -96,23 +94,25 @@ class Shelf:
         self._opened.open(known.folder, made.level, context, near_bytes)
 
     def names(self) -> list[str]:
-        """Of the models on the disk that can be opened."""
-        return [DEMO, *(model.name for model in models(self._data) if model.kind != "unfinished")]
-
-    def opened(self) -> str:
-        """The name of the open model, or of the one that is being opened."""
-        folder = self._opened.folder
-        return next((name for name in self.names() if self._folder(name) == folder), folder.name)
+        """Of the models on the disk that can be opened, the one that is open or being opened first."""
+        folders, open_one = self._folders(), self._opened.folder
+        opened = next((name for name, folder in folders.items() if folder == open_one), open_one.name)
+        return [opened, *(name for name in folders if name != opened)]
 
     def plan(self, name: str, level: str | None = None, context: int | None = None,
              near_bytes: int | None = None) -> dict:
         """How a model of the disk, of the catalogue or of a repository that was looked at would run: see `planned`."""
-        known = self._known_on_disk(name) if self._folder(name) else self._known_offer(name)
+        folder = self._folder(name)
+        known = look_up(str(folder)) if folder else self._known_offer(name)
         return planned(known, self._around, level, context, near_bytes)
 
+    def _folders(self) -> dict[str, Path]:
+        """Of every model that can be opened, by its name; the disk is walked once."""
+        return {DEMO: demo_model()} | {model.name: model.folder for model in models(self._data)
+                                       if model.kind != "unfinished" and model.name != DEMO}
+
     def _folder(self, name: str) -> Path | None:
-        folders = {model.name: model.folder for model in models(self._data) if model.kind != "unfinished"}
-        return demo_model() if name == DEMO else folders.get(name)
+        return demo_model() if name == DEMO else self._folders().get(name)
 
     def _known_on_disk(self, name: str) -> ModelInfo:
         folder = self._folder(name)

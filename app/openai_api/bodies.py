@@ -150,7 +150,7 @@ class Careful(APIRoute):
         async def careful(request: Request) -> Response:
             request._body = await _whole(request)
             if request._body:
-                check(request._body)
+                request._json = check(request._body)  # FastAPI takes it from there: a body is parsed once
             return await handle(request)
         return careful
 
@@ -165,10 +165,12 @@ async def _whole(request: Request) -> bytes:
     return bytes(read)
 
 
-def check(body: bytes) -> None:
-    """ApiError unless it is JSON whose numbers are finite and whose texts are text."""
+def check(body: bytes) -> Any:
+    """The document. ApiError unless it is JSON whose numbers are finite and whose texts are text."""
     try:
-        _sound(json.loads(body, parse_constant=_no_number), 0)
+        document = json.loads(body, parse_constant=_no_number)
+        _sound(document, 0)
+        return document
     except (ValueError, RecursionError) as error:  # json's own errors and those of digits and encodings are ValueErrors
         raise ApiError(400, "The body is no JSON that can be used: its numbers have to be finite, its texts valid "
                             "Unicode, and nothing may lie too deep.") from error

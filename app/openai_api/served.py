@@ -17,8 +17,7 @@ class Served:
 
     def names(self) -> list[str]:
         """Of the disk, the open one first."""
-        opened = self._shelf.opened()
-        return [opened, *(name for name in self._shelf.names() if name != opened)]
+        return self._shelf.names()
 
     def check(self, name: str) -> None:
         if name not in self.names():
@@ -29,7 +28,7 @@ class Served:
         """For the one whose turn it is. Late, Stopped; ApiError where it cannot be opened."""
         with suppress(UserError):  # what is being opened now cannot be broken off, and may be another
             self.models.wait(stop, deadline)
-        if self._shelf.opened() != name or self.models.state == "failed":
+        if self.names()[0] != name or self.models.state == "failed":
             self.check(name)
             self._shelf.open(name)
         try:

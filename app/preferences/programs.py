@@ -16,7 +16,7 @@ class Made(Body):
 def routes(router: APIRouter, parts) -> None:
     @router.get("/preferences/programs")
     def read():
-        return {"keys": parts.keys.listed(), "model": parts.shelf.opened()}
+        return {"keys": parts.keys.listed(), "model": parts.shelf.names()[0]}
 
     @router.post("/preferences/programs/keys")
     def make(wish: Made):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import closing, suppress
 
 import httpx
@@ -19,22 +20,30 @@ from engine import UserError
 
 WAKE_SECONDS = 0.05
 CONNECT_SECONDS = 15.0
+ASK_SECONDS = 30.0  # for a list of models, which every server has at hand
 SILENCE_SECONDS = 600.0  # a large prompt on a slow server; a person may stop at any time
 LINE_BYTES = 1 << 20  # of one piece of an answer
 ANSWER_BYTES = 64 << 20
 SAID_CHARACTERS = 300  # of a server's own words in a sentence of ours
 
 
-def ask(place: Place, path: str, stop: threading.Event) -> object:
-    """The JSON document at a path."""
-    with closing(_until(stop, _exchange(place, path, None))) as source:
-        return _json(b"".join(_bounded(source)))
+def ask(place: Place, path: str) -> object:
+    """The JSON document at a path. UserError also where it is not whole within ASK_SECONDS, however it trickles."""
+    end = time.monotonic() + ASK_SECONDS
+
+    def is_late() -> bool:
+        return time.monotonic() > end
+    with closing(_until(is_late, _exchange(place, path, None))) as source:
+        text = b"".join(_bounded(source))
+    if is_late():
+        raise UserError(TEXT["server_gone"].format(host=place.host))
+    return _json(text)
 
 
 def tell(place: Place, path: str, body: dict, stop: threading.Event) -> Generator[object, None, None]:
     """Send a document -> the documents that come back as server-sent events until their end, or the one that comes
     back whole. Ends without a word where `stop` is set. UserError where the connection ends before the answer does."""
-    with closing(_until(stop, _exchange(place, path, body))) as source:
+    with closing(_until(stop.is_set, _exchange(place, path, body))) as source:
         chunks = _bounded(source)
         first = next(chunks, b"")
         if first.lstrip()[:1] == b"{":
@@ -94,12 +103,12 @@ def words_of(document: object) -> str:
     return " ".join(found.split())[:SAID_CHARACTERS].rstrip(".") if isinstance(found, str) else ""
 
 
-def _until(stop: threading.Event, source: AsyncGenerator[bytes, None]) -> Generator[bytes, None, None]:
-    """What an asynchronous source gives, in this thread, until its end or until `stop`."""
+def _until(is_over: Callable[[], bool], source: AsyncGenerator[bytes, None]) -> Generator[bytes, None, None]:
+    """What an asynchronous source gives, in this thread, until its end or until `is_over` says so."""
     loop = asyncio.new_event_loop()
     step = None
     try:
-        while not stop.is_set():
+        while not is_over():
             step = step or loop.create_task(_next(source))
             loop.run_until_complete(asyncio.wait({step}, timeout=WAKE_SECONDS))
             if step.done():

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ipaddress
-import threading
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import SplitResult, urlsplit
 
@@ -54,7 +53,7 @@ class Servers:
         if key is None:
             key = before.key if before and before.address == address else ""
         server = Server(address, _checked_key(key))
-        server = replace(server, models=models_in(ask(server.place, "/models", threading.Event())))
+        server = replace(server, models=models_in(ask(server.place, "/models")))
         self._chats.set_preference(PREFERENCE, asdict(server))
         return server
 
