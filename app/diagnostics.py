@@ -21,8 +21,8 @@ from dataclasses import asdict
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from app.about import libraries, version_of_program
 from app.chat.import_export import export_json
-from app.preferences.about import libraries, version_of_program
 from engine import FIRST_LIGHT, UserError, look_up, plan_for, plan_text
 
 LOG, LOG_BYTES, LOGS = "floechat.log", 1 << 20, 3  # how it is called, how large one gets, how many older ones stay

@@ -13,6 +13,7 @@ from app.strings import TEXT
 from engine import UserError
 
 BODY_BYTES = 16 << 20  # of a request; an imported file may be larger
+FILE_BYTES = 2 << 30  # of an imported file, and of the JSON in a zip; assets/ui/conversation/import.js says so at once
 TEXT_CHARACTERS = 1_000_000  # of one message: more than any context holds
 TITLE_CHARACTERS = 200
 ATTACHMENTS = 100

@@ -50,7 +50,7 @@ class ChatSettings(BaseModel):
     seed: int | None = None
     max_tokens: int | None = None
     stop: Annotated[list[str], Field(max_length=100)] = []
-    remote: Annotated[str, Field(max_length=REMOTE_CHARACTERS)] = ""  # a model of the server in app/remote; "" for the engine here
+    remote: Annotated[str, Field(max_length=REMOTE_CHARACTERS)] = ""  # a model of app/remote; "" for the engine here
 
     def model_post_init(self, context) -> None:
         self.sampling()  # knows what lies in range

@@ -16,11 +16,10 @@ import pydantic_core
 from app.chat.chat_settings import anywhere, usable
 from app.chat.chats import Chats, Conversation, Message, TakenIn
 from app.chat.imports import chatgpt, claude, floe, jan, lm_studio, open_webui
-from app.chat.imports.documents import CONVERSATION_CHARACTERS, FILE_BYTES, Heard, Piece, is_zip, pieces
+from app.chat.imports.documents import CONVERSATION_CHARACTERS, Heard, Piece, is_zip, pieces
 from app.strings import TEXT
 from engine import UserError
 
-__all__ = ["FILE_BYTES", "export_json", "export_markdown", "import_file"]
 FOREIGN = (chatgpt, claude, open_webui, lm_studio)  # a document of these is a conversation; Jan's are in parts
 HEAD_BYTES = 64 << 10  # of a file, in which its first letter has to come
 

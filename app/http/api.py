@@ -6,15 +6,13 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable
-from pathlib import PurePath
 from tempfile import TemporaryFile
 from typing import Annotated, BinaryIO
-from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
@@ -23,9 +21,10 @@ from app.chat.answers import Jobs
 from app.chat.chat_settings import ChatSettings, Drafts, Presets, checked, remote_of
 from app.chat.chats import Chats, Conversation, Message, TakenIn
 from app.chat.context_window import to_prompt
-from app.chat.import_export import FILE_BYTES, export_json, export_markdown, import_file
+from app.chat.import_export import export_json, export_markdown, import_file
+from app.http.download import download
 from app.http.models_api import model_routes
-from app.incoming import BODY_BYTES, Id, Name, what_is_wrong
+from app.incoming import BODY_BYTES, FILE_BYTES, Id, Name, what_is_wrong
 from app.library.model_library import Shelf
 from app.library.open_model import Models
 from app.markdown import render
@@ -238,14 +237,14 @@ def _message_routes(router: APIRouter, chats: Chats, jobs: Jobs, changed) -> Non
 def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> None:
     @router.get("/export")
     def export_all():
-        return _download(export_json(chats, [c.id for c in chats.conversations()]), "floe-chat.json")
+        return download(export_json(chats, [c.id for c in chats.conversations()]), "floe-chat.json")
 
     @router.get("/conversations/{conversation_id}/export.{kind}")
     def export(conversation_id: Id, kind: str):
         name = _file_name(chats.conversation(conversation_id).title)
         if kind == "md":
-            return _download(export_markdown(chats, conversation_id), f"{name}.md")
-        return _download(export_json(chats, [conversation_id]), f"{name}.json")
+            return download(export_markdown(chats, conversation_id), f"{name}.md")
+        return download(export_json(chats, [conversation_id]), f"{name}.json")
 
     @router.post(IMPORT)
     async def take_in(request: Request):
@@ -347,10 +346,3 @@ def _shown(message: Message, versions: list[int], jobs: Jobs) -> dict:
 
 def _file_name(title: str) -> str:
     return re.sub(r"[^\w\- ]+", "", title).strip()[:60] or "conversation"
-
-
-def _download(text: str, name: str) -> Response:
-    """name: in any script (RFC 6266); a browser that does not know that gets a plain one with the same ending."""
-    plain = name if name.isascii() else f"conversation{PurePath(name).suffix}"
-    return PlainTextResponse(text, headers={
-        "content-disposition": f"attachment; filename={json.dumps(plain)}; filename*=UTF-8''{quote(name)}"})

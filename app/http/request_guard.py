@@ -25,12 +25,13 @@ from html import escape
 from urllib.parse import parse_qs, unquote
 
 from app.http.sign_in import FORM_BYTES, SignIn
+from app.incoming import FILE_BYTES
 from app.openai_api.door import is_for_programs
 from app.strings import TEXT
 
 KEY_HEADER = "x-floe-key"
 BODY_BYTES = 64 << 20
-FILES = {"/api/import": 2 << 30}  # what is written to the disk as it comes may be larger
+FILES = {"/api/import": FILE_BYTES}  # what is written to the disk as it comes may be larger
 # The page without a conversation in it, its scripts and looks: links, styles and imports can carry no header.
 SHELL = ("/", "/theme.css", "/favicon.ico", "/api/strings")
 SHELL_BELOW = ("/ui/", "/assets/", "/static/")

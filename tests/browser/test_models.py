@@ -191,7 +191,7 @@ def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
     expect(work.locator("p")).to_contain_text(" of ")
     work.get_by_role("button", name="Pause").click()
     work.get_by_role("button", name="Resume").wait_for()
-    expect(work).to_contain_text("paused")
+    expect(work).to_contain_text("Paused")
     work.get_by_role("button", name="Resume").click()
     work.get_by_role("button", name="Pause").wait_for()
     answers = [False, True]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
 
+from app.incoming import FILE_BYTES
 from app.strings import TEXT
 from engine import UserError
 
-FILE_BYTES = 2 << 30  # of a file, and of the JSON in a zip
 CONVERSATION_CHARACTERS = 60 << 20
 PARTS = 4_000_000  # commas, brackets and the like of a conversation: parsed, they take some hundred times their bytes
 ZIP_FILES = 200_000

@@ -27,7 +27,7 @@ export function composer(send, meter) {
     area.timer = setTimeout(count, COUNT_MS);
   }
 
-  // Only the model can count; where it is none, nothing is shown.
+  // Only the model can count: nothing is shown where there is none, or where another server answers (style.css).
   async function count() {
     const text = area.value;
     const { tokens } = text.trim() ? await api("POST", "/api/count", { text }).catch(() => ({ tokens: null })) : { tokens: null };
@@ -90,7 +90,10 @@ export function composer(send, meter) {
     const into = whose;
     for (const file of chosen) {
       const pdf = /\.pdf$/i.test(file.name);
-      if (file.size > (pdf ? MOST_BYTES.pdf : MOST_BYTES.text)) { notice(say("too_large", { name: file.name })); continue; }
+      if (file.size > (pdf ? MOST_BYTES.pdf : MOST_BYTES.text)) {
+        notice(say(pdf ? "pdf_large" : "text_large", { name: file.name }));
+        continue;
+      }
       const text = await readText(file).catch(() => null); // why not has been said
       if (text !== null) await add(into, { name: file.name, text });
     }

@@ -14,24 +14,7 @@ export function importing() {
   return { files, far };
 }
 
-// What is dropped on the list is imported.
-export function droppable(place) {
-  const carries = (event) => event.dataTransfer?.types.includes("Files");
-  place.addEventListener("dragover", (event) => {
-    if (!carries(event)) return;
-    event.preventDefault();
-    place.classList.add("dropping");
-  });
-  place.addEventListener("dragleave", (event) => place.contains(event.relatedTarget) || place.classList.remove("dropping"));
-  place.addEventListener("drop", (event) => {
-    place.classList.remove("dropping");
-    if (!carries(event)) return;
-    event.preventDefault();
-    take([...event.dataTransfer.files]);
-  });
-}
-
-async function take(files) {
+export async function take(files) {
   const all = { made: [], grown: [], known: 0 };
   for (const file of files) {
     if (file.size > MOST_BYTES) {

@@ -1,6 +1,7 @@
 // The conversations on the left: new, search, open, pin, rename, delete with undo, export, import.
 import { placeMenu } from "/ui/dismiss.js";
-import { droppable, importing } from "/ui/conversation/import.js";
+import { importing, take } from "/ui/conversation/import.js";
+import { droppable } from "/ui/drop.js";
 import { TEXT, api, download, emit, h, icon, keep, notice, on, opened, ready, start, state } from "/ui/floe.js";
 
 export async function mount(root) {
@@ -22,7 +23,7 @@ export async function mount(root) {
         h("button", { type: "button", class: "quiet", title: TEXT.import_drop, onclick: () => files.click() }, TEXT.import),
         h("button", { type: "button", class: "quiet", onclick: () => download("/api/export") }, TEXT.export_all))));
 
-  droppable(root.firstChild);
+  droppable(root.firstChild, ["Files"], ({ files: dropped }) => take([...dropped]));
 
   async function look() {
     if (!search.value.trim()) return draw();
@@ -33,8 +34,9 @@ export async function mount(root) {
 
   function draw() {
     if (search.value.trim() || list.querySelector("input, details[open]")) return;
+    const midnight = new Date().setHours(0, 0, 0, 0);
     const rows = state.conversations.map(({ id, title, pinned, updated_at: at }) => ({ id, title, pinned, current: id === opened.id,
-      busy: id === state.live?.conversation, when: pinned ? TEXT.pinned : dayOf(at) }));
+      busy: id === state.live?.conversation, when: pinned ? TEXT.pinned : dayOf(at, midnight) }));
     const shown = rows.flatMap((row, i) => [row.when !== rows[i - 1]?.when && [`when ${row.when}`, row.when], [JSON.stringify(row), row]]);
     keep(list, shown.length ? shown.filter(Boolean) : [["", null]], item);
   }
@@ -51,14 +53,16 @@ function followRow() {
   for (const menu of document.querySelectorAll(".list details.menu[open]")) placeMenu(menu, menu.lastChild);
 }
 
+const MONTH = new Intl.DateTimeFormat("en", { month: "long", year: "numeric" }); // made once: the list is drawn at every event
+
 // Under which heading a conversation stands, by the day of its last message. seconds: since 1970.
-function dayOf(seconds) {
-  const then = new Date(1000 * seconds), midnight = new Date().setHours(0, 0, 0, 0);
+function dayOf(seconds, midnight) {
+  const then = new Date(1000 * seconds);
   const days = Math.ceil((midnight - then) / 86_400_000);
   if (days <= 0) return TEXT.today;
   if (days === 1) return TEXT.yesterday;
   if (days <= 7) return TEXT.last_week;
-  return days <= 30 ? TEXT.last_month : then.toLocaleDateString("en", { month: "long", year: "numeric" });
+  return days <= 30 ? TEXT.last_month : MONTH.format(then);
 }
 
 function newChat() {

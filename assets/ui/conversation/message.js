@@ -85,8 +85,8 @@ export function showStats(node, stats) {
   const short = [stats.tokens_per_second && say("stat_decode", { n: stats.tokens_per_second.toFixed(1) }),
     stats.seconds && say("stat_seconds", { s: stats.seconds.toFixed(1) })].filter(Boolean).join(" · ");
   if (!short) return;
-  const details = old || h("details", { class: "stats" }, h("summary", { title: TEXT.stats_more }), h("ul", {}));
-  details.firstChild.replaceChildren(short, icon("info"));
+  const details = old || h("details", { class: "stats" }, h("summary", { title: TEXT.stats_more }, short, icon("info")), h("ul", {}));
+  details.firstChild.firstChild.data = short;
   details.lastChild.replaceChildren(...statsLine(stats));
   if (!old) foot.append(details);
 }

@@ -28,10 +28,11 @@ export function diskTab(page) {
   async function judgeAll() {
     if (judging) return;
     judging = true;
-    for (const item of [...list.children]) {
+    for (let item; (item = [...list.children].find((each) => !each.judged));) { // a row that was drawn meanwhile, too
       if (!plans.has(item.key)) plans.set(item.key, await api("GET", `/api/models/plan?${
         new URLSearchParams({ name: item.dataset.name })}`).catch(() => ({})));
       judge(item, plans.get(item.key));
+      item.judged = true;
     }
     judging = false;
   }
@@ -57,7 +58,7 @@ export function diskTab(page) {
   async function remove({ name, title, bytes: size, linked }) {
     if (!confirm(say(linked ? "really_unlink" : "really_delete", { name: title, size: bytes(size) }))) return;
     await api("POST", "/api/models/delete", { name });
-    notice(say("freed", { name: title }));
+    notice(say(linked ? "unlinked" : "freed", { name: title }));
     page.load();
   }
   return { node, draw };

@@ -1,6 +1,7 @@
 // Get models: the catalogue with how each would run here, the Hub by words or by an address, and what already lies on
 // this computer: a folder or a GGUF file, dropped or given by its path.
 import { TEXT, api, bytes, emit, h, keep, notice, say } from "/ui/floe.js";
+import { droppable } from "/ui/drop.js";
 import { showModels, showWorks } from "/ui/models/page.js";
 import { card, judge, practical, quiet, setFacts, toFetch } from "/ui/models/card.js";
 import { planDetails } from "/ui/models/plan.js";
@@ -28,7 +29,7 @@ export function getTab(page) {
     h("div", { class: "offers-head" }, h("h3", {}, TEXT.offers), choice,
       h("button", { type: "button", class: "quiet", id: "find-model", onclick: () => emit("welcome") }, TEXT.find_model)),
     headline, offers);
-  acceptDrops(node, local);
+  droppable(node, ["Files", "text/uri-list"], (dropped) => locate(dropped, local));
 
   function draw(now) {
     shelf = now;
@@ -145,20 +146,14 @@ function adding(opener) {
 }
 
 // A browser tells the name and size of what is dropped, and not where it lies: the program looks in the usual places.
-function acceptDrops(node, local) {
-  node.addEventListener("dragover", (event) => { event.preventDefault(); node.classList.add("dropping"); });
-  node.addEventListener("dragleave", () => node.classList.remove("dropping"));
-  node.addEventListener("drop", async (event) => {
-    event.preventDefault();
-    node.classList.remove("dropping");
-    const [file] = event.dataTransfer.files, address = event.dataTransfer.getData("text/uri-list").trim();
-    local.show(true);
-    const folder = Boolean(event.dataTransfer.items[0]?.webkitGetAsEntry?.()?.isDirectory);
-    const path = address.startsWith("file://") ? decodeURIComponent(new URL(address).pathname)
-      : file && (await api("POST", "/api/models/where", { name: file.name, bytes: folder ? 0 : file.size })).path;
-    local.path.value = path || file?.name || "";
-    local.path.dispatchEvent(new Event("input"));
-    local.path.focus();
-    if (!path) notice(say("drop_unknown", { name: file?.name || "" }));
-  });
+async function locate(dropped, local) {
+  const [file] = dropped.files, address = dropped.getData("text/uri-list").trim();
+  local.show(true);
+  const folder = Boolean(dropped.items[0]?.webkitGetAsEntry?.()?.isDirectory);
+  const path = address.startsWith("file://") ? decodeURIComponent(new URL(address).pathname)
+    : file && (await api("POST", "/api/models/where", { name: file.name, bytes: folder ? 0 : file.size })).path;
+  local.path.value = path || file?.name || "";
+  local.path.dispatchEvent(new Event("input"));
+  local.path.focus();
+  if (!path) notice(say("drop_unknown", { name: file?.name || "" }));
 }
