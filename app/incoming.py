@@ -63,7 +63,7 @@ class Attachment(Body):
     @model_validator(mode="after")
     def _check(self) -> Attachment:
         if len(self.text.encode()) > ATTACHMENT_BYTES:
-            raise UserError(TEXT["too_large"].format(name=self.name))
+            raise UserError(TEXT["text_large"].format(name=self.name))
         if "\0" in self.text:
             raise UserError(TEXT["not_text"].format(name=self.name))
         return self
