@@ -59,6 +59,17 @@ def kept(shelf, tmp_path):
     return contents(tmp_path)
 
 
+def test_the_names_are_one_walk_of_the_disk_and_begin_with_the_open_model(shelf, tmp_path, monkeypatch):
+    """A program's request asks for them, however many models there are."""
+    walks, models = [], model_library.models
+    for name in ("a", "b", "c"):
+        shutil.copytree(demo_model(), data_dir(tmp_path) / "models" / f"{name}-floe", copy_function=os.symlink)
+    monkeypatch.setattr(model_library, "models", lambda data: walks.append(data) or models(data))
+    assert shelf.names() == ["demo", "a-floe", "b-floe", "c-floe"] and len(walks) == 1
+    shelf._opened.folder = tmp_path / "models" / "b-floe"
+    assert shelf.names() == ["b-floe", "demo", "a-floe", "c-floe"] and len(walks) == 2
+
+
 def test_no_name_from_the_page_leads_out_of_the_models(shelf, kept, tmp_path):
     for name in [*BAD_NAMES, "photos", "mine.partial", "MINE"]:
         for ask in (shelf.open, shelf.plan, shelf.remove, shelf.measure, shelf.compress):

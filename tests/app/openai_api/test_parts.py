@@ -39,9 +39,10 @@ def test_the_nearest_deadline_comes_next_and_nobody_together():
             threads.append(threading.Thread(target=come, args=(name, seconds)))
             threads[-1].start()
             until(lambda: len(line) == len(threads))
+        assert not line.is_free
     for thread in threads:
         thread.join()
-    assert order == ["soon", "middle", "late"] and len(line) == 0
+    assert order == ["soon", "middle", "late"] and len(line) == 0 and line.is_free
 
 
 def test_who_is_late_or_stopped_leaves_the_line_and_who_is_patient_stays():

@@ -33,6 +33,7 @@ class ModelServer(ThreadingHTTPServer):
         self.answers: list[tuple] = []
         self.headers: dict[str, str] = {}
         self.models: bytes = json.dumps({"data": [{"id": "big-moe"}, {"id": "small"}]}).encode()
+        self.hold: threading.Event | None = None  # keeps the list of models from coming to its end
         self.gone = threading.Event()  # a connection that the other side ended while it was written to
 
     @property
@@ -48,7 +49,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers.get("authorization"))
         status = 200 if self.path == "/v1/models" else 404
         self._begin(status, {"content-type": "application/json", "content-length": str(len(self.server.models))})
-        self.wfile.write(self.server.models)
+        self.wfile.write(self.server.models[:-1])
+        if self.server.hold:
+            self.server.hold.wait()
+        self._write(self.server.models[-1:])
 
     def do_POST(self) -> None:
         self.server.keys.append(self.headers.get("authorization"))

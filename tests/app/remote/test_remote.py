@@ -144,6 +144,15 @@ def test_one_that_says_nothing_for_too_long(server, model, monkeypatch):
     held.set()
 
 
+def test_a_list_of_models_without_an_end_is_not_waited_for(server, chats, monkeypatch):
+    monkeypatch.setattr(exchange, "ASK_SECONDS", 0.2)
+    server.hold = threading.Event()
+    with pytest.raises(UserError, match="does not answer"):
+        Servers(chats).choose(server.address, None)
+    server.hold.set()
+    assert Servers(chats).current() is None
+
+
 def test_nobody_there(chats):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
