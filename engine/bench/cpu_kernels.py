@@ -22,7 +22,7 @@ from engine.bench.synthetic import SHARES, Shape
 from engine.core import MachineError
 from engine.machine.detect import processor_name
 from kernels import dispatch
-from kernels.trunk.linear import linear
+from kernels.trunk.linear import Matrices, linears
 
 COPY_BYTES = 256 << 20      # several times the largest cache
 LINEAR = (4096, 2048)       # rows and columns: the largest matrix of attention in Qwen3-30B-A3B
@@ -56,12 +56,12 @@ def measured(shape: Shape, rounds: int = ROUNDS) -> Iterator[Row]:
 
 
 def _linear(bits: int) -> tuple[Run, int]:
-    """One token through one of several matrices, and the bytes of a matrix."""
+    """One token through one of several matrices, as an open model holds them, and the bytes of a matrix."""
     n_rows, columns = LINEAR
     draw = torch.Generator().manual_seed(bits)
-    made = [random_matrix(n_rows, columns, bits, draw) for _ in range(PLACES)]
+    made = [Matrices(((*random_matrix(n_rows, columns, bits, draw), None),)) for _ in range(PLACES)]
     x, matrices = torch.randn(1, columns, generator=draw), cycle(made)
-    return lambda: linear(x, *next(matrices)), sum(part.nbytes for part in made[0])
+    return lambda: linears(x, next(matrices))[0], made[0].n_bytes
 
 
 def processor_table(folder: Path) -> CardTable:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, LINE
+from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, FLOATS, LINE, WORDS
+from kernels.cpu.vectors import FLOAT, INT32, Code, Value, in_vectors
 
 Tensor = torch.Tensor
 
@@ -29,6 +30,27 @@ def scale_of(x, largest):
             if not math.isfinite(size):
                 return np.float32(math.nan)
     return top / np.float32(largest)
+
+
+@in_vectors("f32(i64, i64) 1")
+def step_of(code: Code, largest: int, x: Value, n_lines: Value) -> Value:
+    """As `scale_of`, of 16 * n_lines numbers at an address. Read as whole ones, what is no number is the largest."""
+    top = code.variable(code.constant(WORDS, 0))
+    with code.loop(n_lines) as line:
+        size = code.load(x + line * LINE, WORDS) & 0x7FFFFFFF
+        top.set(code.call("llvm.umax.v16i32", WORDS, top.get(), size))
+    size = code.call("llvm.vector.reduce.umax.v16i32", INT32, top.get()).as_type(FLOAT)
+    return code.call("llvm.maxnum.f32", FLOAT, size, code.constant(FLOAT, 1e-20)) / largest + size * 0.0
+
+
+def in_halves(code: Code, x: Value, every: Value, n: int) -> list[Value]:
+    """n vectors of float32 at an address, in whole steps of `every`: below 2**15 -> int32."""
+    return [code.rounded(code.load(x + i * LINE, FLOATS) / every) for i in range(n)]
+
+
+def high_bytes(whole: Value) -> Value:
+    """So that 256 * high + low is the number, both signed."""
+    return (whole + 128).signed_shift(8).to_bytes()
 
 
 @njit("void(float32[:,::1], int64, int8[:,::1], float32[:,::1])", cache=True, nogil=True)

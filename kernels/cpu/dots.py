@@ -2,6 +2,7 @@
 
 `codes` are 16 words of four bytes 0..15 (of 2-bit or 4-bit codes), `x` 16 words of four signed bytes. Sums are whole
 numbers, so every processor makes the same. At most ADDS calls of `add` between `zero` and `sums`: 16 bits hold no more.
+An activation in 16 bits is two such words, its high and its low bytes (`of_halves`).
 """
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from kernels.cpu.target import features
 from kernels.cpu.vectors import INT8, INT16, INT32, Code, Value, joined, vector
 
 ADDS = 8    # 8 * 2 * 15 * 128 < 2**15
+Term = tuple[Value, Value, Value]   # codes, and the high and the low bytes that they meet
 
 
 class Plain:
@@ -16,6 +18,7 @@ class Plain:
 
     parts = 1               # of the accumulator
     kind = vector(INT32)
+    takes_bytes = True      # codes may be 0..255
 
     def zero(self, code: Code) -> list[Value]:
         return [code.constant(self.kind, 0)] * self.parts
@@ -30,6 +33,13 @@ class Plain:
         """-> int32, 16 lanes."""
         return joined(sums)
 
+    def of_halves(self, code: Code, terms: list[Term]) -> Value:
+        """Codes times 16-bit activations, at most ADDS terms -> int32, 16 lanes."""
+        high, low = self.zero(code), self.zero(code)
+        for codes, above, below in terms:
+            high, low = self.add(high, codes, above), self.add(low, codes, below)
+        return (self.sums(high) << 8) + self.sums(low)
+
 
 class FourWay(Plain):
     """One instruction does it: vpdpbusd of AVX-512 and of newer processors without it, sdot of Arm."""
@@ -38,15 +48,28 @@ class FourWay(Plain):
         self.name, self.parts = name, parts
         self.kind = vector(INT32, 16 // parts)
         self.operand = vector(INT8, 64 // parts) if as_bytes else self.kind
+        self.takes_bytes = not as_bytes     # Arm's reads both as signed
 
     def add(self, sums: list[Value], codes: Value, x: Value) -> list[Value]:
         operands = [[part.as_type(self.operand) for part in value.parts(self.parts)] for value in (codes, x)]
         return [total.code.call(self.name, self.kind, total, *pair)
                 for total, *pair in zip(sums, *operands, strict=True)]
 
+    def of_halves(self, code: Code, terms: list[Term]) -> Value:
+        """In one accumulator: the low bytes' products go on from 256 times the high ones'."""
+        total = self.zero(code)
+        for codes, above, _ in terms:
+            total = self.add(total, codes, above)
+        total = [part << 8 for part in total]
+        for codes, _, below in terms:
+            total = self.add(total, codes, below)
+        return self.sums(total)
+
 
 class TwoWay(Plain):
     """pmaddubsw: pairs in 16 bits; pairs of pairs only at the end."""
+
+    takes_bytes = False
 
     def __init__(self, products: str, pairs: str, parts: int) -> None:
         self.products, self.pairs, self.parts = products, pairs, parts

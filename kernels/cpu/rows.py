@@ -58,11 +58,8 @@ def score_row(code: Code, group: int, plane: Value, pairs: Value, x: Value, n_bl
 
 def _sixteen_bits(code: Code, codes: list[Value], x: Value) -> Value:
     """Four times 16 words of codes times the block's 16-bit activations -> int32, below 2**24 each."""
-    high, low = DOTS.zero(code), DOTS.zero(code)
-    for shift, words in enumerate(codes):
-        high = DOTS.add(high, words, code.load(x + shift * LINE, WORDS))
-        low = DOTS.add(low, words, code.load(x + (4 + shift) * LINE, WORDS))
-    return (DOTS.sums(high) << 8) + DOTS.sums(low)
+    return DOTS.of_halves(code, [(words, code.load(x + shift * LINE, WORDS), code.load(x + (4 + shift) * LINE, WORDS))
+                                 for shift, words in enumerate(codes)])
 
 
 @in_vectors("f32(i64, i64, i64, i64) 1")

@@ -62,7 +62,7 @@ class Value:
     def __mul__(self, other: Value | float) -> Value:
         return self._binary("fmul" if self._is_float else "mul", other)
 
-    def __truediv__(self, other: Value) -> Value:
+    def __truediv__(self, other: Value | float) -> Value:
         return self._binary("fdiv", other)
 
     def __and__(self, other: Value | int) -> Value:
@@ -90,6 +90,10 @@ class Value:
 
     def to_float(self) -> Value:
         return Value(self.code, self.code.builder.sitofp(self.value, vector(FLOAT, self.lanes)))
+
+    def to_bytes(self) -> Value:
+        """The lowest eight bits of each lane."""
+        return Value(self.code, self.code.builder.trunc(self.value, vector(INT8, self.lanes)))
 
     def pick(self, order: list[int], other: Value | None = None) -> Value:
         """Lanes of this one, then of `other`, in a new order."""

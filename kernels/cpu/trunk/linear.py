@@ -1,113 +1,160 @@
 """Compiled twin of kernels/trunk/linear.py: each row of codes is read once for all tokens, and its codes stay codes.
 
-A code of 8 bits counts as two of 4 bits, (code + 128) // 16 and (code + 128) % 16, so that the same dot product serves
-both; the activation is in 16-bit fixed point. A line of codes is 64 columns at 8 bits and 128 at 4; what an activation
-has beside it is laid out by `_lay_out`: high and low bytes that meet the codes, at 4 bits those that meet the upper
-halves, then 16 scales and 16 sums.
+A code of 8 bits is read as code + 128; where a processor's dot product takes no more than 4 bits, as two of them. The
+activation is in 16-bit fixed point. A line of codes is 64 columns at 8 bits and 128 at 4; what an activation has
+beside it is laid out by `lay_out`: high and low bytes that meet the codes, at 4 bits those that meet the upper halves,
+then 16 scales and 16 sums. TOGETHER rows share what is loaded of the activation, and ask for the lines of the next
+ones: without that the processor stops at every page.
 
 Legend as there; a piece of work is ROWS rows.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numba import carray, float32, int8, int32, int64, njit
+from numba import carray, float32, int8, int64, njit
 
-from kernels.cpu.activation import LARGEST, scale_of
+from kernels.cpu.activation import LARGEST, high_bytes, in_halves, step_of
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
-from kernels.cpu.vectors import INT32, LANES, Code, Value, in_vectors, joined, vector
+from kernels.cpu.vectors import INT32, LANES, Code, Value, Variable, in_vectors, joined, vector
 from kernels.trunk.linear import MOST_TOKENS, Matrices, columns
 
 Tensor = torch.Tensor
 
 ROWS = 32
+TOGETHER = 4        # rows
 GROUP = 64
 BLOCK = 6 * LINE    # bytes of an activation beside a line of codes: four times bytes, scales, sums
 NIBBLES = 15 * EVERY_BYTE
 PLUS_128 = (128 * EVERY_BYTE) - 2**32   # the sign of each byte turned
 
 
-def _dot16(code: Code, nibbles: Value, x: Value) -> Value:
-    """16 words of codes 0..15 times 16-bit activations, whose low bytes lie a line behind the high ones."""
-    high, low = (DOTS.sums(DOTS.add(DOTS.zero(code), nibbles, code.load(x + at, WORDS))) for at in (0, LINE))
-    return (high << 8) + low
+def _halves(code: Code, x: Value) -> tuple[Value, Value]:
+    """High and low bytes, which lie a line apart."""
+    return code.load(x, WORDS), code.load(x + LINE, WORDS)
 
 
-@in_vectors("f32(i64, i64, i64, i64)")
-def row8(code: Code, codes: Value, scales: Value, x: Value, n_lines: Value) -> Value:
-    """A row of 8-bit codes times an activation; a line is one group."""
-    total = code.variable(code.constant(FLOATS, 0.0))
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 1")
+def rows8(code: Code, n: int, codes: Value, code_bytes: Value, scales: Value, scale_bytes: Value, x: Value,
+          n_lines: Value, out: Value) -> None:
+    """n rows of 8-bit codes times an activation -> float32 [n]; a line is one group."""
+    totals = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
     with code.loop(n_lines) as line:
-        at, step = x + line * BLOCK, scales + line * 2
-        words = code.load(codes + line * LINE, WORDS) ^ PLUS_128
-        whole = (_dot16(code, words >> 4 & NIBBLES, at) << 4) + _dot16(code, words & NIBBLES, at)
-        scale = code.halves(step, 1).pick([0] * LANES)
-        whole = (whole - code.load(at + 5 * LINE, WORDS)).to_float()
-        total.set(code.multiply_add(scale * code.load(at + 4 * LINE, FLOATS), whole, total.get()))
-    return total.get().total()
-
-
-@in_vectors("f32(i64, i64, i64, i64, i64)")
-def row4(code: Code, codes: Value, pairs: Value, x: Value, n_lines: Value, n_rest: Value) -> Value:
-    """A row of 4-bit codes times an activation; a line is two groups, and n_rest is 1 where one group is left."""
-    total = code.variable(code.constant(FLOATS, 0.0))
-
-    def add(line: Value, words: Value, both: Value) -> None:
         at = x + line * BLOCK
-        even, odd = _dot16(code, words & NIBBLES, at), _dot16(code, words >> 4 & NIBBLES, at + 2 * LINE)
-        scale, offset = (both.pick([2 * (lane // 8) + i for lane in range(LANES)]) for i in range(2))
-        found = code.multiply_add(scale * code.load(at + 4 * LINE, FLOATS), (even + odd).to_float(), total.get())
-        total.set(code.multiply_add(offset, code.load(at + 5 * LINE, FLOATS), found))
+        halves, step, less = _halves(code, at), code.load(at + 4 * LINE, FLOATS), code.load(at + 5 * LINE, WORDS)
+        for row, total in enumerate(totals):
+            place = codes + code_bytes * row + line * LINE
+            code.prefetch(place + code_bytes * n)
+            words = code.load(place, WORDS) ^ PLUS_128
+            scale = code.halves(scales + scale_bytes * row + line * 2, 1).pick([0] * LANES)
+            whole = _bytes_times(code, words, halves) - less
+            total.set(code.multiply_add(scale * step, whole.to_float(), total.get()))
+    _store(code, totals, out)
+
+
+def _bytes_times(code: Code, words: Value, halves: tuple[Value, Value]) -> Value:
+    """16 words of codes 0..255 times 16-bit activations."""
+    if DOTS.takes_bytes:
+        return DOTS.of_halves(code, [(words, *halves)])
+    high, low = (DOTS.of_halves(code, [(part & NIBBLES, *halves)]) for part in (words >> 4, words))
+    return (high << 4) + low
+
+
+def _store(code: Code, totals: list[Variable], out: Value) -> None:
+    for row, total in enumerate(totals):
+        code.store(total.get().total(), out + 4 * row)
+
+
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 1")
+def rows4(code: Code, n: int, codes: Value, code_bytes: Value, pairs: Value, pair_bytes: Value, x: Value,
+          n_lines: Value, n_rest: Value, out: Value) -> None:
+    """n rows of 4-bit codes times an activation -> float32 [n]; a line is two groups, and n_rest is 1 where one group
+    is left."""
+    totals = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
+
+    def add(line: Value, read: Callable[[Value, Value], tuple[Value, Value]]) -> None:
+        at = x + line * BLOCK
+        even, odd, step, sums = _halves(code, at), _halves(code, at + 2 * LINE), *(
+            code.load(at + part * LINE, FLOATS) for part in (4, 5))
+        for row, total in enumerate(totals):
+            place = codes + code_bytes * row + line * LINE
+            code.prefetch(place + code_bytes * n)
+            words, both = read(place, pairs + pair_bytes * row + line * 8)
+            whole = DOTS.of_halves(code, [(words & NIBBLES, *even), (words >> 4 & NIBBLES, *odd)])
+            scale, offset = (both.pick([2 * (lane // 8) + i for lane in range(LANES)]) for i in range(2))
+            found = code.multiply_add(scale * step, whole.to_float(), total.get())
+            total.set(code.multiply_add(offset, sums, found))
+
+    def read_half(place: Value, pair: Value) -> tuple[Value, Value]:
+        """What lies behind a row may be nobody's."""
+        half, both = vector(INT32, LANES // 2), code.halves(pair, 2)
+        return joined([code.load(place, half), code.constant(half, 0)]), joined([both, both])
 
     with code.loop(n_lines) as line:
-        add(line, code.load(codes + line * LINE, WORDS), code.halves(pairs + line * 8, 4))
-    half = vector(INT32, LANES // 2)
-    with code.loop(n_rest):     # what lies behind a row may be nobody's
-        words = joined([code.load(codes + n_lines * LINE, half), code.constant(half, 0)])
-        both = code.halves(pairs + n_lines * 8, 2)
-        add(n_lines, words, joined([both, both]))
-    return total.get().total()
+        add(line, lambda place, pair: (code.load(place, WORDS), code.halves(pair, 4)))
+    with code.loop(n_rest):
+        add(n_lines, read_half)
+    _store(code, totals, out)
 
 
-@in_vectors("f32(i64, i64, i64)")
-def row32(code: Code, weights: Value, x: Value, n_lines: Value) -> Value:
-    """A row of float32 times an activation of the same kind; a line is 16 columns."""
-    total = code.variable(code.constant(FLOATS, 0.0))
+@in_vectors("void(i64, i64, i64, i64, i64) 1")
+def rows32(code: Code, n: int, weights: Value, row_bytes: Value, x: Value, n_lines: Value, out: Value) -> None:
+    """n rows of float32 times an activation of the same kind -> float32 [n]; a line is 16 columns."""
+    totals = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
     with code.loop(n_lines) as line:
-        at = line * LINE
-        total.set(code.multiply_add(code.load(weights + at, FLOATS), code.load(x + at, FLOATS), total.get()))
-    return total.get().total()
+        given = code.load(x + line * LINE, FLOATS)
+        for row, total in enumerate(totals):
+            place = weights + row_bytes * row + line * LINE
+            code.prefetch(place + row_bytes * n)
+            total.set(code.multiply_add(code.load(place, FLOATS), given, total.get()))
+    _store(code, totals, out)
+
+
+@in_vectors("void(i64, i64, f32)")
+def _enter8(code: Code, x: Value, at: Value, step: Value) -> None:
+    """64 numbers -> a line's activation at `at`."""
+    every = code.splat(step)
+    whole = in_halves(code, x, every, 4)
+    halves = [joined([convert(part) for part in whole]).as_type(WORDS) for convert in (high_bytes, Value.to_bytes)]
+    sums = DOTS.of_halves(code, [(code.constant(WORDS, EVERY_BYTE), *halves)]) << 7     # 128 of each code are no weight
+    for i, part in enumerate((*halves, None, None, every, sums)):
+        if part is not None:
+            code.store(part, at + i * LINE)
+
+
+@in_vectors("void(i64, i64, f32)")
+def _enter4(code: Code, x: Value, at: Value, step: Value) -> None:
+    """64 numbers -> half a line's activation at `at`."""
+    half, every, terms = vector(INT32, LANES // 2), code.splat(step), []
+    whole = in_halves(code, x, every, 4)
+    for odd in range(2):
+        order = list(range(odd, 2 * LANES, 2))
+        columns = [first.pick(order, second) for first, second in (whole[:2], whole[2:])]
+        halves = [joined([convert(part) for part in columns]).as_type(half) for convert in (high_bytes, Value.to_bytes)]
+        for i, part in enumerate(halves):
+            code.store(part, at + (2 * odd + i) * LINE)
+        terms.append((code.constant(WORDS, EVERY_BYTE), *(joined([part, code.constant(half, 0)]) for part in halves)))
+    sums = DOTS.of_halves(code, terms).to_float() * every
+    for i, part in ((4, every), (5, sums)):
+        code.store(part.parts(2)[0], at + i * LINE)
 
 
 @njit(cache=True, nogil=True)
-def lay_out(x, eight_bits, blocks, floats, ints):
-    """x float32 [T, K] -> blocks int8 [T, lines, BLOCK], which floats and ints view as 32 bits."""
-    blocks[:] = 0
-    for t in range(len(x)):
-        for group in range(x.shape[1] // GROUP):
-            first = group * GROUP
-            scale = scale_of(x[t, first:first + GROUP], LARGEST)
-            usable = math.isfinite(scale)
-            line, lane, lanes = (group, 0, 16) if eight_bits else (group // 2, group % 2 * 8, 8)
-            for i in range(GROUP):
-                code = np.int32(np.rint(x[t, first + i] / scale)) if usable else np.int32(0)
-                byte = i if eight_bits else 32 * (group % 2) + i // 2
-                at = byte if eight_bits else byte + 2 * LINE * (i % 2)
-                high = (code + 128) >> 8
-                blocks[t, line, at], blocks[t, line, LINE + at] = high, code - high * 256
-                if eight_bits:
-                    ints[t, line, 5 * 16 + byte // 4] += 128 * code
-                else:
-                    floats[t, line, 5 * 16 + byte // 4] += code
-            for i in range(lane, lane + lanes):
-                floats[t, line, 4 * 16 + i] = scale
-                if not eight_bits:
-                    floats[t, line, 5 * 16 + i] *= scale
+def lay_out(x, columns, eight_bits, blocks):
+    """x float32 [columns] -> what the rows take of it. Addresses."""
+    for group in range(columns // GROUP):
+        at = x + 4 * GROUP * group
+        step = step_of(at, GROUP // LANES, LARGEST)
+        if eight_bits:
+            _enter8(at, blocks + group * BLOCK, step)
+        else:
+            _enter4(at, blocks + group // 2 * BLOCK + group % 2 * (LINE // 2), step)
 
 
 RECORD = fields("tokens columns x norm given blocks8 bytes8 blocks4 bytes4 matrices n_matrices out out_row residual",
@@ -130,23 +177,26 @@ def _prepare(table):
             one = float32(1) / math.sqrt(total / float32(a.columns) + a.epsilon)
             for i in range(a.columns):
                 normed[t, i] = norm[i] * (x[t, i] * one)
-        x = normed
+    given = a.given if a.norm else a.x
     for blocks, n_bytes, eight_bits in ((a.blocks8, a.bytes8, True), (a.blocks4, a.bytes4, False)):
-        if blocks:
-            n_lines, at = n_bytes // BLOCK, pointer(blocks)
-            lay_out(x, eight_bits, carray(at, (a.tokens, n_lines, BLOCK), int8),
-                    carray(at, (a.tokens, n_lines, BLOCK // 4), float32),
-                    carray(at, (a.tokens, n_lines, BLOCK // 4), int32))
+        for t in range(a.tokens if blocks else 0):
+            row = blocks + t * n_bytes
+            if not eight_bits:      # half a line may be nobody's
+                carray(pointer(row + n_bytes - BLOCK), BLOCK, int8)[:] = 0
+            lay_out(given + 4 * t * a.columns, a.columns, eight_bits, row)
 
 
 @njit(cache=True, nogil=True)
-def _product(matrix, row, t, a):
+def _products(matrix, row, t, a, n, out):
+    """n rows from `row` on times token t -> float32 [n] at an address; n is compiled in."""
     codes, scales = matrix[CODES] + row * matrix[CODE_BYTES], matrix[SCALES] + row * matrix[SCALE_BYTES]
     if matrix[KIND] == 8:
-        return row8(codes, scales, a.blocks8 + t * a.bytes8, a.columns // 64)
-    if matrix[KIND] == 4:
-        return row4(codes, scales, a.blocks4 + t * a.bytes4, a.columns // 128, a.columns // 64 % 2)
-    return row32(codes, a.given + t * 4 * a.columns, a.columns // LANES)
+        rows8(codes, matrix[CODE_BYTES], scales, matrix[SCALE_BYTES], a.blocks8 + t * a.bytes8, a.columns // 64, out, n)
+    elif matrix[KIND] == 4:
+        rows4(codes, matrix[CODE_BYTES], scales, matrix[SCALE_BYTES], a.blocks4 + t * a.bytes4, a.columns // 128,
+              a.columns // 64 % 2, out, n)
+    else:
+        rows32(codes, matrix[CODE_BYTES], a.given + t * 4 * a.columns, a.columns // LANES, out, n)
 
 
 @task
@@ -161,16 +211,24 @@ def _multiply(table):
         while at + 1 < a.n_matrices and matrices[at + 1, PIECE] <= piece:
             at += 1
         matrix = matrices[at]
-        first, bias = (piece - matrix[PIECE]) * ROWS, carray(pointer(matrix[BIAS]), matrix[N_ROWS], float32)
-        for row in range(first, min(first + ROWS, matrix[N_ROWS])):
-            column = matrix[FIRST] + row
+        first = (piece - matrix[PIECE]) * ROWS
+        last, column = min(first + ROWS, matrix[N_ROWS]), matrix[FIRST]
+        bias = carray(pointer(matrix[BIAS]), matrix[N_ROWS], float32)
+        together = first + (last - first) // TOGETHER * TOGETHER
+        for row in range(first, together, TOGETHER):
             for t in range(a.tokens):
-                found = _product(matrix, row, t, a)
+                _products(matrix, row, t, a, TOGETHER, a.out + 4 * (t * a.out_row + column + row))
+        for row in range(together, last):
+            for t in range(a.tokens):
+                _products(matrix, row, t, a, 1, a.out + 4 * (t * a.out_row + column + row))
+        for t in range(a.tokens):
+            for row in range(first, last):
+                found = out[t, column + row]
                 if matrix[BIAS]:
                     found += bias[row]
                 if a.residual:
-                    found = residual[t, column] + found
-                out[t, column] = found
+                    found = residual[t, column + row] + found
+                out[t, column + row] = found
         piece = claim(table)
 
 
