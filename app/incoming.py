@@ -145,6 +145,12 @@ class Measuring(Named):
     text: Place = ""
 
 
+class Compressing(Named):
+    """text: what the codes are to err less on, "" for ours; none: they are made without one."""
+
+    text: Place | None = None
+
+
 class Keeping(Body):
     folder: Place
 

@@ -46,6 +46,7 @@ _DOORS = {  # module: its names that are everybody's
     "library.hub_search": ("search_hub", "examine_repository"),
     "library.installed": ("Installed", "models", "delete", "empty_trash", "adopt_model"),
     "library.recommend": ("this_machine", "with_benchmarks", "plan_for", "recommendations", "verdict_of"),
+    "quality.texts": ("CALIBRATION_TEXT",),
     "library.gguf_import": ("import_gguf",),
     "library.publish": ("publish",),
     "library.jobs": ("compress_installed", "compressed_name", "import_file", "calibrate_installed",

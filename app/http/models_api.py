@@ -47,8 +47,8 @@ def model_routes(router: APIRouter, shelf: Shelf) -> None:
         return {"folder": shelf.keep_in(wish.folder)}
 
     @router.post("/models/compress")
-    def compress(wish: incoming.Named):
-        shelf.compress(wish.name)
+    def compress(wish: incoming.Compressing):
+        shelf.compress(wish.name, wish.text)
         return {}
 
     @router.post("/models/add")

@@ -19,6 +19,8 @@ from app.library.open_model import Models, shown_title
 from app.library.plans import levels_of, planned
 from app.strings import TEXT
 from engine import (
+    CALIBRATION_TEXT,
+    CompressOptions,
     ModelInfo,
     UserError,
     address,
@@ -181,10 +183,13 @@ class Shelf:
         except OSError:
             return ""
 
-    def compress(self, name: str) -> None:
-        """Compress a checkpoint of the disk, beside it. UserError for one that nobody could talk to afterwards."""
+    def compress(self, name: str, text: str | None = None) -> None:
+        """Compress a checkpoint of the disk, beside it. text: path of a file that the codes are to err less on, "" for
+        ours, None for none. UserError for a model that nobody could talk to afterwards, or when there is no such
+        file."""
         check_chat_parts(self._known_on_disk(name).folder)
-        self._begin(compressed_name(name), "compress", name=name)
+        over = {} if text is None else {"text": str(_existing(text, "text") if text.strip() else CALIBRATION_TEXT)}
+        self._begin(compressed_name(name), "compress", name=name, **over)
 
     def bring_in(self, file: str, like: str = "") -> None:
         """Import a GGUF file of this computer. like: where the original's configuration and tokenizer are, "" beside
@@ -205,7 +210,8 @@ class Shelf:
     def _run_of(self, kind: str, asked: dict) -> Run:
         """What does a work of this kind. KeyError, TypeError for what is none."""
         work = {"download": self._download,
-                "compress": lambda name, **how: compress_installed(name, self._data, **how),
+                "compress": lambda name, text="", **how: compress_installed(
+                    name, self._data, CompressOptions(texts=(Path(text),) if text else ()), **how),
                 "import": lambda file, like, **how: import_file(Path(file), like, self._data, **how),
                 "measure": lambda name, text, **how: calibrate_installed(
                     name, self._data, text and Path(text), self._around.device, **how)}[kind]

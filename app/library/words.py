@@ -40,6 +40,12 @@ MODELS_TEXT = {
     "measure_about": "So far it runs at level exact only. Measuring reads a text with the model many times and finds "
                      "how much quality, balanced and fast may leave out. A large model may need many hours; the time "
                      "left is shown once it has begun.",
+    "compress_with": "Compress for quality",
+    "compress_with_about": "Makes a model of the same size that loses less: each weight is rounded by what the model does "
+                           "with a text. Choose a text like what you will ask. This takes several times as long: "
+                           "minutes on a graphics card, on a processor hours for a large model; the time is estimated "
+                           "once it has begun.",
+    "compress_text": "Text file to compress with (empty: built-in text)",
     "measure_text": "Text file to measure on (empty: built-in text)",
     "measure_stopped": "Paused. The model is unchanged; measurements so far are kept.",
     "no_text": "There is no text file {path!r} on this computer; give the whole path of a file that ends in .txt or "

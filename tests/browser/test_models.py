@@ -382,7 +382,13 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     text = tmp_path / "tales.txt"
     text.write_text("<|endoftext|>\n".join(f"The boat came back with {n} fish.\n" * 8 for n in range(9)))
     page.on("dialog", lambda dialog: dialog.accept())
-    row(page, "Little").get_by_role("button", name="Compress").click()
+    checkpoint = row(page, "Little")
+    checkpoint.locator("summary", has_text="Compress for quality").click()
+    checkpoint.get_by_label("Text file to compress with").fill(str(tmp_path / "none.txt"))
+    checkpoint.get_by_role("button", name="Compress for quality").click()
+    page.wait_for_selector(".notice:has-text('There is no text file')")
+    checkpoint.get_by_label("Text file to compress with").fill(str(text))
+    checkpoint.get_by_role("button", name="Compress for quality").click()
     made = page.locator(".notice", has_text="Little-floe is ready at level exact")
     expect(made.get_by_role("button")).to_have_count(3)  # open, measure, hide
     made.get_by_role("button", name="Load").click()

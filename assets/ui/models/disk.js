@@ -45,12 +45,12 @@ export function diskTab(page) {
       facts: [say("on_disk_size", { size: bytes(model.bytes) }), model.linked && TEXT.is_linked, model.source,
         model.levels.length > 1 && say("levels_are", { levels: model.levels.join(", ") })],
       buttons: [
-        model.kind === "checkpoint" && quiet(TEXT.compress, () => api("POST", "/api/models/compress", { name: model.name })),
+        model.kind === "checkpoint" && quiet(TEXT.compress, () => compress(model)),
         quiet(TEXT.open_folder, () => api("POST", "/api/models/folder", { name: model.name })),
         !model.open && model.kind !== "demo" && quiet(model.linked ? TEXT.unlink : TEXT.delete, () => remove(model), "quiet delete"),
         !model.open && quiet(TEXT.open, () => openModel(model.name), "primary"),
       ].filter(Boolean),
-      below: [unmeasured(model) && measuring(model), planDetails({ name: model.name, title }, (options) =>
+      below: [unmeasured(model) && measuring(model), model.kind === "checkpoint" && compressing(model), planDetails({ name: model.name, title }, (options) =>
         openModel(model.name, options))].filter(Boolean),
     });
   }
@@ -65,10 +65,20 @@ export function diskTab(page) {
 }
 
 // A model that offers level exact only, and what is to be done about it.
-function measuring({ name }) {
-  const [text, known] = pathField("text", `text-of-${name}`, TEXT.measure_text);
-  return h("details", { class: "card-details" }, h("summary", {}, TEXT.measure), h("p", {}, TEXT.measure_about), text, known,
-    h("div", { class: "model-buttons" }, quiet(TEXT.measure, () => measureLevels(name, text.value), "primary")));
+const measuring = ({ name }) => withText(`text-of-${name}`, TEXT.measure, TEXT.measure_about, TEXT.measure_text,
+  (text) => measureLevels(name, text));
+
+// A checkpoint whose codes are to err less on a text.
+const compressing = (model) => withText(`text-for-${model.name}`, TEXT.compress_with, TEXT.compress_with_about,
+  TEXT.compress_text, (text) => compress(model, { text }));
+
+const compress = ({ name }, over = {}) => api("POST", "/api/models/compress", { name, ...over });
+
+// Work that may read a file, folded: what it is, the file's path, and the button that begins it.
+function withText(id, title, about, label, begin) {
+  const [path, known] = pathField("text", id, label);
+  return h("details", { class: "card-details" }, h("summary", {}, title), h("p", {}, about), path, known,
+    h("div", { class: "model-buttons" }, quiet(title, () => begin(path.value), "primary")));
 }
 
 // Where new models are kept; they may be larger than the disk with the home folder.
