@@ -41,8 +41,8 @@ MODELS_TEXT = {
                      "how much quality, balanced and fast may leave out. A large model may need many hours; the time "
                      "left is shown once it has begun.",
     "compress_with": "Compress for quality",
-    "compress_with_about": "Makes a model of the same size that loses less: each weight is rounded by what the model does "
-                           "with a text. Choose a text like what you will ask. This takes several times as long: "
+    "compress_with_about": "Makes a model of the same size that loses less: each weight is rounded by what the model "
+                           "does with a text. Choose one like what you will ask. This takes several times as long: "
                            "minutes on a graphics card, on a processor hours for a large model; the time is estimated "
                            "once it has begun.",
     "compress_text": "Text file to compress with (empty: built-in text)",

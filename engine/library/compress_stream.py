@@ -95,7 +95,7 @@ class Stream:
         origin = f"{self.source.repository} at {self.source.commit}"
         device, bits = settled(self.choice)
         documents = text_of(self.choice).documents(self.folder)
-        writer = writer_for(checkpoint, self.made, origin, None, bits, documents)
+        writer = writer_for(checkpoint, self.made, origin, self.choice.group_size, bits, documents)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
         try:

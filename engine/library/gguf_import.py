@@ -53,7 +53,7 @@ class Imported:
 
 def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int = 16, device: str | None = None,
                 report: Report = unheard, check: Callable[[], None] = lambda: None, hub: Hub | None = None,
-                text: Text = NO_TEXT) -> Imported:
+                text: Text = NO_TEXT, group_size: int | None = None) -> Imported:
     """Make the compressed folder `dest` from a GGUF file (of several parts: any of them).
 
     like: where the original's configuration and tokenizer are: a folder, a catalogue name, a Hub id; "" the folder of
@@ -78,7 +78,8 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
         added = cost(checkpoint)
         report(said(warning(source, added)))
         origin = f"{source.name} of {sum(path.stat().st_size for path in paths)} bytes"
-        manifest = compress_checkpoint(checkpoint, folder, dest, origin, None, trunk_bits, device, report, check, text)
+        manifest = compress_checkpoint(checkpoint, folder, dest, origin, group_size, trunk_bits, device, report, check,
+                                       text)
     return Imported(manifest, source.kinds, added)
 
 
@@ -152,7 +153,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
             meter.other_seconds = progress.seconds_left or 0.0
             meter.add(0, progress.text)
         import_gguf(work / source.files[0].name, work / MADE, work / "like", bits, device, heard, partial(check, stop),
-                    text=text_of(choice))
+                    text=text_of(choice), group_size=choice.group_size)
     finish(work, source, dest)
 
 

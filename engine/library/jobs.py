@@ -41,7 +41,7 @@ def compress_installed(name: str, data: str | Path | None = None, choice: Compre
 
     def work(dest: Path, bits: int, device: str, heard: Report, check: Callable[[], None]) -> None:
         from engine.library.compress import compress, text_of
-        compress(source, dest, None, bits, device, heard, check, text_of(choice))
+        compress(source, dest, choice.group_size, bits, device, heard, check, text_of(choice))
     choice = choice or CompressOptions()
     return _made(compressed_name(name), data, choice, report, stop or Event(), work)
 
@@ -53,10 +53,11 @@ def import_file(file: Path, like: str = "", data: str | Path | None = None, choi
     like: see `engine.library.gguf_import.import_gguf`. Stopped, within an expert, when `stop` is set. UserError.
     """
     def work(dest: Path, bits: int, device: str, heard: Report, check: Callable[[], None]) -> None:
+        from engine.library.compress import text_of
         from engine.library.gguf_import import import_gguf
-        import_gguf(file, dest, like, bits, device, heard, check)
-    part = part_of(file.name)
-    return _made(part[0] if part else file.stem, data, choice or CompressOptions(), report, stop or Event(), work)
+        import_gguf(file, dest, like, bits, device, heard, check, None, text_of(choice), choice.group_size)
+    part, choice = part_of(file.name), choice or CompressOptions()
+    return _made(part[0] if part else file.stem, data, choice, report, stop or Event(), work)
 
 
 def calibrate_installed(name: str, data: str | Path | None = None, text: Path | None = None, device: str | None = None,

@@ -43,13 +43,13 @@ def requantize(folder: Path, original: str, text: Text, device: str | None = Non
         report(said(f"The codes of {folder} are those of this text already."))
         return
     if not is_sealed(again):
-        path, bits = typed(original), manifest.trunk_bits
+        path, bits, group = typed(original), manifest.trunk_bits, manifest.group_size
         if path.is_dir():
-            compress(path, again, manifest.group_size, bits, device, report, check, text)
+            compress(path, again, group, bits, device, report, check, text)
         elif path.suffix == ".gguf":
-            import_gguf(path, again, like, bits, device, report, check, hub, text)
+            import_gguf(path, again, like, bits, device, report, check, hub, text, group)
         else:
-            choice = CompressOptions(bits, device, False, text.paths, text.n_tokens)
+            choice = CompressOptions(bits, device, False, text.paths, text.n_tokens, group)
             download(original, "original", again, None, hub, report, None, choice)
     made = Manifest.load(again)
     if any(getattr(made, name) != getattr(manifest, name) for name in SIZES):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from engine.__main__ import main
 from engine.core import Options, UserError
@@ -19,7 +20,8 @@ from engine.library.requantize import requantize
 from engine.model.load import load
 from engine.quality.loss_probe import Sums, log_probabilities
 from engine.quality.requantize import Text
-from tests.support import folders
+from tests.support import folders, gguf_files
+from tests.support.loopback_hub import LoopbackHub
 
 NAMES = ("qwen3_moe", "gpt_oss", "deepseek_v2", "gemma4_text")  # plain; biased, transposed, windows; dense first; norms
 Tensor = torch.Tensor
@@ -49,6 +51,7 @@ def text(tmp_path_factory) -> Text:
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     checkpoint("qwen3_moe", folder, num_hidden_layers=3)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")       # without one nobody could talk to a download
     return folder
 
 
@@ -150,6 +153,24 @@ def test_calibrate_makes_the_codes_again_and_measures_them(source, text, tmp_pat
     capsys.readouterr()
     assert main(argv) == 0 and "are those of this text already" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["model", "straight"] and not again.exists()
+
+
+@pytest.mark.parametrize("kind", ["hub", "gguf"])
+def test_the_original_may_be_on_the_hub_or_a_gguf_file(kind, source, text, tmp_path, monkeypatch):
+    """The same codes come out as from the folder, in the groups that the model has: 64, where 128 is the default."""
+    few = Text(text.paths, 240)
+    compress(source, tmp_path / "model", 64, 8, "cpu")
+    compress(source, tmp_path / "straight", 64, 8, "cpu", text=few)
+    with LoopbackHub() as hub:
+        hub.add_folder("me/Original", source)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        original = "me/Original" if kind == "hub" else str(tmp_path / "original.gguf")
+        if kind == "gguf":
+            gguf_files.write(Path(original), "qwen3_moe", AutoModelForCausalLM.from_pretrained(source))
+        requantize(tmp_path / "model", original, few, "cpu", str(source))
+    found, wanted = (contents(tmp_path / name) for name in ("model", "straight"))
+    assert Manifest.load(tmp_path / "model").group_size == 64
+    assert all(found[name] == wanted[name] for name in (TRUNK, *map(experts_name, range(3))))
 
 
 @pytest.mark.parametrize("found", ["again", "before"])
