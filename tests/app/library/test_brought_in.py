@@ -1,15 +1,17 @@
-"""What a person brings in: a folder that stays where it is, what was dropped on the page, a pasted address."""
+"""What a person brings in: a folder that stays where it is, what was dropped on the page, a pasted address, a
+text to compress with."""
 from __future__ import annotations
 
 import shutil
 
 import pytest
 
-from engine import UserError, demo_model
+from engine import CALIBRATION_TEXT, UserError, demo_model
+from engine.files.manifest import Manifest
 from tests.app.library import test_model_library as library
 from tests.support.waiting import until
 
-shelf, loopback = library.shelf, library.loopback
+shelf, loopback, unmeasured = library.shelf, library.loopback, library.unmeasured
 
 
 def test_a_folder_elsewhere_is_added_opened_and_never_deleted(shelf, tmp_path):
@@ -51,3 +53,23 @@ def test_the_speed_of_a_download_is_measured(loopback, shelf):
     shelf.fetch(f"{loopback.endpoint}/{library.NAME}")
     until(lambda: "Tiny-Floe" in library.on_disk(shelf) and not library.works(shelf))
     assert shelf.shown()["fetch_rate"] > 0
+
+
+def test_a_checkpoint_is_compressed_over_a_text(shelf, unmeasured, tmp_path, monkeypatch):
+    """The folder says which text its codes were made over; without a path it is the built-in one."""
+    (tmp_path / "made" / "checkpoint").rename(tmp_path / "models" / "Original")
+    with pytest.raises(UserError, match="no text file"):
+        shelf.compress("Original", str(tmp_path / "none.txt"))
+    shelf.compress("Original", str(unmeasured[1]))
+    until(lambda: not library.works(shelf) or library.works(shelf)["Original-floe"]["state"] == "failed")
+    assert library.works(shelf) == {} and library.on_disk(shelf)["Original-floe"]["levels"] == ["exact"]
+    plain, over = (Manifest.load(tmp_path / "models" / name) for name in ("Small", "Original-floe"))
+    assert over.calibration["codes"] and "codes" not in plain.calibration
+    shelf.remove("Original-floe")
+    seen = []                                   # what is asked for: the built-in text itself takes minutes
+    monkeypatch.setattr(library.model_library, "compress_installed", lambda name, data, choice, **how:
+                        seen.append((name, choice.texts)))
+    for text in ("", None):
+        shelf.compress("Original", text)
+        until(lambda: not library.works(shelf))
+    assert seen == [("Original", (CALIBRATION_TEXT,)), ("Original", ())]

@@ -10,8 +10,7 @@ import pytest
 from app.library import model_library
 from app.library.machine_status import Surroundings
 from app.library.model_library import Shelf
-from engine import CALIBRATION_TEXT, Options, Stopped, UserError, calibrate_installed, data_dir, demo_model
-from engine.files.manifest import Manifest
+from engine import Options, Stopped, UserError, calibrate_installed, data_dir, demo_model
 from tests.engine.test_names import BAD_NAMES, BAD_PATHS, contents
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.waiting import until
@@ -302,25 +301,6 @@ def test_a_checkpoint_is_compressed_beside_itself_with_a_pause_between(shelf, tm
     shelf.compress("Small")
     until(lambda: works(shelf)["Small-floe"]["state"] == "failed")
     assert "there already" in works(shelf)["Small-floe"]["text"]
-
-
-def test_a_checkpoint_is_compressed_over_a_text(shelf, unmeasured, tmp_path):
-    """The folder says which text its codes were made over; the built-in one stands in what a restart goes on with."""
-    (tmp_path / "made" / "checkpoint").rename(tmp_path / "models" / "Original")
-    with pytest.raises(UserError, match="no text file"):
-        shelf.compress("Original", str(tmp_path / "none.txt"))
-    shelf.compress("Original", str(unmeasured[1]))
-    until(lambda: not works(shelf) or works(shelf)["Original-floe"]["state"] == "failed")
-    assert works(shelf) == {} and on_disk(shelf)["Original-floe"]["levels"] == ["exact"]
-    plain, over = (Manifest.load(tmp_path / "models" / name) for name in ("Small", "Original-floe"))
-    assert over.calibration["codes"] and "codes" not in plain.calibration
-    shelf.remove("Original-floe")
-    kept = []
-    second = Shelf(shelf._opened, Surroundings(tmp_path, "cpu"), keep=kept.append)
-    second.compress("Original", "")
-    assert kept[0] == [{"name": "Original-floe", "kind": "compress",
-                        "asked": {"name": "Original", "text": str(CALIBRATION_TEXT)}}]
-    second.pause("Original-floe")
 
 
 @pytest.fixture
