@@ -4,124 +4,136 @@ What is not a number stays so: a group that holds NaN or infinity gets the scale
 """
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import numpy as np
 import torch
 from numba import njit
 
-from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, FLOATS, LINE, WORDS
-from kernels.cpu.vectors import FLOAT, INT32, Code, Value, in_vectors
+from kernels.cpu.dots import DOTS
+from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, EVERY_BYTE, FLOATS, LINE, WORDS
+from kernels.cpu.threads import address
+from kernels.cpu.vectors import FLOAT, INT8, INT32, LANES, Code, Value, in_vectors, joined, vector
 
 Tensor = torch.Tensor
 
 LARGEST = 127 * 256 + 127   # so that both halves fit in int8
 
 
-@njit(cache=True, nogil=True)
-def scale_of(x, largest):
-    """float32 [n] -> what one step of its codes is worth."""
-    top = np.float32(1e-20)
-    for value in x:
-        size = abs(value)
-        if not size <= top:
-            top = size
-            if not math.isfinite(size):
-                return np.float32(math.nan)
-    return top / np.float32(largest)
+def in_steps(code: Code, x: Value, n: int, largest: int) -> tuple[Value, list[Value]]:
+    """A group of n * 16 float32 at an address -> what one step is worth, in 16 lanes, and the group in whole steps,
+    -largest..largest. Bits read as whole numbers order sizes, and put what is no number above all that is one."""
+    lines = [code.load(x + i * LINE, FLOATS) for i in range(n)]
+    top = code.constant(WORDS, 0)
+    for line in lines:
+        top = code.call("llvm.umax.v16i32", WORDS, top, line.as_type(WORDS) & 0x7FFFFFFF)
+    size = code.call("llvm.vector.reduce.umax.v16i32", INT32, top).as_type(FLOAT)
+    step = code.call("llvm.maxnum.f32", FLOAT, size, code.constant(FLOAT, 1e-20)) / largest + size * 0.0
+    every = code.splat(step)
+    return every, [code.rounded(line / every) for line in lines]
 
 
-@in_vectors("f32(i64, i64) 1")
-def step_of(code: Code, largest: int, x: Value, n_lines: Value) -> Value:
-    """As `scale_of`, of 16 * n_lines numbers at an address. Read as whole ones, what is no number is the largest."""
-    top = code.variable(code.constant(WORDS, 0))
-    with code.loop(n_lines) as line:
-        size = code.load(x + line * LINE, WORDS) & 0x7FFFFFFF
-        top.set(code.call("llvm.umax.v16i32", WORDS, top.get(), size))
-    size = code.call("llvm.vector.reduce.umax.v16i32", INT32, top.get()).as_type(FLOAT)
-    return code.call("llvm.maxnum.f32", FLOAT, size, code.constant(FLOAT, 1e-20)) / largest + size * 0.0
+def halves_of(whole: list[Value]) -> tuple[list[Value], list[Value]]:
+    """16-bit numbers -> signed high and low bytes: 256 * high + low is the number."""
+    return [(part + 128).signed_shift(8).to_bytes() for part in whole], [part.to_bytes() for part in whole]
 
 
-def in_halves(code: Code, x: Value, every: Value, n: int) -> list[Value]:
-    """n vectors of float32 at an address, in whole steps of `every`: below 2**15 -> int32."""
-    return [code.rounded(code.load(x + i * LINE, FLOATS) / every) for i in range(n)]
+@in_vectors("void(i64, i64, i64) 1")
+def _quantize_group(code: Code, group: int, x: Value, codes: Value, scale: Value) -> None:
+    every, whole = in_steps(code, x, group // LANES, 127)
+    for i, part in enumerate(whole):
+        code.store(part.to_bytes(), codes + i * LANES)
+    code.store(every.parts(LANES)[0], scale, 4)
 
 
-def high_bytes(whole: Value) -> Value:
-    """So that 256 * high + low is the number, both signed."""
-    return (whole + 128).signed_shift(8).to_bytes()
-
-
-@njit("void(float32[:,::1], int64, int8[:,::1], float32[:,::1])", cache=True, nogil=True)
-def _quantize(x, group, codes, scales):
-    for t in range(len(x)):
-        for g in range(scales.shape[1]):
-            first = g * group
-            scale = scale_of(x[t, first:first + group], 127)
-            scales[t, g] = scale
-            for at in range(first, first + group):
-                code = np.rint(x[t, at] / scale)
-                codes[t, at] = np.int8(min(max(code, -127), 127)) if math.isfinite(code) else 0
+@njit("void(int64, int64, int64, int64, int64)", cache=True, nogil=True)
+def _quantize(x, n_groups, group, codes, scales):
+    for g in range(n_groups):
+        if group == 128:
+            _quantize_group(x + 512 * g, codes + 128 * g, scales + 4 * g, 128)
+        else:
+            _quantize_group(x + 256 * g, codes + 64 * g, scales + 4 * g, 64)
 
 
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
+    assert group in (64, 128), group
     x = x.detach().float().contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)
-    _quantize(x.numpy(), group, codes.numpy(), scales.numpy())
+    _quantize(address(x), scales.numel(), group, address(codes), address(scales))
     return codes, scales
 
 
-@njit("void(int8[:,::1], float32[:,::1], int8[:,:,::1], float32[:,:,::1])", cache=True, nogil=True)
-def _lay_out8(codes, scales, blocks, floats):
-    """codes int8 [T, H], scales [T, G] -> blocks int8 [T, B, BLOCK8], which floats views as float32."""
-    group = codes.shape[1] // scales.shape[1]
-    for t in range(len(codes)):
-        for word in range(codes.shape[1] // 16):
-            block, lane, total = word // 16, word % 16, 0
-            for i in range(16):
-                code = codes[t, 16 * word + i]
-                blocks[t, block, i // 4 * LINE + 4 * lane + i % 4] = code
-                total += code
-            scale = scales[t, 16 * word // group]
-            floats[t, block, LINE + lane] = scale
-            floats[t, block, LINE + 16 + lane] = scale * total
+def _by_shift(words: list[Value]) -> list[Value]:
+    """16 words of 16 bytes each -> for every shift its four bytes of each word, a line."""
+    fours = [joined(words[at:at + 4]).as_type(WORDS) for at in range(0, LANES, 4)]
+    return [joined([fours[at].pick([4 * i + shift for i in range(8)], fours[at + 1]) for at in (0, 2)])
+            for shift in range(4)]
+
+
+def _store_lines(code: Code, lines: list[Value], at: Value) -> None:
+    for i, line in enumerate(lines):
+        code.store(line, at + i * LINE)
+
+
+@in_vectors("void(i64, i64, i64) 1")
+def _enter8(code: Code, group: int, codes: Value, scales: Value, at: Value) -> None:
+    """256 codes int8 and their groups' scales -> a block."""
+    lines = _by_shift([code.load(codes + i * LANES, vector(INT8)) for i in range(LANES)])
+    n, total = CODES // group, DOTS.zero(code)
+    every = code.load(scales, vector(FLOAT, n), 4).pick([lane * n // LANES for lane in range(LANES)])
+    for line in lines:
+        total = DOTS.add(total, code.constant(WORDS, EVERY_BYTE), line)
+    _store_lines(code, [*lines, every, every * DOTS.sums(total).to_float()], at)
+
+
+@in_vectors("void(i64, i64) 1")
+def _enter16(code: Code, group: int, x: Value, at: Value) -> None:
+    """256 numbers float32 -> a block."""
+    steps, words = [], []
+    for first in range(0, CODES, group):
+        every, whole = in_steps(code, x + 4 * first, group // LANES, LARGEST)
+        steps.append(every.parts(CODES // group)[0])
+        words += whole
+    every, (high, low) = joined(steps), (_by_shift(half) for half in halves_of(words))
+    sums = DOTS.of_halves(code, [(code.constant(WORDS, EVERY_BYTE), *pair) for pair in zip(high, low, strict=True)])
+    _store_lines(code, [*high, *low, every, every * sums.to_float()], at)
+
+
+@njit("void(int64, int64, int64, int64, int64)", cache=True, nogil=True)
+def _lay_out8(codes, scales, group, n_blocks, blocks):
+    for b in range(n_blocks):
+        if group == 128:
+            _enter8(codes + CODES * b, scales + 4 * (CODES // 128) * b, blocks + BLOCK8 * b, 128)
+        else:
+            _enter8(codes + CODES * b, scales + 4 * (CODES // 64) * b, blocks + BLOCK8 * b, 64)
+
+
+@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+def _lay_out16(x, group, n_blocks, blocks):
+    for b in range(n_blocks):
+        if group == 128:
+            _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, 128)
+        else:
+            _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, 64)
 
 
 def blocks8(codes: Tensor, scales: Tensor) -> Tensor:
     """What `score_row` takes of a quantised activation: int8 [T, H/256 * BLOCK8]."""
-    return _blocks(BLOCK8, _lay_out8, codes.contiguous(), scales.contiguous().numpy())
-
-
-@njit("void(float32[:,::1], int64, int8[:,:,::1], float32[:,:,::1])", cache=True, nogil=True)
-def _lay_out16(x, group, blocks, floats):
-    """x float32 [T, H] -> blocks int8 [T, B, BLOCK16], which floats views as float32."""
-    for t in range(len(x)):
-        for g in range(x.shape[1] // group):
-            scale = scale_of(x[t, g * group:(g + 1) * group], LARGEST)
-            usable = math.isfinite(scale)
-            for word in range(g * group // 16, (g + 1) * group // 16):
-                block, lane, total = word // 16, word % 16, 0
-                for i in range(16):
-                    code = np.int32(np.rint(x[t, 16 * word + i] / scale)) if usable else np.int32(0)
-                    high, at = (code + 128) >> 8, i // 4 * LINE + 4 * lane + i % 4
-                    blocks[t, block, at] = high
-                    blocks[t, block, 4 * LINE + at] = code - high * 256
-                    total += code
-                floats[t, block, 2 * LINE + lane] = scale
-                floats[t, block, 2 * LINE + 16 + lane] = scale * total
+    codes, scales = codes.contiguous(), scales.contiguous()
+    blocks = _blocks(codes, BLOCK8)
+    _lay_out8(address(codes), address(scales), codes.shape[1] // scales.shape[1], codes.numel() // CODES,
+              address(blocks))
+    return blocks
 
 
 def blocks16(x: Tensor, group: int) -> Tensor:
     """What `coarse_row` and `fine_row` take of an activation float32 [T, H]: int8 [T, H/256 * BLOCK16]."""
-    return _blocks(BLOCK16, _lay_out16, x.contiguous(), group)
-
-
-def _blocks(block_bytes: int, lay_out: Callable, values: Tensor, scales: np.ndarray | int) -> Tensor:
-    tokens, n_blocks = len(values), values.shape[1] // CODES
-    blocks = torch.empty(tokens, n_blocks * block_bytes, dtype=torch.int8)
-    shaped = blocks.numpy().reshape(tokens, n_blocks, block_bytes)
-    lay_out(values.detach().numpy(), scales, shaped, shaped.view(np.float32))
+    x = x.detach().contiguous()
+    assert x.dtype == torch.float32, x.dtype
+    blocks = _blocks(x, BLOCK16)
+    _lay_out16(address(x), group, x.numel() // CODES, address(blocks))
     return blocks
+
+
+def _blocks(values: Tensor, block_bytes: int) -> Tensor:
+    tokens, width = values.shape
+    return torch.empty(tokens, width // CODES * block_bytes, dtype=torch.int8)

@@ -75,14 +75,10 @@ def _products(a, token, n, row, record, fidelity, index, products):
     gate_bias = carray(pointer(a.gate_bias + 4 * token * biases), biases, float32)
     up_bias = carray(pointer(a.up_bias + 4 * token * biases), biases, float32)
     for i in range(n):
-        if a.neurons:
-            later = range(AHEAD + 1) if i == 0 else range(AHEAD, AHEAD + 1)
-            for j in later:
-                if i + j < n:
-                    ask_for(row[i + j], a.sketch_row)
-                    ask_for(record[i + j], a.prefix if fidelity[i + j] == DOWN_ONLY else a.record)
-        else:
-            ask_for(record[i], a.padded // 2)   # the processor foresees all but the down row
+        for j in range(0 if i == 0 else AHEAD, AHEAD + 1):
+            if i + j < n:
+                ask_for(row[i + j], a.sketch_row)
+                ask_for(record[i + j], a.prefix if fidelity[i + j] == DOWN_ONLY else a.record)
         gate = _dot(row[i], record[i], fidelity[i] != DOWN_ONLY, 0, x, a)
         up = _dot(row[i], record[i], fidelity[i] == REFINED, 1, x, a)
         if a.gate_bias:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numba import carray, float32, int8, int64, njit
 
-from kernels.cpu.activation import LARGEST, high_bytes, in_halves, step_of
+from kernels.cpu.activation import LARGEST, halves_of, in_steps
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
@@ -116,27 +116,25 @@ def rows32(code: Code, n: int, weights: Value, row_bytes: Value, x: Value, n_lin
     _store(code, totals, out)
 
 
-@in_vectors("void(i64, i64, f32)")
-def _enter8(code: Code, x: Value, at: Value, step: Value) -> None:
+@in_vectors("void(i64, i64)")
+def _enter8(code: Code, x: Value, at: Value) -> None:
     """64 numbers -> a line's activation at `at`."""
-    every = code.splat(step)
-    whole = in_halves(code, x, every, 4)
-    halves = [joined([convert(part) for part in whole]).as_type(WORDS) for convert in (high_bytes, Value.to_bytes)]
-    sums = DOTS.of_halves(code, [(code.constant(WORDS, EVERY_BYTE), *halves)]) << 7     # 128 of each code are no weight
-    for i, part in enumerate((*halves, None, None, every, sums)):
-        if part is not None:
-            code.store(part, at + i * LINE)
+    every, whole = in_steps(code, x, GROUP // LANES, LARGEST)
+    high, low = (joined(half).as_type(WORDS) for half in halves_of(whole))
+    sums = DOTS.of_halves(code, [(code.constant(WORDS, EVERY_BYTE), high, low)]) << 7   # 128 of each code are no weight
+    for i, part in ((0, high), (1, low), (4, every), (5, sums)):
+        code.store(part, at + i * LINE)
 
 
-@in_vectors("void(i64, i64, f32)")
-def _enter4(code: Code, x: Value, at: Value, step: Value) -> None:
+@in_vectors("void(i64, i64)")
+def _enter4(code: Code, x: Value, at: Value) -> None:
     """64 numbers -> half a line's activation at `at`."""
-    half, every, terms = vector(INT32, LANES // 2), code.splat(step), []
-    whole = in_halves(code, x, every, 4)
+    half, terms = vector(INT32, LANES // 2), []
+    every, whole = in_steps(code, x, GROUP // LANES, LARGEST)
     for odd in range(2):
         order = list(range(odd, 2 * LANES, 2))
         columns = [first.pick(order, second) for first, second in (whole[:2], whole[2:])]
-        halves = [joined([convert(part) for part in columns]).as_type(half) for convert in (high_bytes, Value.to_bytes)]
+        halves = [joined(parts).as_type(half) for parts in halves_of(columns)]
         for i, part in enumerate(halves):
             code.store(part, at + (2 * odd + i) * LINE)
         terms.append((code.constant(WORDS, EVERY_BYTE), *(joined([part, code.constant(half, 0)]) for part in halves)))
@@ -150,11 +148,10 @@ def lay_out(x, columns, eight_bits, blocks):
     """x float32 [columns] -> what the rows take of it. Addresses."""
     for group in range(columns // GROUP):
         at = x + 4 * GROUP * group
-        step = step_of(at, GROUP // LANES, LARGEST)
         if eight_bits:
-            _enter8(at, blocks + group * BLOCK, step)
+            _enter8(at, blocks + group * BLOCK)
         else:
-            _enter4(at, blocks + group // 2 * BLOCK + group % 2 * (LINE // 2), step)
+            _enter4(at, blocks + group // 2 * BLOCK + group % 2 * (LINE // 2))
 
 
 RECORD = fields("tokens columns x norm given blocks8 bytes8 blocks4 bytes4 matrices n_matrices out out_row residual",
