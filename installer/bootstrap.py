@@ -74,6 +74,7 @@ def _start(args: argparse.Namespace, app: Path, lock: instance.Lock, screen: Scr
     if not lock.taken and instance.show_running(app, lock, screen, not args.no_browser):
         return 0
     instance.forget(app)
+    environment.clear_temporary(app / "cache")
     (app / "python-path").write_text(environment.base_python() + "\n", errors="replace",
                                      encoding="oem" if sys.platform == "win32" else "utf-8")  # as cmd, as sh reads it
     data = places.data_folder(args.data)

@@ -33,6 +33,7 @@ WAY_TO_THE_INDEX = ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "T
                     "CLIENT_CERT", "PROXY", "TIMEOUT", "DEFAULT_TIMEOUT", "RETRIES", "KEYRING_PROVIDER",
                     "USE_DEPRECATED", "CONFIG_FILE")
 FULL_BYTES = 16 << 20  # less than this free after a failure: that was the reason
+A_DAY = 24 * 3600  # seconds
 PAUSES = (5, 20)  # seconds before each new try of what a network has broken; pip itself tries each file five times
 # What pip says when the way to the index is at fault.
 UNREACHABLE = (r"NewConnectionError|ConnectionError|name resolution|[Rr]ead timed out|ConnectTimeout|ProxyError|"
@@ -163,6 +164,15 @@ def clean_variables(cache: Path) -> dict[str, str]:
         "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_RESUME_RETRIES": "5", "PIP_CACHE_DIR": str(cache / "pip"),
         "TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "MPLCONFIGDIR": str(cache / "matplotlib")}
+
+
+def clear_temporary(cache: Path) -> None:
+    """Remove what programs that were killed left in their temporary folder. For the holder of the lock; a check, which
+    takes none, may be at work on what is younger than a day."""
+    for path in (cache / "tmp").glob("*"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > A_DAY:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def pip_variables(python: Path | str, cache: Path) -> dict[str, str]:

@@ -135,7 +135,7 @@ class Shelf:
         one, {"repository": what it holds}. UserError, MachineError: one sentence."""
         if address(words.strip()):
             return {"repository": self.examine(words)}
-        return {"hits": [asdict(hit) for hit in search_hub(words)]}
+        return {"hits": [asdict(hit) for hit in search_hub(words, self._data)]}
 
     def examine(self, text: str) -> dict:
         """What a repository of the Hub holds and how it would run here; asks the network."""

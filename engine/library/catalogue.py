@@ -16,7 +16,7 @@ from engine.core import MachineError, ModelSpec, Sampling, UserError
 from engine.disk import MOST_JSON
 from engine.files.config_json import read_config_json
 from engine.files.manifest import Manifest, is_compressed
-from engine.library.hub import Hub, address
+from engine.library.hub import Hub, Listing, address
 from engine.one_thread import one_thread
 from engine.paths import data_dir, demo_model, inside, is_name, models_dirs, typed
 from engine.units import size
@@ -151,9 +151,15 @@ def look_up(text: str, data: str | Path | None = None) -> ModelInfo:
     if entry:
         return ModelInfo(entry.title, entry=entry)
     if found := address(text):
-        return _from_hub(found[0], data_dir(data) / "cache")
+        return _from_hub(found[0], data)
     raise UserError(f"There is no model {text!r}: give a folder, a Hub id like owner/name, or a name of the catalogue: "
                     f"{nearest(text)}.")
+
+
+def of_repository(listing: Listing, data: str | Path | None = None) -> ModelInfo:
+    """What a repository of the Hub is whose files have been listed. UserError, MachineError: one sentence."""
+    entry = find(listing.repository)
+    return ModelInfo(entry.title, entry=entry) if entry else _from_hub(listing.repository, data, listing)
 
 
 def _from_folder(folder: Path) -> ModelInfo:
@@ -166,19 +172,21 @@ def _from_folder(folder: Path) -> ModelInfo:
                    calibration=manifest.calibration)
 
 
-def _from_hub(repository: str, cache_folder: Path, follow: bool = True) -> ModelInfo:
+def _from_hub(repository: str, data: str | Path | None, listing: Listing | None = None,
+              follow: bool = True) -> ModelInfo:
     """From the few kilobytes of a repository that say what it is, kept in the data folder's cache by commit.
 
-    follow: where it has no config.json (GGUF files alone), that of the model which its card says it was made of.
+    listing: its files, where they have been asked for. follow: where it has no config.json (GGUF files alone), that of
+    the model which its card says it was made of.
     Without a network what was read last time is taken. UserError, MachineError: one sentence.
     """
-    own = inside(cache_folder / "hub", repository.replace("/", "--"))
+    own = inside(data_dir(data) / "cache" / "hub", repository.replace("/", "--"))
     try:
-        hub = replace(Hub.here(), delays=(1,))
-        listing = hub.listing(repository)
+        hub = Hub.waited_for(data)
+        listing = listing or hub.listing(repository)
         if follow and listing.base_model and not listing.find("config.json"):
             entry = find(listing.base_model)
-            of = ModelInfo(entry.title, entry=entry) if entry else _from_hub(listing.base_model, cache_folder, False)
+            of = ModelInfo(entry.title, entry=entry) if entry else _from_hub(listing.base_model, data, follow=False)
             return replace(of, name=repository)
         folder = inside(own, listing.commit)
         for name in ("config.json", "floe.json"):

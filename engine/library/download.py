@@ -149,8 +149,14 @@ def _flat(listing: Listing) -> list[RemoteFile]:
             and not file.path.endswith((".safetensors", ".gguf")) and file.path not in OURS]
 
 
-def _weights(listing: Listing) -> list[RemoteFile]:
-    """Shards of the top folder; some makers put a second copy of all weights beside them as consolidated files."""
+def weights(listing: Listing) -> list[RemoteFile]:
+    """What an original keeps its weights in: the one file of that name where there is no index, else its shards."""
+    single = listing.find(SINGLE)
+    return [single] if single and not listing.find(INDEX) else _shards(listing)
+
+
+def _shards(listing: Listing) -> list[RemoteFile]:
+    """Of the top folder; some makers put a second copy of all weights beside them as consolidated files."""
     return [file for file in listing.files if file.path.endswith(".safetensors") and "/" not in file.path
             and not file.path.startswith("consolidated")]
 
@@ -158,7 +164,7 @@ def _weights(listing: Listing) -> list[RemoteFile]:
 def _ready(hub: Hub, listing: Listing, stop: Event) -> Source:
     if not listing.find(MANIFEST):
         raise UserError(f"{listing.repository} holds no ready-made Floe folder; use --source original.")
-    source = _source(hub, listing, "ready", _flat(listing) + _weights(listing))
+    source = _source(hub, listing, "ready", _flat(listing) + _shards(listing))
     _check_chat_parts(hub, listing, source.files, stop)
     return source
 
@@ -167,13 +173,11 @@ def _original(hub: Hub, listing: Listing, stop: Event) -> Source:
     """Configuration, tokenizer and all shards that the repository has in its top folder, if a chat could use them."""
     if not listing.find("config.json"):
         raise UserError(f"{listing.repository} has no config.json: it is not a transformers checkpoint.")
-    weights = _weights(listing)
-    if listing.find(SINGLE) and not listing.find(INDEX):
-        weights = [listing.find(SINGLE)]
-    if not weights:
+    shards = weights(listing)
+    if not shards:
         raise UserError(f"{listing.repository} has no safetensors files; Floe Chat takes no other format than these "
                         "and GGUF (--source gguf).")
-    source = _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + weights)
+    source = _source(hub, listing, "original", [file for file in _flat(listing) if file.path != MANIFEST] + shards)
     _check_chat_parts(hub, listing, source.files, stop)
     return source
 

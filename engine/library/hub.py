@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from threading import Event, Lock
 from urllib.parse import quote, unquote, urljoin, urlsplit
@@ -126,6 +126,11 @@ class Hub:
             if token is None and (stored := os.environ.get(name, "").strip()):
                 check_token(stored, f"The variable {name}")
         return Hub(endpoint(data), token, hosts=(*hosts, *allowed_hosts(data)))
+
+    @staticmethod
+    def waited_for(data: str | Path | None = None) -> Hub:
+        """As `here`, for somebody who looks at the page meanwhile: it is asked a second time at most."""
+        return replace(Hub.here(data=data), delays=(1,))
 
     @property
     def host(self) -> str:

@@ -4,18 +4,17 @@ What is asked of the network: one page of names, or of one repository the list o
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
 
 from engine.core import UserError
 from engine.library import catalogue
-from engine.library.download import gguf_models
+from engine.library.download import gguf_models, weights
 from engine.library.hub import REPOSITORY, Hub, address
 
 MOST = 20
 FORMATS = ("safetensors", "gguf")
-DELAYS = (1,)  # a person waits
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class Examined:
     why: str = ""
 
 
-def search_hub(words: str, hub: Hub | None = None) -> tuple[Hit, ...]:
+def search_hub(words: str, data: str | Path | None = None) -> tuple[Hit, ...]:
     """Repositories whose names have these words, most downloaded first. UserError, MachineError: one sentence."""
     asked = {"search": words.strip()[:200], "limit": MOST, "sort": "downloads", "direction": -1}
-    rows = _quickly(hub).asked(f"models?{urlencode(asked)}", "the search", list)
+    rows = Hub.waited_for(data).asked(f"models?{urlencode(asked)}", "the search", list)
     hits = [_hit(row) for row in rows if isinstance(row, dict)]
     return tuple(hit for hit in hits if hit and hit.formats)
 
@@ -59,7 +58,7 @@ def _hit(row: dict) -> Hit | None:
     return Hit(name, *numbers, tuple(each for each in FORMATS if isinstance(tags, list) and each in tags))
 
 
-def examine_repository(text: str, data: str | Path | None = None, hub: Hub | None = None) -> Examined:
+def examine_repository(text: str, data: str | Path | None = None) -> Examined:
     """What a repository of the Hub holds, by its id or an address, and what is needed to plan it.
 
     UserError, MachineError: one sentence, where the repository cannot be looked at.
@@ -68,14 +67,10 @@ def examine_repository(text: str, data: str | Path | None = None, hub: Hub | Non
     if found is None:
         raise UserError(f"{text.strip()[:100]!r} is not an address of the Hub; write it like owner/name.")
     repository, file = found
-    listing = _quickly(hub).listing(repository)
+    listing = Hub.waited_for(data).listing(repository)
     files = tuple(sorted((name, sum(file.bytes for file in parts)) for name, parts in gguf_models(listing).items()))
-    weights = sum(file.bytes for file in listing.files if file.path.endswith(".safetensors") and "/" not in file.path)
+    n_bytes = sum(file.bytes for file in weights(listing))
     try:
-        return Examined(repository, weights, files, file, catalogue.look_up(repository, data))
+        return Examined(repository, n_bytes, files, file, catalogue.of_repository(listing, data))
     except UserError as error:
-        return Examined(repository, weights, files, file, None, str(error))
-
-
-def _quickly(hub: Hub | None) -> Hub:
-    return replace(hub or Hub.here(), delays=DELAYS)
+        return Examined(repository, n_bytes, files, file, None, str(error))

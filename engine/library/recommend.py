@@ -23,8 +23,8 @@ VERDICTS = ("fits", "slow", "impractical", "no")  # best to worst
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One model on this machine. verdict: one of VERDICTS; recommended: the one to begin with; text: the plan in words;
-    missing: what a machine lacks that cannot run it, in words, and what would help."""
+    """One model on this machine. verdict: one of VERDICTS; recommended: the one to begin with; missing: what
+    a machine lacks that cannot run it, in words, and what would help."""
 
     name: str
     title: str
@@ -35,9 +35,7 @@ class Recommendation:
     download_bytes: int
     disk_bytes: int
     verdict: str
-    level: str
     tokens_per_second: float
-    text: str
     missing: str = ""
     recommended: bool = False
 
@@ -74,10 +72,10 @@ def plan_for(known: catalogue.ModelInfo, machine: Machine, level: str | None = N
     return plan(known.spec, machine, wishes, known.calibration)
 
 
-def recommendations(machine: Machine, wishes: PlanRequest | None = None) -> list[Recommendation]:
+def recommendations(machine: Machine) -> list[Recommendation]:
     """The catalogue on this machine. The first is recommended, unless none is practical: the best known that fits, else
     the fastest. Then what fits, then by expected speed."""
-    known = [_outlook(entry, machine, wishes) for entry in catalogue.entries().values()]
+    known = [_outlook(entry, machine) for entry in catalogue.entries().values()]
     rows = sorted(known, key=lambda row: (VERDICTS.index(row.verdict), -row.tokens_per_second))
     first = next((row for row in known if row.verdict == "fits"), rows[0] if rows else None)
     good = first is not None and first.verdict in ("fits", "slow")
@@ -85,15 +83,15 @@ def recommendations(machine: Machine, wishes: PlanRequest | None = None) -> list
     return [replace(row, recommended=good and row is first) for row in rows]
 
 
-def _outlook(entry: catalogue.Entry, machine: Machine, wishes: PlanRequest | None) -> Recommendation:
+def _outlook(entry: catalogue.Entry, machine: Machine) -> Recommendation:
     missing = ""
     try:
-        made = plan(entry.spec, machine, wishes)
-        numbers = verdict_of(made), made.level, made.decode_tokens_per_second, explain.plan_text(made), made.disk_bytes
+        made = plan(entry.spec, machine)
+        numbers = verdict_of(made), made.decode_tokens_per_second, made.disk_bytes
         missing = explain.missing(made)
     except UserError as error:
-        numbers = "no", "", 0.0, str(error), 0
+        numbers = "no", 0.0, 0
         missing = str(error)
-    verdict, level, speed, text, disk_bytes = numbers
+    verdict, speed, disk_bytes = numbers
     return Recommendation(entry.name, entry.title, entry.about, entry.licence, entry.good_for, entry.repository,
-                          entry.original_bytes, disk_bytes, verdict, level, speed, text, missing)
+                          entry.original_bytes, disk_bytes, verdict, speed, missing)

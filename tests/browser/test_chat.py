@@ -4,14 +4,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from tests.support import browser, waiting
-from tests.support.browser import STOP_AT, ask, expect, send, settled, stats, until
+from tests.support.browser import STOP_AT, ask, begun, expect, send, settled, stats, until
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -52,15 +50,6 @@ def test_an_answer_grows_before_the_eyes(page):
         r"^first token \d+ ms$", r"^prefill \d+ tok/s$", r"^\d+ tokens$", r"^\d+ % hits$", r"^[\d.]+ MB/token$",
         "^Demo$", "^balanced$")])
     expect(page.locator("#announce")).to_have_text(re.compile(r"^Answer finished\. \w"))
-
-
-@contextmanager
-def begun(app, page, text: str) -> Iterator[None]:
-    """Send, and wait until some words of the answer are there. Inside, it does not end by itself."""
-    with app.endless():
-        send(page, text)
-        expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
-        yield
 
 
 def test_stop_while_answering_keeps_what_was_said(app, page):

@@ -10,9 +10,8 @@ import pytest
 
 from tests.app.chat import foreign_exports
 from tests.app.chat.test_attachments import pdf
-from tests.browser.test_page import violations
 from tests.support import browser
-from tests.support.browser import ask, bring, expect, new_chat, send, settled, stats
+from tests.support.browser import ask, bring, expect, new_chat, send, settled, stats, violations
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page

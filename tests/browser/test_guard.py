@@ -36,7 +36,7 @@ def test_the_link_opens_the_page_and_its_parts(app):
 
 
 def test_the_page_is_there_only_for_this_computer(app):
-    port = int(app.address.rsplit(":", 1)[1])
+    port = app.port
     addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
     for address in [a for a in addresses if not a.startswith("127.")]:
         with pytest.raises(OSError):
@@ -68,7 +68,7 @@ def test_without_the_token_there_is_nothing_and_no_file_is_written(app):
     "/gradio_api/file=/etc/passwd",
     "/assets/..%5c..%5cpyproject.toml", "/svelte/../../app.py"])
 def test_no_path_leads_to_a_file_of_the_computer(app, path):
-    port = int(app.address.rsplit(":", 1)[1])
+    port = app.port
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as raw:  # a client would tidy the path up
         lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close",
                  *(f"{name}: {value}" for name, value in app.credentials.items()), "", ""]
@@ -81,7 +81,7 @@ def test_no_path_leads_to_a_file_of_the_computer(app, path):
 
 def raw(app, text: str, body: bytes = b"") -> bytes:
     """What comes back on a connection of its own, with the credentials of a page."""
-    port = int(app.address.rsplit(":", 1)[1])
+    port = app.port
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
         lines = [text, f"Host: 127.0.0.1:{port}", *(f"{name}: {value}" for name, value in app.credentials.items())]
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
@@ -107,7 +107,7 @@ def test_a_thousand_connections_that_say_nothing_shut_nobody_out(app):
     """Who is in is answered all the while; who comes newly, once the others have been let go."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
-    port, crowd = int(app.address.rsplit(":", 1)[1]), []
+    port, crowd = app.port, []
     try:
         with httpx.stream("GET", app.address + "/events", headers=app.credentials, timeout=SECONDS) as page:
             told = page.iter_lines()
@@ -147,7 +147,7 @@ class Thief(BaseHTTPRequestHandler):
 @pytest.fixture
 def thief(app) -> Iterator[HTTPServer]:
     server = HTTPServer(("127.0.0.1", 0), Thief)
-    server.seen, server.other = [], app.address.rsplit(":", 1)[1]
+    server.seen, server.other = [], str(app.port)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -211,7 +211,7 @@ def test_pages_that_stayed_open_say_that_the_program_is_gone_and_go_on_later(chr
         expect(page.locator(".spinner:visible, .phase:visible, .work, #stop:visible")).to_have_count(0)
         browser.send(page, "Is anybody there?")
         expect(page.locator("#message")).to_have_value("Is anybody there?")
-    with browser.running(tmp_path, "--port", first.address.rsplit(":", 1)[1]) as again:
+    with browser.running(tmp_path, "--port", str(first.port)) as again:
         for page in pages:
             expect(page.locator(".banner.bad")).to_contain_text("newest link")
         bookmark = context.new_page()
@@ -252,7 +252,7 @@ def test_the_file_that_the_browser_is_started_with_opens_the_page(app, chromium,
 
 
 def test_a_port_in_use_is_said_in_one_sentence(app, tmp_path):
-    port = app.address.rsplit(":", 1)[1]
+    port = str(app.port)
     done = subprocess.run([sys.executable, "-m", "app", "--no-browser", "--port", port, "--data", str(tmp_path)],
                           cwd=browser.REPOSITORY, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2 and done.stdout == ""

@@ -3,27 +3,16 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.bench_page import busy_share, long_conversation
 from tests.browser.formulas import page_of_formulas
 from tests.support import browser
-from tests.support.browser import STOP_AT, ask, bring, expect, settled, wait_ready
+from tests.support.browser import STOP_AT, ask, bring, expect, settled, violations, wait_ready
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
-
-
-def violations(page) -> list[str]:
-    """What axe-core calls critical or serious, with the element."""
-    package = pytest.importorskip("axe_playwright_python")
-    source = next(Path(package.__file__).parent.rglob("axe.min.js")).read_text()
-    page.evaluate(source + ";0")
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    return [f"{v['id']}: {node['html'][:120]}" for v in found if v["impact"] in ("critical", "serious")
-            for node in v["nodes"]]
 
 
 def test_nobody_is_shut_out(page):

@@ -7,9 +7,8 @@ import zipfile
 import httpx
 import pytest
 
-from tests.browser.test_page import violations
 from tests.support import browser
-from tests.support.browser import ask, expect, until
+from tests.support.browser import ask, expect, until, violations
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page

@@ -13,9 +13,8 @@ from app.chat.chats import Chats
 from app.remote.server import Servers
 from engine import Sampling, UserError
 from tests.app.remote.model_server import chunk, model_server
-from tests.browser.test_page import violations
 from tests.support import browser
-from tests.support.browser import ask, expect, send, settled, state, until
+from tests.support.browser import ask, expect, send, settled, state, until, violations
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page

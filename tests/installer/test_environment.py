@@ -296,6 +296,20 @@ def test_other_pythons_do_not_leak_in(monkeypatch, tmp_path):
     assert variables["PIP_USER"] == "0" and variables["PIP_CACHE_DIR"].startswith(str(tmp_path))
 
 
+def test_what_killed_programs_left_goes_after_a_day(tmp_path):
+    temporary = tmp_path / "tmp"
+    for name in ("old", "young"):
+        (temporary / name).mkdir(parents=True)
+        (temporary / name / "part").write_text("x")
+        (temporary / f"{name}.txt").write_text("x")
+    (temporary / "link").symlink_to(tmp_path)
+    for name in ("old", "old.txt", "link"):
+        os.utime(temporary / name, (1, 1), follow_symlinks=False)
+    environment.clear_temporary(tmp_path)
+    assert sorted(path.name for path in temporary.iterdir()) == ["young", "young.txt"]
+    assert (temporary / "young" / "part").is_file() and tmp_path.is_dir()
+
+
 def test_of_pips_own_files_only_the_way_to_the_index_counts(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)

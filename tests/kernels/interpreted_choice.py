@@ -1,4 +1,4 @@
-"""Cases for Triton's interpreter (run by test_kernels_triton.py): scoring and selecting against the references."""
+"""Cases for Triton's interpreter (run by test_interpreted.py): scoring and selecting against the references."""
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""Cases for Triton's interpreter (run by test_kernels_triton.py): take, resolve, fill and age, byte for byte."""
+"""Cases for Triton's interpreter (run by test_interpreted.py): take, resolve, fill and age, byte for byte."""
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""Cases for Triton's interpreter (run by test_kernels_triton.py): the sparse and the dense expert product."""
+"""Cases for Triton's interpreter (run by test_interpreted.py): the sparse and the dense expert product."""
 from __future__ import annotations
 
 from itertools import product

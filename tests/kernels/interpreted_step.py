@@ -7,6 +7,8 @@ places, tables changed in place.
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ LEVELS = ("exact", "fast", "floe")
 
 
 QUICK = [("qwen3_moe", "fast", 1), ("gpt_oss", "exact", 2)]
-SLOW = [(name, level, tokens) for name in ("qwen3_moe", "gpt_oss") for level in LEVELS for tokens in (1, 3)]
+SLOW = [case for case in product(("qwen3_moe", "gpt_oss"), LEVELS, (1, 3)) if case not in QUICK]
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +66,18 @@ def run(folder, level: str, tokens: int, far=None, device: str = "cpu") -> tuple
     return out, runtime.counts.tolist(), tables
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return {name: compressed(name, tmp_path_factory.mktemp(name))[2] for name in ("qwen3_moe", "gpt_oss")}
+
+
 @pytest.mark.parametrize("name, level, tokens", QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW])
 @torch.no_grad()
-def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, tmp_path, monkeypatch):
-    folder = compressed(name, tmp_path)[2]
-    expected = run(folder, level, tokens)
+def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, folders, monkeypatch):
+    expected = run(folders[name], level, tokens)
     for kernel, module in OF.items():
         monkeypatch.setattr(experts_runtime, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
-    found = run(folder, level, tokens)
+    found = run(folders[name], level, tokens)
     for a, b in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert found[1] == expected[1] and found[1][2] > 0

@@ -20,21 +20,19 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(
 FILES = ("memory", "choice", "product", "dequantize", "linear", "self_check")
 
 
-def run_cases(repository, name: str, *options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *options,
-               f"tests/kernels/interpreted_{name}.py"]
+def run_cases(repository, marked: str, *names: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p",
+               "tests.support.interpreter", "-m", marked, *(f"tests/kernels/interpreted_{name}.py" for name in names)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_equal_their_references(repository, name):
-    run_cases(repository, name, "-m", "not slow")
+def test_kernels_equal_their_references(repository):
+    run_cases(repository, "not slow", *FILES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES[1:-1])  # of bookkeeping and self-check none is slow
-def test_kernels_equal_their_references_on_more_shapes(repository, name):
-    run_cases(repository, name, "-m", "slow")
+def test_kernels_equal_their_references_on_more_shapes(repository):
+    run_cases(repository, "slow", *FILES)

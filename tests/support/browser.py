@@ -55,6 +55,10 @@ class App:
         """The newest: each works once."""
         return re.findall(r"http://\S+", (self.data / "program.log").read_text())[-1]
 
+    @property
+    def port(self) -> int:
+        return int(self.address.rsplit(":", 1)[1])
+
     @cached_property
     def credentials(self) -> dict[str, str]:
         """The headers of a page that came in through a link."""
@@ -265,6 +269,15 @@ def ask(page, text: str):
     return page.locator(f".message[data-id='{sent.value.json()['message']}']")
 
 
+@contextmanager
+def begun(app, page, text: str) -> Iterator[None]:
+    """Send, and wait until some words of the answer are there. Inside, it does not end by itself."""
+    with app.endless():
+        send(page, text)
+        expect(page.locator(".message.running .answer")).to_have_text(re.compile(r".{10}", re.DOTALL))
+        yield
+
+
 def new_chat(page, question: str = "Hello!") -> None:
     page.click("#new-chat")
     page.wait_for_selector(".hero")
@@ -282,3 +295,13 @@ def bring(page, title: str, messages: list[dict]) -> None:
     page.evaluate(f"location.hash = 'c{made[0]['id']}'")
     newest = page.evaluate(f"fetch('/api/conversations/{made[0]['id']}?limit=1').then(reply => reply.json())")
     page.wait_for_selector(f".message[data-id='{newest['messages'][0]['id']}']")
+
+
+def violations(page) -> list[str]:
+    """What axe-core calls critical or serious, with the element."""
+    package = pytest.importorskip("axe_playwright_python")
+    source = next(Path(package.__file__).parent.rglob("axe.min.js")).read_text()
+    page.evaluate(source + ";0")
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [f"{v['id']}: {node['html'][:120]}" for v in found if v["impact"] in ("critical", "serious")
+            for node in v["nodes"]]

@@ -182,7 +182,7 @@ def test_what_cannot_be_fetched_is_said(loopback, shelf):
 def test_every_model_of_the_catalogue_has_a_verdict_for_this_machine(shelf):
     offers = shelf.shown()["offers"]
     assert offers and {offer["verdict"] for offer in offers} <= {"fits", "slow", "impractical", "no"}
-    assert all(offer["text"] and offer["download_bytes"] > 1e9 for offer in offers)
+    assert all(offer["about"] and offer["download_bytes"] > 1e9 for offer in offers)
     order = ["fits", "slow", "impractical", "no"]
     assert [order.index(offer["verdict"]) for offer in offers] == sorted(order.index(o["verdict"]) for o in offers)
 

@@ -303,13 +303,13 @@ def test_experts_without_a_device_path_say_so(folder, tmp_path, monkeypatch):
 
 def test_the_step_runs_on_the_kernels_of_a_card(repository):
     pytest.importorskip("triton")
-    run_cases(repository, "step", "-m", "not slow")
+    run_cases(repository, "not slow", "step")
 
 
 @pytest.mark.slow
 def test_the_step_runs_on_the_kernels_of_a_card_at_every_level(repository):
     pytest.importorskip("triton")
-    run_cases(repository, "step", "-m", "slow")
+    run_cases(repository, "slow", "step")
 
 
 def test_near_memory_for_less_than_a_step_is_a_sentence(folder):

@@ -286,14 +286,14 @@ def test_a_full_disk_keeps_what_is_whole_and_goes_on(kilobytes, source, whole, s
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-BIG = dict(hidden_size=2048, moe_intermediate_size=1024, intermediate_size=1024, num_experts=8, num_hidden_layers=6,
+BIG = dict(hidden_size=2048, moe_intermediate_size=1024, intermediate_size=1024, num_experts=4, num_hidden_layers=4,
            vocab_size=262144, head_dim=64, num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=False)
 
 
 def big_checkpoint(folder: Path) -> int:
     """At least 4 GiB in bfloat16, written tensor by tensor; returns the bytes of one layer's experts.
 
-    Embedding and head are 1 GiB each, six layers of experts 96 MiB each, and the prediction layers the rest: few
+    Embedding and head are 1 GiB each, four layers of experts 48 MiB each, and the prediction layers the rest: few
     weights for the quantiser, and single tensors larger than any layer.
     """
     folder.mkdir()
@@ -320,8 +320,8 @@ def big_checkpoint(folder: Path) -> int:
             for e in range(BIG["num_experts"]):
                 for matrix, shape in (("gate", (1024, 2048)), ("up", (1024, 2048)), ("down", (2048, 1024))):
                     add(f"model.layers.{layer}.mlp.experts.{e}.{matrix}_proj.weight", *shape)
-        add("mtp.layers.0.weight", 13 << 16, 1024)
-    return 3 * 8 * 1024 * 2048 * 2
+        add("mtp.layers.0.weight", 15 << 16, 1024)
+    return 3 * BIG["num_experts"] * 1024 * 2048 * 2
 
 
 def anonymous_bytes(pid: int) -> int:

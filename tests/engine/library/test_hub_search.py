@@ -105,6 +105,7 @@ def test_a_search_that_fails_is_one_sentence(hub):
 def test_a_repository_is_looked_at_without_its_weights(hub, tmp_path):
     found = examine_repository(" maker/Boat ", tmp_path)
     assert (found.download_bytes, found.files, found.why) == (1000, (), "") and found.known.spec.experts == 8
+    assert sum("/tree/" in request for request in hub.requests) == 1
     found = examine_repository("hf.co/other/Boat-GGUF:Q8_0", tmp_path)
     assert found.files == (("Boat-Q4_K_M", 300), ("Boat-Q8_0", 600)) and found.file == "Q8_0"
     assert found.known.name == "other/Boat-GGUF" and found.known.spec.experts == 8  # of what it was made of
@@ -112,3 +113,10 @@ def test_a_repository_is_looked_at_without_its_weights(hub, tmp_path):
     assert not any(name.endswith((".gguf", ".safetensors")) for name in hub.served)
     with pytest.raises(UserError, match="does not exist"):
         examine_repository("maker/none", tmp_path)
+
+
+@pytest.mark.parametrize("index, n_bytes", [({}, 1000), ({"model.safetensors.index.json": b"{}"}, 1070)])
+def test_weights_are_counted_as_they_would_be_fetched(hub, tmp_path, index, n_bytes):
+    hub.add("maker/Twice", {"config.json": MIXTRAL, "model.safetensors": b"x" * 1000, "other.safetensors": b"x" * 70,
+                            "consolidated.safetensors": b"x" * 9000, "old/model.safetensors": b"x" * 300} | index)
+    assert examine_repository("maker/Twice", tmp_path).download_bytes == n_bytes

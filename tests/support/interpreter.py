@@ -1,0 +1,32 @@
+"""Triton's interpreter without two thirds of its work, none of which changes a result.
+
+Imported where TRITON_INTERPRET=1, before a kernel runs. Two things cost the interpreter more than all else together:
+every sum and product of integers is computed again in 64 bits for an assertion that only `debug` would make, and every
+call of a device function patches the whole language anew although its kernel has just done that.
+"""
+from __future__ import annotations
+
+from triton.runtime import interpreter
+
+assert not interpreter.interpreter_builder.options.debug    # with it the assertions would be made
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+_patched: set[int] = set()          # language modules patched since the running kernel began
+_run_grid, _patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+
+
+def _grid(self, *arguments, **named):
+    _patched.clear()
+    return _run_grid(self, *arguments, **named)
+
+
+def _device_function(self, *arguments, **named):
+    """As InterpretedFunction.__call__, but what the languages of a module need is patched once a kernel."""
+    if id(self.fn.__globals__) not in _patched:
+        _patched.add(id(self.fn.__globals__))
+        _patch(self.fn)
+    return self.rewrite()(*arguments, **named)
+
+
+interpreter.GridExecutor.__call__ = _grid
+interpreter.InterpretedFunction.__call__ = _device_function
