@@ -164,7 +164,8 @@ def test_the_disk_is_looked_at_first(loopback, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=200_500_000))
     with pytest.raises(UserError, match="200 MB free, and 201 MB|200 MB free, and 202 MB"):
         download(NAME, data=tmp_path)
-    assert not any("resolve" in request for request in loopback.requests)
+    fetched = {request.rpartition("/")[2] for request in loopback.requests if "resolve" in request}
+    assert fetched == {"tokenizer.json"}        # so small that it may be a note in place of one
     assert os.listdir(tmp_path / "models") == []
 
 
