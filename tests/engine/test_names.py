@@ -123,7 +123,8 @@ def test_an_unfinished_folder_of_somebody_else_is_not_ours(data, tmp_path):
     with pytest.raises(UserError, match="no model 'album'"):
         delete("album", data)
     with LoopbackHub() as loopback, pytest.MonkeyPatch.context() as patch:
-        loopback.add("me/album", {"floe.json": b"{}", "config.json": b"{}"})
+        loopback.add("me/album", {"floe.json": b"{}", "config.json": b"{}", "tokenizer.json": b"{}",
+                                  "chat_template.jinja": b"{{ messages }}"})
         patch.setenv("HF_ENDPOINT", loopback.endpoint)
         with pytest.raises(UserError, match="album.partial holds something else"):
             download("me/album", data=data)

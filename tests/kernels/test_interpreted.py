@@ -22,7 +22,7 @@ FILES = ("memory", "choice", "product", "dequantize", "linear", "self_check")
 
 def run_cases(repository, marked: str, *names: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p",
-               "tests.support.interpreter", "-m", marked, *(f"tests/kernels/interpreted_{name}.py" for name in names)]
+               "tests.kernels.interpreter", "-m", marked, *(f"tests/kernels/interpreted_{name}.py" for name in names)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -23,7 +23,7 @@ from tests.engine.experts.test_far_locked import Ledger
 
 QWEN = Case("qwen3.6-35b-a3b", None, "fast", 60_000, 12, None, n_prompt=9)
 INTERPRETED = """
-import tests.support.interpreter
+import tests.kernels.interpreter
 from engine.bench.first_light import kernel_checks as k, speed_checks, table_checks as t
 from engine.bench.rows import say
 from kernels.layout import Layout

@@ -25,7 +25,8 @@ MANIFEST = json.dumps({
     "format_version": 1, "group_size": 64, "trunk_bits": 16, "layers": 1, "experts": 2, "top_k": 1, "neurons": 64,
     "hidden": 64, "files": [{"path": name, "bytes": len(data), "sha256": sha256(data)}
                             for name, data in ((NAME, DATA), ("trunk.safetensors", TRUNK))]}).encode()
-FILES = {"floe.json": MANIFEST, "config.json": b'{"model_type": "x"}', NAME: DATA, "trunk.safetensors": TRUNK}
+FILES = {"floe.json": MANIFEST, "config.json": b'{"model_type": "x"}', NAME: DATA, "trunk.safetensors": TRUNK,
+         "tokenizer.json": b"{}" + bytes(2000), "chat_template.jinja": b"{{ messages }}"}
 SECONDS, BYTES = 30, 150 << 20
 MOODS: dict[str, Callable[[Bad], None]] = {}
 
