@@ -60,10 +60,13 @@ def ask(chats, jobs, conversation: int) -> None:
 
 
 def nursery() -> None:
-    """Every line of standard input is a life, in a process forked from this one, which has imported everything."""
+    """Every line of standard input is a life, in a process forked from this one, which has imported everything and
+    loaded what is compiled for this processor: each life would."""
     import app.server  # noqa: F401
     import engine.hf  # noqa: F401
+    from kernels.dispatch import compile_all
 
+    compile_all()
     while line := sys.stdin.readline():
         pid = os.fork()
         if pid == 0:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -48,32 +49,39 @@ def test_the_best_instructions_that_there_are(there, kind, parts):
     assert type(chosen) is kind and chosen.parts == parts
 
 
+SAID = """
+    from kernels.cpu import apply
+    from kernels.cpu.dots import DOTS
+    error = (found - dense.reference(*arguments)).abs().max() / found.abs().max()
+    assert error < 2e-4, error
+    print(type(DOTS).__name__, DOTS.parts, found.numpy().tobytes().hex(), apply._add_neurons.cache_hits,
+          sum(apply._pieces_of.stats.cache_misses.values()))
+"""
+
+
+@pytest.fixture(scope="module")
+def first(repository, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of what the first process compiled for this processor, and what it said."""
+    cache = tmp_path_factory.mktemp("numba")
+    return cache, run(repository, SAID, NUMBA_CACHE_DIR=str(cache)).split()
+
+
 @pytest.mark.skipif(not llvm.get_host_cpu_features().get("avx2"), reason="needs an x86 processor with AVX2")
-def test_every_kind_of_processor_makes_the_same_bits(repository, tmp_path):
+def test_every_kind_of_processor_makes_the_same_bits(repository, tmp_path, first):
     """An older one by name (AVX2), one with nothing but plain vectors, and this one."""
-    code = """
-        import sys
-        from kernels.cpu.dots import DOTS
-        print(type(DOTS).__name__, DOTS.parts, found.numpy().tobytes().hex())
-        error = (found - dense.reference(*arguments)).abs().max() / found.abs().max()
-        assert error < 2e-4, error
-    """
-    said = {name: run(repository, code, NUMBA_CPU_NAME=name, NUMBA_CACHE_DIR=str(tmp_path)).split()
-            for name in ("", "haswell", "x86-64")}
-    assert said["haswell"][:2] == ["TwoWay", "2"] and said["x86-64"][:2] == ["Plain", "1"]
-    assert said["haswell"][2] == said[""][2]        # x86-64 rounds a product before it is added
+    haswell, plain = (run(repository, SAID, NUMBA_CPU_NAME=name, NUMBA_CACHE_DIR=str(tmp_path)).split()
+                      for name in ("haswell", "x86-64"))
+    assert haswell[:2] == ["TwoWay", "2"] and plain[:2] == ["Plain", "1"]
+    assert haswell[2] == first[1][2]        # x86-64 rounds a product before it is added
 
 
-def test_the_second_process_compiles_nothing(repository, tmp_path):
-    code = """
-        from kernels.cpu import apply
-        print(apply._add_neurons.cache_hits, sum(apply._pieces_of.stats.cache_misses.values()))
-    """
-    assert run(repository, code, NUMBA_CACHE_DIR=str(tmp_path)) == "0 1"
-    kept = sorted(path.name for path in tmp_path.rglob("*.nbi"))
+def test_the_second_process_compiles_nothing(repository, first):
+    cache, said = first
+    assert said[3:] == ["0", "1"]
+    kept = sorted(path.name for path in cache.rglob("*.nbi"))
     assert any("apply._add_neurons" in name for name in kept)
-    assert run(repository, code, NUMBA_CACHE_DIR=str(tmp_path)) == "1 0"
-    assert sorted(path.name for path in tmp_path.rglob("*.nbi")) == kept
+    assert run(repository, SAID, NUMBA_CACHE_DIR=str(cache)).split()[2:] == [said[2], "1", "0"]
+    assert sorted(path.name for path in cache.rglob("*.nbi")) == kept
 
 
 def test_another_version_of_these_files_shares_nothing(tmp_path):
