@@ -20,7 +20,8 @@ DEVELOPERS = {"installer/lock.sh", "installer/pack.py", "installer/check.sh", "i
               "installer/pins/tests.lock", "installer/pins/uv.lock", "assets/icons/make_icons.py"}
 PLATFORMS = {"linux-x64": "manylinux_2_17_x86_64", "win-x64": "win_amd64", "macos-arm64": "macosx_11_0_arm64"}
 # What is double-clicked stands at the top, and only where it works.
-ON_TOP = {"installer/Start Floe Chat.bat": "win-x64", "installer/Start Floe Chat.command": "macos-arm64"}
+ON_TOP = {"installer/double_click/Start Floe Chat.bat": "win-x64",
+          "installer/double_click/Start Floe Chat.command": "macos-arm64"}
 MAX_BYTES = 80_000_000
 MOMENT = (2020, 1, 1, 0, 0, 0)  # every file's date: the zip must not depend on when it was made
 

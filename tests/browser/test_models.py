@@ -283,6 +283,7 @@ def test_a_folder_elsewhere_is_added_by_its_path_and_taken_off_the_list_again(pa
     expect(mine).to_contain_text("in its own folder")
     page.on("dialog", lambda dialog: dialog.accept())
     mine.get_by_role("button", name="Remove from list").click()
+    page.wait_for_selector(".notice:has-text('its files stay where they are')")
     mine.wait_for(state="detached")
     assert (tmp_path / "Elsewhere" / "floe.json").is_file()
 

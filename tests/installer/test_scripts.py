@@ -18,8 +18,9 @@ from installer import pack, places
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLER = ROOT / "installer"
-BAT = INSTALLER / "Start Floe Chat.bat"
-SCRIPTS = [*INSTALLER.glob("*.sh"), *INSTALLER.glob("*.command"), ROOT / ".ci" / "run"]
+CLICKED = Path("installer", "double_click")  # where the files that are double-clicked lie in the source
+BAT = ROOT / CLICKED / "Start Floe Chat.bat"
+SCRIPTS = [*INSTALLER.rglob("*.sh"), *INSTALLER.rglob("*.command"), ROOT / ".ci" / "run"]
 
 
 @pytest.fixture
@@ -140,13 +141,13 @@ def test_a_uv_with_the_right_checksum_fetches_python(folder, bare_path, tmp_path
 
 def test_the_desktop_file_is_valid(folder, tmp_path):
     needs("desktop-file-validate")
-    subprocess.run(["sh", folder / "installer" / "install_shortcut.sh"], check=True, capture_output=True,
+    subprocess.run(["sh", folder / "installer/menus/install_shortcut.sh"], check=True, capture_output=True,
                    env=os.environ | {"XDG_DATA_HOME": str(tmp_path / "share")})
     entry = tmp_path / "share" / "applications" / "floechat.desktop"
     done = subprocess.run(["desktop-file-validate", entry], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stdout
     assert f'Exec=sh "{folder}/installer/start.sh"' in entry.read_text(encoding="utf-8").splitlines()
-    subprocess.run(["sh", folder / "installer" / "install_shortcut.sh", "--remove"], check=True,
+    subprocess.run(["sh", folder / "installer/menus/install_shortcut.sh", "--remove"], check=True,
                    env=os.environ | {"XDG_DATA_HOME": str(tmp_path / "share")})
     assert not entry.exists()
 
@@ -158,7 +159,8 @@ def test_a_double_click_finds_odd_folders(tmp_path):
     shutil.copytree(INSTALLER, odd / "installer", ignore=shutil.ignore_patterns("__pycache__"))
     (odd / "installer" / "start.sh").write_text(f'#!/bin/sh\necho "$0" > "{tmp_path}/clicked"\n')
     variables = os.environ | {"XDG_DATA_HOME": str(tmp_path / "share"), "HOME": str(tmp_path)}
-    subprocess.run(["sh", odd / "installer" / "install_shortcut.sh"], check=True, capture_output=True, env=variables)
+    subprocess.run(["sh", odd / "installer/menus/install_shortcut.sh"], check=True, capture_output=True,
+                   env=variables)
     entry = tmp_path / "share" / "applications" / "floechat.desktop"
     entry.write_text(entry.read_text(encoding="utf-8").replace("Terminal=true", "Terminal=false"), encoding="utf-8")
     gtk_launch("floechat", variables, tmp_path / "clicked")
@@ -252,7 +254,7 @@ def test_the_batch_file_alone_asks_for_the_whole_zip(wine, tmp_path):
 
 @pytest.mark.slow
 def test_the_batch_file_without_python(wine, folder):
-    code, said = wine(folder / "installer")
+    code, said = wine(folder / CLICKED)
     assert code == 3 and "needs Python" in said
 
 
@@ -319,9 +321,9 @@ def test_the_batch_file_takes_the_uv_of_the_list_and_no_other(wine, folder, tmp_
     python = '"' + as_windows(show).replace("\\", "\\\\") + '\\r\\n"'
     tools = compiled(tmp_path / "tools", "tools", TOOLS, PYTHON=python, FOUND=str(found))
     (folder / "installer" / "bin").mkdir()
-    for name in ("certutil.exe", "findstr.exe", "bin/uv.exe"):
-        shutil.copy(tools, folder / "installer" / name)
-    code, said = wine(folder / "installer", "--cpu")
+    for place in (CLICKED / "certutil.exe", CLICKED / "findstr.exe", Path("installer", "bin", "uv.exe")):
+        shutil.copy(tools, folder / place)
+    code, said = wine(folder / CLICKED, "--cpu")
     if found == 0:
         assert code == 7 and re.search(r'show.exe" -I "Z:.*\\installer\\bootstrap.py" --cpu', said), said
     else:
@@ -335,7 +337,7 @@ def test_the_batch_file_hands_over(wine, folder, tmp_path, on_top):
     (folder / ".app").mkdir()
     (folder / ".app" / "python-path").write_text(as_windows(compiled(tmp_path / "show", "show", SHOW)) + "\n")
     if on_top:
-        shutil.move(folder / "installer" / BAT.name, folder / BAT.name)
-    code, said = wine(folder if on_top else folder / "installer", "--port", "7999")
+        shutil.move(folder / CLICKED / BAT.name, folder / BAT.name)
+    code, said = wine(folder if on_top else folder / CLICKED, "--port", "7999")
     assert code == 7, said
     assert re.search(r'show.exe" -I "Z:.*\\installer\\bootstrap.py" --port 7999', said)

@@ -156,7 +156,7 @@ def test_a_double_click_ends_in_an_answer(person, tmp_path):
     flags = f'--no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-port={debugging}'
     browser.write_text(f'#!/bin/sh\nexec "{CHROMIUM}" {flags} --user-data-dir="{tmp_path}/profile" "$@"\n')
     browser.chmod(0o755)
-    subprocess.run(["sh", person.folder / "installer" / "install_shortcut.sh"], check=True, env=person.variables,
+    subprocess.run(["sh", person.folder / "installer/menus/install_shortcut.sh"], check=True, env=person.variables,
                    stdout=subprocess.DEVNULL)
     # A number of its own: two that look for a free screen at one moment (test_scripts.py) find the same.
     clicked = subprocess.Popen(["xvfb-run", "-a", "-n", "150", "sh", "-c", "gtk-launch floechat; sleep 600"],
@@ -263,7 +263,7 @@ def test_half_of_the_environment_gone(person):
 
 
 def test_uninstalling_leaves_only_what_was_kept(person):
-    subprocess.run(["sh", person.folder / "installer" / "install_shortcut.sh"], check=True, env=person.variables,
+    subprocess.run(["sh", person.folder / "installer/menus/install_shortcut.sh"], check=True, env=person.variables,
                    stdout=subprocess.DEVNULL)
     choose_models_dir(str(person.home / "large disk"), person.data)
     code, said = person.run("--uninstall")

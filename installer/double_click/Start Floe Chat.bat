@@ -3,7 +3,7 @@ rem Double-click this on Windows. It finds a Python and hands over to installer\
 setlocal
 title Floe Chat
 set "ROOT=%~dp0"
-if not exist "%ROOT%installer\bootstrap.py" set "ROOT=%~dp0..\"
+if not exist "%ROOT%installer\bootstrap.py" set "ROOT=%~dp0..\..\"
 if not exist "%ROOT%installer\bootstrap.py" goto notwhole
 set "PYTHONHOME="
 set "PYTHONPATH="
