@@ -5,7 +5,7 @@ Strict: a number is no text, and a name that is not known is refused instead of 
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError, model_validator
 
@@ -119,6 +119,7 @@ class Opening(Named):
     level: Annotated[str, Field(max_length=40)] | None = None
     context: Context | None = None
     near_bytes: NearBytes | None = None
+    preset: Literal["lossless", "prefer_cached", "cached_only"] = "lossless"
 
 
 class Fetching(Named):

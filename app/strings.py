@@ -124,6 +124,8 @@ TEXT = {
     "same_again": "With temperature 0 or a fixed seed an answer is the same again; change it under This chat.",
     "dropped": "{n} earlier messages did not fit the context and were left out.",
     "system_folded": "This model's template has no system prompt; yours is sent at the beginning of the first message.",
+    "lossy": "Approximate",
+    "lossy_why": "Written with {how}: experts in memory stood in for others, and the words may not be the model's own.",
     "stat_seconds": "{s} s",
     "stats_more": "More about this answer",
     "stat_first": "first token {ms}",

@@ -34,6 +34,7 @@ _DOORS = {  # module: its names that are everybody's
     "machine.gpu_monitor": ("CardMeter",),
     "planning.explain": ("plan_text",),
     "planning.bottleneck": ("what_binds",),
+    "policies.presets": ("PRESETS", "measured_costs", "preset_of", "why_not"),
     "planning.pictures": ("plan_pictures",),
     "chat.engine": ("Engine",),
     "chat.growing_calls": ("FORCED", "GrowingCalls"),

@@ -181,6 +181,7 @@ class Event:
 
     likely: of the token that this step drew, where it was asked for. piece: of a call that is being written. calls: at
     the end, whole, of the tools that were offered.
+    lossy: the policies by which the answer is not what the level's own arithmetic gives, "" where it is.
     """
 
     kind: str
@@ -192,6 +193,7 @@ class Event:
     likely: Likelihood | None = None
     piece: CallPiece | None = None
     calls: tuple[ToolCall, ...] = ()
+    lossy: str = ""
 
     def __post_init__(self) -> None:
         assert self.kind in EVENT_KINDS, self.kind

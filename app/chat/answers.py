@@ -23,7 +23,7 @@ from app.chat.titles import Titles
 from app.library.open_model import Models
 from app.remote.server import Servers
 from app.strings import TEXT
-from engine import Counters, Event, MachineError, Sampling, Stopped, UserError
+from engine import Counters, Event, MachineError, Sampling, Stopped, UserError, preset_of
 
 CHECKPOINT_SECONDS = 0.8
 PAUSE_SECONDS = 1.0
@@ -336,6 +336,8 @@ class _Meter:
         counters: Counters = event.counters
         self._live.stats |= {"tokens": event.n_tokens, "tokens_per_second": round(event.tokens_per_second, 2),
                              "seconds": round(time.monotonic() - self._start, 2)}
+        if event.lossy:
+            self._live.stats["lossy"] = preset_of(event.lossy) or event.lossy
         if "server" not in self._live.stats:  # it has no near memory
             self._live.stats |= {
                 "hit_rate": round(counters.hit_rate, 4),
@@ -383,4 +385,6 @@ class _Saver:
 
 
 def _live(answer: Message) -> Live:
-    return Live(answer.id, answer.conversation_id, text=answer.text, thinking=answer.thinking)
+    """What goes on stays marked by what its beginning was written under."""
+    marks = {name: value for name, value in answer.stats.items() if name == "lossy"}
+    return Live(answer.id, answer.conversation_id, text=answer.text, thinking=answer.thinking, stats=marks)

@@ -16,7 +16,7 @@ from app.incoming import TITLE_CHARACTERS
 
 ROLES = ("user", "assistant")
 STATUSES = ("running", "done", "length", "stopped", "error", "interrupted")
-_STATS_IN_WORDS = ("model", "level", "server", "error")  # the others are numbers
+_STATS_IN_WORDS = ("model", "level", "server", "error", "lossy")  # the others are numbers
 T = TypeVar("T")
 
 

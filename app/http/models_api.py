@@ -35,7 +35,7 @@ def model_routes(router: APIRouter, shelf: Shelf) -> None:
 
     @router.post("/models/open")
     def open_model(wish: incoming.Opening):
-        shelf.open(wish.name, wish.level or None, wish.context, wish.near_bytes)
+        shelf.open(wish.name, wish.level or None, wish.context, wish.near_bytes, wish.preset)
         return {}
 
     @router.post("/models/folder")

@@ -44,6 +44,7 @@ from engine import (
     search_hub,
     title_of,
     typed,
+    why_not,
 )
 
 DEMO = "demo"
@@ -86,14 +87,17 @@ class Shelf:
 
     # --- opening ------------------------------------------------------------------------------------------------
     def open(self, name: str, level: str | None = None, context: int | None = None,
-             near_bytes: int | None = None) -> None:
+             near_bytes: int | None = None, preset: str = "lossless") -> None:
         """Open a model of the disk by the name that `shown` gives; the old one is closed first. level, near_bytes None:
-        the plan's. UserError before anything is closed where level or context cannot be."""
+        the plan's. preset: of PRESETS. UserError before anything is closed where level, context or preset cannot be."""
         if self._opened.state == "loading":
             raise UserError(TEXT["still_opening"])
         known = self._known_on_disk(name)
-        made = plan_for(known, self._around.look()[0], level, context, near_bytes)
-        self._opened.open(known.folder, made.level, context, near_bytes)
+        machine = self._around.look()[0]
+        made = plan_for(known, machine, level, context, near_bytes)
+        if why := why_not(preset, made.level, machine.device):
+            raise UserError(why)
+        self._opened.open(known.folder, made.level, context, near_bytes, preset)
 
     def names(self) -> list[str]:
         """Of the models on the disk that can be opened, the one that is open or being opened first."""

@@ -18,6 +18,7 @@ from app.library.load_progress import Opening
 from app.library.machine_status import Surroundings
 from app.strings import TEXT
 from engine import (
+    PRESETS,
     MachineError,
     ModelInfo,
     Options,
@@ -56,14 +57,15 @@ class Models:
         self._known: ModelInfo | None = None
 
     def open(self, folder: Path | None = None, level: str = "", context: int | None = None,
-             near_bytes: int | None = None) -> None:
+             near_bytes: int | None = None, preset: str = "lossless") -> None:
         """Start opening `folder` at `level` in the background; what is open is closed first. Without: as at birth."""
         with self._changed:
             if self._opener and self.state == "loading":  # one at a time: both would be in memory
                 raise UserError(TEXT["still_opening"])
             if folder:
                 self.folder, self._plan_level = folder, False
-                self.options = replace(self.options, level=level, context=context, near_bytes=near_bytes)
+                self.options = replace(self.options, level=level, context=context, near_bytes=near_bytes,
+                                       policies=PRESETS[preset])
             self._opening = None
             self._tell("loading", TEXT["step_start"])
             self._opener = threading.Thread(target=self._open, name="open-model", daemon=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from app.openai_api.asking import Begun
 from app.openai_api.orders import Order
-from engine import FORCED, CallPiece, Event, GrowingCalls, Likelihood, ToolCall
+from engine import FORCED, CallPiece, Event, GrowingCalls, Likelihood, ToolCall, preset_of
 
 LOWEST = -9999.0  # JSON has no infinity
 
@@ -24,6 +24,7 @@ class Told:
     likely: list[Likelihood] = field(default_factory=list)
     calls: tuple[ToolCall, ...] = ()
     finish: str | None = None
+    marks: dict = field(default_factory=dict)  # beside OpenAI's own fields: why it is no exact answer
     _n_tokens: int = 0
     _n_thinking: int = 0
     _n_cached: int | None = None
@@ -40,6 +41,7 @@ class Told:
         elif event.kind == "end":
             self._n_tokens, self.finish, self.calls = event.n_tokens, event.reason, event.calls
             self._take_forced()
+            self.marks = {"approximate": preset_of(event.lossy) or event.lossy} if event.lossy else {}
             self.finish = "tool_calls" if self.calls and self.finish == "stop" else self.finish
 
     def _take_forced(self) -> None:
@@ -74,7 +76,7 @@ class ChatReply:
             message |= {"content": told.text.strip() or None, "tool_calls": _calls(told.calls)}
         choice = {"index": 0, "message": message, "finish_reason": told.finish,
                   "logprobs": self._logprobs(told.likely)}
-        return self._head | {"choices": [choice], "usage": told.usage()}
+        return self._head | {"choices": [choice], "usage": told.usage()} | told.marks
 
     def first(self) -> list[dict]:
         return [self._chunk({"role": "assistant", "content": ""})]
@@ -108,7 +110,7 @@ class ChatReply:
             rest = [self._chunk({"content": told.text})]
         if self._n_begun and finish == "stop":
             finish = "tool_calls"
-        return [*rest, self._chunk({}, finish=finish)]
+        return [*rest, self._chunk({}, finish=finish) | told.marks]
 
     def _piece(self, piece: CallPiece) -> dict:
         """The name with an id of its own, then the arguments, as they come."""
@@ -138,7 +140,8 @@ class TextReply:
         self._at = 0  # characters told before
 
     def whole(self) -> dict:
-        return self._one(self.told.text, self.told.likely, self.told.finish) | {"usage": self.told.usage()}
+        told = self.told
+        return self._one(told.text, told.likely, told.finish) | {"usage": told.usage()} | told.marks
 
     def first(self) -> list[dict]:
         return []
@@ -147,7 +150,7 @@ class TextReply:
         self.told.take(event)
         likely = [event.likely] if event.likely else []
         if event.kind == "end":
-            return [self._one("", [], self.told.finish)]
+            return [self._one("", [], self.told.finish) | self.told.marks]
         return [self._one(event.text, likely, None)] if event.kind == "answer" and (event.text or likely) else []
 
     def usage(self) -> dict:

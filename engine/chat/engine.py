@@ -25,10 +25,12 @@ from engine.chat.model_info import about
 from engine.chat.turn import Turns
 from engine.core import Event, MachineError, Options, Request, Sampling, Stopped, UserError, never
 from engine.decode.decoder import Part
+from engine.experts.policy_hook import choose_policies
 from engine.machine.errors import in_words, reason_for
 from engine.model import load
 from engine.planning import explain
 from engine.planning.sizes import SIDE_CONTEXT, planned_chunk
+from engine.policies.choice import parse, refusal
 
 GRACE_SECONDS = 0.5  # that a stopped model has for its last words
 _log = logging.getLogger(__name__)
@@ -161,7 +163,7 @@ class Engine:
                 running.stopped.set()
 
     def configure(self, options: Options) -> None:
-        """Change level, near memory, context or chunk once the answers in the queue are done; waits for it."""
+        """Change level, near memory, context, chunk or policies behind the answers in the queue; waits for it."""
         self._do(self._change, options)
 
     def close(self) -> None:
@@ -222,7 +224,7 @@ class Engine:
             "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.layers * far.experts * far.expert_bytes,
             "mark_bytes": live.mark_bytes, "rss_bytes": self._process.memory_info().rss, "context": turns.context,
             "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
-            "trunk_bits": self._planner.trunk_bits,
+            "trunk_bits": self._planner.trunk_bits, "policies": self.options.policies,
         }
 
     def _adopt(self, loaded: load.Loaded, options: Options) -> None:
@@ -311,6 +313,8 @@ class Engine:
 
     def _change(self, options: Options) -> None:
         old = self.options
+        if why := refusal(parse(options.policies), options.level or old.level, self._planner.machine.device):
+            raise UserError(why)
         if (options.device, options.predict) != (old.device, old.predict):
             raise UserError("Device and prediction are chosen when a model is opened; open it again to change them.")
         options = replace(options, level=options.level or old.level)
@@ -326,6 +330,8 @@ class Engine:
             turns.set_context(*before)
             raise
         turns.set_context(context, chunk)
+        if options.policies != old.policies:
+            self._set_policies(options.policies)
         self.options = options
         self._turns.show("idle")
 
@@ -337,6 +343,13 @@ class Engine:
 
     def _chunk_for(self, options: Options, context: int) -> int:
         return options.chunk or planned_chunk(self._planner.spec, self._planner.machine.device, context)
+
+    def _set_policies(self, policies: str) -> None:
+        turns = self._turns
+        lossy = turns.runtime.hook is not None and turns.runtime.hook.lossy
+        choose_policies(turns.runtime, turns.model, policies)
+        if lossy or not parse(policies).is_exact:
+            turns.prefix.reset()  # what was read approximately is not what would have been read
 
     def _set_level(self, options: Options) -> None:
         """Change level or near memory; when that fails, everything is as it was."""

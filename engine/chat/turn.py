@@ -108,6 +108,8 @@ class Turns:
                 self.prefix.reset()
                 self._owner = request.owner
             yield from self._read(messages, prompt, stopped, wishes)
+            if self.runtime.hook is not None:
+                self.runtime.hook.prompt_read()
             yield from self._write(prompt, sampling, stopped, (wishes or {}).get("tools") or [], request, grammar)
         except (Stopped, GeneratorExit):  # between two forwards: what was read stays
             raise
@@ -233,7 +235,8 @@ class Turns:
         live.last, live.answer, live.tokens_per_second = live.totals - previous, live.totals - before, speed
         live.answer_tokens, live.answer_seconds = n_tokens, seconds
         live.n_tokens_total += 1
-        return Event("answer", "", n_tokens, speed, live.answer)
+        lossy = self.runtime.hook.lossy if self.runtime.hook is not None else ""
+        return Event("answer", "", n_tokens, speed, live.answer, lossy=lossy)
 
 
 def names_of(tools: list[dict]) -> set[str]:

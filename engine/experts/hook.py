@@ -10,8 +10,14 @@ class Hook:
     """What looks into a layer's experts, or changes what they do, while a model runs: see `Runtime.hook`.
 
     This one changes nothing; override what is needed. All is tensors on the runtime's device. In a step that is
-    recorded a hook may neither wait for the device nor decide by a value, and shapes stay.
+    recorded a hook may neither wait for the device nor decide by a value, and shapes stay. lossy: by what it changes
+    answers, in the words of engine/policies/choice.py.
     """
+
+    lossy = ""
+
+    def prompt_read(self) -> None:
+        """A prompt has been read, its answer has not begun: what is fetched now belongs to no token."""
 
     def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Before the experts: x [T, H] in the model's dtype, the router's ids int64 [T, k] and weights [T, k]

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from engine.core import UserError
+from engine.experts.cache import pinnable
 from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts
 from engine.experts.runtime import Runtime
+from engine.experts.working_set import pin
 from engine.policies import fidelity as exactness
 from engine.policies import route
-from engine.policies.build import guesses_of, rule_of
-from engine.policies.choice import Choice
+from engine.policies.build import guesses_of, rules_of
+from engine.policies.choice import Choice, parse, refusal
 from engine.policies.predict import Payoff, Predictor
 from engine.policies.residency import stamps
 from kernels.evict import age
@@ -32,43 +34,60 @@ class PolicyHook(Hook):
     that was left out or given to others; changed: picks that are not the router's."""
 
     def __init__(self, runtime: Runtime, model: nn.Module, choice: Choice,
-                 learned: Mapping[str, Predictor] | None = None, **rules) -> None:
-        """rules: what the residency rule takes besides, see engine/policies/build.py. UserError for a level or a model
+                 learned: Mapping[str, Predictor] | None = None, **taught) -> None:
+        """taught: what the residency rule takes besides, see engine/policies/build.py. UserError for a level or a model
         that a policy does not suit."""
-        if runtime.level == "full":
-            raise UserError("An uncompressed checkpoint takes no policies; compress it first.")
-        self.runtime, self.choice, self._rules, self._sizes = runtime, choice, rules, ()
+        if why := refusal(choice, runtime.level, "cpu"):
+            raise UserError(why)
+        self.runtime, self.choice, self._taught, self._sizes = runtime, choice, taught, ()
         far, k = runtime.far, runtime.top_k
         with torch.device(runtime.device):
-            self.guesses = guesses_of(choice.predict, far.layers, far.experts, k, far.hidden, learned)
+            self.guesses = guesses_of(choice, far.layers, far.experts, k, far.hidden, learned)
             self.dropped, self.changed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
             self._embedding, self._logits = torch.zeros(far.hidden), torch.zeros(far.layers, far.experts)
             self._experts = torch.zeros(far.layers, k, dtype=torch.int64)
             self._shares = torch.zeros(far.layers, k)
+            self._read = torch.zeros(far.layers * far.experts)
         self.payoff, self._fresh, self._has_token = Payoff(), True, False
         prefix, record, weights = far.layout.prefix, far.layout.record, 3 * far.layout.padded
         self._bits = (8 * prefix / weights, 8 * record / weights)
         self._weigh: list[route.Weights | None] = [None] * far.layers
-        self._watch = model.get_input_embeddings().register_forward_hook(self._embedded)
+        self._reads = self.guesses.predictor.reads if self.guesses else frozenset()
         self._make_rules()
+        self._watch = (model.get_input_embeddings().register_forward_hook(self._embedded)
+                       if "embedding" in self._reads else None)
+
+    @property
+    def lossy(self) -> str:
+        return "" if self.choice.is_exact or not self.runtime.near.pools() else self.choice.text
 
     def close(self) -> None:
-        """The model's embedding is no longer watched."""
-        self._watch.remove()
+        """The model's embedding is no longer watched, and fetching ahead no longer rests."""
+        self.runtime.ahead_bytes.fill_(MOST)
+        if self._watch is not None:
+            self._watch.remove()
 
     def _make_rules(self) -> None:
         """For the pools as they are: another level or size has others."""
         pools = [pool for pool, _ in self.runtime.near.pools()]
         if self._sizes != (sizes := [(id(pool.slot_of), len(pool.object_of)) for pool in pools]):
             self._sizes, layers = sizes, self.runtime.far.layers
-            self.rules = [rule_of(self.choice, len(pool.slot_of), layers, pool.slot_of.device,
-                                  **({} if i else self._rules)) for i, pool in enumerate(pools)]
+            self.rules = rules_of(self.choice, [(len(pool.slot_of), pool.slot_of.device) for pool in pools], layers,
+                                  self.guesses, **self._taught)
             widths = [self.runtime.top_k, max(self.runtime.capacity) if self.runtime.is_sparse else 0]
             self._used = [torch.full((layers, width), -1, dtype=torch.int64, device=self.runtime.device)
                           for width in widths]
 
     def _embedded(self, module: nn.Module, given: tuple, embedded: Tensor) -> None:
         self._embedding.copy_(embedded.reshape(-1, embedded.shape[-1])[-1].half())  # as a trace keeps it
+
+    def prompt_read(self) -> None:
+        """Where nothing may be fetched later, what the conversation's prompts took most is fetched now (eMoE)."""
+        pools = self.runtime.near.pools()
+        if self.choice.route.name == "near-only" and pools:
+            likeliest = self._read.argsort(descending=True, stable=True)[:pinnable(*pools[0])]
+            pin(self.runtime, [divmod(thing, self.runtime.far.experts) for thing in likeliest.tolist()])
+            self._read.mul_(0.5)
 
     # --- between tokens -----------------------------------------------------------------------------------------
     def token_ended(self) -> None:
@@ -86,6 +105,8 @@ class PolicyHook(Hook):
                 if part is not None:
                     part.start()
         self._fresh, self._has_token = False, True
+        if self.guesses is not None:
+            self._guessed = self.guesses.begin(self._embedding)
         for pool, rule in zip(pools, self.rules, strict=True):
             if rule is not None and len(pool.object_of) < len(pool.slot_of):
                 pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock))
@@ -108,26 +129,29 @@ class PolicyHook(Hook):
             runtime.count_wasted(age(pool, runtime.clock, missing.sum()), False)
 
     def token_begins(self) -> None:
-        if self.guesses is not None:
-            guessed = self.guesses.begin(self._embedding)
-            if self.runtime.looks_ahead:
-                self.runtime.fetch_ahead([(layer, ids[None]) for layer, ids in guessed])
+        if self.guesses is not None and self.runtime.looks_ahead:
+            self.runtime.fetch_ahead([(layer, ids[None]) for layer, ids in self._guessed])
 
     # --- inside a token -----------------------------------------------------------------------------------------
     def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         at, given = layer.index, x.float()
         if self.runtime.phase == "prefill" or len(x) > 1:
             self._fresh = True
+            if self.choice.route.name == "near-only":
+                taken = ids.flatten().long() + at * self.runtime.far.experts
+                self._read.index_add_(0, taken, torch.ones_like(taken, dtype=torch.float32))
             if self.choice.route.name != "exact":
                 logits = given[-SAMPLE:] @ layer.router_weight.T
                 self._weigh[at] = self._weigh[at] or route.Weights(logits, ids[-SAMPLE:], weights[-SAMPLE:])
             return ids, weights
-        self._logits[at] = (given @ layer.router_weight.T)[0]
+        if "logits" in self._reads or self.choice.route.name != "exact":
+            self._logits[at] = (given @ layer.router_weight.T)[0]
         chosen, shares = self._routed(at, ids.long(), weights.float())
-        self._experts[at] = chosen[0]
-        self._used[0][at] = torch.where(shares[0] == 0, -1, chosen[0] + at * self.runtime.far.experts)
-        self._shares[at] = shares[0] / shares[0].sum().clamp_min(1e-12)
+        if self.rules and self.rules[0] is not None:
+            self._used[0][at] = torch.where(shares[0] == 0, -1, chosen[0] + at * self.runtime.far.experts)
+            self._shares[at] = shares[0] / shares[0].sum().clamp_min(1e-12)
         if self.guesses is not None:
+            self._experts[at] = chosen[0]
             self.guesses.came(at, chosen[0])
         if self.choice.route.name == "exact":
             return ids, weights
@@ -174,9 +198,21 @@ class PolicyHook(Hook):
     def guess(self, layer: LayerExperts, x: Tensor) -> list[tuple[int, Tensor]]:
         if self.guesses is None:
             return []
-        horizon = max(1, self.guesses.predictor.horizon)
+        horizon = self.guesses.predictor.horizon
         ahead = torch.zeros(horizon, self._logits.shape[1], device=x.device)
         for step, later in enumerate(self.runtime.layers[layer.index + 1:layer.index + 1 + horizon]):
             ahead[step] = (x @ later.router_weight.T)[0]
         found = self.guesses.at(layer.index, ahead, self._logits[layer.index], x[0].half().float())
         return [(target, ids[None]) for target, ids in found]
+
+
+def choose_policies(runtime: Runtime, model: nn.Module, policies: str) -> None:
+    """Put policies (as engine/policies/choice.py reads them) in place of those before; "" for the engine's own.
+    UserError, nothing changed, where they do not suit."""
+    choice, before = parse(policies), runtime.hook
+    if why := refusal(choice, runtime.level, runtime.device):
+        raise UserError(why)
+    hook = PolicyHook(runtime, model, choice) if policies else None
+    if isinstance(before, PolicyHook):
+        before.close()
+    runtime.hook = hook

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.core import ModelSpec, Options, UserError
 from engine.disk import ordinary_files
-from engine.experts.policy_hook import PolicyHook
+from engine.experts.policy_hook import choose_policies
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarCheckpoint, offered
 from engine.files.chat_parts import VOCABULARIES
@@ -40,7 +40,7 @@ from engine.model.tokenizer_trial import what_is_wrong
 from engine.one_thread import one_thread
 from engine.planning import explain
 from engine.planning.planner import Planner
-from engine.policies.choice import parse
+from engine.policies.choice import parse, refusal
 
 _log = logging.getLogger(__name__)
 LOADED = 0.95  # share of opening that lies behind when the model is in its place
@@ -91,8 +91,8 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
         detect.choose_card(found)
     device, why_not_the_card = errors.device_for(options.device)
     machine = detect.machine(found, device)
-    if options.policies and device != "cpu":
-        raise UserError("Policies act on the processor only; open the model with --device cpu.")
+    if why := refusal(choice, options.level or "exact", device):
+        raise UserError(why)
     report("Reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(folder)
     if device == "cpu":
@@ -112,8 +112,7 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     if device == "cpu":
         runtime = bind(model, side_of(far), far, planner, level, planner.near_bytes(level, options), options.predict)
         runtime.reason = " ".join((why_not_the_card, why_slow)).strip()
-        if options.policies:
-            runtime.hook = PolicyHook(runtime, model, choice)
+        choose_policies(runtime, model, options.policies)
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     return_freed()

@@ -17,7 +17,7 @@ from kernels.layout import Layout
 Times = tuple[tuple[str, float], ...]
 
 # Device-writing operations of one decoder layer when transformers' own one-token forward is captured with the experts
-# as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture (DESIGN.md section 8),
+# as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture,
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES), which has more for five kinds.
 LAYER_NODES = {"qwen3_5_moe": 97, "qwen3_next": 103, "qwen3_moe": 68, "gpt_oss": 66, "mixtral": 54, "gemma4": 140,
                "glm4_moe_lite": 93, "laguna": 81}

@@ -1,7 +1,7 @@
 """How sparse a model may run and how often what it needs is near: budgets per level, miss rates by near size.
 
 Numbers come from a folder's calibration (floe.json) where there is one, and otherwise from what was measured on the
-developers' small model (DESIGN.md section 1), which is said wherever they are used. Every miss curve only falls as
+embedded model, which is said wherever they are used. Every miss curve only falls as
 slots are added, whatever noise was in the measurement: the planner rests on that. Pure numbers, no torch.
 """
 from __future__ import annotations

@@ -7,19 +7,34 @@ fetching ahead needs. Numbers stand behind colons. Only `route` and `fidelity` c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
-from engine.core import UserError
+from engine.core import SPARSE_LEVELS, UserError
 from engine.policies.residency import RULES
 
-# name -> its numbers' defaults; None: it has to be given
-PREDICTORS = {"none": (), "next": (1,), "repeat": (), "popularity": (32.0,), "profile": (1,), "maps": (),
-              "maps-semantic": (), "maps-trajectory": (), "learned": (), "sequence": ()}
+
+@dataclass(frozen=True)
+class Number:
+    """What may stand behind a colon, from `least` to `most`. usual None: it has to be given."""
+
+    usual: float | None = None
+    least: float = 0.0
+    most: float = 1.0
+    whole: bool = False
+
+
+SHARE = Number()
+PREDICTORS = {"none": (), "next": (Number(1, 0, 3, True),), "repeat": (), "popularity": (Number(32.0, 0, 1e6),),
+              "profile": (Number(1, 1, 1e6, True),), "maps": (), "maps-semantic": (), "maps-trajectory": (),
+              "learned": (), "sequence": ()}
 ADMISSIONS = {"always": (), "third": ()}
 FREES = {"token": (), "layer": ()}
-ROUTES = {"exact": (), "near": (None, 1), "drop": (None,), "skip": (None,), "near-only": ()}
-FIDELITIES = {"exact": (), "score": (None, None), "bits": (None,)}
-KINDS = {"predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "route": ROUTES,
-         "fidelity": FIDELITIES}
+ROUTES = {"exact": (), "near": (Number(most=inf), Number(1, 0, 1e6, True)), "drop": (SHARE,), "skip": (SHARE,),
+          "near-only": ()}
+FIDELITIES = {"exact": (), "score": (SHARE, SHARE), "bits": (Number(most=32),)}
+KINDS: dict[str, dict[str, tuple[Number, ...]]] = {
+    "predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "route": ROUTES,
+    "fidelity": FIDELITIES}
 
 
 @dataclass(frozen=True)
@@ -49,10 +64,27 @@ class Choice:
     fidelity: Named = Named("exact")
     text: str = ""
 
+    def __post_init__(self) -> None:
+        if self.evict.name == "finemoe" and not self.predict.name.startswith("maps"):
+            raise UserError("evict=finemoe orders by the probability that expert maps give; add predict=maps.")
+
     @property
     def is_exact(self) -> bool:
         """Whether the output is the model's own, to the bit."""
         return self.route.name == self.fidelity.name == "exact"
+
+
+def refusal(choice: Choice, level: str, device: str) -> str:
+    """Why a model cannot run under a choice, in a sentence; "" where it can."""
+    if not choice.text:
+        return ""
+    if device != "cpu":
+        return "On a graphics card answers are exact, policies act on the processor only; choose none, or --device cpu."
+    if level == "full":
+        return "An uncompressed checkpoint takes no policies; compress it first."
+    if choice.route.name == "near-only" and level in SPARSE_LEVELS:
+        return f"Where only what is cached may be used the level has to be exact, not {level}; choose exact."
+    return ""
 
 
 def parse(text: str) -> Choice:
@@ -62,6 +94,8 @@ def parse(text: str) -> Choice:
         kind, is_there, rest = part.partition("=")
         if not is_there or kind not in KINDS:
             raise UserError(f"{part!r} is no policy; write KIND=NAME with one of {', '.join(KINDS)}.")
+        if kind in found:
+            raise UserError(f"{kind} is chosen twice; name one.")
         found[kind] = _named(kind, rest)
     return Choice(**found, text=text)
 
@@ -71,12 +105,17 @@ def _named(kind: str, text: str) -> Named:
     known = KINDS[kind]
     if name not in known:
         raise UserError(f"There is no {kind} policy {name!r}; choose one of {', '.join(known)}.")
-    defaults = known[name]
+    wanted = known[name]
     try:
         given = [float(number) for number in numbers]
     except ValueError:
         raise UserError(f"{text!r}: behind a colon stands a number.") from None
-    if len(given) > len(defaults) or None in defaults[len(given):]:
-        example = ":".join([name, *"N" * len(defaults)])
-        raise UserError(f"{kind}={name} takes {len(defaults)} numbers, as {kind}={example}.")
-    return Named(name, (*given, *defaults[len(given):]))
+    rest = tuple(number.usual for number in wanted[len(given):])
+    if len(given) > len(wanted) or None in rest:
+        example = ":".join([name, *"N" * len(wanted)])
+        raise UserError(f"{kind}={name} takes {len(wanted)} numbers, as {kind}={example}.")
+    for value, number in zip(given, wanted, strict=False):
+        if not number.least <= value <= number.most or number.whole and value % 1:
+            raise UserError(f"{kind}={text}: {value:g} is not {'a whole number ' if number.whole else ''}from "
+                            f"{number.least:g} to {number.most:g}.")
+    return Named(name, (*given, *rest))

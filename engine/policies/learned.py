@@ -33,6 +33,8 @@ Report = Callable[[str, float], None]
 class TwoLayers(nn.Module, Predictor):
     """Layer l's input -> which experts layer l + 1 takes."""
 
+    reads = frozenset({"input"})
+
     def __init__(self, layers: int, experts: int, hidden: int, width: int = WIDTH) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.randn(layers - 1, hidden, width) / hidden ** 0.5)
@@ -54,6 +56,8 @@ class TwoLayers(nn.Module, Predictor):
 class SequenceNetwork(nn.Module, Predictor):
     """Embeddings so far -> experts of all layers: compression, two LSTM layers, sparsemax attention without
     projections, a head a layer."""
+
+    reads = frozenset({"embedding"})
 
     def __init__(self, layers: int, experts: int, hidden: int, width: int = WIDTH) -> None:
         super().__init__()
@@ -104,7 +108,7 @@ def truncated_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return near.sum(-1).mean() + LAMBDA * right
 
 
-def fit(trace: RoutingTrace, epochs: int = 20, seed: int = 0, report: Report = lambda text, share: None,
+def fit(trace: RoutingTrace, epochs: int = 20, report: Report = lambda text, share: None,
         ) -> dict[str, Predictor]:
     """Both networks, from the decode steps of a trace. UserError for a trace without inputs, or too short a one."""
     run, steps = trace.run, trace.steps
@@ -112,7 +116,7 @@ def fit(trace: RoutingTrace, epochs: int = 20, seed: int = 0, report: Report = l
         raise UserError(f"{len(steps)} written tokens are too few to learn from; record more than {ROW}.")
     if not trace.inputs.shape[2]:
         raise UserError("This trace lacks what each layer was given; record it with --inputs.")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     hidden = trace.embedding.shape[1]
     made: dict[str, Predictor] = {"learned": TwoLayers(run.layers, run.experts, hidden),
                                   "sequence": SequenceNetwork(run.layers, run.experts, hidden)}

@@ -14,13 +14,16 @@ import torch
 Tensor = torch.Tensor
 HALF_LIFE = 32      # tokens after which a use counts half
 MAPS = 1000         # maps that FineMoE keeps
+TOGETHER = 256      # guesses that are counted at once
 DISTANCE = 2        # layers: how far ahead of the layer that is known a map speaks
 
 
 class Predictor:
-    """All hooks of a predictor; this one says nothing. horizon: routers that it wants to hear ahead of their layer."""
+    """All hooks of a predictor; this one says nothing. horizon: routers that it wants to hear ahead of their layer.
+    reads: of "embedding", "logits" and "input" (x) what it wants to be told; the others may be anything."""
 
     horizon = 0
+    reads: frozenset[str] = frozenset()
 
     def start(self) -> None:
         """An answer begins."""
@@ -40,6 +43,8 @@ class Predictor:
 
 class Repeat(Predictor):
     """What the last token took it takes again."""
+
+    reads = frozenset({"logits"})
 
     def __init__(self, layers: int, experts: int) -> None:
         self.scores = torch.zeros(layers, experts)
@@ -71,6 +76,7 @@ class NextRouter(Predictor):
 
     def __init__(self, layers: int, horizon: int = 1) -> None:
         self.layers, self.horizon = layers, horizon
+        self.reads = frozenset() if horizon else frozenset({"logits"})
 
     def layer(self, at: int, ahead: Tensor, logits: Tensor, x: Tensor) -> tuple[int, Tensor] | None:
         if at + self.horizon >= self.layers:
@@ -101,14 +107,17 @@ class Profile(Predictor):
 class ExpertMaps(Predictor):
     """The nearest of the stored expert maps, a token's router probabilities [L, E] (fMoE/FineMoE, arXiv 2502.05370).
     The first layers by the nearest embedding; the others by the nearest beginning of a map, `DISTANCE` layers behind.
-    The map that is most like a newer one makes room for it."""
+    The map that is most like a newer one makes room for it. expected [L * E]: the probabilities last named."""
 
-    def __init__(self, layers: int, experts: int, hidden: int, kept: int = MAPS, semantic: bool = True,
-                 trajectory: bool = True) -> None:
-        self.maps = torch.zeros(kept, layers, experts)
-        self.embeddings = torch.zeros(kept, hidden)
+    reads = frozenset({"embedding", "logits"})
+
+    def __init__(self, layers: int, experts: int, hidden: int, semantic: bool = True, trajectory: bool = True) -> None:
+        self.maps = torch.zeros(MAPS, layers, experts)
+        self.embeddings = torch.zeros(MAPS, hidden)
         self.n, self.semantic, self.trajectory = 0, semantic, trajectory
-        self._dots, self._squares = torch.zeros(kept), torch.zeros(kept)
+        self.expected = torch.ones(layers * experts)
+        self._dots, self._squares = torch.zeros(MAPS), torch.zeros(MAPS)
+        self._norms = torch.zeros(MAPS, layers)
         self._seen, self._layers = torch.zeros((), dtype=torch.float32), layers
         self._embedding = torch.zeros(hidden)
 
@@ -118,20 +127,24 @@ class ExpertMaps(Predictor):
             table.zero_()
         if not self.n or not self.semantic:
             return None
-        return self.maps[(self.embeddings[:self.n] @ self._embedding).argmax()]
+        found = self.maps[(self.embeddings[:self.n] @ self._embedding).argmax()]
+        self.expected.copy_(found.flatten())
+        return found
 
     def layer(self, at: int, ahead: Tensor, logits: Tensor, x: Tensor) -> tuple[int, Tensor] | None:
         if not self.trajectory:
             return None
         here, maps = logits.softmax(-1), self.maps[:max(1, self.n), at]
         self._dots[:len(maps)] += maps @ here
-        self._squares[:len(maps)] += maps.square().sum(-1)
+        self._squares[:len(maps)] += self._norms[:len(maps), at]
         self._seen += here.square().sum()
         target = at + DISTANCE
         if not self.n or target >= self._layers:
             return None
         likeness = self._dots[:self.n] / (self._squares[:self.n] * self._seen).sqrt().clamp_min(1e-9)
-        return target, self.maps[likeness.argmax(), target]
+        found = self.maps[likeness.argmax(), target]
+        self.expected.view(self._layers, -1)[target] = found
+        return target, found
 
     def end(self, experts: Tensor, logits: Tensor) -> None:
         found, at = logits.softmax(-1), self.n
@@ -140,7 +153,7 @@ class ExpertMaps(Predictor):
             near = (flat @ found.flatten()) / (flat.norm(dim=1) * found.norm()).clamp_min(1e-9)
             share = DISTANCE / self._layers
             at = int((share * (self.embeddings @ self._embedding) + (1 - share) * near).argmax())
-        self.maps[at], self.embeddings[at] = found, self._embedding
+        self.maps[at], self.embeddings[at], self._norms[at] = found, self._embedding, found.square().sum(-1)
         self.n = max(self.n, at + 1)
 
 
@@ -179,6 +192,7 @@ class Guesses:
         self.named, self.asked = torch.zeros(layers, self.width), torch.zeros(layers)
         self._ranked: dict[int, Tensor] = {}
         self._of_token: Tensor | None = None
+        self._came: list[tuple[int, Tensor, Tensor]] = []
 
     def begin(self, embedding: Tensor) -> list[tuple[int, Tensor]]:
         """A token begins -> (layer, ids int64 [k]) that may be fetched now."""
@@ -209,10 +223,21 @@ class Guesses:
         """A layer took `experts` int64 [k]."""
         guessed = self._ranked.get(layer)
         if guessed is not None:
-            self.named[layer] += (guessed[:, None] == experts).any(1)
-            self.asked[layer] += len(experts)
+            self._came.append((layer, guessed, experts))
+        if len(self._came) >= TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        if self._came:
+            layers, guessed, came = zip(*self._came, strict=True)
+            self._came = []
+            at, came = torch.tensor(layers, device=self.named.device), torch.stack(came)
+            hits = (torch.stack(guessed)[:, :, None] == came[:, None]).any(2)
+            self.named.index_add_(0, at, hits.float())
+            self.asked.index_add_(0, at, torch.full((len(at),), float(came.shape[1]), device=at.device))
 
     def recall(self, times: int = 1) -> list[float]:
         """Per layer the share of what came that was among the times * k likeliest; 0 where nothing was guessed."""
+        self._count()
         named = self.named[:, :times * self.top_k].sum(1)
         return (named / self.asked.clamp_min(1)).tolist()

@@ -4,7 +4,8 @@ A rule sees what a token used once the token has ended, and acts through the sta
 slots, so that no kernel knows of it. All is tensors changed in place: a recorded step can hold every rule. Never
 changes what is computed.
 
-Legend: N objects (experts, or records), S slots, L layers; an object's layer is its number // (N // L).
+Legend: N objects (experts, or records), S slots, L layers; an object's layer is its number // (N // L). Tables of N
+have a row more, where what is no object falls.
 """
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class Recency:
 
     def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu") -> None:
         self.objects, self.layers, self.clock = objects, layers, torch.zeros((), dtype=torch.int64, device=device)
-        self.last = torch.full((objects,), LONG_AGO, dtype=torch.int64, device=device)
+        self.last = torch.full((objects + 1,), LONG_AGO, dtype=torch.int64, device=device)
 
     def used(self, things: Tensor, weights: Tensor | None = None) -> None:
         """A token has ended that used `things` int64 [n] (none twice; -1 is none); weights [n]: of their experts."""
@@ -35,13 +36,7 @@ class Recency:
         self._note(torch.where(things < 0, self.objects, things), weights)
 
     def _note(self, things: Tensor, weights: Tensor | None) -> None:
-        self._put(self.last, things, self.clock)
-
-    def _put(self, table: Tensor, things: Tensor, value: Tensor) -> None:
-        """table[things] = value, what is no object falling off the end."""
-        longer = torch.cat((table, table.new_zeros(1)))
-        longer[things] = value.to(table.dtype)
-        table.copy_(longer[:-1])
+        self.last[things] = self.clock
 
     def order(self, things: Tensor) -> Tensor:
         """float64 [S], the lowest leaves first; things int64 [S]: what the slots hold, 0 or more."""
@@ -57,15 +52,14 @@ class Frequency(Recency):
 
     def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu", half_life: float = 0.0) -> None:
         super().__init__(objects, layers, device)
-        self.count = torch.zeros(objects, dtype=torch.float64, device=device)
+        self.count = torch.zeros(objects + 1, dtype=torch.float64, device=device)
         self._kept = 0.5 ** (1 / half_life) if half_life else 1.0
 
     def _note(self, things: Tensor, weights: Tensor | None) -> None:
         super()._note(things, weights)
         if self._kept < 1:
             self.count.mul_(self._kept)
-        self.count.copy_(torch.cat((self.count, self.count.new_zeros(1))).index_add(
-            0, things, torch.ones_like(things, dtype=torch.float64))[:-1])
+        self.count.index_add_(0, things, torch.ones_like(things, dtype=torch.float64))
 
     def order(self, things: Tensor) -> Tensor:
         return self.count[things] + 1e-9 * super().order(things)
@@ -75,10 +69,11 @@ class Weighted(Frequency):
     """HOBBIT's score (arXiv 2411.01433, equation 3): recency, frequency, frequency at high precision, and how soon the
     layer comes again, each 0..1 since the answer began. High precision: the first half of the router's weight."""
 
-    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu",
-                 shares: tuple[float, ...] = (0.6, 0.2, 0.1, 0.1)) -> None:
+    SHARES = 0.6, 0.2, 0.1, 0.1
+
+    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu") -> None:
         super().__init__(objects, layers, device)
-        self.shares, self.high = shares, torch.zeros_like(self.count)
+        self.high = torch.zeros_like(self.count)
         self.since = torch.zeros_like(self.clock)
 
     def start(self) -> None:
@@ -90,36 +85,35 @@ class Weighted(Frequency):
         super()._note(things, weights)
         if weights is not None:
             heavy = torch.where(weights >= 0.5, things, self.objects)
-            self.high.copy_(torch.cat((self.high, self.high.new_zeros(1))).index_add(
-                0, heavy, torch.ones_like(heavy, dtype=torch.float64))[:-1])
+            self.high.index_add_(0, heavy, torch.ones_like(heavy, dtype=torch.float64))
 
     def order(self, things: Tensor) -> Tensor:
         tokens = (self.clock - self.since).clamp_min(1).double()
         recent = ((self.last[things] - self.since) / tokens).clamp(-1, 1)
         soon = 1 - (things // (self.objects // self.layers)).double() / self.layers
         parts = recent, self.count[things] / tokens, self.high[things] / tokens, soon
-        return sum(share * part for share, part in zip(self.shares, parts, strict=True))
+        return sum(share * part for share, part in zip(self.SHARES, parts, strict=True))
 
 
 class Expected(Frequency):
-    """FineMoE's rule (arXiv 2502.05370): what leaves first has the largest 1 / (p * frequency), p the probability
-    that a predictor gives it for the coming token. expected: float64 [N], which the predictor writes."""
+    """FineMoE's rule (arXiv 2502.05370): what leaves first has the largest 1 / (p * frequency), p the probability that
+    the expert maps give its expert for the token under way. expected: [all experts], which the predictor writes."""
 
-    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu", *, expected: Tensor) -> None:
         super().__init__(objects, layers, device, HALF_LIFE)
-        self.expected = torch.ones(objects, dtype=torch.float64, device=device)
+        self.expected = expected
 
     def order(self, things: Tensor) -> Tensor:
-        return self.expected[things] * super().order(things).clamp_min(1e-6)
+        expert = things // (self.objects // len(self.expected))
+        return self.expected[expert].double() * super().order(things).clamp_min(1e-6)
 
 
 class Pinned(Recency):
     """A working set that never leaves; the others by recency. chosen: bool [N]."""
 
-    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu", chosen: Tensor | None = None,
-                 ) -> None:
+    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu", *, chosen: Tensor) -> None:
         super().__init__(objects, layers, device)
-        self.chosen = torch.zeros(objects, dtype=torch.bool, device=device) if chosen is None else chosen.to(device)
+        self.chosen = chosen.to(device)
 
     def order(self, things: Tensor) -> Tensor:
         return super().order(things) + APART * self.chosen[things]
@@ -129,11 +123,9 @@ class Divided(Recency):
     """Slots divided between the layers: what is beyond its layer's share leaves before anything that is not.
     shares: slots of each layer, int64 [L], as engine/policies/split.py finds them."""
 
-    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu", shares: Tensor | None = None,
-                 ) -> None:
+    def __init__(self, objects: int, layers: int, device: str | torch.device = "cpu", *, shares: Tensor) -> None:
         super().__init__(objects, layers, device)
-        self.shares = torch.full((layers,), objects) if shares is None else shares
-        self.shares = self.shares.to(device)
+        self.shares = shares.to(device)
 
     def order(self, things: Tensor) -> Tensor:
         layer, last = things // (self.objects // self.layers), super().order(things)
@@ -153,16 +145,14 @@ class Admitted:
     def __init__(self, behind: Recency) -> None:
         self.behind = behind
         device, n = behind.last.device, behind.objects
-        self.times = torch.full((USES, n), LONG_AGO, dtype=torch.int64, device=device)  # of the last uses, newest first
-        self.claim = torch.zeros(n, dtype=torch.bool, device=device)
+        self.times = torch.full((USES, n + 1), LONG_AGO, dtype=torch.int64, device=device)  # last uses, newest first
+        self.claim = torch.zeros(n + 1, dtype=torch.bool, device=device)
 
     def used(self, things: Tensor, weights: Tensor | None = None) -> None:
         self.behind.used(things, weights)
-        now = torch.zeros(self.behind.objects + 1, dtype=torch.bool, device=things.device)
-        now[things] = True  # -1 is the last, which is no object
-        newer = torch.cat((self.behind.clock.expand(1, self.behind.objects), self.times[:-1]))
-        self.times.copy_(torch.where(now[:-1], newer, self.times))
-        self.claim.logical_or_(now[:-1] & (self.behind.clock - self.times[-1] < WINDOW))
+        self.times[1:, things] = self.times[:-1, things]  # -1 is the last, which is no object
+        self.times[0, things] = self.behind.clock
+        self.claim[things] |= self.behind.clock - self.times[-1, things] < WINDOW
 
     def order(self, things: Tensor) -> Tensor:
         near = torch.zeros_like(self.claim)

@@ -1,5 +1,5 @@
-"""Which experts count: rules that let what is near weigh in. Opt-in, since they change what is computed: an answer
-written under one is marked. Weights always come from the model's own router.
+"""Which experts count: rules that let what is near weigh in. Opt-in, since they change what is computed: the end of an
+answer written under one says so (`Event.lossy`). Weights always come from the model's own router.
 
 An expert of weight exactly 0 is left out: nothing of it is fetched (engine/experts/runtime.py). All is tensors in,
 tensors out, of one shape whatever the values, so that a recorded step can hold a rule.
@@ -47,20 +47,19 @@ class Weights:
 
 
 def prefer_near(logits: Tensor, ids: Tensor, weights: Tensor, near: Tensor, reweigh: Callable[[Tensor, Tensor], Tensor],
-                margin: float, kept: int = 1, spread: Tensor | None = None) -> Picks:
-    """Cache-conditional experts (arXiv 2412.00099): logits of what is near, and of the `kept` best, rise by margin *
-    spread before the k best are taken; spread: mean over tokens of max - min of the logits, else this token's own.
-    margin 0 changes nothing; infinite, nothing far is chosen behind the `kept` best while k are near. near bool [T, E].
+                margin: float, kept: int = 1) -> Picks:
+    """Cache-conditional experts (arXiv 2412.00099): logits of what is near, and of the `kept` best, rise by margin
+    times this token's max - min of the logits before the k best are taken (the paper: the mean over tokens). margin 0
+    changes nothing; infinite, nothing far is chosen behind the `kept` best while k are near. near bool [T, E].
     """
     if margin == 0:
         return ids, weights
-    best = ids.long().gather(1, weights.topk(kept, dim=1).indices)
+    best = ids.long().gather(1, weights.topk(min(kept, ids.shape[1]), dim=1).indices)
     favoured, logits = near.scatter(1, best, True), logits.double()
     if margin == float("inf"):
         ranked = torch.where(favoured, logits, logits - FAR_BELOW)
     else:
-        width = (logits.amax(1) - logits.amin(1))[:, None] if spread is None else spread
-        ranked = logits + margin * width * favoured
+        ranked = logits + margin * (logits.amax(1) - logits.amin(1))[:, None] * favoured
     chosen = ranked.topk(ids.shape[1], dim=1).indices
     same = (chosen.sort(1).values == ids.long().sort(1).values).all(1, keepdim=True)
     return torch.where(same, ids.long(), chosen), torch.where(same, weights, reweigh(logits, chosen))

@@ -4,7 +4,7 @@ places, step by step and to the byte, without the bytes. Thousands of times quic
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Slots:
     def __init__(self, n_objects: int, n_slots: int) -> None:
         self.n_slots, self.fits_all = n_slots, n_slots >= n_objects
         self.slot_of = array("i", [-1]) * n_objects
+        self.places = np.frombuffer(self.slot_of, np.int32)
         self._held, self._ahead = array("i", [0]) * n_slots, array("b", [0]) * n_slots
         self._free = list(range(n_slots - 1, -1, -1))
         object_of, stamp = array("i", [-1]) * n_slots, array("i", [-1]) * n_slots
@@ -59,14 +60,15 @@ class Slots:
         self.slot_of[thing], self._object_of[slot] = slot, thing
         self._held[slot], self._stamp[slot], self._ahead[slot] = need, clock, ahead
 
-    def age(self, clock: int, reserve: int, stamps: np.ndarray | None = None) -> int:
-        """Free slots until `reserve` are; stamps: in place of the times of last use -> of them, fetched in vain."""
-        if stamps is not None:
-            self.stamp[:] = stamps
+    def age(self, clock: int, reserve: int, stamps: Callable[[], np.ndarray] | None = None) -> int:
+        """Free slots until `reserve` are; stamps: in place of the times of last use, asked for where any has to leave
+        -> of those that left, fetched in vain."""
         resident = self.n_slots - len(self._free)
         wanted = min(reserve, len(self.slot_of) - resident) - len(self._free)
         if wanted <= 0:
             return 0
+        if stamps is not None:
+            self.stamp[:] = stamps()
         old = np.flatnonzero((self.object_of >= 0) & (self.stamp < clock))
         order = old[np.argsort(np.maximum(self.stamp[old], clock - AGES + 1), kind="stable")][:wanted]
         wasted = 0

@@ -7,6 +7,7 @@ near memory holds goes on from one answer to the next, as it does in a chat.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def record(loaded: Loaded, prompts: Path, recorder: Recorder, n_tokens: int, mos
     context = loaded.model.config.get_text_config().max_position_embeddings
     turns, runtime = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, CHUNK), loaded.runtime
     written, seed = 0, 0
-    with runtime.hooked(recorder), recorder.watching(), torch.inference_mode():
+    with closing(turns.tokens), runtime.hooked(recorder), recorder.watching(), torch.inference_mode():
         for asked in conversations(prompts):
             messages: list[dict] = []
             for question in asked:

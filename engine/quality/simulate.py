@@ -19,11 +19,12 @@ from engine.planning.plan import PlanRequest
 from engine.planning.planner import plan
 from engine.policies import fidelity as exactness
 from engine.policies import route
-from engine.policies.build import guesses_of, rule_of
+from engine.policies.build import guesses_of, rules_of
 from engine.policies.choice import Choice, parse
 from engine.policies.predict import Payoff, Predictor
-from engine.policies.residency import Residency, stamps
+from engine.policies.residency import stamps
 from engine.policies.slots import Slots
+from engine.policies.split import divide, recency_curve
 from engine.policies.trace import RoutingTrace, RunNumbers
 from kernels.select import DOWN_ONLY, REFINED
 
@@ -95,19 +96,19 @@ class Simulator:
         self._experts = (trace.experts.astype(np.int64) + run.experts * np.arange(run.layers)[:, None])
         self._weigh = _weights(trace)
 
-    def run_choice(self, choice: Choice, name: str = "", **rules) -> Replay:
-        """rules: as PolicyHook takes them. UserError for a predictor that the trace has nothing for."""
+    def run_choice(self, choice: Choice, name: str = "", **taught) -> Replay:
+        """taught: as PolicyHook takes it. UserError for a predictor that the trace has nothing for."""
         with torch.inference_mode():
-            return _Run(self, choice, rules).replay(name or choice.text or "the engine's own")
+            return _Run(self, choice, taught).replay(name or choice.text or "the engine's own")
 
 
 class _Run:
     """The state of one replay."""
 
-    def __init__(self, of: Simulator, choice: Choice, rules: dict) -> None:
+    def __init__(self, of: Simulator, choice: Choice, taught: dict) -> None:
         run, trace = of.run, of.trace
         self.of, self.choice, self.run, self.trace = of, choice, run, trace
-        self.guesses = guesses_of(choice.predict, run.layers, run.experts, run.top_k, trace.embedding.shape[1],
+        self.guesses = guesses_of(choice, run.layers, run.experts, run.top_k, trace.embedding.shape[1],
                                   of.learned)
         if self.guesses is not None and self.guesses.predictor.horizon > trace.horizon:
             raise UserError(f"The trace looks {trace.horizon} layers ahead; record it with --horizon "
@@ -118,8 +119,9 @@ class _Run:
             self.pools.append(Slots(n * run.neurons, of.split.record_slots))
             if of.split.slots == n:
                 self.pools[0].fill(range(n), run.sketch_bytes)
-        self.rules: list[Residency | None] = [
-            rule_of(choice, len(pool.slot_of), run.layers, **({} if i else rules)) for i, pool in enumerate(self.pools)]
+        self.rules = rules_of(choice, [(len(pool.slot_of), "cpu") for pool in self.pools], run.layers, self.guesses,
+                              **taught)
+        self._told = self._what_is_told()
         self.looks_ahead = of.predict and not (run.is_sparse and of.split.slots == n)
         self.payoff, self.clock, self.most_ahead = Payoff(), 0, MOST
         self.frees_late = choice.free.name == "layer"
@@ -133,12 +135,25 @@ class _Run:
                 for part in (self.guesses and self.guesses.predictor, *self.rules):
                     if part is not None:
                         part.start()
+            if self.guesses is not None:
+                self._guessed = self.guesses.begin(self._told["embedding"][row])
             self._between()
             self._token(row)
         counters = Counters(self.needed, self.hit, self.needed - self.hit, self.ahead, self.wasted, self.dropped)
         recall = tuple(tuple(self.guesses.recall(times)) for times in (1, 2, 3)) if self.guesses else ()
         return Replay(name, len(steps), self.of.split.slots, counters, self.passed, recall, self.payoff.rests,
                       self.changed, len(steps) * run.layers * run.top_k)
+
+    def _what_is_told(self) -> dict[str, torch.Tensor]:
+        """float32 [N, L, ..] of what the predictor reads, else nothing of the same length."""
+        trace = self.trace
+        if self.guesses is None:
+            return {}
+        predictor = self.guesses.predictor
+        tables = {"embedding": trace.embedding, "logits": trace.logits, "input": trace.inputs, "ahead": trace.ahead}
+        reads = predictor.reads | ({"ahead"} if predictor.horizon else set())
+        nothing = torch.zeros(1, 1).expand(len(trace), self.run.layers)
+        return {what: torch.from_numpy(table).float() if what in reads else nothing for what, table in tables.items()}
 
     def _between(self) -> None:
         """A token has ended: what the runtime and its hook do then."""
@@ -153,22 +168,22 @@ class _Run:
         pool, rule = self.pools[which], self.rules[which]
         if pool.fits_all:
             return
-        found = None
-        if rule is not None:
+
+        def ranked() -> np.ndarray:
             tables = torch.from_numpy(pool.object_of), torch.from_numpy(pool.stamp)
-            found = stamps(rule, *tables, self.clock, ended).numpy()
-        self.wasted += (self.run.object_bytes, self.run.record_bytes)[which] * pool.age(self.clock, reserve, found)
+            return stamps(rule, *tables, self.clock, ended).numpy()
+        in_vain = pool.age(self.clock, reserve, None if rule is None else ranked)
+        self.wasted += (self.run.object_bytes, self.run.record_bytes)[which] * in_vain
 
     def _token(self, row: int) -> None:
-        run, trace = self.run, self.trace
-        taken, used = self._picks(row), []
+        run, taken, used = self.run, self._picks(row), []
         if self.guesses is not None:
-            self._fetch(self.guesses.begin(torch.from_numpy(trace.embedding[row]).float()))
+            self._fetch(self._guessed)
         for layer in range(run.layers):
             guessed = []
             if self.guesses is not None:
-                guessed = self.guesses.at(layer, *(torch.from_numpy(table[row, layer]).float() for table in
-                                                   (trace.ahead, trace.logits, trace.inputs)))
+                told = (self._told[what][row, layer] for what in ("ahead", "logits", "input"))
+                guessed = self.guesses.at(layer, *told)
             things, weights = taken(layer)
             if self.frees_late:
                 self._free(0, sum(self.pools[0].slot_of[thing] < 0 for thing in things), ended=False)
@@ -195,7 +210,7 @@ class _Run:
 
         def chosen(layer: int) -> tuple[list[int], np.ndarray]:
             ids, given = self._experts[layer][None], torch.from_numpy(weights[layer])[None]
-            near = torch.tensor([[slot >= 0 for slot in self.pools[0].slot_of[layer * first:(layer + 1) * first]]])
+            near = torch.from_numpy(self.pools[0].places[layer * first:(layer + 1) * first] >= 0)[None]
             logits = torch.from_numpy(self.trace.logits[row, layer])[None]
             others, shares = route.routed(*self.choice.route.parts, logits, ids, given, near, self.of._weigh[layer])
             lost, changed = route.left_out(ids, given, others, shares)
@@ -221,7 +236,7 @@ class _Run:
         experts = self._experts[layer].numpy() + layer * run.experts
         things = experts[neurons // run.neurons] * run.neurons + neurons % run.neurons
         if self.choice.fidelity.name != "exact":
-            near = torch.tensor([[self.pools[1].slot_of[thing] >= 0 for thing in things.tolist()]])
+            near = torch.from_numpy(self.pools[1].places[things] >= 0)[None]
             left, fidelity = exactness.coarser(
                 *self.choice.fidelity.parts, torch.from_numpy(neurons.astype(np.int32))[None],
                 torch.from_numpy(np.where(whole, REFINED, DOWN_ONLY).astype(np.int8))[None],
@@ -244,7 +259,7 @@ class _Run:
         if len(self.rules) > 1 and self.rules[1] is not None:
             self.rules[1].used(torch.tensor(records, dtype=torch.int64), None)
         if self.guesses is not None:
-            self.guesses.predictor.end(self._experts, torch.from_numpy(self.trace.logits[row]))
+            self.guesses.predictor.end(self._experts, self._told["logits"][row])
 
 
 def sizes_of(run: RunNumbers) -> ArenaSizes:
@@ -294,23 +309,35 @@ def _weights(trace: RoutingTrace) -> list[route.Weights | None]:
     return found
 
 
-def baselines(simulator: Simulator) -> list[Replay]:
-    """What every table begins with: on demand by recency, by frequency, and with the most popular pinned; the bound."""
-    popular = most_popular(simulator.trace, simulator.split.slots - simulator.reserves[0])
+def baselines(simulator: Simulator, train: RoutingTrace | None) -> list[Replay]:
+    """What every table begins with: on demand by recency, by frequency, and with the most popular pinned; the bound.
+    train: where popularity comes from; None: from the trace that is judged, which the row then says."""
+    name = "popularity (pinned)" if train else "popularity (pinned, in hindsight)"
+    popular = taught("pinned", train or simulator.trace, simulator)
     return [simulator.run_choice(parse("predict=none"), "LRU"),
             simulator.run_choice(parse("predict=none,evict=lfu"), "LFU"),
-            simulator.run_choice(parse("predict=none,evict=pinned"), "popularity (pinned)", chosen=popular),
+            simulator.run_choice(parse("predict=none,evict=pinned"), name, **popular),
             optimum(simulator.trace, simulator.near_bytes)]
 
 
-def most_popular(trace: RoutingTrace, n: int) -> torch.Tensor:
-    """bool [L * E]: the n experts that a trace's steps took most often, over all layers."""
+def taught(rule: str, train: RoutingTrace | None, simulator: Simulator) -> dict[str, torch.Tensor]:
+    """What a rule of residency learns from another trace of the same model, as `run_choice` takes it."""
+    slots, run = simulator.split.slots, simulator.run
+    if train is None or rule not in ("pinned", "divided"):
+        return {}
+    if rule == "pinned":
+        chosen = torch.zeros(run.layers * run.experts, dtype=torch.bool)
+        chosen[torch.from_numpy(by_popularity(train)[:max(0, slots - simulator.reserves[0])].copy())] = True
+        return {"chosen": chosen}
+    curves = [recency_curve(train.experts[train.steps][:, layer].tolist(), run.experts) for layer in range(run.layers)]
+    return {"shares": torch.tensor(divide(curves, slots, min(1, slots // run.layers))[0])}
+
+
+def by_popularity(trace: RoutingTrace) -> np.ndarray:
+    """int64 [L * E]: experts (layer * E + expert), what a trace's steps took most often first."""
     run, steps = trace.run, trace.steps
     taken = trace.experts[steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
-    counts = torch.from_numpy(np.bincount(taken.ravel(), minlength=run.layers * run.experts))
-    chosen = torch.zeros(len(counts), dtype=torch.bool)
-    chosen[counts.argsort(descending=True, stable=True)[:max(0, n)]] = True
-    return chosen
+    return np.argsort(-np.bincount(taken.ravel(), minlength=run.layers * run.experts), kind="stable")
 
 
 def tokens_per_second(run: RunNumbers, replay: Replay, machine: Machine, near_bytes: int) -> float:

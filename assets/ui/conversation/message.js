@@ -82,6 +82,7 @@ function notes(m) {
 // How fast and how long; the rest of what it cost lies behind it.
 export function showStats(node, stats) {
   const foot = node.querySelector(".foot"), old = foot.querySelector(".stats");
+  if (stats.lossy && !foot.querySelector(".lossy")) foot.append(approximate(stats.lossy));
   const short = [stats.tokens_per_second && say("stat_decode", { n: stats.tokens_per_second.toFixed(1) }),
     stats.seconds && say("stat_seconds", { s: stats.seconds.toFixed(1) })].filter(Boolean).join(" · ");
   if (!short) return;
@@ -89,6 +90,12 @@ export function showStats(node, stats) {
   details.firstChild.firstChild.data = short;
   details.lastChild.replaceChildren(...statsLine(stats));
   if (!old) foot.append(details);
+}
+
+// Words that a saving of bytes may have changed.
+function approximate(how) {
+  const why = say("lossy_why", { how: TEXT[`preset_${how}`] || how });
+  return h("span", { class: "lossy", title: why }, TEXT.lossy, h("span", { class: "sr-only" }, ` ${why}`));
 }
 
 function statsLine(stats) {

@@ -114,6 +114,24 @@ function options(model, load, ask) {
     oninput: () => { context.value = atShare(range.value / 100); soon(); } });
   const near = h("input", { type: "number", min: 0, step: 1, "aria-label": label(TEXT.near), oninput: soon });
 
+  const preset = h("select", { "aria-label": label(TEXT.choose_preset), onchange: () => explain() });
+  const about = h("p", { class: "preset-about", role: "status" });
+  let presets = [];
+
+  function explain() {
+    const chosen = presets.find((row) => row.name === preset.value);
+    about.textContent = chosen ? [TEXT[`preset_about_${chosen.name}`], price(chosen)].filter(Boolean).join(" ") : "";
+  }
+
+  function showPresets(rows) {
+    const before = preset.value;
+    presets = rows;
+    preset.replaceChildren(...rows.map((row) => h("option", { value: row.name, disabled: Boolean(row.why_not),
+      title: row.why_not || null }, TEXT[`preset_${row.name}`])));
+    preset.value = rows.some((row) => row.name === before && !row.why_not) ? before : rows[0].name;
+    explain();
+  }
+
   // The range is logarithmic: 512 tokens to the model's longest context.
   const least = () => Math.min(512, longest);
   const atShare = (share) => Math.round(least() * (longest / least()) ** share / 64) * 64 || least();
@@ -137,6 +155,7 @@ function options(model, load, ask) {
     if (!level.value && plan.level) level.options[0].textContent = say("automatic_is", { what: plan.level });
     if (plan.near_bytes && near.value === "")
       near.placeholder = say("automatic_is", { what: Math.round(plan.near_bytes / MIB).toLocaleString("en") });
+    if (plan.presets) showPresets(plan.presets);
     const share = Math.log(plan.context / least()) / Math.log(longest / least());
     range.value = longest > least() ? 100 * Math.min(1, Math.max(0, share)) : 100;
   }
@@ -144,7 +163,18 @@ function options(model, load, ask) {
   const field = (name, ...controls) => h("label", {}, h("span", {}, name), ...controls);
   const node = h("fieldset", { class: "load-options" }, h("legend", {}, TEXT.choose), field(TEXT.choose_level, level),
     field(TEXT.choose_context, context), range, field(TEXT.near, near),
+    load && field(TEXT.choose_preset, preset), load && about,
     load && h("button", { type: "button", class: "primary", onclick: () =>
-      load({ level: level.value, context: Number(context.value) || null, near_bytes: nearBytes() }) }, TEXT.open));
+      load({ level: level.value, context: Number(context.value) || null, near_bytes: nearBytes(),
+        preset: preset.value || "lossless" }) }, TEXT.open));
   return { node, asked, show };
+}
+
+// What a way to save bytes costs, beside its choice.
+function price({ name, cost, why_not }) {
+  if (why_not || name === "lossless") return why_not;
+  if (!cost) return TEXT.preset_unmeasured;
+  const percent = (share) => (100 * share).toFixed(share > 0.1 ? 0 : 1);
+  return say("preset_cost", { near: percent(cost.near_share), moved: percent(cost.moved),
+    change: `${cost.perplexity < 0 ? "−" : "+"}${percent(Math.abs(cost.perplexity))}`, kl: cost.kl.toFixed(4) });
 }

@@ -99,7 +99,7 @@ def _converse(engine, system: list[dict], sampling: Sampling) -> dict | None:
 
 
 def _command(engine, words: list[str], system: list[dict], messages: list[dict]) -> list[dict]:
-    """What begins with a stroke is no question; -> the conversation that goes on."""
+    """What begins with a slash is no question; -> the conversation that goes on."""
     name, *rest = words
     if name == "/new":
         report("A new conversation.")

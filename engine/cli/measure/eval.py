@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from engine.cli import report
+from engine.cli import progress_line, report
 from engine.core import LEVELS, Options, UserError
 from engine.paths import typed
 from engine.units import parse_bytes
@@ -34,9 +33,10 @@ def run(args: argparse.Namespace) -> dict:
     reference = args.reference and load.load(args.reference, Options(level="exact", device=args.device, predict=False))
     documents = read_tokens(args.text or EVALUATION_TEXT, loaded.tokenizer, args.tokens, evaluate.longest(loaded))
     try:
-        found = evaluate.evaluate(loaded, documents, wished or list(loaded.runtime.levels), near, reference, _progress)
+        found = evaluate.evaluate(loaded, documents, wished or list(loaded.runtime.levels), near, reference,
+                                  lambda done, total: progress_line(f"{done}/{total} documents"))
     finally:
-        print(file=sys.stderr)  # the line of the progress ends
+        progress_line()
     report(f"{found.tokens:,} tokens, reference perplexity {found.reference_perplexity:.4f}\n"
            "level     perplexity      KL   top-1   far bytes/token   hits")
     for row in found.levels:
@@ -53,6 +53,3 @@ def levels_of(text: str | None) -> list[str]:
             raise UserError(f"There is no level {name!r}; choose from {', '.join(LEVELS)}.")
     return names
 
-
-def _progress(done: int, total: int) -> None:
-    print(f"\r{done}/{total} documents", end="", file=sys.stderr, flush=True)

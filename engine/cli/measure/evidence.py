@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 
-from engine.cli import report
+from engine.cli import check_out, on_processor, report
 from engine.core import Options, UserError
 from engine.paths import typed
 
@@ -21,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     if args.train < 64 or min(args.test, args.live) < 16:
         raise UserError("--train must be at least 64, --test and --live at least 16.")
+    device, out = on_processor(args.device, "evidence"), check_out(Path(args.out))
     from engine.files.manifest import Manifest
     from engine.model import load
     from engine.quality.evidence.gather import gather
-    from engine.quality.evidence.report import bars, page, scatter
+    from engine.quality.evidence.report import bars, costs, page, scatter
 
     Manifest.load(Path(args.folder))
-    loaded = load.load(args.folder, Options("exact", device=args.device), report)
-    out = Path(args.out)
+    loaded = load.load(args.folder, Options("exact", device=device), report)
     sizes = "".join(f" --{name} {value}" for name, value, usual in (
         ("train", args.train, 5000), ("test", args.test, 1200), ("live", args.live, 400)) if value != usual)
     command = f"python -m engine evidence {args.folder} --out {args.out}{sizes}"
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> dict:
     for name, drawn in plots.items():
         (out.parent / name).write_text(drawn, encoding="utf-8")
     out.write_text(page(found, list(plots)), encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(costs(found), indent=1) + "\n", encoding="utf-8")
     for line in found.judged:
         report(f"{'holds' if line.holds else 'does NOT hold'}: {line.asked}: {line.found}")
     return {"judged": [asdict(line) for line in found.judged],

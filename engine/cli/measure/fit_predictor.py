@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from engine.cli import report
+from engine.cli import check_out, progress_line, report
 from engine.core import UserError
 from engine.paths import typed
 
@@ -22,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     if args.epochs < 1 or not 0 < args.held_out < 1:
         raise UserError("--epochs must be at least 1, --held-out between 0 and 1.")
+    out = check_out(Path(args.out))
     from engine.files.manifest import Manifest
     from engine.policies.learned import fit, save_predictors
     from engine.policies.trace import load_trace
@@ -34,14 +34,12 @@ def run(args: argparse.Namespace) -> dict:
     held_out = trace.of_answers(1 - args.held_out, 1)
     if not held_out.decode.any():
         raise UserError(f"{args.trace} holds too few answers to keep some apart; record more.")
-    made = fit(trace.of_answers(0, 1 - args.held_out), args.epochs, report=_progress)
-    print(file=sys.stderr)  # the line of the progress ends
-    save_predictors(Path(args.out), made, run.layers, run.experts, hidden)
+    made = fit(trace.of_answers(0, 1 - args.held_out), args.epochs,
+               lambda name, share: progress_line(f"{name}: {share:.0%}"))
+    progress_line()
+    save_predictors(out, made, run.layers, run.experts, hidden)
     found = recalls(held_out, ("popularity", "repeat", "next", *made), made)
     for name, (once, twice, thrice) in found.items():
         report(f"{name:12} recall on held-out answers, of k / 2k / 3k guesses: {once:.1%} / {twice:.1%} / {thrice:.1%}")
     return {"recall": found, "held_out_tokens": int(held_out.decode.sum())}
 
-
-def _progress(name: str, share: float) -> None:
-    print(f"\r{name}: {share:.0%}   ", end="", file=sys.stderr, flush=True)

@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="near memory: a size, or a share of all experts such as 25%%")
     parser.add_argument("--policies", action="append", default=[], metavar="SPEC",
                         help="KIND=NAME:NUMBER,.. of predict, evict, admit, route, fidelity; may be repeated")
+    parser.add_argument("--train", type=typed, metavar="TRACE",
+                        help="another trace of the model, from which popularity, pinned and divided are learned")
     parser.add_argument("--learned", type=typed, metavar="FILE", help="predictors that `fit-predictor` trained")
     parser.add_argument("--machine", metavar="M", help="whose tokens/s to predict (default: this one)")
 
@@ -26,15 +28,18 @@ def run(args: argparse.Namespace) -> dict:
     from engine.policies.choice import parse
     from engine.policies.learned import load_predictors
     from engine.policies.trace import load_trace
-    from engine.quality.simulate import Simulator, baselines, tokens_per_second
+    from engine.quality.simulate import Simulator, baselines, taught, tokens_per_second
 
-    trace = load_trace(Path(args.trace))
+    trace, train = load_trace(Path(args.trace)), args.train and load_trace(Path(args.train))
+    if train and (train.run.layers, train.run.experts) != (trace.run.layers, trace.run.experts):
+        raise UserError(f"{args.train} was recorded with another model than {args.trace}.")
     choices = [parse(text) for text in args.policies]
     near_bytes = _near(args.near, trace)
     machine = table.described(args.machine) if args.machine else with_benchmarks(
         this_machine(args.data, args.device)[0], args.data)
     simulator = Simulator(trace, near_bytes, learned=args.learned and load_predictors(Path(args.learned)))
-    found = [*baselines(simulator), *(simulator.run_choice(choice) for choice in choices)]
+    found = [*baselines(simulator, train), *(simulator.run_choice(
+        choice, **taught(choice.evict.name, train, simulator)) for choice in choices)]
     speeds = [tokens_per_second(trace.run, replay, machine, near_bytes) for replay in found]
     report(f"{found[0].tokens:,} tokens of {trace.run.model} at {trace.run.level}, {near_bytes:,} bytes near "
            f"({simulator.split.slots} slots); tokens/s on {machine.name}\n"

@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from engine.cli import report
+from engine.cli import check_out, on_processor, progress_line, report
 from engine.core import LEVELS, Options, UserError
 from engine.paths import typed
 from engine.units import parse_bytes
@@ -28,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     if min(args.tokens, args.most) < 1 or args.horizon < 0:
         raise UserError("--tokens and --most must be at least 1, --horizon at least 0.")
+    device, out = on_processor(args.device, "trace"), check_out(Path(args.out))
     from engine.files.manifest import is_compressed
     from engine.model import load
     from engine.quality.recorder import Recorder, record
@@ -35,20 +35,18 @@ def run(args: argparse.Namespace) -> dict:
     load.check_folder(Path(args.folder))
     if not is_compressed(Path(args.folder)):
         raise UserError(f"{args.folder} is an uncompressed checkpoint; compress it first.")
-    options = Options(level=args.level, near_bytes=args.near, device=args.device)
+    options = Options(level=args.level, near_bytes=args.near, device=device)
     loaded = load.load(args.folder, options, report)
     recorder = Recorder(loaded, args.horizon, args.inputs)
     try:
-        record(loaded, args.prompts, recorder, args.tokens, args.most, _progress)
+        record(loaded, args.prompts, recorder, args.tokens, args.most,
+               lambda answers, tokens: progress_line(f"{answers} answers, {tokens} tokens"))
         trace = recorder.trace(Path(args.folder).name)
     finally:
-        print(file=sys.stderr)  # the line of the progress ends
+        progress_line()
         loaded.runtime.close()
-    trace.save(Path(args.out))
-    size = Path(args.out).stat().st_size
+    trace.save(out)
+    size = out.stat().st_size
     report(f"{len(trace):,} tokens, {int(trace.decode.sum()):,} of them written one a step, in {size:,} bytes")
     return {"tokens": len(trace), "decode_tokens": int(trace.decode.sum()), "bytes": size, "level": trace.run.level}
 
-
-def _progress(answers: int, tokens: int) -> None:
-    print(f"\r{answers} answers, {tokens} tokens", end="", file=sys.stderr, flush=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from engine.model.load import Loaded
 from engine.policies.choice import parse
 from engine.policies.learned import fit
 from engine.policies.trace import RoutingTrace
+from engine.quality.evaluate import reference_of
 from engine.quality.evidence.live import LOSSY, SPARSE, Live, live_rows
 from engine.quality.evidence.replayed import coverage, lossless_rows, warm_up
 from engine.quality.evidence.report import Found, Judged, gap_closed
 from engine.quality.recorder import Recorder, record
-from engine.quality.simulate import Replay, Simulator
+from engine.quality.simulate import Replay, Simulator, by_popularity
 from engine.quality.texts import CALIBRATION_TEXT, EVALUATION_TEXT, read_tokens
 
 SHARES = (0.25, 0.5, 0.75)
@@ -33,15 +34,17 @@ def gather(loaded: Loaded, command: str, n_train: int, n_test: int, n_live: int,
     learned = fit(train, EPOCHS)
     replayed, live = {}, {}
     documents = read_tokens(EVALUATION_TEXT, loaded.tokenizer, n_live)
-    popular = _most_popular(train)
+    popular = [divmod(int(thing), run.experts) for thing in by_popularity(train)]
+    with torch.inference_mode():
+        asked = [(ids, reference_of(loaded, ids)) for ids in documents]
     sparse = _trace(loaded, EVALUATION_TEXT, n_test // 2, "balanced", report) if (
         "balanced" in loaded.runtime.levels) else None
     for share in SHARES:
         report(f"replaying at {share:.0%}")
         replayed[share] = lossless_rows(train, test, int(share * whole), learned)
-        live[share] = live_rows(loaded, documents, int(share * whole), popular, "exact", LOSSY, report)
+        live[share] = live_rows(loaded, asked, int(share * whole), popular, "exact", LOSSY, report)
         if sparse is not None:
-            live[share] += live_rows(loaded, documents, int(share * whole), popular, "balanced", SPARSE, report)
+            live[share] += live_rows(loaded, asked, int(share * whole), popular, "balanced", SPARSE, report)
     judged = _judged(train, test, sparse, replayed, live, whole, learned)
     return Found(test.run.model, command, (len(train.steps), len(test.steps)), replayed, live, judged)
 
@@ -53,14 +56,6 @@ def _trace(loaded: Loaded, prompts: Path, n_tokens: int, level: str, report: Rep
     recorder = Recorder(loaded, 3, True)
     record(loaded, prompts, recorder, n_tokens, LONGEST_ANSWER)
     return recorder.trace(loaded.spec.name)
-
-
-def _most_popular(trace: RoutingTrace) -> list[tuple[int, int]]:
-    """(layer, expert), the most often taken first."""
-    run = trace.run
-    taken = trace.experts[trace.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
-    counts = np.bincount(taken.ravel(), minlength=run.layers * run.experts)
-    return [divmod(int(thing), run.experts) for thing in np.argsort(-counts, kind="stable")]
 
 
 def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None, replayed: dict[float, list[Replay]],

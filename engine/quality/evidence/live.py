@@ -12,11 +12,11 @@ from engine.experts.policy_hook import PolicyHook
 from engine.experts.working_set import pin
 from engine.model.load import Loaded
 from engine.policies.choice import parse
-from engine.quality.evaluate import reference_of, stepwise
+from engine.quality.evaluate import stepwise
 from engine.quality.loss_probe import Sums
 
 LOSSY = ("", "evict=popularity,free=layer", "route=near:0.05:1", "route=near:0.1:1", "route=near:0.2:1",
-         "route=drop:0.2", "route=drop:0.3", "route=skip:0.5", "route=near-only,evict=pinned")
+         "route=drop:0.2", "route=drop:0.3", "route=skip:0.5", "route=near-only")
 SPARSE = ("", "fidelity=score:0.6:0.9", "fidelity=score:0.5:1", "fidelity=bits:2.4")
 
 
@@ -38,12 +38,13 @@ class Live:
         return self.counters.far_bytes / self.tokens
 
 
-def live_rows(loaded: Loaded, documents: list[list[int]], near_bytes: int, popular: list[tuple[int, int]],
-              level: str, choices: tuple[str, ...], report: Callable[[str], None]) -> list[Live]:
-    """popular: (layer, expert), the likeliest first: pinned before a text where a choice pins, as far as they fit."""
+def live_rows(loaded: Loaded, asked: list[tuple[list[int], torch.Tensor]], near_bytes: int,
+              popular: list[tuple[int, int]], level: str, choices: tuple[str, ...], report: Callable[[str], None],
+              ) -> list[Live]:
+    """asked: documents with what the exact model says of them (`reference_of`). popular: (layer, expert), the likeliest
+    first: pinned before a text where nothing else may be used, as far as they fit."""
     runtime, found = loaded.runtime, []
     with torch.inference_mode():
-        references = [reference_of(loaded, ids) for ids in documents]
         for text in choices:
             report(f"{level}, {near_bytes:,} bytes near, {text or 'exact'}")
             sums, used, choice = Sums(), Counters(), parse(text)
@@ -51,9 +52,9 @@ def live_rows(loaded: Loaded, documents: list[list[int]], near_bytes: int, popul
             hook = PolicyHook(runtime, loaded.model, parse(f"{text},predict=none" if text else "predict=none"))
             try:
                 with runtime.hooked(hook):
-                    for ids, reference in zip(documents, references, strict=True):
+                    for ids, reference in asked:
                         runtime.set_level(level, near_bytes)
-                        if choice.evict.name == "pinned":
+                        if choice.route.name == "near-only":
                             pool, reserve = runtime.near.pools()[0]
                             pin(runtime, popular[:max(0, len(pool.object_of) - reserve)])
                         used += stepwise(loaded, ids, reference, sums)

@@ -14,12 +14,11 @@ from engine.core import Counters
 from engine.policies.choice import parse
 from engine.policies.predict import Predictor
 from engine.policies.residency import USES, WINDOW
-from engine.policies.split import divide, recency_curve
 from engine.policies.trace import RoutingTrace
-from engine.quality.simulate import Replay, Simulator, baselines, most_popular, sizes_of
+from engine.quality.simulate import Replay, Simulator, baselines, by_popularity, sizes_of, taught
 
 LOSSLESS = ("predict=none,evict=popularity", "predict=none,evict=hobbit", "predict=none,evict=divided",
-            "predict=none,evict=pinned", "predict=none,admit=third", "predict=none,evict=popularity,admit=third",
+            "predict=maps,evict=finemoe", "predict=none,admit=third", "predict=none,evict=popularity,admit=third",
             "predict=none,free=layer", "predict=none,free=layer,evict=lfu", "predict=none,free=layer,evict=popularity",
             "predict=none,free=layer,evict=popularity,admit=third",
             "predict=next:1", "predict=next:2", "predict=next:3", "predict=repeat", "predict=popularity",
@@ -32,12 +31,9 @@ def lossless_rows(train: RoutingTrace, test: RoutingTrace, near_bytes: int, lear
                   ) -> list[Replay]:
     """The four baselines, two caches of textbooks, then `LOSSLESS`."""
     simulator = Simulator(test, near_bytes, learned=learned)
-    slots, run = simulator.split.slots, train.run
-    curves = [recency_curve(train.experts[train.steps][:, layer].tolist(), run.experts) for layer in range(run.layers)]
-    given = {"divided": {"shares": torch.tensor(divide(curves, slots, min(1, slots // run.layers))[0])},
-             "pinned": {"chosen": most_popular(train, slots - simulator.reserves[0])}}
-    return [*baselines(simulator), on_demand(test, near_bytes, False), on_demand(test, near_bytes, True),
-            *(simulator.run_choice(choice, **given.get(choice.evict.name, {})) for choice in map(parse, LOSSLESS))]
+    return [*baselines(simulator, train), on_demand(test, near_bytes, False), on_demand(test, near_bytes, True),
+            *(simulator.run_choice(choice, **taught(choice.evict.name, train, simulator))
+              for choice in map(parse, LOSSLESS))]
 
 
 def on_demand(trace: RoutingTrace, near_bytes: int, gated: bool) -> Replay:
@@ -71,17 +67,22 @@ def coverage(train: RoutingTrace, test: RoutingTrace, share: float) -> tuple[flo
     """Of the picks of an answer what a resident set of `share` of all experts holds -> by everybody's popularity, by
     what the answer before it took."""
     run, n = train.run, round(share * train.run.layers * train.run.experts)
-    everybody, found = most_popular(train, n), []
+    everybody, found = _resident(train, n), []
     previous = None
     for answer in np.unique(test.answer):
         rows = test.rows(np.flatnonzero(test.answer == answer))
         taken = (rows.experts[rows.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]).ravel()
         if previous is not None and len(taken):
-            own = most_popular(previous, n)
+            own = _resident(previous, n)
             found.append((len(taken), float(everybody[taken].sum()), float(own[taken].sum())))
         previous = rows
     total = sum(row[0] for row in found) or 1  # a single answer has none before it
     return sum(row[1] for row in found) / total, sum(row[2] for row in found) / total
+
+
+def _resident(trace: RoutingTrace, n: int) -> np.ndarray:
+    """bool [L * E]: the n experts that are taken most often."""
+    return np.isin(np.arange(trace.run.layers * trace.run.experts), by_popularity(trace)[:n])
 
 
 def warm_up(test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor]) -> dict[str, float]:

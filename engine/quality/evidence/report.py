@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from engine.policies.presets import PRESETS
 from engine.quality.evidence.claims import SYSTEMS
 from engine.quality.evidence.live import Live
 from engine.quality.simulate import Replay
@@ -56,6 +57,19 @@ def page(found: Found, plots: Sequence[str]) -> str:
         said += ["", f"## Changes the output, {share:.0%} near", "", *_live(rows)]
     said += ["", f"![Bytes a token against perplexity]({plots[1]})", "", "## System by system", "", *_systems(found)]
     return "\n".join(said) + "\n"
+
+
+def costs(found: Found) -> dict:
+    """What `engine/policies/presets.py` tells people of the presets, from the rows of level `exact`."""
+    presets = {}
+    for name, text in PRESETS.items():
+        for share, rows in found.live.items():
+            exact = next(row for row in rows if row.level == "exact")
+            if row := next((row for row in rows if text and row.name == text and row.level == "exact"), None):
+                presets.setdefault(name, []).append({
+                    "near_share": share, "perplexity": round(row.perplexity / exact.perplexity - 1, 4),
+                    "kl": round(row.kl, 4), "moved": round(row.far_per_token / max(1.0, exact.far_per_token), 3)})
+    return {"model": found.model, "command": found.command, "presets": presets}
 
 
 def gap_closed(rows: Sequence[Replay], row: Replay, crossed: bool = False) -> float:

@@ -33,8 +33,8 @@ def shelf(tmp_path):
     """A shelf whose open model is noted, not opened."""
     opened = SimpleNamespace(folder=demo_model(), state="ready", options=Options(device="cpu"), asked=None)
 
-    def open_it(folder, level, context, near_bytes):
-        opened.folder, opened.asked, opened.near_bytes = folder, (level, context), near_bytes
+    def open_it(folder, level, context, near_bytes, preset):
+        opened.folder, opened.asked, opened.near_bytes, opened.preset = folder, (level, context), near_bytes, preset
     opened.open = open_it
     shelf = Shelf(opened, Surroundings(tmp_path, "cpu"))
     yield shelf
@@ -209,6 +209,21 @@ def test_a_model_is_opened_at_the_chosen_level_and_context(shelf):
     with pytest.raises(UserError, match="at most"):
         shelf.open("demo", None, 5000)
     assert shelf._opened.asked[1] is None  # nothing was closed for it
+
+
+def test_what_may_stand_in_for_what_is_far_is_a_choice_of_loading(shelf):
+    """With what it was measured to cost on this model; refused in a sentence where it cannot be, nothing closed."""
+    rows = {row["name"]: row for row in shelf.plan("demo", "exact", None, 4 << 20)["presets"]}
+    assert list(rows) == ["lossless", "prefer_cached", "cached_only"]
+    assert rows["lossless"]["cost"] is None and 0 < rows["prefer_cached"]["cost"]["moved"] < 1
+    assert rows["cached_only"]["cost"]["moved"] == 0 and not any(row["why_not"] for row in rows.values())
+    sparse = {row["name"]: row for row in shelf.plan("demo", "fast")["presets"]}
+    assert sparse["cached_only"]["why_not"].endswith("choose exact.") and sparse["prefer_cached"]["cost"] is None
+    shelf.open("demo", "exact", None, 4 << 20, "prefer_cached")
+    assert shelf._opened.preset == "prefer_cached"
+    with pytest.raises(UserError, match="has to be exact"):
+        shelf.open("demo", "fast", None, None, "cached_only")
+    assert shelf._opened.preset == "prefer_cached"
 
 
 def test_near_memory_is_a_choice_of_loading(shelf):

@@ -10,6 +10,7 @@ import torch
 
 from engine.core import UserError
 from engine.policies import route
+from engine.policies.build import guesses_of, rules_of
 from engine.policies.choice import Choice, Named, parse
 from engine.policies.fidelity import by_score, within_bits, without
 from engine.policies.learned import TwoLayers, load_predictors, save_predictors, sparsemax
@@ -151,7 +152,9 @@ def test_slots_follow_the_tables_of_near_memory(parts):
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_what_a_rule_puts_last_leaves_first(name):
-    rule = RULES[name](12, L)
+    given = {"finemoe": {"expected": torch.rand(12, generator=MADE)}, "divided": {"shares": torch.tensor([2, 2])},
+             "pinned": {"chosen": torch.arange(12) % 4 == 3}}
+    rule = RULES[name](12, L, **given.get(name, {}))
     for things in ([0, 1, 6, 7], [0, 2, 6, 8], [0, 3, -1, 9], [0, 1, 6, -1]):
         rule.used(torch.tensor(things), torch.tensor([0.9, 0.1, 0.6, 0.4]))
     pool = new_pool(12, 8)
@@ -172,9 +175,9 @@ def test_admission_takes_three_uses_within_sixteen_tokens():
         rule.used(torch.tensor([3 if clock in (1, 3, 5) else -1, 4 if clock in (1, 20, 40) else -1,
                                 6 if clock == 40 else -1]))
     order = rule.order(torch.tensor([3, 4, 6]))
-    assert order[0] > order[2] >= order[1] and rule.claim.tolist() == [i == 3 for i in range(8)]
+    assert order[0] > order[2] >= order[1] and rule.claim.tolist()[:8] == [i == 3 for i in range(8)]
     rule.order(torch.tensor([4, 6]))
-    assert not rule.claim.any(), "a claim ends with the place"
+    assert not rule.claim[:8].any(), "a claim ends with the place"
 
 
 def test_a_layer_beyond_its_share_gives_first():
@@ -230,13 +233,35 @@ def test_what_was_trained_comes_back(tmp_path):
 
 @pytest.mark.parametrize("text, word", [
     ("evict=best", "choose one of"), ("place=near", "KIND=NAME"), ("route=near", "takes 2 numbers"),
-    ("route=near:x", "a number"), ("admit=third:4", "takes 0 numbers")])
+    ("route=near:x", "a number"), ("admit=third:4", "takes 0 numbers"), ("lambda=abc", "KIND=NAME"),
+    ("route=near:-1", "from 0 to inf"), ("route=near:nan", "from 0 to inf"), ("route=drop:1e999", "from 0 to 1"),
+    ("predict=next:1e999", "a whole number from 0 to 3"), ("predict=profile:1.5", "a whole number"),
+    ("predict=profile:0", "from 1"), ("predict=popularity:-3", "from 0"), ("fidelity=bits:nan", "from 0"),
+    ("evict=lfu,evict=hobbit", "chosen twice"), ("evict=finemoe", "add predict=maps")])
 def test_a_policy_that_there_is_not(text, word):
     with pytest.raises(UserError, match=word):
         parse(text)
     assert parse("") == Choice() and parse("").is_exact
     assert parse("route=near:0.1, predict=next").route == Named("near", (0.1, 1))
     assert not parse("fidelity=score:0.6:0.9").is_exact
+    assert parse("route=near:inf:99").route == Named("near", (float("inf"), 99))
+
+
+@pytest.mark.parametrize("name", ["pinned", "divided"])
+def test_a_rule_without_what_it_was_to_learn_says_so(name):
+    with pytest.raises(UserError, match="--train"):
+        rules_of(parse(f"evict={name}"), [(12, "cpu")], L, None)
+
+
+def test_a_map_that_expects_an_expert_keeps_it():
+    """FineMoE's rule reads what the maps said of the token under way; records go by their expert."""
+    guesses = guesses_of(parse("predict=maps"), L, E, K, 4)
+    rules = rules_of(parse("predict=maps,evict=finemoe"), [(L * E, "cpu"), (L * E * N, "cpu")], L, guesses)
+    guesses.predictor.embeddings[0], guesses.predictor.n = torch.tensor([1.0, 0, 0, 0]), 1
+    guesses.predictor.maps[0, :, 7] = 0.9
+    guesses.begin(torch.tensor([1.0, 0, 0, 0]))
+    assert rules[0].order(torch.arange(E)).argmax() == 7
+    assert rules[1].order(torch.arange(E * N)).topk(N).indices.sort().values.tolist() == [*range(7 * N, 8 * N)]
 
 
 def test_a_trace_comes_back_from_its_file(tmp_path):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from engine.core import Counters, UserError
+from engine.policies.choice import parse
 from engine.policies.learned import fit
+from engine.policies.presets import Cost
 from engine.policies.trace import RoutingTrace, RunNumbers
 from engine.quality.evidence.live import Live
 from engine.quality.evidence.replayed import coverage, lossless_rows, on_demand, warm_up
-from engine.quality.evidence.report import Found, Judged, bars, gap_closed, page, scatter
-from engine.quality.simulate import Simulator, optimum, recalls, sizes_of
+from engine.quality.evidence.report import Found, Judged, bars, costs, gap_closed, page, scatter
+from engine.quality.simulate import Simulator, baselines, optimum, recalls, sizes_of, taught
 
 L, E, K, H, N = 3, 8, 2, 16, 4
 
@@ -61,6 +63,16 @@ def test_no_rule_passes_the_optimum_and_all_see_the_same_picks(rows, traces):
         assert optimum(traces[1], size).far_per_token <= on_demand(traces[1], size, False).far_per_token
 
 
+def test_popularity_is_another_traces_or_says_that_it_is_hindsight(traces, rows):
+    """The row of the page pins what the answers it learned from took; without those it says so."""
+    simulator = Simulator(traces[1], 10_000)
+    own, own_train = baselines(simulator, None)[2], baselines(simulator, traces[1])[2]
+    assert own.name == "popularity (pinned, in hindsight)" and rows[2].name == "popularity (pinned)"
+    assert own.counters == own_train.counters != rows[2].counters
+    assert rows[2].counters == simulator.run_choice(parse("predict=none,evict=pinned"),
+                                                    **taught("pinned", traces[0], simulator)).counters
+
+
 def test_where_everything_fits_each_expert_is_fetched_once(traces):
     size = (L * E + K) * 1000
     taken = len(np.unique(traces[1].experts[traces[1].steps] + E * np.arange(L)[:, None]))
@@ -83,13 +95,17 @@ def test_coverage_and_warm_up_are_shares(traces, learned):
 
 def test_the_page_holds_every_row_and_every_system(rows):
     live = [Live(name, "exact", 10, 5.0 + at, 0.01, Counters(100, 60, 40 - at), 0.1) for at, name in enumerate(
-        ("exact", "route=near:0.1:1"))]
+        ("exact", "route=near:0.2:1"))]
     found = Found("made", "the command", (144, 144), {0.25: rows, 0.5: rows}, {0.25: live, 0.5: live},
                   [Judged("something", "less", False)])
     text = page(found, ["gap.svg", "cost.svg"])
     assert all(f"| {row.name} |" in text for row in rows) and "does **not** hold" in text
     for system in ("FloE", "SiDA-MoE", "eMoE", "HOBBIT", "FineMoE", "MoLE"):
         assert f"\n| {system} |" in text
+    told = costs(found)["presets"]
+    cost = {"perplexity": 0.2, "kl": 0.01, "moved": 0.975}
+    assert told == {"prefer_cached": [{"near_share": share} | cost for share in (0.25, 0.5)]}
+    assert Cost(**told["prefer_cached"][0]).kl == 0.01
     for drawn in (bars(found.replayed, [row.name for row in rows]), scatter(found.live)):
         assert ElementTree.fromstring(drawn).tag.endswith("svg") and "NaN" not in drawn
 

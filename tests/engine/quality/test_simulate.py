@@ -19,6 +19,7 @@ from engine.quality.simulate import Simulator
 
 QUESTIONS = "Hello, who are you?\nTell me a story about a dog.\nName 3 colours.\n"
 N_TOKENS = 36
+SHARES = torch.tensor([1, 2, 3, 4, 5, 6])  # slots of each layer, for `divided`
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def run(demo, prompts: Path, near: float, choice: str | None, predict: bool = Tr
     runtime.predict = predict
     runtime.set_level(runtime.level, int(near * everything))
     runtime.counts.zero_()
-    hook = None if given is None else PolicyHook(runtime, demo.model, given)
+    hook = None if given is None else PolicyHook(runtime, demo.model, given, shares=SHARES)
     recorder = Recorder(demo, horizon, True, hook)
     try:
         record(demo, prompts, recorder, N_TOKENS, 16)
@@ -55,7 +56,7 @@ def run(demo, prompts: Path, near: float, choice: str | None, predict: bool = Tr
 
 CASES = [("exact", 0.25, None), ("exact", 0.1, None), ("balanced", 0.25, None), ("balanced", 0.5, None),
          ("exact", 0.25, "predict=repeat,evict=lfu,admit=third"), ("exact", 0.5, "predict=popularity,evict=hobbit"),
-         ("exact", 0.25, "predict=maps,evict=finemoe"), ("exact", 0.25, "predict=next:2,evict=popularity"),
+         ("exact", 0.25, "predict=maps,evict=finemoe,free=layer"), ("exact", 0.25, "predict=next:2,evict=popularity"),
          ("exact", 0.25, "free=layer"), ("exact", 0.25, "free=layer,evict=popularity,predict=none"),
          ("exact", 0.25, "predict=profile,evict=divided,route=near:0.1:1"), ("exact", 0.25, "route=skip:0.5"),
          ("balanced", 0.25, "predict=none,evict=lfu,fidelity=score:0.4:0.6"), ("balanced", 0.25, "fidelity=bits:2.6"),
@@ -77,7 +78,7 @@ def test_a_replay_counts_what_the_engine_counted(demo, prompts, plain, level, ne
     choice each router says the same to the bit."""
     demo.runtime.level = level
     trace, near_bytes, hook = run(demo, prompts, near, choice, horizon=2)
-    found = Simulator(trace, near_bytes).run_choice(parse(choice or ""))
+    found = Simulator(trace, near_bytes).run_choice(parse(choice or ""), shares=SHARES)
     counted = demo.runtime.counters()
     assert found.tokens == N_TOKENS == trace.decode.sum() and counted.far_bytes > 0
     assert [*vars(found.counters).values()][:5] == [*vars(counted).values()][:5]
