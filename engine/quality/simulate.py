@@ -180,10 +180,6 @@ class _Run:
         if self.guesses is not None:
             self._fetch(self._guessed)
         for layer in range(run.layers):
-            guessed = []
-            if self.guesses is not None:
-                told = (self._told[what][row, layer] for what in ("ahead", "logits", "input"))
-                guessed = self.guesses.at(layer, *told)
             things, weights = taken(layer)
             if self.frees_late:
                 self._free(0, sum(self.pools[0].slot_of[thing] < 0 for thing in things), ended=False)
@@ -193,6 +189,8 @@ class _Run:
                 self._demand(1, records, needs)
                 used += records
             if self.guesses is not None:
+                told = (self._told[what][row, layer] for what in ("ahead", "logits", "input"))
+                guessed = self.guesses.at(layer, *told)
                 self.guesses.came(layer, self._experts[layer])
                 self._fetch(guessed)
         self._ended(row, used)

@@ -19,7 +19,7 @@ import pytest
 from app.chat import answers as jobs_module
 from app.chat.answers import AGAIN_TEMPERATURE, Jobs, _another
 from app.chat.chats import Chats
-from engine import Counters, Event, MachineError, Sampling, UserError
+from engine import PRESETS, Counters, Event, MachineError, Sampling, UserError
 from tests.support import waiting
 
 until = waiting.until
@@ -32,6 +32,7 @@ class Steps:
         self.says: queue.Queue = queue.Queue()
         self.asked: list[list[dict]] = []
         self.stopped = threading.Event()
+        self.lossy = ""
 
     info = {"name": "Boat", "context": 100, "sampling": {"temperature": 0.7}}
 
@@ -63,7 +64,7 @@ class Steps:
                 raise word
             n += 1
             kind = "thinking" if word.startswith("hm") else "answer"
-            yield Event(kind, word, n, 10.0, _moved(n))
+            yield Event(kind, word, n, 10.0, _moved(n), lossy=self.lossy)
         yield Event("end", "", n, 10.0, _moved(n), "stopped")
 
 
@@ -127,6 +128,25 @@ def test_an_answer_is_saved_while_it_grows_and_finished_with_its_numbers(desk):
     assert message.stats["far_bytes_per_token"] == 5 and message.stats["first_token_ms"] > 0
     assert (message.stats["model"], message.stats["level"]) == ("Boat", "exact")
     assert len(models.engine.asked) == 1  # the title was no second question, so it has evicted nothing
+
+
+def test_what_was_written_under_an_approximate_choice_stays_marked(desk):
+    chats, jobs, models = desk
+    models.engine.lossy = PRESETS["prefer_cached"]
+    answer = jobs.send(chats.create().id, "Tell me of the sea")["message"]
+    say(models, "It is ", "deep ")
+    until(lambda: jobs.live is None)
+    assert chats.message(answer).stats["lossy"] == "prefer_cached"
+    models.engine.lossy = ""
+    jobs.resume(answer)
+    say(models, "and blue")
+    until(lambda: jobs.live is None)
+    message = chats.message(answer)
+    assert (message.text, message.stats["lossy"]) == ("It is deep and blue", "prefer_cached")
+    exact = jobs.regenerate(answer)["message"]
+    say(models, "It is wide")
+    until(lambda: jobs.live is None)
+    assert chats.message(exact).text == "It is wide" and "lossy" not in chats.message(exact).stats
 
 
 @pytest.mark.parametrize("settings, given, wishes", [

@@ -167,6 +167,16 @@ def test_thinking_and_calls_are_told_apart_from_the_answer():
     assert deltas[2]["tool_calls"][0]["function"]["name"] == "get_time" and deltas[3] == {}
 
 
+def test_an_approximate_answer_says_by_what():
+    order = of_chat(ChatBody.model_validate({"model": "m", "messages": HI}), "me")
+    for lossy, marks in (("route=near-only", {"approximate": "cached_only"}), ("route=drop:0.2", {
+            "approximate": "route=drop:0.2"}), ("", {})):
+        events = [Event("answer", "Yes.", 1, lossy=lossy), Event("end", "", 1, reason="stop", lossy=lossy)]
+        whole, chunks = told(order, events)
+        assert [{name: said[name] for name in ("approximate",) if name in said} for said in (whole, chunks[-1])] == [
+            marks, marks]
+
+
 def test_a_forced_call_that_was_cut_off_is_told_as_text():
     body = {"model": "m", "messages": HI, "tool_choice": "required",
             "tools": [{"type": "function", "function": {"name": "a"}}]}
