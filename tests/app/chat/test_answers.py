@@ -35,6 +35,7 @@ class Steps:
         self.lossy = ""
 
     info = {"name": "Boat", "context": 100, "sampling": {"temperature": 0.7}}
+    folds_system = False
 
     def count_tokens(self, messages, wishes, stopped):
         return sum(self.weigh(message, stopped) + 1 for message in messages)
