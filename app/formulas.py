@@ -30,7 +30,8 @@ _CHEMISTRY = re.compile(r"\\ce\{((?:[^{}]|\{[^{}]*\})*)\}")
 # One piece of a chemical formula after the other: its pattern, and what stands for it in LaTeX ({1}: the first group).
 _PIECES = tuple((re.compile(pattern), made) for pattern, made in (
     (r"\s*(?:<=>>?|<<=>|<-->)\s*", r" \rightleftharpoons "), (r"\s*<->\s*", r" \leftrightarrow "),
-    (r"\s*->\[([^\[\]{}]*)\]\s*", r" \xrightarrow{{\text{{{1}}}}} "), (r"\s*->\s*", r" \rightarrow "),
+    (r"\s*->\[([^\[\]{}]*)\]\s*", r" \overset{{\text{{{1}}}}}{{\longrightarrow}} "),
+    (r"\s*->\s*", r" \rightarrow "),
     (r"\s*<-\s*", r" \leftarrow "), (r"\s+\+\s+", " + "),
     (r"\s+\^(?=\s|$)", r" \uparrow "), (r"\s+v(?=\s|$)", r" \downarrow "),
     (r"\s*[.*]\s*", r" \cdot "), (r"\s+", r"\ "), (r"\((s|l|g|aq)\)", r"\text{{({1})}}"),

@@ -7,13 +7,17 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
 from app.__main__ import main
 from app.chat.chats import Chats
 from engine import data_dir, only_one
+from tests.support.browser import SECONDS, ready, running
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 START = [sys.executable, "-m", "app", "--no-browser", "--port", "0"]
@@ -35,6 +39,25 @@ def data(tmp_path) -> Path:
     chats.add(chats.create("Rivers").id, None, "user", "Where does the Danube end? " * 2000)
     chats.close()
     return made
+
+
+# What neither a page of this computer nor a model of the disk needs.
+OUTSIDE = {"ALL_PROXY": "socks://127.0.0.1:9/", "all_proxy": "socks5://127.0.0.1:9/", "HTTP_PROXY": "ftp://127.0.0.1:9/",
+           "HTTPS_PROXY": "socks5h://127.0.0.1:9/", "SSL_CERT_FILE": "/nonexistent/cacert.pem",
+           "SSL_CERT_DIR": "/nonexistent", "REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem", "CURL_CA_BUNDLE": "/none"}
+
+
+def test_the_page_and_the_model_need_no_way_outside_and_a_search_says_which_variable_is_wrong(tmp_path, monkeypatch):
+    with ExitStack() as stack:
+        with monkeypatch.context() as around:
+            for name, value in OUTSIDE.items():
+                around.setenv(name, value)
+            app = stack.enter_context(running(tmp_path))
+        with httpx.Client(base_url=app.address, headers=app.credentials, timeout=SECONDS, trust_env=False) as client:
+            assert "floe" in client.get("/").text
+            until(lambda: ready(client.get("/stats").json()), SECONDS)
+            told = client.get("/api/models/search", params={"q": "qwen"})
+        assert told.status_code == 400 and re.search(r"The variable (\w+) names", told.text)[1] in OUTSIDE
 
 
 def refused(said: str, code: int, *codes: int) -> str:

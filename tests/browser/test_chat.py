@@ -33,12 +33,19 @@ WATCH = """() => {
 }"""
 
 
-def test_an_answer_grows_before_the_eyes(page):
-    page.evaluate(WATCH)
-    answer = ask(page, STORY)
+def growing(page) -> list[str]:
+    """The texts that were drawn, each of which the next one goes on with."""
     seen = page.evaluate("window.seen")
-    growing = [text for text, longer in zip(seen, seen[1:], strict=False) if longer.startswith(text.rstrip("▍\n"))]
-    assert len(growing) >= 5
+    return [text for text, longer in zip(seen, seen[1:], strict=False) if longer.startswith(text.rstrip("▍\n"))]
+
+
+def test_an_answer_grows_before_the_eyes(app, page):
+    page.evaluate(WATCH)
+    with app.endless():  # however seldom a busy browser draws
+        send(page, STORY)
+        until(page, lambda: len(growing(page)) >= 5)
+    settled(page)
+    answer = page.locator(".message.assistant").last
     assert page.evaluate("window.tokensAtFirst") < stats(page)["n_tokens_total"]
     expect(answer.locator(".answer")).not_to_be_empty()
     short = answer.locator(".stats summary")

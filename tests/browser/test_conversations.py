@@ -11,7 +11,7 @@ import pytest
 from tests.app.chat import foreign_exports
 from tests.app.chat.test_attachments import pdf
 from tests.support import browser
-from tests.support.browser import ask, bring, expect, new_chat, send, settled, stats, violations
+from tests.support.browser import ask, bring, expect, new_chat, send, settled, stats, told, violations
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -131,7 +131,7 @@ def test_conversations_stand_under_their_day_and_a_branch_under_its_name(page):
 def test_copy_puts_the_message_on_the_clipboard(page):
     ask(page, "Hello!")
     act(page, "user", "Copy")
-    expect(page.locator(".notice")).to_have_text("Copied")
+    told(page, "Copied")
     assert page.evaluate("navigator.clipboard.readText()") == "Hello!"
 
 
@@ -196,7 +196,7 @@ def test_what_was_exported_can_be_imported(page, tmp_path, kind, entry):
     assert file.suffix == f".{kind}" and question in file.read_text()
     exported = texts(page)
     page.set_input_files("#import-file", file)
-    page.wait_for_selector(".notice:has-text('Here already: 1')")
+    told(page, "Here already: 1")
     menu(page, question, "Delete")
     expect(page.locator(".message")).to_have_count(0)
     page.set_input_files("#import-file", file)
@@ -237,7 +237,7 @@ def test_a_text_file_is_attached_with_its_token_count(page, tmp_path):
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0")
     page.set_input_files("#attach-file", picture)
-    page.wait_for_selector(".notice:has-text('is not a text file')")
+    told(page, "is not a text file")
 
 
 def test_a_long_paste_becomes_a_file_that_can_be_looked_at_and_taken_away(page, tmp_path):
@@ -265,7 +265,7 @@ def test_a_long_paste_becomes_a_file_that_can_be_looked_at_and_taken_away(page, 
     page.keyboard.press("Escape")
     paper.write_bytes(pdf("secret", password="x"))
     page.set_input_files("#attach-file", paper)
-    page.wait_for_selector(".notice:has-text('protected by a password')")
+    told(page, "protected by a password")
     page.click("#new-chat")
 
 
@@ -296,6 +296,9 @@ def test_the_keyboard_alone_is_enough(page):
     page.keyboard.press("Control+Shift+O")
     expect(page.locator("#message")).to_be_focused()
     page.keyboard.type("Hello!")
+    for composing in ({"isComposing": True}, {"keyCode": 229}):  # an Enter that confirms a word of an input method
+        page.evaluate("""more => document.querySelector('#message').dispatchEvent(new KeyboardEvent('keydown',
+            {key: 'Enter', bubbles: true, cancelable: true, ...more}))""", composing)
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("Second line")
     page.keyboard.press("Control+Enter")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import browser
-from tests.support.browser import ask, expect, send, settled, stats, until
+from tests.support.browser import ask, expect, send, settled, stats, told, until
 
 pytestmark = pytest.mark.browser
 chromium, context, page = browser.chromium, browser.context, browser.page
@@ -64,7 +64,7 @@ def test_a_full_disk_is_said_nothing_is_lost_and_the_chat_goes_on(app, page):
     page.wait_for_selector(".banner.bad:has-text('make room on the disk')")
     until(page, lambda: stats(page)["phase"] == "idle")  # the answer went on to its end
     send(page, "Are you still there?")
-    page.wait_for_selector(".notice:has-text('Nothing was saved')")
+    told(page, "Nothing was saved")
     expect(page.locator("#message")).to_have_value("Are you still there?")  # what was typed is still there
     grown = page.locator(".message.assistant .answer").last.text_content().strip()
     filler.unlink()

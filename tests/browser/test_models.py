@@ -11,7 +11,7 @@ import pytest
 from engine import demo_model
 from engine.library import catalogue
 from tests.support import browser, fake_driver
-from tests.support.browser import ask, expect, state, stats, until
+from tests.support.browser import ask, expect, state, stats, told, until
 from tests.support.loopback_hub import LoopbackHub
 
 pytestmark = pytest.mark.browser
@@ -185,7 +185,7 @@ def titles_by_the_model(page) -> None:
 
 
 def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
-    hub.pause = 0.05
+    hub.pause = 0.2  # three minutes in all, if nobody pauses it
     fetch(page, "tester/Second-Floe")
     work = work_row(page, "Second-Floe")
     expect(work.locator("p")).to_contain_text(" of ")
@@ -201,7 +201,7 @@ def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):
     work.get_by_role("button", name="Cancel").click()
     work.wait_for(state="detached")
     hub.pause = 0.0
-    page.wait_for_selector(".notice:has-text('deleted')")
+    told(page, "deleted")
     row(page, "Second-Floe").wait_for(state="detached")
 
 
@@ -264,7 +264,7 @@ def test_the_hub_is_searched_by_words_and_a_repository_is_checked_before_it_is_f
     expect(hit.get_by_role("img", name="Main memory")).to_be_visible()
     page.fill("#hub-id", "https://huggingface.co/datasets/tester/pictures")
     page.press("#hub-id", "Enter")
-    page.wait_for_selector(".notice:has-text('is not the address of a model')")
+    told(page, "is not the address of a model")
     page.fill("#hub-id", "nothing of that name")
     page.press("#hub-id", "Enter")
     expect(hit).to_have_text("Nothing was found on Hugging Face.")
@@ -276,7 +276,7 @@ def test_a_folder_elsewhere_is_added_by_its_path_and_taken_off_the_list_again(pa
     page.get_by_role("button", name="Add a folder or GGUF").click()
     page.fill("#local-path", str(tmp_path))
     page.get_by_role("button", name="Add", exact=True).click()
-    page.wait_for_selector(".notice:has-text('add one of its folders: Elsewhere')")
+    told(page, "add one of its folders: Elsewhere")
     page.fill("#local-path", str(tmp_path / "Elsewhere"))
     page.get_by_role("button", name="Add", exact=True).click()
     mine = row(page, "Elsewhere")
@@ -297,7 +297,7 @@ def test_what_is_dropped_is_found_where_models_usually_are(app, page):
     page.evaluate(drop, ["Dropped.gguf", "GGUF"])
     expect(page.locator("#local-path")).to_have_value(str(app.data / "models" / "Dropped.gguf"))
     page.evaluate(drop, ["Dropped.gguf", "another of that name"])
-    page.wait_for_selector(".notice:has-text('type its path')")
+    told(page, "type its path")
     expect(page.locator("#local-path")).to_have_value("Dropped.gguf")
 
 
@@ -326,7 +326,7 @@ def test_new_models_are_kept_in_another_folder(page, tmp_path):
     button = page.get_by_role("button", name="Store new models there")
     path.fill(str(tmp_path))
     button.click()
-    page.wait_for_selector(f".notice:has-text('New models are stored in {tmp_path}')")
+    told(page, f"New models are stored in {tmp_path}")
     expect(page.locator("#disk-use")).to_contain_text(str(tmp_path))
     fetch(page, "tester/Second-Floe")
     row(page, "Second-Floe").get_by_role("button", name="Load", exact=True).first.wait_for()  # a part has none

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.support import browser
-from tests.support.browser import ask, expect, until, violations
+from tests.support.browser import ask, expect, told, until, violations
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -75,12 +75,12 @@ def test_a_mirror_and_allowed_hosts_are_kept_and_a_wrong_one_is_told(app, page):
     save = page.locator("#preferences-downloads").get_by_role("button", name="Save")
     mirror.fill("hub.example.com")
     save.click()
-    expect(page.locator(".notice")).to_contain_text("is not the address of a Hub")
+    told(page, "is not the address of a Hub")
     expect(mirror).to_have_value("hub.example.com")
     mirror.fill("https://hub.example.com")
     hosts.fill("store.example.com")
     save.click()
-    expect(page.locator(".notice").last).to_contain_text("The next download uses it")
+    told(page, "The next download uses it")
     page.reload()
     expect(mirror).to_have_value("https://hub.example.com")
     expect(hosts).to_have_value("store.example.com")

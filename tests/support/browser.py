@@ -150,6 +150,14 @@ class Watch:
         assert self.errors == [], self.errors
 
 
+# Notices go after some seconds; window.told has those of a page, however late a test comes to look.
+TOLD = """window.told = [];
+document.addEventListener('DOMContentLoaded', () => new MutationObserver(() => {
+  for (const { textContent } of document.querySelectorAll('.notice'))
+    if (!told.includes(textContent)) told.push(textContent);
+}).observe(document.body, {childList: true, subtree: true}));"""
+
+
 @pytest.fixture
 def context(app, chromium):
     """A browser profile of its own, with the clipboard allowed; its pages are watched."""
@@ -157,6 +165,7 @@ def context(app, chromium):
     context = chromium.new_context(viewport={"width": 1400, "height": 860}, accept_downloads=True)
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=app.address)
     context.on("page", watch.over)
+    context.add_init_script(TOLD)
     yield context
     context.close()
     watch.check()
@@ -200,6 +209,11 @@ def expect(thing):
     from playwright.sync_api import expect
     expect.set_options(timeout=PATIENCE_MS)
     return expect(thing)
+
+
+def told(page, words: str) -> None:
+    """Wait until the page has said so in a notice, since it was loaded."""
+    page.wait_for_function("words => told.some(text => text.includes(words))", arg=words)
 
 
 def wait_ready(page) -> None:
