@@ -1,4 +1,4 @@
-"""Gradients through routed experts: of their hidden states and of the router's weights, at level `exact`.
+"""Gradients through routed experts: of their hidden states and of the router's weights, at levels `exact` and `full`.
 
 The experts themselves are codes and do not learn. Backward decodes one expert at a time and computes it once more, so
 that it takes the memory of one expert. A sparse level leaves neurons out by a rule that has no gradient: it is refused.
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.core import UserError
+from engine.core import SPARSE_LEVELS, UserError
 from engine.experts.layer import LayerExperts
 from engine.experts.runtime import Runtime
 
@@ -25,7 +25,7 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         runtime, layer, level = ctx.of
-        if level != "exact":
+        if level in SPARSE_LEVELS:
             raise UserError(f"There are no gradients at level {level}, which leaves out a part of every expert; run "
                             "the forward again at level exact: model.floe.set_level('exact').")
         x, weights, ids = ctx.saved_tensors

@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from engine.core import UserError
+from engine.core import Options, UserError
 from engine.experts.layer import LevelPlan
 from engine.files.manifest import CONFIG, EXPERTS
 from engine.files.skeleton import experts_modules, spec_of_folder
+from engine.model.load import load
+from tests.support.architectures import build
 from tests.support.folders import as_format_1, compressed, edit, put_experts, stored_experts
 
 PROMPT = torch.randint(3, 128, (9,), generator=torch.Generator().manual_seed(4))
@@ -117,6 +119,18 @@ def test_gradients_at_exact_are_those_of_the_stored_values(trunk_bits, tmp_path,
     for name in names:
         scale = expected[name].abs().max()
         assert scale > 0 and (found[name] - expected[name]).abs().max() < 0.02 * scale, name
+
+
+def test_gradients_of_a_checkpoint_are_its_own(made):
+    """Level `full` leaves nothing out either."""
+    model, original = load(made[1].parent / "source", Options("full", device="cpu")).model, build("qwen3_moe")
+    assert model.floe.level == "full"
+    for each in (model, original):
+        each(PROMPT[None], labels=PROMPT[None]).loss.backward()
+    expected, own = dict(original.named_parameters()), dict(model.named_parameters())
+    assert len(own) > 10
+    for name, found in own.items():
+        torch.testing.assert_close(found.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_gradients_at_a_sparse_level_are_refused(made):
