@@ -431,6 +431,6 @@ def test_a_thousand_short_answers_leave_nothing_behind(engine):
         gc.collect()
         return this.num_fds(), this.num_threads(), own_bytes()
     descriptors, threads, memory = ask(100)
-    after = ask(1000)
+    after = ask(900)
     assert after[:2] == (descriptors, threads)
-    assert after[2] - memory < 1000 * 4 * engine._turns.model.config.vocab_size
+    assert after[2] - memory < 900 * 4 * engine._turns.model.config.vocab_size
