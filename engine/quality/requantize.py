@@ -117,10 +117,14 @@ class Requantizer:
         return self.has(self.walk.within[n]) and (index is None or experts_name(index) in self.writer.done)
 
     def outside(self, group: Group) -> None:
-        """A part of the trunk beside the layers: nothing is compensated."""
+        """A part of the trunk beside the layers: nothing is compensated. What only the logits need, a head above all,
+        is no part of the walk: in float32 it would be the largest tensor of all in memory."""
         self.check()
         for name, tensor in self.checkpoint.read_group(group).items():
-            self._keep(name, encode(name, tensor, self._bits(name, tensor)))
+            parts = encode(name, tensor, self._bits(name, tensor))
+            self._store(name, parts)
+            if group in self.walk.before:
+                self._walk_with(name, parts)
 
     @torch.inference_mode()
     def layer(self, n: int) -> None:
@@ -184,8 +188,14 @@ class Requantizer:
 
     def _keep(self, name: str, parts: dict[str, Tensor]) -> None:
         """Into the trunk, and the walk goes on with what is stored."""
+        self._store(name, parts)
+        self._walk_with(name, parts)
+
+    def _store(self, name: str, parts: dict[str, Tensor]) -> None:
         if TRUNK not in self.writer.done and name not in self.writer.trunk:
             self.writer.trunk.add(parts)
+
+    def _walk_with(self, name: str, parts: dict[str, Tensor]) -> None:
         if name + CODES in parts:
             self.walk.put(name, decode(parts[name + CODES], parts[name + SCALES]))
         else:
