@@ -63,6 +63,8 @@ def agrees(run: Callable, function: Callable, given: tuple, device: str) -> bool
 
 
 def _copied(leaf, device: str):
+    if isinstance(leaf, Matrices):
+        return Matrices(tree_map(lambda part: _copied(part, device), leaf.parts))
     return leaf.clone().to(device) if isinstance(leaf, Tensor) else leaf
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from engine.model.fused import fused
+from engine.model.fused import device_step, host_step
 from engine.model.growing_cache import GrowingLayer, give_room
 from engine.model.static_cache import FullLayer, Snapshot, StepCache, forward
+from kernels.trunk.linear import MOST_TOKENS
 
 MAX_MARKS = 8
 MAX_MARK_BYTES = 1 << 30              # in host memory; a mark of a 35B hybrid model is about 65 MB
@@ -106,7 +107,7 @@ class DynamicPrefix(Prefix):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        self._fused = fused(model)
+        self.fused = host_step(model)
         self._cache: Cache | None = None
         self._needs_marks = _has_states(DynamicCache(config=model.config))
 
@@ -115,8 +116,8 @@ class DynamicPrefix(Prefix):
         return self._needs_marks
 
     def _forward(self, ids: list[int]) -> torch.Tensor:
-        if self._fused and self._cache is not None and self._fused.takes(ids, self._cache):
-            return self._fused(ids, self._cache)
+        if self.fused and self._cache is not None and self.fused.takes(ids, self._cache):
+            return self.fused(ids, self._cache)
         positions = torch.arange(len(self.ids), len(self.ids) + len(ids), device=self._device)[None]
         # Without a cache the model makes the one that it needs; one of its own class may not know its length.
         extra = {} if self._cache is None or self._is_plain() else {"position_ids": positions}
@@ -169,14 +170,17 @@ class StepPrefix(Prefix):
 
     def __init__(self, model: torch.nn.Module, cache: StepCache) -> None:
         super().__init__(model)
-        self.cache = cache
+        self.cache, self.fused = cache, device_step(model, cache)
 
     @property
     def wants_marks(self) -> bool:
         return not all(isinstance(layer, FullLayer) for layer in self.cache.layers)
 
     def _forward(self, ids: list[int]) -> torch.Tensor:
-        return forward(self._model, torch.tensor([ids], device=self._device), self.cache, **self._last_only)[0, -1]
+        given = torch.tensor([ids], device=self._device)
+        if self.fused and len(ids) <= MOST_TOKENS:
+            return self.fused(given[0], self.cache)
+        return forward(self._model, given, self.cache, **self._last_only)[0, -1]
 
     def _empty(self) -> None:
         self.cache.reset()

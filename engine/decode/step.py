@@ -13,6 +13,7 @@ from engine.core import MachineError
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.sampling import NOT_NUMBERS
 from engine.experts.device import DeviceRuntime
+from engine.model.fused import device_step
 from engine.model.static_cache import Snapshot, StepCache, forward
 
 Tensor = torch.Tensor
@@ -39,7 +40,7 @@ class Step:
     def __init__(self, model: torch.nn.Module, runtime: DeviceRuntime, cache: StepCache,
                  sampler: DeviceSampler) -> None:
         self.model, self.runtime, self.cache, self.sampler = model, runtime, cache, sampler
-        device = sampler.device
+        self.fused, device = device_step(model, cache), sampler.device
         runtime.done = self.done = cache.clock.done
         self.logits = torch.zeros(len(sampler.seen), device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -61,7 +62,8 @@ class Step:
         self.choose()
 
     def compute(self) -> None:
-        self.logits.copy_(forward(self.model, self.token[None], self.cache)[0, -1])
+        self.logits.copy_(self.fused(self.token, self.cache) if self.fused else
+                          forward(self.model, self.token[None], self.cache)[0, -1])
 
     def choose(self) -> None:
         drawn = self.sampler.draw(self.logits)

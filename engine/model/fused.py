@@ -1,10 +1,12 @@
-"""A step of few tokens on the processor in six calls a layer, where transformers' own forward makes some seventy.
+"""A step of few tokens in some six calls a layer, where transformers' own forward makes some seventy.
 
-Built from the modules of an open model, whose forward it equals up to rounding, and used in its place while it decodes.
-Architectures are told by the classes of their modules; every other model runs transformers' forward. The experts are
-called as there: levels, hooks and near memory know no difference.
+Built from the modules of an open model, whose forward it equals up to rounding, and used in its place while it decodes:
+on the processor behind a cache that grows, on a card inside the recorded step, behind one of fixed shape. There the
+residual is float32 where transformers' is 16-bit, and nothing is asked of the host. Architectures are told by the
+classes of their modules; every other model runs transformers' forward. The experts are called as there: levels, hooks
+and near memory know no difference.
 
-Legend: T tokens, H hidden, E experts, k routed.
+Legend: T tokens, H hidden, E experts, k routed, V words, D of a head.
 """
 from __future__ import annotations
 
@@ -12,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from engine.model.growing_cache import GrowingLayer
 from engine.model.packed import Packed
 from engine.model.registration import FloeExperts
-from kernels.trunk.attend import Heads, attend
+from engine.model.static_cache import FullLayer, StepCache
+from kernels.trunk.attend import Heads
 from kernels.trunk.linear import MOST_TOKENS, Matrices, linears
 from kernels.trunk.route import route
 
@@ -29,7 +32,7 @@ TURNS = 1024  # positions whose rotation is computed at once
 
 @dataclass(frozen=True)
 class Norm:
-    """A root-mean-square norm: weight float32 [n]."""
+    """A root-mean-square norm: weight [n], float32 on a processor."""
 
     weight: Tensor
     epsilon: float
@@ -49,14 +52,14 @@ class Layer:
     top_k: int = 0
     renormalised: bool = False
 
-    def __call__(self, x: Tensor, turn: Tensor, cache: GrowingLayer, position: int) -> Tensor:
+    def __call__(self, x: Tensor, turn: Tensor, cache: GrowingLayer | FullLayer) -> Tensor:
         """x float32 [T, H] -> the same."""
         projected, _ = linears(x, self.projections, self.before.weight, self.before.epsilon)
-        attended = attend(projected, turn, *cache.with_room(len(x)), position, self.heads)
-        cache.end(position + len(x))
+        attended = cache.attend(projected, turn, self.heads)
         x, _ = linears(attended, self.output, None, 0.0, x)
         if self.router is None:
-            return x + self.mlp(_normed(x, self.between)[None])[0]
+            normed = _normed(x, self.between).to(self.between.weight.dtype)
+            return x + self.mlp(normed[None])[0]
         logits, normed = linears(x, self.router, self.between.weight, self.between.epsilon)
         ids, weights = route(logits, self.top_k, self.renormalised)
         return x + self.mlp.experts(normed, ids, weights)
@@ -70,6 +73,20 @@ class FusedStep:
         self._embed, self._rotation = base.embed_tokens, base.rotary_emb
         self._layers = [_layer(layer, config) for layer in base.layers]
         self._norm, self._head = _norm(base.norm), _matrices(model.lm_head)
+
+    def _logits(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
+        """x float32 [T, H], turn float32 [2, T, D] -> logits float32 [V] after the last token."""
+        for layer, rows in zip(self._layers, cache.layers, strict=True):
+            x = layer(x, turn, rows)
+        logits, _ = linears(x[-1:].contiguous(), self._head, self._norm.weight, self._norm.epsilon)
+        return logits[0]
+
+
+class HostStep(FusedStep):
+    """On the processor, in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self._turns = torch.empty(2, 0, self._layers[0].heads.size, dtype=torch.float32)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
@@ -77,12 +94,9 @@ class FusedStep:
 
     def __call__(self, ids: list[int], cache: DynamicCache) -> Tensor:
         """Read up to MOST_TOKENS more tokens behind what the cache holds -> logits [V] after the last."""
-        position, x = cache.layers[0].keys.shape[2], self._embed(torch.tensor(ids))
+        position = cache.layers[0].keys.shape[2]
         turn = self._turn(position, position + len(ids))
-        for layer, rows in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, turn, rows, position)
-        logits, _ = linears(x[-1:].contiguous(), self._head, self._norm.weight, self._norm.epsilon)
-        return logits[0]
+        return self._logits(self._embed(torch.tensor(ids)), turn, cache)
 
     def _turn(self, first: int, end: int) -> Tensor:
         """Cosines and sines of positions [2, T, D]."""
@@ -92,13 +106,39 @@ class FusedStep:
         return self._turns[:, first:end].contiguous()
 
 
-def fused(model: nn.Module) -> FusedStep | None:
+class DeviceStep(FusedStep):
+    """Behind a cache of fixed shape; every position is a tensor, so that it can be recorded."""
+
+    def __call__(self, ids: Tensor, cache: StepCache) -> Tensor:
+        """Read ids int64 [T], up to MOST_TOKENS, behind what the cache holds -> logits float32 [V] after the last."""
+        cache.begin(len(ids))
+        x = self._embed(ids)
+        for layer, own in zip(cache.layers, self._layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(*[x.new_empty(1, own.heads.cached, 0, own.heads.size)] * 2)
+        x = x.float()
+        turn = torch.cat(self._rotation(x, cache.clock.positions[None]))
+        logits = self._logits(x, turn, cache)
+        cache.advance(len(ids))
+        return logits
+
+
+def host_step(model: nn.Module) -> HostStep | None:
     """None for a model that only transformers' own forward computes."""
+    is_plain = model.dtype == torch.float32 and model.device.type == "cpu"
+    return HostStep(model) if is_plain and _is_known(model) else None
+
+
+def device_step(model: nn.Module, cache: StepCache) -> DeviceStep | None:
+    """As `host_step`, behind this cache."""
+    is_full = all(type(layer) is FullLayer for layer in cache.layers)
+    return DeviceStep(model) if is_full and _is_known(model) else None
+
+
+def _is_known(model: nn.Module) -> bool:
     config = model.config
-    is_known = (type(model).__name__ in KNOWN and model.dtype == torch.float32 and model.device.type == "cpu"
-                and getattr(config, "sliding_window", None) is None and getattr(config, "clip_qkv", None) is None
-                and model.model.rotary_emb.rope_type in STEADY)
-    return FusedStep(model) if is_known else None
+    return (type(model).__name__ in KNOWN and getattr(config, "sliding_window", None) is None
+            and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY)
 
 
 def _layer(layer: nn.Module, config: object) -> Layer:
@@ -107,7 +147,7 @@ def _layer(layer: nn.Module, config: object) -> Layer:
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, own.head_dim, own.scaling, *norms,
                   config.rms_norm_eps)
     routed = isinstance(getattr(mlp, "experts", None), FloeExperts)
-    router = (Matrices(((mlp.gate.weight.detach(), None, None),)), mlp.gate.top_k,
+    router = (_matrices(mlp.gate), mlp.gate.top_k,
               getattr(mlp.gate, "norm_topk_prob", True)) if routed else (None,)
     return Layer(heads, _norm(layer.input_layernorm), _matrices(own.q_proj, own.k_proj, own.v_proj),
                  _matrices(own.o_proj), _norm(layer.post_attention_layernorm), mlp, *router)
@@ -119,7 +159,8 @@ def _norm(module: nn.Module) -> Norm:
 
 def _matrices(*modules: nn.Module) -> Matrices:
     def part(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        weight, bias = module.weight, None if module.bias is None else module.bias.detach()
+        weight, bias = module.weight, getattr(module, "bias", None)
+        bias = None if bias is None else bias.detach()
         return (weight.codes, weight.scales, bias) if isinstance(weight, Packed) else (weight.detach(), None, bias)
     return Matrices(tuple(part(module) for module in modules))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kernels.trunk.attend import Heads, attend
+
 Tensor = torch.Tensor
 ROOM = 256  # rows ahead, at least; then half of what is there
 
@@ -25,6 +27,13 @@ class GrowingLayer(DynamicLayer):
             self._rooms = tuple(self._longer(rows, length + n + max(ROOM, length // 2))
                                 for rows in (self.keys, self.values))
         return self._rooms
+
+    def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
+        """As kernels.trunk.attend, behind what is held; in place of `update` and all that reads it."""
+        length, n = self.keys.shape[2], len(projected)
+        out = attend(projected, turn, *self.with_room(n), length, heads)
+        self.end(length + n)
+        return out
 
     @staticmethod
     def _longer(rows: Tensor, n: int) -> Tensor:

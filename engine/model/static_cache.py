@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from engine.core import UserError
+from kernels.trunk.attend import Heads, attend
 
 Tensor = torch.Tensor
 OWN_CACHE = {"minimax"}  # model types that refuse every cache class but their own (transformers 5.23)
@@ -43,11 +44,15 @@ class Clock:
     def begin(self, n_tokens: int) -> None:
         self.positions = self.pos + torch.arange(n_tokens, device=self.device)
         self.row = self.done.long()[None]  # of a layer's two rows of state
+        self._rows: dict[tuple[int, bool], Tensor] = {}
 
     def rows(self, length: int, wraps: bool) -> Tensor:
-        """Rows int64 [T] of a layer with `length` of them; row `length` is the one that nobody reads."""
-        rows = self.positions % length if wraps else self.positions.clamp(max=length)
-        return torch.where(self.done, length, rows)
+        """Rows int64 [T] of a layer with `length` of them; row `length` is the one that nobody reads. Those of a
+        forward are computed once, for all layers of one length."""
+        if (length, wraps) not in self._rows:
+            rows = self.positions % length if wraps else self.positions.clamp(max=length)
+            self._rows[length, wraps] = torch.where(self.done, length, rows)
+        return self._rows[length, wraps]
 
     def advance(self, n_tokens: int) -> None:
         self.pos.add_(torch.where(self.done, 0, n_tokens))
@@ -93,6 +98,11 @@ class FullLayer(_KeysAndValues):
             self.lazy_initialization(key_states, value_states)
         self._write(self.clock.rows(self.length, wraps=False), key_states, value_states)
         return self._read()
+
+    def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
+        """As kernels.trunk.attend, behind the position; in place of `update` and all that reads it."""
+        rows = self.clock.rows(self.length, wraps=False)
+        return attend(projected, turn, self.keys, self.values, self.clock.pos, heads, rows)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length, 0

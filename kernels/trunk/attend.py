@@ -27,23 +27,29 @@ class Heads(NamedTuple):
     epsilon: float = 0.0
 
 
-@twin(None, "kernels.cpu.trunk.attend")
-def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int, heads: Heads) -> Tensor:
+@twin("kernels.gpu.trunk.attend", "kernels.cpu.trunk.attend")
+def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
+           rows: Tensor | None = None) -> Tensor:
     """projected float32 [T, (Q + 2C) * D], queries, keys and values one behind the other -> [T, Q * D].
 
     turn float32 [2, T, D]: cosines and sines of the tokens' positions, halves of a head turning against each other.
-    keys, values float32 [1, C, N, D], any stride between heads: rows position .. position + T - 1 are written; token t
-    sees those before it and its own.
+    keys, values float [1, C, N, D], any stride between heads: token t sees rows 0 .. position - 1, then the new ones
+    up to its own, as the cache keeps them. They are written to rows position .. position + T - 1, or where `rows` int64
+    [T] says: then the position is an int64 of the device, too, so that a recorded step goes on with both.
     """
     n, size, (queries, cached) = len(projected), heads.size, (heads.queries, heads.cached)
     q, k, v = projected.split((queries * size, cached * size, cached * size), -1)
     q, k = (_turned(_normed(part, norm, heads).view(n, -1, size), turn)
             for part, norm in ((q, heads.query_norm), (k, heads.key_norm)))
-    end = position + n
-    keys[0, :, position:end], values[0, :, position:end] = k.transpose(0, 1), v.view(n, -1, size).transpose(0, 1)
-    seen = torch.arange(end)[None] <= torch.arange(position, end)[:, None]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys[:, :, :end], values[:, :, :end],
-                                         attn_mask=seen, scale=heads.scale, enable_gqa=True)
+    start = int(position)
+    at = torch.arange(start, start + n) if rows is None else rows
+    new = [part.transpose(0, 1).to(keys.dtype) for part in (k, v.view(n, -1, size))]
+    both = [torch.cat((kept[:, :, :start], own[None]), 2).float()
+            for kept, own in zip((keys, values), new, strict=True)]
+    keys[0, :, at], values[0, :, at] = new
+    seen = torch.arange(start + n)[None] <= torch.arange(start, start + n)[:, None]
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], *both, attn_mask=seen, scale=heads.scale,
+                                         enable_gqa=True)
     return out[0].transpose(0, 1).reshape(n, -1)
 
 

@@ -49,7 +49,8 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None)
 class Matrices:
     """Matrices that multiply the same activation, their outputs one behind the other; lives as long as its tensors.
 
-    parts: (codes, scales, bias) each, as of `linear`, or (weight float32 [R, K], None, bias); bias float32 or None.
+    parts: (codes, scales, bias) each, as of `linear`, or (weight [R, K], None, bias); weight float32 on a processor,
+    any float on a card; bias likewise, or None.
     """
 
     parts: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...]
@@ -68,7 +69,7 @@ class Matrices:
         return sum(part.nbytes for parts in self.parts for part in parts if part is not None)
 
 
-@twin(None, "kernels.cpu.trunk.linear")
+@twin("kernels.gpu.linear", "kernels.cpu.trunk.linear")
 def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
             residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x float32 [T, K], T <= MOST_TOKENS -> residual + n @ weights.T + biases, [T, sum of R], and n itself.
@@ -77,8 +78,8 @@ def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: 
     or None.
     """
     given = x if norm is None else norm * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
-    found = torch.cat([F.linear(given, codes if scales is None else decode(codes, scales), bias)
-                       for codes, scales, bias in matrices.parts], -1)
+    found = torch.cat([F.linear(given, codes.float() if scales is None else decode(codes, scales),
+                                None if bias is None else bias.float()) for codes, scales, bias in matrices.parts], -1)
     return found if residual is None else residual + found, given
 
 

@@ -8,7 +8,7 @@ from kernels.dispatch import twin
 Tensor = torch.Tensor
 
 
-@twin(None, "kernels.cpu.trunk.route")
+@twin("kernels.gpu.trunk.route", "kernels.cpu.trunk.route")
 def route(logits: Tensor, top_k: int, renormalised: bool) -> tuple[Tensor, Tensor]:
     """logits float32 [T, E] -> ids int64 [T, k], best first, and shares float32 [T, k] of the softmax over all experts,
     or, renormalised, of its best k. What is not a number comes first and makes every share one that is none."""

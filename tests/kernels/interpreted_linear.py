@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.gpu import linear as gpu_linear
-from kernels.trunk.linear import dequantize_rows, linear
+from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from tests.support.random_experts import random_matrix
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -61,3 +61,33 @@ def test_rows_are_decoded(bits, dtype):
         made.append(torch.full((9, 1088), torch.nan, dtype=dtype))
         function(codes, scales, made[-1])
     torch.testing.assert_close(*made, rtol=ROUNDING[dtype], atol=1e-6)
+
+
+def parts_of(kinds: tuple, columns: int, is_biased: bool) -> Matrices:
+    """kinds: (rows, bits) of each matrix; 16 bits are bfloat16, 32 float32."""
+    made = []
+    for seed, (rows, bits) in enumerate(kinds):
+        plain = (torch.randn(rows, columns) / columns ** 0.5).to(torch.bfloat16 if bits == 16 else torch.float32)
+        weight = random_matrix(rows, columns, bits, seed) if bits < 16 else (plain, None)
+        made.append((*weight, torch.randn(rows) if is_biased else None))
+    return Matrices(tuple(made))
+
+
+@pytest.mark.parametrize("n_tokens, columns, kinds", [
+    (1, 128, ((32, 4), (16, 4), (16, 4))), (3, 64, ((16, 8), (16, 8))), (2, 64, ((16, 4), (16, 8), (7, 16))),
+    (4, 100, ((9, 16),)), (1, 2048, ((2, 32),))])
+def test_linears(n_tokens, columns, kinds):
+    """One launch or several, with and without the norm, the bias and what is added."""
+    x = torch.randn(n_tokens, columns) * torch.logspace(-1, 1, columns)
+    for is_biased, norm in ((False, torch.rand(columns).bfloat16()), (True, None)):
+        matrices = parts_of(kinds, columns, is_biased)
+        residual = torch.randn(n_tokens, matrices.rows) if is_biased else None
+        given = x, matrices, norm, 1e-6, residual
+        for expected, found in zip(linears.reference(*given), gpu_linear.linears(*given), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_matrices_of_one_kind_are_one_launch():
+    matrices = parts_of(((32, 4), (16, 4), (16, 4)), 64, True)
+    assert gpu_linear._launches(matrices) == [matrices.parts]
+    assert len(gpu_linear._launches(parts_of(((32, 4), (16, 8)), 64, True))) == 2

@@ -22,8 +22,12 @@ from kernels.gpu import linear as gpu_linear
 from kernels.gpu import pool as gpu_pool
 from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
+from kernels.gpu.trunk import attend as gpu_attend
+from kernels.gpu.trunk import route as gpu_route
 from kernels.layout import Layout, default_group_size
 from kernels.pool import new_pool
+from kernels.trunk.attend import Heads
+from kernels.trunk.linear import Matrices
 from tests.support import aot
 
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
@@ -97,6 +101,25 @@ def linear_call(rows: int, columns: int, bits: int, dtype: torch.dtype = torch.b
     return lambda: gpu_linear.linear(torch.zeros(1, columns, dtype=dtype), *matrix(rows, columns, bits), bias)
 
 
+def linears_call(columns: int, kinds: tuple, normed: bool) -> Callable:
+    """kinds: (rows, bits) of each matrix; 16 bits are no codes. Normed, or added to what was there."""
+    parts = tuple((*(matrix(rows, columns, bits) if bits < 16 else (torch.zeros(rows, columns).bfloat16(), None)), None)
+                  for rows, bits in kinds)
+    x, n_rows = torch.zeros(4, columns), sum(rows for rows, _ in kinds)
+    rest = (torch.zeros(columns).bfloat16(), 1e-6) if normed else (None, 0.0, torch.zeros(4, n_rows))
+    return lambda: gpu_linear.linears(x, Matrices(parts), *rest)
+
+
+def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int = 0) -> Callable:
+    """norm: numbers of a head's, or of all heads at once."""
+    norms = (torch.zeros(norm), torch.zeros(norm if norm == size else cached * size)) if norm else (None, None)
+    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6)
+    rows = torch.zeros(2, 1, cached, 65, size, dtype=torch.bfloat16)
+    at = torch.zeros(n_tokens, dtype=torch.int64)
+    return lambda: gpu_attend.attend(torch.zeros(n_tokens, (queries + 2 * cached) * size),
+                                     torch.zeros(2, n_tokens, size), *rows, at[0], heads, at)
+
+
 def dequantize_rows_call(bits: int) -> Callable:
     return lambda: gpu_linear.dequantize_rows(*matrix(64, 2048, bits), torch.zeros(64, 2048, dtype=torch.bfloat16))
 
@@ -161,6 +184,15 @@ CALLS = {
        for bits in (8, 4) for rows, columns in LINEAR_SHAPES},
     "linear biased": linear_call(4096, 2880, 4, torch.float16, biased=True),
     "linear biased, split": linear_call(64, 2880, 8, torch.float16, biased=True),
+    # Qwen3's and Mixtral's: queries, keys and values behind a norm; routers; what is added to the residual.
+    "linears 4 bits": linears_call(2048, ((4096, 4), (512, 4), (512, 4)), True),
+    "linears 8 bits": linears_call(4096, ((4096, 8), (1024, 8), (1024, 8)), True),
+    "linears router": linears_call(2048, ((128, 16),), True),
+    "linears added": linears_call(4096, ((2048, 4),), False),
+    "attend": attend_call(32, 4, 128, 4, 128),           # Qwen3 30B
+    "attend one": attend_call(32, 8, 128, 1),             # Mixtral
+    "attend norm of all": attend_call(16, 16, 128, 4, 2048),  # OLMoE
+    "route": lambda: gpu_route.route(torch.zeros(4, 128), 8, True),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),
 }
@@ -168,7 +200,8 @@ CALLS = {
 
 SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "take four tokens", "take ahead",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
-              "linear biased", "linear biased, split", "rows 8 bits",
+              "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
+              "attend one", "attend norm of all",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 
 

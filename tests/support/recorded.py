@@ -14,11 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from engine.experts import runtime
-from engine.model import host_embedding, packed
+from engine.model import fused, host_embedding, packed, static_cache
 
-KERNELS = ("age", "apply", "dense", "dequantize_rows", "fill", "linear", "linears", "quantize_activation",
-           "resolve_experts", "resolve_neurons", "score", "score_up", "select", "select_above")
-LAUNCHES = {"apply": 4, "dense": 4, "age": 3}  # kernels that a function launches on a card, where it is more than one
+KERNELS = ("age", "apply", "attend", "dense", "dequantize_rows", "fill", "linear", "linears", "quantize_activation",
+           "resolve_experts", "resolve_neurons", "route", "score", "score_up", "select", "select_above")
+LAUNCHES = {"apply": 4, "dense": 4, "age": 3, "attend": 2}  # kernels of a function on a card, where not one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
          "empty", "detach", "alias")  # nothing for a device to do
 # The last: a tensor made of Python numbers, which a device copies from pageable memory and waits for.
@@ -53,10 +53,10 @@ def as_node(function: Callable) -> Callable:
 
 @contextmanager
 def kernels_as_nodes():
-    """Inside, the kernels that the device's runtime, the packed trunk and the embedding imported are nodes: what a
-    compiled one writes is seen by no recorder."""
-    before = [(module, name, getattr(module, name)) for name in KERNELS for module in (runtime, packed, host_embedding)
-              if hasattr(module, name)]
+    """Inside, the kernels that the device's runtime, the packed trunk, the embedding and the fused step imported are
+    nodes: what a compiled one writes is seen by no recorder."""
+    modules = runtime, packed, host_embedding, fused, static_cache
+    before = [(module, name, getattr(module, name)) for name in KERNELS for module in modules if hasattr(module, name)]
     assert {name for _, name, _ in before} == set(KERNELS)
     try:
         for module, name, function in before:

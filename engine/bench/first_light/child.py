@@ -17,7 +17,8 @@ from engine.core import MachineError
 # By the name in `steps`: a module of this package and its function.
 PARTS = {"machine": ("machine", "machine"), "locked": ("machine", "locked"), "kernels": ("kernel_checks", "kernels"),
          "more-kernels": ("kernel_checks", "more_kernels"), "tables": ("table_checks", "tables"),
-         "recorded": ("decode_checks", "recorded"), "chat": ("chat_checks", "chat"), "nodes": ("speed_checks", "nodes"),
+         "recorded": ("decode_checks", "recorded"), "fused": ("decode_checks", "fused"),
+         "chat": ("chat_checks", "chat"), "nodes": ("speed_checks", "nodes"),
          "fill": ("speed_checks", "fill"), "whole": ("decode_checks", "whole"), "gpt-oss": ("decode_checks", "gpt_oss"),
          "gemma": ("decode_checks", "gemma"), "tests": ("card_tests", "tests"),
          "small-chip": ("speed_checks", "small_chip")}

@@ -5,7 +5,7 @@ reach the next answer: after the reset that every failed answer gets (engine/cha
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
@@ -25,6 +25,7 @@ from engine.units import parse_bytes, size
 
 BREAKS = {"score and select": "select", "take and fill": "fill"}    # what a step would have called next
 PEAK = 1.05     # of what was planned
+ROUNDING = 5e-2     # of the largest logit: 16 bits a layer there, 32 here
 
 
 class BrokenOff(RuntimeError):
@@ -33,7 +34,13 @@ class BrokenOff(RuntimeError):
 
 def recorded() -> Iterator[Row]:
     """Far less near memory than the experts take: everything is evicted again."""
-    yield from measured(Case("qwen3.6-35b-a3b", 4, "fast", parse_bytes("500MB"), 60), *_card(None), breaks=True)
+    yield from measured(Case("qwen3.6-35b-a3b", 4, "fast", parse_bytes("500MB"), 60), *_card(None), then=broken_off)
+
+
+def fused() -> Iterator[Row]:
+    """An architecture whose step is in few launches (engine/model/fused.py)."""
+    yield from measured(Case("qwen3-30b-a3b", 4, "exact", parse_bytes("500MB"), 200, n_prompt=9), *_card(None),
+                        then=against_transformers)
 
 
 def whole() -> Iterator[Row]:
@@ -56,15 +63,15 @@ def _card(vram_bytes: int | None) -> tuple[Driver, Speeds, torch.Tensor | None]:
 
 
 def measured(case: Case, driver: Driver, speeds: Speeds, held: torch.Tensor | None = None, device: str = "cuda",
-             capture: Capture | None = None, breaks: bool = False) -> Iterator[Row]:
-    """Every row of `gpu step`, behind each what it says of works and slow."""
+             capture: Capture | None = None, then: Callable[[StepRun], Iterator[Finding]] = lambda run: iter(()),
+             ) -> Iterator[Row]:
+    """Every row of `gpu step`, behind each what it says of works and slow; then what else is found of the run."""
     shape, held_bytes = shape_named(case.name, case.layers), 0 if held is None else held.numel()
     with opened(case, shape, driver, _log, device, capture) as run:
         for row in run.rows(speeds, held_bytes):
             yield row
             yield from (finding.row() for finding in _found(row, case))
-        if breaks:
-            yield from (finding.row() for finding in broken_off(run))
+        yield from (finding.row() for finding in then(run))
 
 
 def _log(text: str, share: float) -> None:
@@ -93,6 +100,27 @@ def _found(row: Row, case: Case) -> Iterator[Finding]:
                            f"{row['other_us_per_layer']:.1f} in others")
     elif kind == "projection":
         yield Finding(f"projected on the {row['card']}", True, row["tokens_per_second"], "tokens/s", case=of)
+
+
+def against_transformers(run: StepRun) -> Iterator[Finding]:
+    """The fused step's logits, token by token behind a prompt, and those of transformers' own forward."""
+    prefix = run.decoder.prefix
+    fused = prefix.fused
+    found = _logits(run)
+    prefix.fused = None
+    expected = _logits(run)
+    prefix.fused = fused
+    worst = float((found - expected).abs().max() / expected.abs().max())
+    yield Finding("the fused step is transformers' own forward", fused is not None and worst <= ROUNDING, worst,
+                  "of the largest logit")
+
+
+def _logits(run: StepRun) -> torch.Tensor:
+    """[prompt, V]: the prompt read token by token, from an empty cache."""
+    run.decoder.prefix.reset()
+    run.runtime.reset()
+    run.runtime.phase = "decode"
+    return torch.stack([run.decoder.prefix.feed([token]).float() for token in run.prompt])
 
 
 def broken_off(run: StepRun) -> Iterator[Finding]:

@@ -9,8 +9,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch.utils._pytree import tree_map
 
 from engine.bench.blobs import random_blobs, random_matrix
 from engine.bench.first_light.findings import Finding
@@ -21,7 +23,9 @@ from kernels.dense import dense, dequantize
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
-from kernels.trunk.linear import dequantize_rows, linear
+from kernels.trunk.attend import Heads, attend
+from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
+from kernels.trunk.route import route
 
 Tensor = torch.Tensor
 VALUES, SIXTEEN_BITS = 1e-3, 1e-2   # of the largest value; SIXTEEN_BITS where the result itself is rounded to 16 bits
@@ -202,10 +206,49 @@ def _dequantize_rows(case: Case) -> Compared:
     return *map(tuple, zip(*made, strict=True)), SIXTEEN_BITS
 
 
+def _linears(case: Case) -> Compared:
+    """Queries, keys and values behind a norm in one launch, a router's plain numbers, and what is added."""
+    x, draw = case.x[:, :case.shape.hidden].contiguous(), torch.Generator().manual_seed(5)
+    coded = tuple((*random_matrix(n_rows, case.shape.hidden, 4, draw), None) for n_rows in (128, 32, 32))
+    plain = ((torch.randn(8, case.shape.hidden, generator=draw).bfloat16(), None, torch.ones(8)),)
+    made = []
+    for parts, rest in ((coded, (torch.rand(case.shape.hidden, generator=draw), 1e-6)),
+                        (plain, (None, 0.0, torch.rand(case.n_tokens, 8, generator=draw)))):
+        there = tree_map(lambda leaf: leaf.to(case.device) if isinstance(leaf, Tensor) else leaf, (parts, rest))
+        made.append((case.call(linears, x, Matrices(there[0]), *there[1])[0],
+                     linears.reference(x.cpu(), Matrices(parts), *rest)[0]))
+    return *map(tuple, zip(*made, strict=True)), VALUES
+
+
+def _attend(case: Case) -> Compared:
+    """Behind 70 rows of a 16-bit cache whose further rows are no numbers; what it leaves in the cache."""
+    draw, heads, position = torch.Generator().manual_seed(7), Heads(16, 2, 128, 128 ** -0.5), 70
+    projected = torch.randn(case.n_tokens, 20 * 128, generator=draw)
+    angles = torch.randn(case.n_tokens, 128, generator=draw)
+    kept = torch.randn(2, 1, 2, 80, 128, generator=draw).bfloat16()
+    kept[:, :, :, position:] = torch.nan
+    rows, made = torch.arange(position, position + case.n_tokens), []
+    for function, device in ((partial(case.call, attend), case.device), (attend.reference, "cpu")):
+        keys, values = kept.clone().to(device)
+        out = function(projected.to(device), torch.stack((angles.cos(), angles.sin())).to(device), keys, values,
+                       torch.tensor(position, device=device), heads, rows.to(device))
+        end = position + case.n_tokens
+        made.append((out, keys[:, :, :end], values[:, :, :end]))
+    return *made, SIXTEEN_BITS
+
+
+def _route(case: Case) -> Compared:
+    """The best 8 of 128; an id that is another one is further off than VALUES."""
+    logits = torch.randn(case.n_tokens, 128, generator=torch.Generator().manual_seed(11))
+    ids, shares = case.call(route, logits.to(case.device), 8, True)
+    expected = route.reference(logits, 8, True)
+    return (ids, shares), expected, VALUES
+
+
 CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
-          "dequantize_rows": _dequantize_rows}
+          "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route}
 
 
 def kernels() -> Iterator[Row]:

@@ -121,10 +121,12 @@ def _attend(table):
         head = claim(table)
 
 
-def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int, heads: Heads) -> Tensor:
-    """As kernels.trunk.attend.attend."""
+def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
+           rows: Tensor | None = None) -> Tensor:
+    """As kernels.trunk.attend.attend; what a device would be told by tensors is left to the reference."""
     size, projected = heads.size, projected.clone()
-    if size % LANES or any(rows.dtype != torch.float32 or rows.stride()[2:] != (size, 1) for rows in (keys, values)):
+    suits = all(kept.dtype == torch.float32 and kept.stride()[2:] == (size, 1) for kept in (keys, values))
+    if rows is not None or size % LANES or not suits:
         return NotImplemented
     tokens, out = len(projected), torch.empty(len(projected), heads.queries * size, dtype=torch.float32)
     packed = pack(RECORD, heads.cached, tokens=tokens, queries=heads.queries, cached=heads.cached, size=size,

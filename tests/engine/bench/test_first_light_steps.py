@@ -97,12 +97,22 @@ def small_models(monkeypatch):
 
 
 def test_a_recorded_step_and_every_place_where_it_breaks(small_models):
-    rows = list(decode_checks.measured(QWEN, Ledger(), Speeds(1e9, 1e8), None, "cpu", Recording(), breaks=True))
+    rows = list(decode_checks.measured(QWEN, Ledger(), Speeds(1e9, 1e8), None, "cpu", Recording(),
+                                       then=decode_checks.broken_off))
     found = verdicts(rows)
     assert all(seen == {"works"} for seen in found.values()), found
     assert len([name for name in found if "broken off" in name]) == 6
     assert {"prefill of 8 tokens", "the recorded step says what the step itself says", "decode"} <= found.keys()
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+def test_a_fused_step_is_held_against_transformers(small_models):
+    case = Case("qwen3-30b-a3b", None, "exact", None, 4, n_prompt=5)
+    rows = list(decode_checks.measured(case, Ledger(), Speeds(1e9, 1e8), None, "cpu", Recording(),
+                                       then=decode_checks.against_transformers))
+    found = verdicts(rows)
+    assert "the fused step is transformers' own forward" in found
+    assert all(seen == {"works"} for seen in found.values()), found
 
 
 def test_what_a_broken_step_leaves_is_found(small_models, monkeypatch):

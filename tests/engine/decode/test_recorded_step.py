@@ -20,6 +20,7 @@ from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 from tests.support.recorded import Recording, asks_the_host, device_nodes, record
 
+FUSED = ("qwen3_moe", "mixtral", "olmoe")
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
 N_TOKENS, CONTEXT = 200, 224
 PROMPT = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(6))
@@ -55,7 +56,8 @@ def from_here(step: Step, once) -> tuple[list[list[int]], list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name, trunk_bits", [*((name, 16) for name in CAPTURED), ("qwen3_5_moe_text", 4),
-                                              ("gpt_oss", 4), pytest.param("gemma4_text", 8, marks=pytest.mark.slow)])
+                                              ("gpt_oss", 4), ("olmoe", 4),
+                                              pytest.param("gemma4_text", 8, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):
     monkeypatch.setattr(trunk, "SMALLEST", 1024)  # the matrices of these models are small
@@ -70,6 +72,7 @@ def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):
         step.restore(start)
         graphs = Graphs(step, Recording())
         graphs.launch(PROMPT.shape[1] - 1)
+        assert (step.fused is not None) == (name in FUSED)
         assert graphs.reason == ""                   # as a card's graph proves itself: at two positions
         step.restore(start)
         eager, expected = from_here(step, step.run)

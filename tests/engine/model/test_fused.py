@@ -6,11 +6,12 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from engine.core import Options
-from engine.decode.prefix_cache import DynamicPrefix
+from engine.decode.prefix_cache import DynamicPrefix, StepPrefix
 from engine.library.compress import compress
 from engine.model.fused import KNOWN
 from engine.model.growing_cache import GrowingLayer, give_room
 from engine.model.load import load
+from engine.model.static_cache import StepCache
 from tests.support import architectures, folders
 
 Tensor = torch.Tensor
@@ -21,21 +22,26 @@ CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_t
 
 @pytest.mark.parametrize(("name", "bits", "changes"), CASES)
 def test_a_step_is_transformers_own(name: str, bits: int, changes: dict, tmp_path) -> None:
-    """Behind prompts, over the room's end, one token and several at once, and after going back."""
+    """Behind prompts, over the room's end, one token and several at once, and after going back; behind the cache of a
+    card's step, too."""
     folders.checkpoint(name, tmp_path / "checkpoint", **WIDE | changes)
     compress(tmp_path / "checkpoint", tmp_path / "compressed", device="cpu", trunk_bits=bits)
     model = load(tmp_path / "compressed", Options(level="exact", device="cpu")).model
     assert type(model).__name__ in KNOWN
-    fused, plain = DynamicPrefix(model), DynamicPrefix(model)
-    assert fused._fused is not None
-    plain._fused = None
+    fused, plain, fixed = DynamicPrefix(model), DynamicPrefix(model), StepPrefix(model, StepCache(model.config, 300))
+    assert fused.fused is not None and fixed.fused is not None
+    plain.fused = None
     ids = torch.randint(128, (330,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
         for at, n in [(0, 20), *((20 + i, 1) for i in range(5)), (25, 4), (29, 1), (30, 260), (290, 1), (291, 3)]:
-            same(fused.feed(ids[at:at + n]), plain.feed(ids[at:at + n]))
-        for prefix in (fused, plain):
+            expected = plain.feed(ids[at:at + n])
+            for prefix in (fused, fixed):
+                same(prefix.feed(ids[at:at + n]), expected)
+        for prefix in (fused, plain, fixed):
             assert prefix.reuse(ids[:24] + [1, 2]) == 24
-        same(fused.feed([1]), plain.feed([1]))
+        expected = plain.feed([1])
+        for prefix in (fused, fixed):
+            same(prefix.feed([1]), expected)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -45,7 +51,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("changes", [dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
                                      dict(use_sliding_window=True, sliding_window=8)])
 def test_what_it_does_not_know_runs_transformers_forward(changes: dict) -> None:
-    assert DynamicPrefix(architectures.build("qwen3_moe", 0, **changes))._fused is None
+    assert DynamicPrefix(architectures.build("qwen3_moe", 0, **changes)).fused is None
 
 
 def test_room_is_no_part_of_a_cache() -> None:

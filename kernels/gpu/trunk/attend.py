@@ -1,0 +1,182 @@
+"""Device version of kernels/trunk/attend.py: the cache is read in splits of its rows up to the position, then joined.
+
+The grid is fixed, so a recorded step serves every position, and what is read are the rows that are seen, whatever the
+planned context. The heads of queries that share a cached head are, token by token, the rows of a tile of matrix
+products, whose operands are 16-bit where the cache is; all else is float32. Norms and rotation are done by every block
+for itself. The new rows are folded in from where they were projected, rounded as the cache keeps them, by the split
+that writes them: nothing is read that another block writes.
+
+Legend as there; M rows of a tile (T * Q/C and padding), HALF: the next power of two to D/2.
+"""
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.trunk.attend import Heads
+from kernels.trunk.linear import MOST_TOKENS
+
+Tensor = torch.Tensor
+
+BLOCKS = 64             # of the cached heads times splits: twice the multiprocessors of the smallest cards
+LEAST_TILE = 16         # rows and depth of a matrix product
+ROWS = 32               # of the cache, under way at a time
+NORM_STEP = 64          # numbers of a norm over all heads, at a time
+NO_NORM, OF_HEAD, OF_ALL = 0, 1, 2
+NOTHING = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width, epsilon, HEADS: tl.constexpr,
+              SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, TURNED: tl.constexpr, M: tl.constexpr,
+              NORM_STEP: tl.constexpr):
+    """Both halves, float32 [M, HALF], of heads `head` of `token`s [M], of HEADS that begin at column `first`; normed
+    and turned."""
+    side = tl.arange(0, HALF)
+    inside = is_row[:, None] & (side < SIZE // 2)[None]
+    row = projected + token * width + first
+    at = row[:, None] + head[:, None] * SIZE + side[None]
+    low = tl.load(at, mask=inside, other=0)
+    high = tl.load(at + SIZE // 2, mask=inside, other=0)
+    if NORM > 0:
+        if NORM == 1:
+            squares, n = tl.sum(low * low + high * high, axis=1), SIZE
+            weight = norm + side[None] + tl.zeros_like(at.to(tl.int64))
+        else:
+            squares, n = tl.zeros((M,), tl.float32), HEADS * SIZE
+            for start in range(0, HEADS * SIZE, NORM_STEP):
+                column = start + tl.arange(0, NORM_STEP)
+                value = tl.load(row[:, None] + column[None], mask=is_row[:, None] & (column < HEADS * SIZE)[None],
+                                other=0)
+                squares += tl.sum(value * value, axis=1)
+            weight = norm + head[:, None].to(tl.int64) * SIZE + side[None]
+        factor = (1.0 / tl.sqrt_rn(squares / n + epsilon))[:, None]
+        low = tl.load(weight, mask=inside, other=0).to(tl.float32) * (low * factor)
+        high = tl.load(weight + SIZE // 2, mask=inside, other=0).to(tl.float32) * (high * factor)
+    if TURNED:
+        angle = turn + token[:, None] * SIZE + side[None]
+        sines = angle + n_tokens * SIZE
+        turned = low * tl.load(angle, mask=inside, other=0) - high * tl.load(sines, mask=inside, other=0)
+        high = (high * tl.load(angle + SIZE // 2, mask=inside, other=0)
+                + low * tl.load(sines + SIZE // 2, mask=inside, other=0))
+        low = turned
+    return low, high
+
+
+@triton.jit
+def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out_low, out_high, OPERAND: tl.constexpr):
+    """Rows of the cache [N, HALF] into what M queries have so far: the largest score, the sum of shares, the values."""
+    score = tl.dot(low.to(OPERAND), tl.trans(k_low.to(OPERAND)), input_precision="ieee")
+    score = tl.dot(high.to(OPERAND), tl.trans(k_high.to(OPERAND)), score, input_precision="ieee") * scale
+    score = tl.where(seen, score, float("-inf"))
+    largest = tl.maximum(most, tl.maximum(tl.max(score, axis=1), NOTHING))
+    share, before = tl.exp(score - largest[:, None]), tl.exp(most - largest)
+    total = total * before + tl.sum(share, axis=1)
+    share = share.to(OPERAND)
+    out_low = tl.dot(share, v_low.to(OPERAND), out_low * before[:, None], input_precision="ieee")
+    out_high = tl.dot(share, v_high.to(OPERAND), out_high * before[:, None], input_precision="ieee")
+    return largest, total, out_low, out_high
+
+
+@triton.jit
+def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, out, stats, n_tokens, head_stride,
+            scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+            NORM: tl.constexpr, SPLITS: tl.constexpr, OPERAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+            NORM_STEP: tl.constexpr):
+    """Grid: C, SPLITS. -> out [C, SPLITS, M, D], sums of values; stats [2, C, SPLITS, M]: largest score, sum."""
+    cached, split = tl.program_id(0), tl.program_id(1)
+    per: tl.constexpr = QUERIES // CACHED
+    width: tl.constexpr = (QUERIES + 2 * CACHED) * SIZE
+    row, side = tl.arange(0, M), tl.arange(0, HALF)
+    token, inside = row // per, (side < SIZE // 2)[None]
+    low, high = _heads_of(projected, query_norm, turn, token, cached * per + row % per, 0, token < n_tokens, n_tokens,
+                          width, epsilon, QUERIES, SIZE, HALF, NORM, True, M, NORM_STEP)
+    most, total = tl.full((M,), NOTHING, tl.float32), tl.zeros((M,), tl.float32)
+    out_low, out_high = tl.zeros((M, HALF), tl.float32), tl.zeros((M, HALF), tl.float32)
+    keys += cached.to(tl.int64) * head_stride
+    values += cached.to(tl.int64) * head_stride
+    end = tl.load(position).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(end, SPLITS), N) * N
+    begin = split * share
+    end = tl.minimum(begin + share, end)
+    for start in range(begin, end, N):
+        index = start + tl.arange(0, N)
+        at, there = index[:, None] * SIZE + side[None], (index < end)[:, None] & inside
+        most, total, out_low, out_high = _fold(
+            low, high, tl.load(keys + at, mask=there, other=0), tl.load(keys + at + SIZE // 2, mask=there, other=0),
+            tl.load(values + at, mask=there, other=0), tl.load(values + at + SIZE // 2, mask=there, other=0),
+            (index < end)[None], scale, most, total, out_low, out_high, OPERAND)
+    if split == 0:
+        new, here = tl.arange(0, 16), tl.arange(0, 16) < n_tokens
+        head = tl.zeros_like(new) + cached
+        k_low, k_high = _heads_of(projected, key_norm, turn, new, head, QUERIES * SIZE, here, n_tokens, width, epsilon,
+                                  CACHED, SIZE, HALF, NORM, True, 16, NORM_STEP)
+        v_low, v_high = _heads_of(projected, key_norm, turn, new, head, (QUERIES + CACHED) * SIZE, here, n_tokens,
+                                  width, epsilon, CACHED, SIZE, HALF, 0, False, 16, NORM_STEP)
+        kept: tl.constexpr = keys.dtype.element_ty
+        k_low, k_high, v_low, v_high = k_low.to(kept), k_high.to(kept), v_low.to(kept), v_high.to(kept)
+        at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
+        there = here[:, None] & inside
+        tl.store(keys + at, k_low, mask=there)
+        tl.store(keys + at + SIZE // 2, k_high, mask=there)
+        tl.store(values + at, v_low, mask=there)
+        tl.store(values + at + SIZE // 2, v_high, mask=there)
+        seen = here[None] & (new[None] <= token[:, None])
+        most, total, out_low, out_high = _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total,
+                                               out_low, out_high, OPERAND)
+    at = (cached * SPLITS + split) * M + row
+    tl.store(stats + at, most)
+    tl.store(stats + CACHED * SPLITS * M + at, total)
+    tl.store(out + at[:, None] * SIZE + side[None], out_low, mask=inside)
+    tl.store(out + at[:, None] * SIZE + SIZE // 2 + side[None], out_high, mask=inside)
+
+
+@triton.jit
+def _join(parts, stats, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+          SPLITS: tl.constexpr, M: tl.constexpr):
+    """Grid: T * Q. The splits of one head in order -> out [T, Q * D]."""
+    per: tl.constexpr = QUERIES // CACHED
+    token, head = tl.program_id(0) // QUERIES, tl.program_id(0) % QUERIES
+    split, side = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
+    at = (head // per * SPLITS + split) * M + token * per + head % per
+    most = tl.load(stats + at)
+    weight = tl.exp(most - tl.max(most, axis=0))
+    total = tl.sum(weight * tl.load(stats + CACHED * SPLITS * M + at), axis=0)
+    part = tl.load(parts + at[:, None] * SIZE + side[None], mask=(side < SIZE)[None], other=0)
+    value = tl.sum(part * weight[:, None], axis=0) / total
+    tl.store(out + tl.program_id(0) * SIZE + side, value, mask=side < SIZE)
+
+
+def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
+           rows: Tensor | None = None) -> Tensor:
+    """As kernels.trunk.attend.attend."""
+    if rows is None:
+        rows = torch.arange(position, position + len(projected), device=keys.device)
+        position = rows[0]
+    n_tokens, size, (queries, cached) = len(projected), heads.size, (heads.queries, heads.cached)
+    assert n_tokens <= MOST_TOKENS and projected.shape[1] == (queries + 2 * cached) * size, projected.shape
+    assert keys.stride() == values.stride() and keys.stride()[2:] == (size, 1) and projected.is_contiguous()
+    assert turn.shape == (2, n_tokens, size) and turn.is_contiguous() and turn.dtype == torch.float32
+    assert position.dtype == rows.dtype == torch.int64 and size % 2 == 0
+    tile = max(LEAST_TILE, triton.next_power_of_2(n_tokens * queries // cached))
+    splits = max(1, triton.next_power_of_2(BLOCKS // cached))
+    parts = torch.empty(cached, splits, tile, size, dtype=torch.float32, device=projected.device)
+    stats = torch.empty(2, cached, splits, tile, dtype=torch.float32, device=projected.device)
+    out = torch.empty(n_tokens, queries * size, dtype=torch.float32, device=projected.device)
+    norms = [projected if norm is None else norm for norm in (heads.query_norm, heads.key_norm)]
+    _attend[(cached, splits)](
+        projected, turn, keys, values, position, rows, *norms, parts, stats, n_tokens, keys.stride(1), heads.scale,
+        heads.epsilon, QUERIES=queries, CACHED=cached, SIZE=size,
+        HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), NORM=_norm_kind(heads), SPLITS=splits,
+        OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16, M=tile, N=ROWS, NORM_STEP=NORM_STEP,
+        num_warps=8)  # with four it spills on sm_75, whose matrix products are made of additions (Triton 3.7)
+    _join[(n_tokens * queries,)](parts, stats, out, QUERIES=queries, CACHED=cached, SIZE=size,
+                                 BLOCK=triton.next_power_of_2(size), SPLITS=splits, M=tile, num_warps=4)
+    return out
+
+
+def _norm_kind(heads: Heads) -> int:
+    if heads.query_norm is None:
+        return NO_NORM
+    return OF_HEAD if heads.query_norm.numel() == heads.size else OF_ALL

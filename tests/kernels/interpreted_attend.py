@@ -1,0 +1,52 @@
+"""Cases for Triton's interpreter (run by test_interpreted.py): attention of a step, and the choice of experts."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.gpu.trunk import attend as gpu_attend
+from kernels.gpu.trunk import route as gpu_route
+from kernels.trunk.attend import Heads, attend
+from kernels.trunk.route import route
+
+CASES = [  # T, Q, C, D, norms, rows that are seen, cache
+    (1, 4, 2, 32, "head", 40, torch.float32), (3, 4, 1, 12, "all", 7, torch.float32),
+    (4, 2, 2, 32, None, 0, torch.float32), (2, 16, 2, 16, "head", 70, torch.bfloat16)]
+N = 80
+
+
+@pytest.mark.parametrize("n_tokens, queries, cached, size, normed, position, dtype", CASES)
+def test_attend(monkeypatch, n_tokens, queries, cached, size, normed, position, dtype):
+    """The new rows go where they are told, and to nowhere else; what lies behind the position is never read."""
+    monkeypatch.setattr(gpu_attend, "BLOCKS", 4)
+    widths = {"head": (size, size), "all": (queries * size, cached * size), None: (0, 0)}[normed]
+    norms = [torch.rand(width) + 0.5 if width else None for width in widths]
+    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6)
+    projected, angles = torch.randn(n_tokens, (queries + 2 * cached) * size), torch.randn(n_tokens, size)
+    turn = torch.stack((angles.cos(), angles.sin()))
+    kept = torch.randn(2, 1, cached, N, size).to(dtype)
+    kept[:, :, :, position:] = torch.nan
+    for rows in (torch.arange(position, position + n_tokens), torch.full((n_tokens,), N - 1)[:1].expand(n_tokens)):
+        rows, caches, made = rows.contiguous(), [kept.clone(), kept.clone()], []
+        for function, (keys, values) in zip((attend.reference, gpu_attend.attend), caches, strict=True):
+            made.append(function(projected, turn, keys, values, torch.tensor(position), heads, rows))
+        exact = dtype == torch.float32
+        torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4 if exact else 1e-2)
+        torch.testing.assert_close(caches[1], caches[0], rtol=0 if exact else 8e-3, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_tokens, n_experts, top_k", [(3, 128, 8), (4, 6, 2), (1, 5, 5)])
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_route(n_tokens, n_experts, top_k, renormalised):
+    logits = 3 * torch.randn(n_tokens, n_experts)
+    for expected, found in zip(route.reference(logits, top_k, renormalised),
+                               gpu_route.route(logits, top_k, renormalised), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_no_number_makes_no_share():
+    logits = torch.tensor([[1.0, torch.nan, 2.0], [-torch.inf, -torch.inf, 0.5], [1.0, 1.0, 1.0]])
+    ids, shares = gpu_route.route(logits, 2, True)
+    assert ids[0, 0] == 1 and shares[0].isnan().all()
+    assert ids[1].tolist() == [2, 0] and shares[1].tolist() == [1, 0]
+    assert ids[2].tolist() == [0, 1] and shares[2].tolist() == [0.5, 0.5]
