@@ -28,6 +28,7 @@ from kernels.select import histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import route
+from kernels.weigh import weigh
 
 Tensor = torch.Tensor
 Case = tuple[Callable, tuple]       # a function of kernels/, what it is given on the host
@@ -108,6 +109,7 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     where = place.gather(1, (neurons.clamp_min(0) // n).long()) * n + neurons.clamp_min(0) % n
     yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate)
     yield dense, (x, blobs, place, LAYOUT, gate)
+    yield weigh, (torch.randn(2, 2, LAYOUT.padded, generator=draw), weight, LAYOUT.hidden - 5)
     yield dequantize, (blobs, torch.zeros(3, 2 * n, LAYOUT.hidden), torch.zeros(3, n, LAYOUT.hidden), LAYOUT)
 
 

@@ -88,7 +88,9 @@ class DeviceRuntime(Runtime):
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Every routed expert once, in order, over the tokens that chose it. Waits for the routing."""
+        """Every routed expert once, in order, over the tokens that chose it. Waits for the routing. x: any float; a
+        fused step reads few tokens in float32."""
+        x = x.to(self.staging.dtype)
         picks, top_k = ids.flatten(), ids.shape[1]
         order = picks.argsort(stable=True)
         counts = torch.bincount(picks, minlength=self.far.experts).tolist()

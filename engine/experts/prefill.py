@@ -32,6 +32,7 @@ class Staging:
         self.layout, self.per_tile = layout, per_tile or tile_experts(experts, layout.blob_bytes)
         self.tiles = torch.empty(2, self.per_tile, layout.blob_bytes, dtype=torch.uint8, device=device)
         shape = (self.per_tile, layout.neurons, layout.hidden)
+        self.dtype = dtype
         self._gate_up = torch.empty(shape[0], 2 * shape[1], shape[2], dtype=dtype, device=device)
         self._down = torch.empty(shape, dtype=dtype, device=device)
         on_card = self.tiles.is_cuda

@@ -38,6 +38,7 @@ from kernels.pool import new_pool, take
 from kernels.resolve import Resolved, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
 from kernels.select import BINS, select, select_above
+from kernels.weigh import weigh
 
 Tensor = torch.Tensor
 
@@ -335,6 +336,8 @@ class Runtime(ABC):
 
     def _weighted(self, layer: LayerExperts, sums: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Per-expert sums [T, k, padded H] -> [T, H]."""
+        if self.hook is None and not layer.biases and layer.post_norm is None:
+            return weigh(sums, weights, self.far.hidden)
         y = layer.finish(sums[..., :self.far.hidden], ids.long()) * weights[..., None]
         # Where nothing was near and nothing may be fetched, what was multiplied is no expert at all.
         return (y if self.hook is None else torch.where(weights[..., None] == 0, 0.0, y)).sum(1)

@@ -22,6 +22,7 @@ from kernels.gpu import linear as gpu_linear
 from kernels.gpu import pool as gpu_pool
 from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
+from kernels.gpu import weigh as gpu_weigh
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import route as gpu_route
 from kernels.layout import Layout, default_group_size
@@ -193,6 +194,7 @@ CALLS = {
     "attend one": attend_call(32, 8, 128, 1),             # Mixtral
     "attend norm of all": attend_call(16, 16, 128, 4, 2048),  # OLMoE
     "route": lambda: gpu_route.route(torch.zeros(4, 128), 8, True),
+    "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 3072), torch.zeros(4, 8), 2880),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),
 }

@@ -115,6 +115,18 @@ def test_other_experts(name, tmp_path):
     assert found[True, "exact"] == found[False, "exact"] and found[True, "fast"] == found[False, "fast"]
 
 
+@torch.no_grad()
+def test_prefill_in_16_bits_takes_what_a_fused_step_hands_over(folder):
+    runtime, found = opened(folder, "exact", 1.0, False, True).runtime, []
+    x, ids, weights = torch.randn(3, 64), torch.tensor([[0, 1], [1, 2], [7, 0]]), torch.full((3, 2), 0.5)
+    runtime.phase = "prefill"
+    for dtype in (torch.float32, torch.bfloat16):
+        runtime.staging = Staging(runtime.far.layout, runtime.far.experts, "cpu", dtype)
+        found.append(runtime.forward(runtime.layers[0], x, ids, weights))
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, rtol=0, atol=3e-2 * float(found[0].abs().max()))
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4_text"])
 @pytest.mark.parametrize("per_tile", [1, 3, 100])
 @torch.no_grad()
