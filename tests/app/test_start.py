@@ -1,9 +1,11 @@
 """What stands in the way of the start is one sentence, and the next start that nothing stands in the way of is fine."""
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.__main__ import main
+from app.__main__ import _listen, main
 from app.chat.chats import Chats
 from engine import data_dir, only_one
 from tests.support.browser import SECONDS, ready, running
@@ -121,3 +123,18 @@ def test_a_disk_that_takes_nothing_is_said(data, mount, fill, there, words):
     if not there:
         (data / "chats.db").unlink()
     assert re.search(words, refused(*on_disk(data, mount, fill), 2, 3))
+
+
+def test_the_body_of_an_answer_does_not_wait_for_an_acknowledgement_of_its_head():
+    async def accepted() -> int:
+        options = asyncio.get_running_loop().create_future()
+
+        def connected(_, writer: asyncio.StreamWriter) -> None:
+            options.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+        with _listen(0) as listener:
+            async with await asyncio.start_server(connected, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await options
+    assert asyncio.run(accepted())
