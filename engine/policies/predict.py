@@ -184,7 +184,7 @@ class Payoff:
 class Guesses:
     """A predictor at work: what it would fetch, and how much of what came it had named. The same for a replayed trace
     and a running model. named [L, 3k]: how often the first, second, .. of its guesses came; asked [L]: how many experts
-    came where it had guessed."""
+    came where it had guessed; both as of the last `recall`."""
 
     def __init__(self, predictor: Predictor, layers: int, experts: int, top_k: int) -> None:
         self.predictor, self.layers, self.top_k = predictor, layers, top_k
