@@ -15,7 +15,7 @@ MODELS_TEXT = {
     "choose_level": "Level",
     "level_auto": "Automatic",
     "choose_context": "Context (tokens)",
-    "choose_preset": "Experts that are not in memory",
+    "choose_preset": "Experts not in memory",
     "preset_lossless": "Lossless",
     "preset_prefer_cached": "Prefer cached",
     "preset_cached_only": "Cached only",
