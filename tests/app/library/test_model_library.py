@@ -418,25 +418,6 @@ def test_a_text_that_is_too_short_is_said(shelf, unmeasured):
     assert "at least 3" in works(shelf)["Small"]["text"]
 
 
-def test_a_gguf_file_is_imported_and_a_cancelled_import_leaves_nothing(shelf, tmp_path):
-    pytest.importorskip("gguf")
-    import torch
-
-    from tests.support.architectures import build
-    from tests.support.gguf_files import like, write
-    torch.manual_seed(0)
-    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
-    write(tmp_path / "Tiny.gguf", "qwen3_moe", model)
-    like(tmp_path / "like", model)
-    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
-    until(lambda: not works(shelf) or works(shelf)["Tiny"]["state"] == "failed")
-    assert works(shelf) == {} and on_disk(shelf)["Tiny"]["kind"] == "compressed"
-    shelf.remove("Tiny")
-    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
-    shelf.cancel("Tiny")
-    assert works(shelf) == {} and not (tmp_path / "models" / "Tiny.partial").exists()
-
-
 BAD = {"deep": ("floe.json", "[" * 100_000), "list": ("floe.json", '{"calibration": {"levels": [1]}}'),
        "pipe": ("floe.json", None), "configuration": ("config.json", '{"num_hidden_layers": 1000000000}'),
        "source": ("floe.source.json", '{"files": [{"path": 7, "bytes": "x"}]}'),
