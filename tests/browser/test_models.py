@@ -387,7 +387,7 @@ def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, pag
     checkpoint.locator("summary", has_text="Compress for quality").click()
     checkpoint.get_by_label("Text file to compress with").fill(str(tmp_path / "none.txt"))
     checkpoint.get_by_role("button", name="Compress for quality").click()
-    page.wait_for_selector(".notice:has-text('There is no text file')")
+    told(page, "There is no text file")
     checkpoint.get_by_label("Text file to compress with").fill(str(text))
     checkpoint.get_by_role("button", name="Compress for quality").click()
     made = page.locator(".notice", has_text="Little-floe is ready at level exact")
