@@ -172,7 +172,7 @@ def test_an_address(typed, whole):
 @pytest.mark.parametrize("typed", ["", "ftp://a.example", "file:///etc/passwd", "http://", "http://me:pw@a.example",
                                    "http://a.example/?key=1", "http://a.example:99999", "http://a.ex\nample", "http://ä"])
 def test_no_address(typed):
-    with pytest.raises(UserError, match="no address"):
+    with pytest.raises(UserError, match="not a server address"):
         whole_address(typed)
 
 
