@@ -32,7 +32,7 @@ def twin(on_device: str | None, compiled: str | None = None) -> Callable[[Callab
 
         @wraps(reference)
         def pick(*args, **kwargs):
-            if on_device and any(map(_on_device, args)):
+            if on_device and _on_device(args):
                 return pick.on_gpu()(*args, **kwargs)
             module = compiled and _import(compiled)
             found = getattr(module, name)(*args, **kwargs) if module else NotImplemented
@@ -68,8 +68,13 @@ def _import(name: str) -> ModuleType | None:
         return None
 
 
-def _on_device(value: object) -> bool:
-    """CUDA tensors, and tuples of them (a Pool); far memory is a page-locked CPU tensor and decides nothing."""
-    if isinstance(value, torch.Tensor):
-        return value.is_cuda
-    return isinstance(value, tuple) and any(_on_device(item) for item in value)
+def _on_device(values: tuple) -> bool:
+    """Whether CUDA tensors are among them, or in tuples among them (a Pool); far memory is a page-locked CPU tensor and
+    decides nothing. One loop: it runs some thirty times a layer."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.is_cuda:
+                return True
+        elif isinstance(value, tuple) and _on_device(value):
+            return True
+    return False

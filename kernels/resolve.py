@@ -39,12 +39,19 @@ def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Te
     counts is added to unless done (bool). most_ahead (int32 [1], T = 1): fetch ahead of demand instead, no more than
     so many bytes, the rest of what is missing getting place -1.
     """
+    source, need = wanted_experts(pool, ids, first, n_bytes, most_ahead)
+    return _resolved(pool, source, first, need, clock, counts, done, most_ahead is not None)
+
+
+def wanted_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, most_ahead: Tensor | None,
+                   ) -> tuple[Tensor, Tensor]:
+    """Source and need of `resolve_experts`."""
     source = ids.int()
     if most_ahead is not None:
         missing = pool.slot_of[(source + first).long()] < 0
         source = torch.where(missing & (missing.cumsum(1) * n_bytes > most_ahead), -1, source)
     need = torch.where(source < 0, 0, n_bytes).int()
-    return _resolved(pool, source, first, need, clock, counts, done, most_ahead is not None)
+    return source, need
 
 
 @twin("kernels.gpu.pool", "kernels.cpu.pool")

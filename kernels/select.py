@@ -14,6 +14,7 @@ Tensor = torch.Tensor
 DOWN_ONLY, REFINED, FLOE = 0, 1, 2  # fidelity of a chosen neuron: which bits of gate and up its value uses
 KEY_SHIFT = 7        # a key is a non-negative float32 without its sign and its lowest 7 bits: 24 bits
 BINS = 4096          # of the histogram: the upper 12 bits of the key
+BIN_SHIFT = KEY_SHIFT + 12
 
 
 def keys(scores: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def keys(scores: Tensor) -> Tensor:
 
 def histogram_of(scores: Tensor) -> Tensor:
     """float32 [T, N] >= 0 -> int32 [T, BINS]: how many scores share the upper 12 bits of their keys."""
-    bins = scores.contiguous().view(torch.int32).long() >> KEY_SHIFT + 12
+    bins = scores.contiguous().view(torch.int32).long() >> BIN_SHIFT
     return torch.stack([torch.bincount(row, minlength=BINS) for row in bins]).int()
 
 

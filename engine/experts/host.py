@@ -31,7 +31,7 @@ class HostRuntime(Runtime):
     def __init__(self, *given: Any, **named: Any) -> None:
         self._mapped: MappedCache | None = None
         super().__init__(*given, **named)
-        self._side = SideThread()
+        self._side, self.histogram = SideThread(), None  # a processor's choice counts for itself
 
     def __deepcopy__(self, memo: dict) -> HostRuntime:
         """One with near memory of its own over the same far memory and the same layers, neither of which changes."""
@@ -56,6 +56,9 @@ class HostRuntime(Runtime):
     def is_mapped(self) -> bool:
         """Whether near memory is the file's map, of which the process holds nothing for itself."""
         return self.near is self._mapped
+
+    def _budget(self, layer: int) -> tuple[int, int]:
+        return self.kept_neurons[layer]  # a step here is never recorded
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:

@@ -44,10 +44,11 @@ class PolicyHook(Hook):
         with torch.device(runtime.device):
             self.guesses = guesses_of(choice, far.layers, far.experts, k, far.hidden, learned)
             self.dropped, self.changed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-            self._embedding, self._logits = torch.zeros(far.hidden), torch.zeros(far.layers, far.experts)
+            self._embedding, self._logits = (torch.zeros(shape, dtype=torch.float32)
+                                             for shape in (far.hidden, (far.layers, far.experts)))
             self._experts = torch.zeros(far.layers, k, dtype=torch.int64)
-            self._shares = torch.zeros(far.layers, k)
-            self._read = torch.zeros(far.layers * far.experts)
+            self._shares = torch.zeros(far.layers, k, dtype=torch.float32)
+            self._read = torch.zeros(far.layers * far.experts, dtype=torch.float32)
         self.payoff, self._fresh, self._has_token = Payoff(), True, False
         prefix, record, weights = far.layout.prefix, far.layout.record, 3 * far.layout.padded
         self._bits = (8 * prefix / weights, 8 * record / weights)
@@ -199,7 +200,7 @@ class PolicyHook(Hook):
         if self.guesses is None:
             return []
         horizon = self.guesses.predictor.horizon
-        ahead = torch.zeros(horizon, self._logits.shape[1], device=x.device)
+        ahead = torch.zeros(horizon, self._logits.shape[1], dtype=torch.float32, device=x.device)
         for step, later in enumerate(self.runtime.layers[layer.index + 1:layer.index + 1 + horizon]):
             ahead[step] = (x @ later.router_weight.T)[0]
         found = self.guesses.at(layer.index, ahead, self._logits[layer.index], x[0].half().float())

@@ -67,7 +67,7 @@ class Runtime(ABC):
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.thresholds = torch.zeros(far.layers, far.experts, dtype=torch.float32, device=device)
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)  # refined, and all that are kept
-        self.histogram = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
+        self.histogram: Tensor | None = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
         self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self._side = SideStream(device)
         self._picked: dict[int, Tensor] = {}  # of this step, by layer
@@ -106,9 +106,10 @@ class Runtime(ABC):
         plan = self.plans[self.level]
         self.capacity = self.most_records()
         if self.level == "floe":
-            self.thresholds.copy_(torch.tensor(plan.thresholds))
+            self.thresholds.copy_(torch.tensor(plan.thresholds, dtype=torch.float32))
         else:
-            self.budgets.copy_(torch.tensor([(refined, refined + rest) for refined, rest in plan.budgets]))
+            self.kept_neurons = [(refined, refined + rest) for refined, rest in plan.budgets]
+            self.budgets.copy_(torch.tensor(self.kept_neurons, dtype=torch.int32))
 
     def reset(self) -> None:
         """Forget what is near, in the same tensors, so that a recorded step goes on with them; counters go on."""
@@ -117,7 +118,8 @@ class Runtime(ABC):
             for table, empty in zip(pool, fresh, strict=True):
                 table.copy_(empty)
         self.clock.zero_()
-        self.histogram.zero_()  # a step that was broken off may have left its counts
+        if self.histogram is not None:
+            self.histogram.zero_()  # a step that was broken off may have left its counts
         if isinstance(self.near, SparseCache) and self.near.resident:
             ids = torch.arange(self.far.experts, dtype=torch.int32, device=self.device)
             for layer in range(self.far.layers):
@@ -325,10 +327,13 @@ class Runtime(ABC):
             scores = score_up(codes, scales, sketches, place, layout, biases[1])
             limits = self.thresholds[layer.index][ids.long()]
             return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
-        histogram = self.histogram[:len(x)]
+        histogram = None if self.histogram is None else self.histogram[:len(x)]
         scores = score(codes, scales, sketches, place, weights, layout, layer.gate, *biases, histogram)
-        refined, total = self.budgets[layer.index].split(1)
-        return select(scores, refined, total, capacity, histogram)
+        return select(scores, *self._budget(layer.index), capacity, histogram)
+
+    def _budget(self, layer: int) -> tuple[int | Tensor, ...]:
+        """Neurons refined, and all that are kept: tensors, so that a recorded step can be told another level."""
+        return self.budgets[layer].split(1)
 
     def _padded(self, x: Tensor) -> Tensor:
         padding = self.far.layout.padded - x.shape[1]

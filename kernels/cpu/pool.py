@@ -11,7 +11,7 @@ from numba import njit
 from kernels.evict import AGES
 from kernels.layout import Layout
 from kernels.pool import Pool
-from kernels.resolve import AHEAD, FAR, HIT, NEEDED, Resolved
+from kernels.resolve import AHEAD, FAR, HIT, NEEDED, Resolved, wanted_experts
 from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
@@ -94,11 +94,7 @@ def _resolved(pool: Pool, source: Tensor, first: int, need: Tensor, clock: Tenso
 def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Tensor, counts: Tensor, done: Tensor,
                     most_ahead: Tensor | None = None) -> Resolved:
     """As kernels.resolve.resolve_experts."""
-    source = ids.int()
-    if most_ahead is not None:
-        missing = pool.slot_of[(source + first).long()] < 0
-        source = torch.where(missing & (missing.cumsum(1) * n_bytes > most_ahead), -1, source)
-    need = torch.where(source < 0, 0, n_bytes).int()
+    source, need = wanted_experts(pool, ids, first, n_bytes, most_ahead)
     return _resolved(pool, source, first, need, clock, counts, done, most_ahead is not None)
 
 

@@ -12,10 +12,9 @@ from kernels.activation import KINDS, Gate
 from kernels.cpu.activation import blocks8
 from kernels.cpu.gate import gated, kind_of
 from kernels.cpu.rows import LINE, ask_for, score_row
-from kernels.cpu.select import HALF_KEY
 from kernels.cpu.threads import address, claim, fields, pointer, run, task
 from kernels.layout import Layout
-from kernels.select import KEY_SHIFT
+from kernels.select import BIN_SHIFT
 
 Tensor = torch.Tensor
 
@@ -98,4 +97,4 @@ def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weig
 def _count(scores, histogram):
     for t in range(len(scores)):
         for bits in scores[t].view(np.int32):
-            histogram[t, bits >> KEY_SHIFT + HALF_KEY] += 1
+            histogram[t, bits >> BIN_SHIFT] += 1

@@ -1,4 +1,4 @@
-"""Compiled twin of kernels/select.py: two counts of 12 bits find the smallest key that is kept, one pass lists them.
+"""Compiled twin of kernels/select.py: three counts of 8 bits find the smallest key that is kept, one pass lists them.
 
 Legend: T tokens, N scores of a token.
 """
@@ -8,44 +8,41 @@ import numpy as np
 import torch
 from numba import njit
 
-from kernels.select import BINS, FLOE, KEY_SHIFT, REFINED
+from kernels.select import FLOE, KEY_SHIFT, REFINED
 
 Tensor = torch.Tensor
 
-HALF_KEY = 12       # bits: a key is two of them
+KEY_BITS, DIGIT = 24, 8     # bits
 
 
 @njit(cache=True, nogil=True)
 def _least(keys, n, counts):
-    """The smallest of the n largest keys, and how many of the keys that equal it are among them. counts int32 [BINS]"""
-    counts[:] = 0
-    for key in keys:
-        counts[key >> HALF_KEY] += 1
-    upper, left = BINS - 1, n
-    while counts[upper] < left:
-        left -= counts[upper]
-        upper -= 1
-    counts[:] = 0
-    for key in keys:
-        if key >> HALF_KEY == upper:
-            counts[key & BINS - 1] += 1
-    lower = BINS - 1
-    while counts[lower] < left:
-        left -= counts[lower]
-        lower -= 1
-    return upper << HALF_KEY | lower, left
+    """The smallest of the n largest keys, and how many of the keys that equal it are among them: digit after digit,
+    the largest first. counts int32 [2**DIGIT]"""
+    least, left = 0, n
+    for shift in range(KEY_BITS - DIGIT, -1, -DIGIT):
+        counts[:] = 0
+        for key in keys:
+            if key >> shift + DIGIT == least:
+                counts[key >> shift & 2**DIGIT - 1] += 1
+        digit = 2**DIGIT - 1
+        while counts[digit] < left:
+            left -= counts[digit]
+            digit -= 1
+        least = least << DIGIT | digit
+    return least, left
 
 
 @njit("void(float32[:,::1], int64, int64, int32[:,::1], int8[:,::1])", cache=True, nogil=True)
 def _select(scores, n_refined, n_total, neurons, fidelity):
-    counts = np.empty(BINS, np.int32)
+    counts = np.empty(2**DIGIT, np.int32)
     neurons[:], fidelity[:] = -1, 0
     if not n_total:
         return
     for t in range(len(scores)):
         keys = (scores[t].view(np.int32) & 0x7FFFFFFF) >> KEY_SHIFT
         least, equal = _least(keys, n_total, counts)
-        best, equally_good = _least(keys, n_refined, counts) if n_refined else (1 << 2 * HALF_KEY, 0)
+        best, equally_good = _least(keys, n_refined, counts) if n_refined else (1 << KEY_BITS, 0)
         at = 0
         for neuron, key in enumerate(keys):
             if key < least or (key == least and not equal):
