@@ -30,6 +30,13 @@ def write_tokenizer(folder: Path, apart: bool = False) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
 
 
+def write_chat_parts(folder: Path) -> Path:
+    """A tokenizer, and a template that says little."""
+    write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
 def checkpoint(name: str, folder: Path, seed: int = 0, **changes) -> torch.nn.Module:
     """Save a random model of an architecture with its tokenizer; returns the model itself."""
     model = build(name, seed, **changes)

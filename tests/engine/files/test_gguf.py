@@ -25,7 +25,7 @@ from engine.library.gguf_import import cost, import_gguf, parts_of
 from engine.model import load
 from tests.engine.library.test_compress import anonymous_bytes
 from tests.support.architectures import build
-from tests.support.folders import logits_by_steps, stored_experts, write_tokenizer
+from tests.support.folders import logits_by_steps, stored_experts, write_chat_parts
 
 gguf = pytest.importorskip("gguf")
 from gguf.quants import dequantize  # noqa: E402
@@ -56,8 +56,7 @@ def opened(path: Path, folder: Path, **changes) -> Checkpoint:
 
 def saved(model: torch.nn.Module, folder: Path) -> Path:
     model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
+    return write_chat_parts(folder)
 
 
 def assert_same_experts(one: Checkpoint, other: Checkpoint) -> None:
@@ -106,8 +105,7 @@ def test_the_original_may_see_as_well(kind, whole, tmp_path):
             "mrope_section": [4, 2, 2], "mrope_interleaved": True}}
     AutoConfig.for_model(whole, text_config=text, tie_word_embeddings=model.config.tie_word_embeddings
                          ).save_pretrained(tmp_path / "seeing")
-    write_tokenizer(tmp_path / "seeing")
-    for name, original in (("a", folder), ("b", tmp_path / "seeing")):
+    for name, original in (("a", folder), ("b", write_chat_parts(tmp_path / "seeing"))):
         import_gguf(path, tmp_path / name, original, device="cpu")
     one, other = (load.load(tmp_path / name, Options("exact", device="cpu")).model for name in "ab")
     assert torch.equal(logits_by_steps(one, TOKENS, 6), logits_by_steps(other, TOKENS, 6))
@@ -302,7 +300,7 @@ def test_the_warning_says_what_quantising_twice_costs(tmp_path):
 
 def test_other_architectures_are_refused_by_name(tmp_path):
     model = build("qwen3_moe", num_hidden_layers=1)
-    for architecture, words in (("grok", "architecture grok, which is not imported; these are: afmoe, deepseek2"),
+    for architecture, words in (("grok", "architecture grok, which is not imported; these are: afmoe, cohere2moe"),
                                 ("gpt-oss", "architecture gpt-oss, but the configuration describes qwen3_moe")):
         writer = gguf.GGUFWriter(tmp_path / f"{architecture}.gguf", architecture)
         writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
@@ -427,7 +425,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
                             num_attention_heads=4, num_key_value_heads=2, head_dim=64, num_experts=4,
                             num_experts_per_tok=2, tie_word_embeddings=True)
     config.save_pretrained(tmp_path / "like")
-    write_tokenizer(tmp_path / "like")
+    write_chat_parts(tmp_path / "like")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
     shapes = {"token_embd": (131072, 2048), "output_norm": (2048,), "blk.0.attn_norm": (2048,),
               "blk.0.ffn_norm": (2048,), "blk.0.attn_q": (256, 2048), "blk.0.attn_k": (128, 2048),
