@@ -159,7 +159,7 @@ def test_a_large_honest_file_is_taken(chats):
 
 def test_memory_stays_within_some_times_the_files_size(tmp_path):
     """60 MB of empty lists, of messages and of numbers, in a process that may take 1.5 GB of memory."""
-    pytest.importorskip("resource")  # its limit is the check: more is a MemoryError. ru_maxrss counts what the parent had
+    pytest.importorskip("resource")  # its limit is the check; ru_maxrss begins with what the parent had
     code = f"""
 import resource, sys
 from app.chat.chats import Chats
