@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import browser
-from tests.support.browser import ask, expect, send, settled, stats, told, until
+from tests.support.browser import TOLD, ask, expect, send, settled, stats, told, until
 
 pytestmark = pytest.mark.browser
 chromium, context, page = browser.chromium, browser.context, browser.page
@@ -51,6 +51,7 @@ def fill(app) -> Path:
 def context(app, chromium):  # noqa: F811
     """As everywhere, but errors in the console are expected: the program answers 507."""
     context = chromium.new_context(viewport={"width": 1400, "height": 860})
+    context.add_init_script(TOLD)
     yield context
     context.close()
 

@@ -210,7 +210,7 @@ def test_level_and_context_change_the_plans_words_and_are_opened_with(page):
     demo.get_by_text("Details", exact=True).click()
     plan = demo.locator("pre.plan")
     expect(plan).to_contain_text("1,024 tokens")
-    demo.locator("select").select_option("fast")
+    demo.locator("select").first.select_option("fast")
     expect(plan).to_contain_text("at level fast")
     demo.locator("input[type=range]").fill("0")
     expect(plan).to_contain_text("context of 512 tokens")
