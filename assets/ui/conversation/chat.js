@@ -232,7 +232,10 @@ async function act(name, id, argument) {
     return notice(TEXT.branched);
   }
   if (name === "show") await api("POST", `/api/messages/${argument}/show`);
-  else await api("POST", `${path}/${name}`, argument);
+  else {
+    await stored(); // what was typed a moment ago holds for this answer, too
+    await api("POST", `${path}/${name}`, argument);
+  }
   await load();
 }
 
