@@ -337,7 +337,7 @@ class _Meter:
         self._live.stats |= {"tokens": event.n_tokens, "tokens_per_second": round(event.tokens_per_second, 2),
                              "seconds": round(time.monotonic() - self._start, 2)}
         if event.lossy:
-            self._live.stats["lossy"] = preset_of(event.lossy) or event.lossy
+            self._live.stats["lossy"] = preset_of(event.lossy)
         if "server" not in self._live.stats:  # it has no near memory
             self._live.stats |= {
                 "hit_rate": round(counters.hit_rate, 4),

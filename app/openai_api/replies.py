@@ -41,7 +41,7 @@ class Told:
         elif event.kind == "end":
             self._n_tokens, self.finish, self.calls = event.n_tokens, event.reason, event.calls
             self._take_forced()
-            self.marks = {"approximate": preset_of(event.lossy) or event.lossy} if event.lossy else {}
+            self.marks = {"approximate": preset_of(event.lossy)} if event.lossy else {}
             self.finish = "tool_calls" if self.calls and self.finish == "stop" else self.finish
 
     def _take_forced(self) -> None:

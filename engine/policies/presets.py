@@ -24,8 +24,8 @@ class Cost:
 
 
 def preset_of(policies: str) -> str:
-    """The name of a choice, "" for one that has none."""
-    return next((name for name, text in PRESETS.items() if text == policies), "")
+    """The name of a choice, itself where it has none."""
+    return next((name for name, text in PRESETS.items() if text == policies), policies)
 
 
 def why_not(preset: str, level: str, device: str) -> str:

@@ -351,21 +351,15 @@ def test_the_aim_narrows_the_catalogue_to_three(page):
 
 def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
     pytest.importorskip("gguf")
-    import torch
-
-    from tests.support.architectures import build
-    from tests.support.gguf_files import like, write
-    torch.manual_seed(0)
-    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
-    write(tmp_path / "Tiny-Boat.gguf", "qwen3_moe", model)
-    like(tmp_path / "original", model)
-    shutil.copy(demo_model() / "chat_template.jinja", tmp_path / "original")
+    from tests.support.gguf_files import tiny
+    file, original = map(str, tiny(tmp_path, "Tiny-Boat.gguf"))
+    shutil.copy(demo_model() / "chat_template.jinja", original)
     models_page(page, "Get models")
     page.get_by_role("button", name="Add a folder or GGUF").click()
     page.fill("#local-path", str(tmp_path / "Tiny"))
-    expect(page.locator("#local-path-files option")).to_have_attribute("value", str(tmp_path / "Tiny-Boat.gguf"))
+    expect(page.locator("#local-path-files option")).to_have_attribute("value", file)
     page.fill("#local-path", page.locator("#local-path-files option").get_attribute("value"))
-    page.fill("#gguf-like", str(tmp_path / "original"))
+    page.fill("#gguf-like", original)
     page.get_by_role("button", name="Add", exact=True).click()
     made = row(page, "Tiny-Boat")
     made.get_by_role("button", name="Load", exact=True).first.click()

@@ -15,6 +15,7 @@ import torch
 from gguf.quants import quantize
 from transformers import AutoTokenizer
 
+from tests.support.architectures import build
 from tests.support.folders import write_tokenizer
 
 Tensor = torch.Tensor
@@ -242,6 +243,14 @@ def linear_attention(kind: str, config, key: str, value: Tensor) -> Iterator[tup
         yield key, tiled(value, 1)
     else:
         yield key, value.squeeze(0) if "shared_expert_gate" in key else value
+
+
+def tiny(folder: Path, name: str) -> tuple[Path, Path]:
+    """-> (a GGUF file of that name with a random model, a folder like its original)."""
+    torch.manual_seed(0)
+    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
+    (file,) = write(folder / name, "qwen3_moe", model)
+    return file, like(folder / "original", model)
 
 
 def like(folder: Path, model: torch.nn.Module, tokenizer: bool = True) -> Path:

@@ -77,18 +77,12 @@ def test_a_checkpoint_is_compressed_over_a_text(shelf, unmeasured, tmp_path, mon
 
 def test_a_gguf_file_is_imported_and_a_cancelled_import_leaves_nothing(shelf, tmp_path):
     pytest.importorskip("gguf")
-    import torch
-
-    from tests.support.architectures import build
-    from tests.support.gguf_files import like, write
-    torch.manual_seed(0)
-    model = build("qwen3_moe", moe_intermediate_size=64, num_experts=4)
-    write(tmp_path / "Tiny.gguf", "qwen3_moe", model)
-    like(tmp_path / "like", model)
-    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
+    from tests.support.gguf_files import tiny
+    file, original = map(str, tiny(tmp_path, "Tiny.gguf"))
+    shelf.bring_in(file, original)
     until(lambda: not library.works(shelf) or library.works(shelf)["Tiny"]["state"] == "failed")
     assert library.works(shelf) == {} and library.on_disk(shelf)["Tiny"]["kind"] == "compressed"
     shelf.remove("Tiny")
-    shelf.bring_in(str(tmp_path / "Tiny.gguf"), str(tmp_path / "like"))
+    shelf.bring_in(file, original)
     shelf.cancel("Tiny")
     assert library.works(shelf) == {} and not (tmp_path / "models" / "Tiny.partial").exists()
