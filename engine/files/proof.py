@@ -63,7 +63,7 @@ def _reading(folder: Path, manifest: Manifest, report: Callable[[str, float], No
     notes, stop = _notes(folder), Event()
     found = {entry: _identity(folder / entry.path) + [entry.sha256] for entry in manifest.files if entry.bytes >= SMALL}
     unread = [entry for entry in found if notes.get(entry.path) != found[entry]]
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="proof") as pool:
         futures = {pool.submit(_digest, folder / entry.path, stop): entry for entry in unread}
         try:
             yield

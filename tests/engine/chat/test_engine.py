@@ -432,5 +432,5 @@ def test_a_thousand_short_answers_leave_nothing_behind(engine):
         return this.num_fds(), this.num_threads(), own_bytes()
     descriptors, threads, memory = ask(100)
     after = ask(900)
-    assert after[:2] == (descriptors, threads)
+    assert after[0] <= descriptors and after[1] <= threads
     assert after[2] - memory < 900 * 4 * engine._turns.model.config.vocab_size
