@@ -19,7 +19,7 @@ from engine.disk import check_room
 from engine.files.checkpoint import Checkpoint
 from engine.files.folder_writer import is_sealed, result_bytes
 from engine.files.gguf.config import refuse
-from engine.files.gguf.header import read_header, read_texts, require_package
+from engine.files.gguf.header import GgufHeader, joined, read_beginning, read_header, require_package
 from engine.files.gguf.names import BLOCK
 from engine.files.gguf.source import FLOATS, GgufSource
 from engine.files.gguf.tokenizer import alone, check_talk, completed, config_of, copy_small
@@ -28,7 +28,7 @@ from engine.files.quantize import nested
 from engine.files.skeleton import spec_of
 from engine.library import catalogue
 from engine.library.compress import compress_checkpoint, settled, text_of
-from engine.library.hub import Hub, Listing
+from engine.library.hub import Hub, Listing, RemoteFile
 from engine.library.installed import Source, unfinished
 from engine.library.transfer import MADE, CompressOptions, Wanted, arrived, begin, fetch_all, finish, part_of
 from engine.paths import typed
@@ -39,7 +39,7 @@ from kernels.planes import decode_down, decode_gate, decode_up, record_rows, ske
 
 KINDS = ("gate", "up", "down")
 SMALL_FILES = (CONFIG, *COPIED)
-FIRST_LOOK = 1 << 10      # bytes of a GGUF file; then at twice as many, until its metadata are whole
+FIRST_LOOK = 4 << 20      # bytes of a GGUF file; then at twice as many, until what stands before its weights is whole
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,11 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
     """
     paths = parts_of(Path(file))
     with TemporaryDirectory() as scratch:
-        folder = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
+        original = _like_folder(str(like), paths[0], Path(scratch) / "like", hub)
         report(said(f"Reading {paths[0].name}"))        # a large vocabulary takes the package ten seconds and more
-        source = GgufSource(paths, config_of(folder))
+        header = joined([read_header(path) for path in paths])
+        folder, source = _described(paths[0].name, paths[0], header, original, Path(scratch) / "alone")
         checkpoint = Checkpoint.whole(config_of(folder), source, source.name.removesuffix(".gguf"))
-        if folder == Path(scratch) / "like" and not like:
-            _refuse_unplaced(source, checkpoint.spec.layers, paths[0])
-        check_talk(folder, source.name, source.texts)
         folder = completed(folder, paths[0], source.texts, Path(scratch) / "made")
         if source.left_out:
             report(said(f"Left out, the text model has no place for them: {len(source.left_out)} tensors, the first is "
@@ -83,13 +81,26 @@ def import_gguf(file: Path, dest: Path, like: str | Path = "", trunk_bits: int =
     return Imported(manifest, source.kinds, added)
 
 
-def _refuse_unplaced(source: GgufSource, layers: int, file: Path) -> None:
+def _described(name: str, file: Path, header: GgufHeader, original: Path | None, scratch: Path,
+               ) -> tuple[Path, GgufSource]:
+    """Where the configuration is, and the file of that name by it; needs no weights. original: a folder, None where
+    the file itself has to say all: `scratch` then. UserError for what cannot be imported, or talked to afterwards."""
+    folder = original or alone(name, file, header, scratch)
+    config = config_of(folder)
+    source = GgufSource(name, header, config)
+    if original is None:
+        _refuse_unplaced(source, config.num_hidden_layers, header)
+    check_talk(folder, name, header.texts)
+    return folder, source
+
+
+def _refuse_unplaced(source: GgufSource, layers: int, header: GgufHeader) -> None:
     """UserError for a tensor that the configuration made from the file itself knows nothing of: it may change what the
     model says. Layers behind the last one only predict further tokens."""
     for name in source.left_out:
         found = BLOCK.match(name)
         if found is None or int(found[1]) < layers:
-            raise refuse(file.name, f"{name} is not known here", read_header(file).fields)
+            raise refuse(source.name, f"{name} is not known here", header.fields)
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -145,69 +156,85 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     work = unfinished(dest)
     if not is_sealed(work / MADE):
         device, bits = settled(choice)
-        _prepare(hub, source, model, work, bits, stop)
-        meter = Meter(source.bytes, arrived(work, source.files), _look_early(work, source.files[0].name, report))
+        meter = Meter(source.bytes, arrived(work, source.files), report)
+        like = _prepare(hub, source, model, work, bits, meter, stop)
         fetch_all(hub, source, source.files, work, meter, stop)
 
         def heard(progress: Progress) -> None:
             meter.other_seconds = progress.seconds_left or 0.0
             meter.add(0, progress.text)
-        import_gguf(work / source.files[0].name, work / MADE, work / "like", bits, device, heard, partial(check, stop),
+        import_gguf(work / source.files[0].name, work / MADE, like or "", bits, device, heard, partial(check, stop),
                     text=text_of(choice), group_size=choice.group_size)
     finish(work, source, dest)
 
 
-def _look_early(work: Path, name: str, report: Report) -> Report:
-    """`report`, which on the way looks at the beginning of the file that arrives, once its metadata are whole.
-    UserError for what nobody could talk to; nothing stays of it."""
-    wanted = FIRST_LOOK
-
-    def heard(progress: Progress) -> None:
-        nonlocal wanted
-        path = next((path for path in (work / name, work / f"{name}.part") if path.is_file()), None)
-        if wanted and path and path.stat().st_size >= wanted:
-            texts, wanted = read_texts(path), 2 * wanted
-            if texts is not None:
-                wanted = 0
-                _keep_if_it_talks(work, name, texts)
-        report(progress)
-    return heard
-
-
-def _keep_if_it_talks(work: Path, name: str, texts: dict[str, str]) -> None:
-    try:
-        check_talk(work / "like", name, texts)
-    except UserError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, stop: Event) -> None:
-    """Configuration and tokenizer, and whether it can be imported and stored at all; if not, nothing stays."""
+def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, meter: Meter,
+             stop: Event) -> Path | None:
+    """Configuration and tokenizer, the beginnings of the files, and whether they can be imported and stored at all; if
+    not, nothing stays. -> the folder of the original, None where the files say all of it."""
+    begun, name = arrived(work, source.files), source.files[0].name
     begin(work, source)
     try:
-        if not (work / "like" / CONFIG).is_file():
-            original = model.repository if model.repository != source.repository else ""
-            beside = None if model.like else hub.listing(source.repository, source.commit, stop)
-            known = model.like or ("" if beside.find(CONFIG) else original)
-            fetch_like(hub, known, work / "like", stop, beside)
-        spec = spec_of(config_of(work / "like"), source.repository)
-        result = result_bytes(spec, trunk_bits)
-        made = sum(path.stat().st_size for path in (work / MADE).glob("*"))
-        check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))
+        original = _original(hub, source, model, work / "like", stop)
+        if original:
+            _check_room(original, source, work, trunk_bits)
+        header = joined([_beginning(hub, source, file, work, meter, stop) for file in source.files])
+        first = work / name if (work / name).is_file() else _arriving(work, name)
+        with TemporaryDirectory(prefix="floe-", ignore_cleanup_errors=True) as scratch:
+            folder, _ = _described(name, first, header, original, Path(scratch))
+            _check_room(folder, source, work, trunk_bits)
+        return original
     except UserError:
-        if not arrived(work, source.files):
+        if not begun:
             shutil.rmtree(work, ignore_errors=True)
         raise
 
 
-def _like_folder(like: str, file: Path, scratch: Path, hub: Hub | None) -> Path:
-    """A folder that has the configuration."""
+def _check_room(like: Path, source: Source, work: Path, trunk_bits: int) -> None:
+    result = result_bytes(spec_of(config_of(like), source.repository), trunk_bits)
+    made = sum(path.stat().st_size for path in (work / MADE).glob("*"))
+    check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))
+
+
+def _beginning(hub: Hub, source: Source, file: RemoteFile, work: Path, meter: Meter, stop: Event) -> GgufHeader:
+    """What stands before the weights of a file, of which no more is fetched than that takes, where the rest of it will
+    come."""
+    wanted = FIRST_LOOK
+    while not (work / file.name).is_file():
+        if header := read_beginning(_arriving(work, file.name)):
+            return header
+        fetch_all(hub, source, [file], work, meter, stop, wanted)
+        wanted *= 2
+    return read_header(work / file.name)
+
+
+def _arriving(work: Path, name: str) -> Path:
+    return work / (name + ".part")
+
+
+def _original(hub: Hub, source: Source, model: Wanted, folder: Path, stop: Event) -> Path | None:
+    """`folder` with configuration and tokenizer of the original; None where nobody names one."""
+    if (folder / CONFIG).is_file():
+        return folder
+    all_here = arrived(folder.parent, source.files) == source.bytes
+    if all_here and not model.like and not folder.exists():     # nobody did when they were fetched
+        return None
+    original = model.repository if model.repository != source.repository else ""
+    beside = None if model.like else hub.listing(source.repository, source.commit, stop)
+    known = model.like or ("" if beside.find(CONFIG) else original)
+    if not (known or beside.find(CONFIG) or beside.base_model):
+        return None
+    fetch_like(hub, known, folder, stop, beside)
+    return folder
+
+
+def _like_folder(like: str, file: Path, scratch: Path, hub: Hub | None) -> Path | None:
+    """A folder that has the configuration; None where nobody names one."""
     folder = typed(like) if like else file.parent
     if (folder / CONFIG).is_file():
         return folder
     if not like:
-        return alone(file, scratch)
+        return None
     fetch_like(hub or Hub.here(), like, scratch)
     return scratch
 
@@ -236,8 +263,8 @@ def _listing(hub: Hub, like: str, stop: Event | None, beside: Listing | None) ->
     entry = catalogue.find(like) if like else None
     repository = entry.repository if entry else like or (beside.base_model if beside else "")
     if repository.count("/") != 1:
-        raise UserError(f"{beside.repository if beside and not like else repr(like)} does not say which model this "
-                        "file was made from; name the original with --like: a folder or a Hub id like owner/name.")
+        raise UserError(f"{like!r} is no folder and no model; name the original with --like: a folder or a Hub id "
+                        "like owner/name.")
     listing = hub.listing(repository, entry.revision if entry else "main", stop)
     if not listing.find(CONFIG):
         raise UserError(f"{repository} has no {CONFIG}; name the original with --like: a folder or a Hub id like "

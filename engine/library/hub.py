@@ -186,8 +186,9 @@ class Hub:
         raise endless
 
     def fetch(self, listing: Listing, file: RemoteFile, dest: Path, report: Callable[[int, str], None],
-              stop: Event | None = None) -> None:
-        """`dest`, whole and verified; goes on behind what `dest.part` holds. Nothing to do if `dest` is there.
+              stop: Event | None = None, up_to: int | None = None) -> None:
+        """`dest`, whole and verified; goes on behind what `dest.part` holds. Nothing to do if `dest` is there. up_to:
+        so many bytes from the beginning are enough for now; of a larger file they lie in `dest.part`.
 
         report(n_bytes, text): n_bytes more have arrived; text says what is wrong while waiting, else "".
         Stopped when `stop` is set. UserError or MachineError in one sentence; the part stays unless it is damaged.
@@ -201,18 +202,21 @@ class Hub:
         url = hf_hub_url(listing.repository, file.path, revision=listing.commit, endpoint=self.endpoint)
         with writing(part, keep=True):
             with _Part(part, file, report, stop) as out:
-                while out.have < file.bytes:
-                    self._patiently(listing.repository, stop, lambda: self._transfer(url, out), out)
+                wanted = min(file.bytes, up_to or file.bytes)
+                while out.have < wanted:
+                    self._patiently(listing.repository, stop, lambda: self._transfer(url, out, wanted), out)
                 os.fsync(out.fileno())
+            if out.have < file.bytes:
+                return
             if not out.is_right():
                 part.unlink()
                 raise MachineError(f"{file.name} arrived damaged and was removed; start again.")
             os.replace(part, dest)
 
-    def _transfer(self, url: str, out: _Part) -> None:
+    def _transfer(self, url: str, out: _Part, wanted: int) -> None:
         """One request: from where we are, at most a chunk. Raises the session's errors when it breaks off."""
         from huggingface_hub.errors import HTTPError
-        end = min(out.have + self.chunk_bytes, out.file.bytes)
+        end = min(out.have + self.chunk_bytes, wanted)
         with self._answer(url, out, end) as response:
             if response.status_code == 200 and out.have:
                 out.start_over()

@@ -9,12 +9,15 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from engine.core import UserError
+from engine.files.manifest import CONFIG
 from engine.library import catalogue
 from engine.library.download import gguf_models, weights
 from engine.library.hub import REPOSITORY, Hub, address
 
 MOST = 20
 FORMATS = ("safetensors", "gguf")
+SILENT = ("The card names no original model. Whether a file says enough of its own is seen as soon as its beginning is "
+          "here.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def examine_repository(text: str, data: str | Path | None = None) -> Examined:
     listing = Hub.waited_for(data).listing(repository)
     files = tuple(sorted((name, sum(file.bytes for file in parts)) for name, parts in gguf_models(listing).items()))
     n_bytes = sum(file.bytes for file in weights(listing))
+    if files and not (n_bytes or listing.base_model or listing.find(CONFIG) or catalogue.find(repository)):
+        return Examined(repository, n_bytes, files, file, None, SILENT)
     try:
         return Examined(repository, n_bytes, files, file, catalogue.of_repository(listing, data))
     except UserError as error:

@@ -51,13 +51,13 @@ class CompressOptions:
 
 
 def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, meter: Meter,
-              stop: Event) -> None:
-    """Each file under its plain name, one after the other."""
+              stop: Event, up_to: int | None = None) -> None:
+    """Each file under its plain name, one after the other. up_to: as of `Hub.fetch`."""
     listing = Listing(source.repository, source.commit, source.files)
     for file in files:
         if not (folder / file.name).is_file():
             meter.add(0, f"Fetching {file.name}")
-        hub.fetch(listing, file, folder / file.name, meter.add, stop)
+        hub.fetch(listing, file, folder / file.name, meter.add, stop, up_to)
 
 
 def begin(work: Path, source: Source) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from engine.core import UserError
 from engine.files.chat_parts import is_pointer, only_a_note
 
 MAGIC = b"GGUF"
+N_TENSORS_AT = 8        # behind the version
 VERSIONS = (2, 3)
 SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")  # by the number of a field's type
 STRING, ARRAY = 8, 9
@@ -41,7 +43,8 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """fields: its single numbers and texts, and its short arrays of numbers."""
+    """fields: its single numbers and texts, and its short arrays of numbers. tensors: without data where only the
+    beginning of the file is here."""
 
     fields: dict[str, int | float | bool | str | tuple]
     tensors: tuple[GgufTensor, ...]
@@ -49,7 +52,7 @@ class GgufHeader:
     @property
     def texts(self) -> dict[str, str]:
         """Some of its fields, see TEXTS."""
-        return _texts(self.fields)
+        return {key: str(self.fields.get(key, "")) for key in TEXTS}
 
 
 def require_package() -> None:
@@ -60,18 +63,27 @@ def require_package() -> None:
         raise UserError("Reading GGUF files needs the package gguf: pip install gguf.") from error
 
 
-def read_texts(path: Path) -> dict[str, str] | None:
-    """The file's metadata, see TEXTS, of a file whose beginning may be all that is here; None where that is too
-    little, or no GGUF file."""
+def joined(headers: Sequence[GgufHeader]) -> GgufHeader:
+    """That of a model in several parts: the first one's fields, the tensors of all."""
+    return GgufHeader(headers[0].fields, tuple(tensor for header in headers for tensor in header.tensors))
+
+
+def read_beginning(path: Path) -> GgufHeader | None:
+    """Of a file whose beginning may be all that is here; None where that is too little, or no GGUF file."""
     try:
         data = np.memmap(path, mode="r")
-        return _texts(_Reader(data).fields()[1]) if bytes(data[:4]) == MAGIC else None
+        return _Reader(data).header(with_data=False) if bytes(data[:4]) == MAGIC else None
     except (OSError, ValueError, KeyError, IndexError, struct.error):
         return None
 
 
-def _texts(fields: dict) -> dict[str, str]:
-    return {key: str(fields.get(key, "")) for key in TEXTS}
+def write_metadata(path: Path, to: Path) -> None:
+    """A GGUF file without tensors that says of itself what the file at `path` says, whose beginning is enough."""
+    reader = _Reader(np.memmap(path, mode="r"))
+    reader.fields()
+    metadata = bytearray(reader.bytes[:reader.at])
+    struct.pack_into("<Q", metadata, N_TENSORS_AT, 0)
+    to.write_bytes(metadata)
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -98,10 +110,10 @@ class _Reader:
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.bytes, self.at, self.words = data, memoryview(data), len(MAGIC), MOST_WORDS
 
-    def header(self) -> GgufHeader:
+    def header(self, with_data: bool = True) -> GgufHeader:
         n_tensors, fields = self.fields()
         infos = [self.info() for _ in range(n_tensors)]
-        start = _aligned(self.at, fields.get("general.alignment", 32))
+        start = _aligned(self.at, fields.get("general.alignment", 32)) if with_data else None
         tensors = tuple(self.tensor(start, *info) for info in infos)
         if len({tensor.name for tensor in tensors}) < n_tensors:
             raise ValueError("one name for two things")
@@ -170,12 +182,15 @@ class _Reader:
             raise ValueError(f"a tensor of {n} axes, or without a name")
         return name, tuple(self.number("Q") for _ in range(n)), self.number("I"), self.number("Q")
 
-    def tensor(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+    def tensor(self, start: int | None, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        """start: of all data in the file; None: it is not here."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         kind = GGMLQuantizationType(kind)
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[0] % block:
             raise ValueError(f"{name} has the shape {shape}")
+        if start is None:
+            return GgufTensor(name, kind.name, shape, np.empty(0, np.uint8))
         n_bytes = math.prod(shape) // block * block_bytes
         if start + offset + n_bytes > len(self.data):
             raise ValueError(f"{name} ends behind the end of the file")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.core import UserError
-from engine.files.gguf.header import read_header
+from engine.files.gguf.header import GgufHeader, joined, read_header
 from engine.files.gguf.names import ARCHITECTURES, Shape, recipes
 
 Tensor = torch.Tensor
@@ -35,28 +35,30 @@ DECODED_AT_ONCE = 1 << 24       # weights; their float32 and the package's tempo
 
 
 class GgufSource:
-    """`TensorSource` over the parts of one GGUF model, in order. config: transformers' configuration of the language
-    model. left_out: tensors of the file that the model has no place for. texts: some of the metadata (`GgufHeader`).
+    """`TensorSource` over one GGUF model, all of its parts `joined`. name: in sentences. config: transformers'
+    configuration of the language model. left_out: tensors of the file that the model has no place for. texts: some of
+    the metadata (`GgufHeader`).
 
-    UserError for another architecture, an unknown kind of quantisation, a damaged file, a configuration of another
-    model, the missing package.
+    UserError for another architecture, an unknown kind of quantisation, a configuration of another model.
     """
 
-    def __init__(self, paths: Iterable[Path], config) -> None:
-        paths = list(paths)
-        headers = [read_header(path) for path in paths]
-        fields = headers[0].fields
-        self.name = paths[0].name
-        self.texts = headers[0].texts
+    def __init__(self, name: str, header: GgufHeader, config) -> None:
+        self.name, self.texts = name, header.texts
         self.architecture = self.texts["general.architecture"][:40]
-        _check(self.name, self.architecture, fields, config)
-        self._tensors = {tensor.name: tensor for header in headers for tensor in header.tensors}
-        self._check_tensors(fields.get("split.tensors.count"))
+        _check(self.name, self.architecture, header.fields, config)
+        self._tensors = {tensor.name: tensor for tensor in header.tensors}
+        self._check_tensors(header.fields.get("split.tensors.count"))
         self._stacks = _stacks(self._tensors)
         stacked = {name for names in self._stacks.values() for name in names}
         names = [name for name in self._tensors if name not in stacked]
         self._recipes, left_out = recipes(self.architecture, [*names, *self._stacks], Shape.of(config))
         self.left_out = [name for name in left_out if not self._is_scale(name)]
+
+    @classmethod
+    def open(cls, paths: Iterable[Path], config) -> GgufSource:
+        """The parts of one model, in order. UserError also for a damaged file and for the missing package."""
+        paths = list(paths)
+        return cls(paths[0].name, joined([read_header(path) for path in paths]), config)
 
     def keys(self) -> Iterable[str]:
         return self._recipes.keys()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tokenizers.normalizers import NFC
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from engine.core import UserError
 from engine.files.chat_parts import TEMPLATE, TOKENIZERS, has_template
 from engine.files.folder_writer import copy_file
 from engine.files.gguf.config import Unsaid, describe, refuse
-from engine.files.gguf.header import read_header
+from engine.files.gguf.header import GgufHeader, write_metadata
 from engine.files.gguf.names import MODEL_TYPES
 from engine.files.gguf.source import refuse_unknown
 from engine.files.manifest import CONFIG, COPIED
@@ -87,17 +88,16 @@ def check_talk(like: Path, name: str, texts: Mapping[str, str]) -> None:
                         "take the variant that was tuned for chat.")
 
 
-def alone(file: Path, folder: Path) -> Path:
-    """`folder` with all that an import needs, out of the file. UserError, which names the original where the file does,
-    if that would be guessing."""
-    header = read_header(file)
-    refuse_unknown(file.name, str(header.fields.get("general.architecture", ""))[:40])
+def alone(name: str, file: Path, header: GgufHeader, folder: Path) -> Path:
+    """`folder` with all that an import needs, out of the file of that name. file: its first part, or the beginning of
+    it; header: of all parts. UserError, which names the original where the file does, if that would be guessing."""
+    refuse_unknown(name, str(header.fields.get("general.architecture", ""))[:40])
     folder.mkdir(parents=True, exist_ok=True)
     try:
         made = _rebuilt(file, header.texts)
         describe(header, made.get_vocab(), folder)
     except Unsaid as why:
-        raise refuse(file.name, str(why), header.fields) from why
+        raise refuse(name, str(why), header.fields) from why
     made.save_pretrained(folder)
     return folder
 
@@ -119,10 +119,13 @@ def _not_rebuilt(name: str, why: Unsaid) -> UserError:
 def _rebuilt(file: Path, texts: Mapping[str, str]) -> PreTrainedTokenizerFast:
     """Unsaid where its tokens could be others than the original's."""
     split = _check_split(texts)
-    try:
-        made = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    except Exception as error:          # transformers raises many kinds for vocabularies it cannot take
-        raise Unsaid(type(error).__name__) from error
+    with TemporaryDirectory(prefix="floe-", ignore_cleanup_errors=True) as folder:
+        metadata = Path(folder) / "metadata.gguf"
+        write_metadata(file, metadata)
+        try:
+            made = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=metadata.name, local_files_only=True)
+        except Exception as error:          # transformers raises many kinds for vocabularies it cannot take
+            raise Unsaid(type(error).__name__) from error
     if SPLITS[split]:
         made.backend_tokenizer.normalizer = NFC()
     return made

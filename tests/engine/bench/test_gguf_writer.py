@@ -21,7 +21,7 @@ def test_the_file_holds_the_same_weights(tmp_path: Path, demo_checkpoint: Path) 
     n_weights = write(tmp_path / "model.gguf", model, far)
     spec = loaded.spec
     assert n_weights == spec.trunk_params + spec.layers * spec.experts * spec.expert_params
-    source, made = GgufSource([tmp_path / "model.gguf"], model.config), torch.empty(3, far.neurons, far.hidden)
+    source, made = GgufSource.open([tmp_path / "model.gguf"], model.config), torch.empty(3, far.neurons, far.hidden)
     assert not source.left_out
     for key, value in model.state_dict(keep_vars=True).items():
         close(source.get(key), plain(value).detach())

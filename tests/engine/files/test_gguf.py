@@ -51,7 +51,7 @@ def file_of(kind: str, folder: Path, quantisation: str = "F32", **changes) -> tu
 
 def opened(path: Path, folder: Path, **changes) -> Checkpoint:
     config = read_config(folder)
-    return Checkpoint(config, GgufSource(parts_of(path), config), "gguf")
+    return Checkpoint(config, GgufSource.open(parts_of(path), config), "gguf")
 
 
 def saved(model: torch.nn.Module, folder: Path) -> Path:
@@ -73,7 +73,7 @@ def test_every_parameter_comes_back(kind, tmp_path):
     checkpoint.check_shapes()
     found, expected = dict(checkpoint.trunk()), model.state_dict()
     assert found.keys() == {name for name in expected if ".experts." not in name} - set(checkpoint.map.tied())
-    assert GgufSource([path], checkpoint.text_config).left_out == []
+    assert GgufSource.open([path], checkpoint.text_config).left_out == []
     for name, tensor in found.items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-5, atol=1e-6, msg=name)
     assert_same_experts(checkpoint, Checkpoint.open(saved(model, tmp_path / "saved")))
@@ -192,7 +192,7 @@ def test_the_scales_beside_nvfp4(tmp_path):
         assert torch.equal(expert.gate[0], gate[e]) and torch.equal(expert.up[0], scale * up[e])
     found = dict(checkpoint.trunk())["model.embed_tokens.weight"]
     assert torch.equal(found, torch.from_numpy(0.25 * dequantize(embedding, kind)).to(torch.bfloat16))
-    assert GgufSource([tmp_path / "k.gguf"], checkpoint.text_config).left_out == []
+    assert GgufSource.open([tmp_path / "k.gguf"], checkpoint.text_config).left_out == []
 
 
 def with_blocks(path: Path, model: torch.nn.Module, kind, raw: dict[str, np.ndarray], embedding: np.ndarray,
@@ -232,7 +232,7 @@ def test_mxfp4_of_a_gguf_file_is_mxfp4_of_the_original(tmp_path):
         else:
             writer.add_tensor(tensor.name, np.array(tensor.data))
     finish(writer)
-    source = GgufSource([tmp_path / "m.gguf"], read_config(folder))
+    source = GgufSource.open([tmp_path / "m.gguf"], read_config(folder))
     assert torch.equal(source.get("model.layers.0.mlp.experts.gate_up_proj"), expected)
     assert source.kinds == ("F32", "MXFP4")
 
@@ -264,7 +264,7 @@ def test_next_token_layers_of_the_file_are_left_out(tmp_path):
     model, path, folder = file_of("glm4_moe", tmp_path)
     config = read_config(folder)
     config.num_hidden_layers -= 1
-    source = GgufSource([path], config)
+    source = GgufSource.open([path], config)
     assert source.left_out and all(name.startswith("blk.2.") for name in source.left_out)
 
 
@@ -306,7 +306,7 @@ def test_other_architectures_are_refused_by_name(tmp_path):
         writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
         finish(writer)
         with pytest.raises(UserError, match=words):
-            GgufSource([tmp_path / f"{architecture}.gguf"], model.config)
+            GgufSource.open([tmp_path / f"{architecture}.gguf"], model.config)
     build("jamba").config.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="files of jamba models are not imported; these are: afmoe"):
         config_of(tmp_path / "other")
@@ -318,21 +318,21 @@ def test_kinds_that_are_not_imported_are_named(tmp_path):
                       raw_dtype=gguf.GGMLQuantizationType.Q8_K)
     finish(writer)
     with pytest.raises(UserError, match="ffn_down_exps.weight as Q8_K, which is not imported; get a file in Q4_K_M"):
-        GgufSource([tmp_path / "iq.gguf"], build("qwen3_moe").config)
+        GgufSource.open([tmp_path / "iq.gguf"], build("qwen3_moe").config)
 
 
 def test_damaged_foreign_and_mismatched_files(tmp_path):
     model, path, folder = file_of("qwen3_moe", tmp_path)
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(UserError, match="not a GGUF file"):
-        GgufSource([tmp_path / "text.gguf"], model.config)
+        GgufSource.open([tmp_path / "text.gguf"], model.config)
     data = path.read_bytes()
     for length in (4, 40, 400, 4000, len(data) // 2, len(data) - 9):
         (tmp_path / "cut.gguf").write_bytes(data[:length])
         with pytest.raises(UserError, match="damaged or incomplete"):
-            GgufSource([tmp_path / "cut.gguf"], model.config)
+            GgufSource.open([tmp_path / "cut.gguf"], model.config)
     with pytest.raises(UserError, match="embedding_length is 64, the configuration says 128"):
-        GgufSource([path], build("qwen3_moe", hidden_size=128).config)
+        GgufSource.open([path], build("qwen3_moe", hidden_size=128).config)
     with pytest.raises(UserError, match="There is no file .*nothing.gguf; give the path"):
         import_gguf(tmp_path / "nothing.gguf", tmp_path / "made", folder)
 
@@ -347,7 +347,7 @@ def test_a_header_with_flipped_bytes_never_ends_in_anything_but_a_sentence(tmp_p
             broken[rng.randrange(data.find(b"blk.0.attn_norm") + 2000)] = rng.choice((0, 255, rng.randrange(256)))
         (tmp_path / "broken.gguf").write_bytes(broken)
         try:
-            checkpoint = Checkpoint(model.config, GgufSource([tmp_path / "broken.gguf"], model.config))
+            checkpoint = Checkpoint(model.config, GgufSource.open([tmp_path / "broken.gguf"], model.config))
             checkpoint.check_shapes()
             assert dict(checkpoint.trunk()) and checkpoint.read_expert(0, 0)
         except UserError as error:
@@ -386,7 +386,7 @@ def test_parts_that_do_not_belong_together(tmp_path):
     parts = write(tmp_path / "m.gguf", "qwen3_moe", model, part_bytes=150_000)
     shutil.copyfile(parts[1], parts[2])
     with pytest.raises(UserError, match="do not belong together"):
-        GgufSource(parts, model.config)
+        GgufSource.open(parts, model.config)
 
 
 def test_a_stopped_import_goes_on_at_the_first_layer_that_is_not_whole(tmp_path):

@@ -41,7 +41,8 @@ def file_of(kind: str, folder: Path, tokenizer: Path, **changes) -> tuple[object
 @pytest.mark.parametrize("kind", ALONE)
 def test_the_configuration_is_the_original_s(kind, tmp_path, demo_checkpoint):
     model, path = file_of(kind, tmp_path, demo_checkpoint)
-    found, expected = read_config(alone(path, tmp_path / "made")).to_dict(), model.config.to_dict()
+    folder = alone(path.name, path, read_header(path), tmp_path / "made")
+    found, expected = read_config(folder).to_dict(), model.config.to_dict()
     assert {key: found.get(key) for key in expected if key not in OTHERS} == {
         key: value for key, value in expected.items() if key not in OTHERS}
 

@@ -21,7 +21,7 @@ from engine.files.chat_parts import LFS
 from engine.files.gguf.names import MODEL_TYPES
 from engine.files.gguf.tokenizer import completed, rebuild_tokenizer
 from engine.files.manifest import Manifest, experts_name
-from engine.library import catalogue
+from engine.library import catalogue, gguf_import
 from engine.library.download import download
 from engine.library.gguf_import import import_gguf
 from engine.library.hub import Hub, Stopped
@@ -100,9 +100,13 @@ def test_the_user_may_name_it(loopback, made, tmp_path, place):
     assert_imported(download(REPO, "gguf", data=tmp_path, choice=CPU, like=named), made)
 
 
-def test_nobody_names_it(loopback, tmp_path):
-    with pytest.raises(UserError, match="me/Model-GGUF does not say which model.*name the original with --like"):
+def test_nobody_names_it(loopback, made, tmp_path, monkeypatch):
+    """Of a file that does not say enough no more comes than that takes; where a card names another model, nothing."""
+    monkeypatch.setattr(gguf_import, "FIRST_LOOK", 1 << 10)
+    with pytest.raises(UserError, match="^Model-Q8_0.gguf cannot be imported by itself .*name the original with"):
         download(REPO, data=tmp_path, choice=CPU)
+    assert 0 < gguf_bytes(loopback) < made["gguf"].stat().st_size / 2 and os.listdir(tmp_path / "models") == []
+    loopback.served.clear()
     loopback.cards[REPO] = {"base_model": "me/Weights"}
     loopback.add("me/Weights", {"model.safetensors": b"x"})
     with pytest.raises(UserError, match="me/Weights has no config.json; name the original"):
@@ -110,12 +114,44 @@ def test_nobody_names_it(loopback, tmp_path):
     assert not gguf_bytes(loopback) and os.listdir(tmp_path / "models") == []
 
 
+def test_files_that_say_all_of_their_model_need_no_original(loopback, demo_checkpoint, tmp_path, monkeypatch):
+    """In parts, of which the last ones hold the head; stopped on the way, no network any more once all are here."""
+    monkeypatch.setattr(gguf_import, "FIRST_LOOK", 1 << 10)
+    model = build("qwen3_moe", vocab_size=4096, norm_topk_prob=True, tie_word_embeddings=False, **SHAPE)
+    (whole,) = write(tmp_path / "whole.gguf", "qwen3_moe", model, "Q8_0", demo_checkpoint)
+    parts = write(tmp_path / "Alone-Q8_0.gguf", "qwen3_moe", model, "Q8_0", demo_checkpoint, part_bytes=400_000)
+    loopback.add("me/Alone-GGUF", {path.name: path.read_bytes() for path in parts})
+    stop = Event()
+
+    def late(progress) -> None:
+        if progress.text.startswith("Reading"):
+            stop.set()
+    with pytest.raises(Stopped):
+        download("me/Alone-GGUF", data=tmp_path, choice=CPU, report=late, stop=stop)
+    folder = download("me/Alone-GGUF", data=tmp_path, choice=CPU, hub=Hub("http://127.0.0.1:9", delays=()))
+    import_gguf(whole, tmp_path / "local", device="cpu")
+    found, expected = Manifest.load(folder), Manifest.load(tmp_path / "local")
+    assert len(parts) > 2 and found.files == expected.files
+    assert sum(path.stat().st_size for path in parts) == gguf_bytes(loopback)
+
+
+def test_a_tensor_without_a_place_is_refused_before_the_rest_of_its_file_comes(loopback, demo_checkpoint, tmp_path,
+                                                                             monkeypatch):
+    monkeypatch.setattr(gguf_import, "FIRST_LOOK", 1 << 10)
+    model = build("qwen3_moe", vocab_size=4096, norm_topk_prob=True, **SHAPE)
+    (path,) = write(tmp_path / "m.gguf", "qwen3_moe", model, tokenizer=demo_checkpoint, beside="rope_freqs.weight")
+    loopback.add("me/Alone-GGUF", {path.name: path.read_bytes()})
+    with pytest.raises(UserError, match="^m.gguf cannot be imported by itself .rope_freqs.weight is not known here"):
+        download("me/Alone-GGUF", data=tmp_path, choice=CPU)
+    assert gguf_bytes(loopback) < path.stat().st_size / 2 and os.listdir(tmp_path / "models") == []
+
+
 @pytest.mark.parametrize("lacking, said", [
     ("tokenizer.json", r"The tokenizer in Model-Q8_0.gguf cannot be rebuilt .*: none, none"),
     ("chat_template.jinja", "Neither Model-Q8_0.gguf nor its original has a chat template")])
 def test_what_nobody_could_talk_to_is_refused_when_its_beginning_is_here(loopback, made, tmp_path, monkeypatch, lacking,
                                                                        said):
-    monkeypatch.setattr("engine.progress.EVERY_SECONDS", 0)
+    monkeypatch.setattr(gguf_import, "FIRST_LOOK", 1 << 10)
     loopback.cards[REPO] = {"base_model": [ORIGINAL]}
     loopback.add(ORIGINAL, {path.name: path.read_bytes() for path in made["like"].iterdir() if path.name != lacking})
     with pytest.raises(UserError, match=said):
@@ -159,7 +195,7 @@ def test_several_files_want_a_name_and_lacking_parts_are_noticed(loopback, tmp_p
     with pytest.raises(UserError, match="holds 1 of the 11 parts of a-Q8_0"):
         download(REPO, data=tmp_path, file="a-Q8_0-00001-of-00011.gguf")
     for name in ("b/c-00011-of-00012.gguf", "c-00001-of-00012.gguf", "c.gguf"):
-        with pytest.raises(UserError, match="does not say which model"):
+        with pytest.raises(UserError, match="damaged or incomplete"):       # it was found, and looked at
             download(REPO, data=tmp_path, file=name)
     assert part_of("b/c-00011-of-00012.gguf") == ("b/c", 11, 12) and part_of("c-1-of-2.gguf") is None
 

@@ -110,6 +110,8 @@ def test_a_repository_is_looked_at_without_its_weights(hub, tmp_path):
     assert found.files == (("Boat-Q4_K_M", 300), ("Boat-Q8_0", 600)) and found.file == "Q8_0"
     assert found.known.name == "other/Boat-GGUF" and found.known.spec.experts == 8  # of what it was made of
     assert "config.json" in examine_repository("other/Boat-pictures", tmp_path).why
+    del hub.cards["other/Boat-GGUF"]
+    assert "names no original" in examine_repository("other/Boat-GGUF", tmp_path).why
     assert not any(name.endswith((".gguf", ".safetensors")) for name in hub.served)
     with pytest.raises(UserError, match="does not exist"):
         examine_repository("maker/none", tmp_path)
