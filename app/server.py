@@ -33,7 +33,7 @@ from app.openai_api import routes as programs
 from app.openai_api.keys import STORED, Keys
 from app.openai_api.served import Served
 from app.panel import Panel
-from engine import Options, UserError, demo_model
+from engine import PRESETS, Options, UserError, demo_model
 
 PAGE_FIRST_SECONDS = 3.0
 UI = Path(__file__).resolve().parents[1] / "assets" / "ui"
@@ -55,7 +55,7 @@ class Parts:
 
     @staticmethod
     def make(data: Path, model: Path | None, options: Options, plan_level: bool = False) -> Parts:
-        """model: None for the last that was open, at its level and context."""
+        """model: None for the last that was open, at its level, context and preset."""
         chats, around = Chats(data / "chats.db"), Surroundings(data, options.device)
         drafts = Drafts(chats)
         if model is None:
@@ -80,12 +80,15 @@ class Parts:
 
 def _last(opened: dict, options: Options, plan_level: bool) -> tuple[Path, Options, bool]:
     """What the last start had open, as far as that still is: folder, options, whether the plan chooses the level.
-    opened: a stored document, which may hold anything. A level that was asked for goes before."""
+    opened: a stored document, which may hold anything. A level that was asked for goes before, and a preset belongs to
+    the level that it was chosen for."""
     try:
         folder, context = Path(opened["folder"]), opened["context"]
         level = opened["level"] if plan_level and opened["level"] else options.level
+        policies = PRESETS.get(str(opened.get("preset")), "") if level == opened["level"] else ""
         if (folder / "config.json").is_file():
-            return folder, replace(options, level=level, context=context), plan_level and not opened["level"]
+            return (folder, replace(options, level=level, context=context, policies=policies),
+                    plan_level and not opened["level"])
     except (KeyError, TypeError, ValueError, OSError, UserError):
         pass
     return demo_model(), options, plan_level

@@ -7,9 +7,10 @@ import sys
 
 
 def speak_plainly(module: str) -> None:
-    """For a process of its own, before anything is imported: no library's progress bars, UTF-8 in files and pipes, and
-    once more without python -O, with which transformers does not work (it reads its own descriptions)."""
+    """For a process of its own, before anything is imported: no library's progress bars nor its advice what else to
+    install, UTF-8 in files and pipes, and once more without python -O, with which transformers does not work (it reads its own descriptions)."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' as well
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.isatty():
             stream.reconfigure(encoding="utf-8", errors="replace")

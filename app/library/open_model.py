@@ -27,8 +27,10 @@ from engine import (
     demo_model,
     look_up,
     plan_for,
+    preset_of,
     title_of,
     what_binds,
+    why_not,
 )
 
 _log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class Models:
     def __init__(self, folder: Path, options: Options, around: Surroundings, plan_level: bool = False,
                  on_change: Callable[[], None] = lambda: None, remember: Callable[[dict], None] = lambda opened: None):
         """plan_level: the first model opens at the level that its plan chooses, not at that of the options. remember:
-        told what the next start should open: {"folder", "level", "context"}, nothing while a model is being opened."""
+        told what the next start should open: {"folder", "level", "context", "preset"}, nothing while a model is being
+        opened."""
         self.folder, self._plan_level, self._remember = folder, plan_level, remember
         self.around = around
         self.options = options
@@ -168,8 +171,9 @@ class Models:
             engine.close()
 
     def _note(self) -> None:
-        level, context = self.options.level, self.options.context
-        self._remember({"folder": str(self.folder), "level": "" if self._plan_level else level, "context": context})
+        options = self.options
+        self._remember({"folder": str(self.folder), "level": "" if self._plan_level else options.level,
+                        "context": options.context, "preset": preset_of(options.policies)})
 
     def _apply(self, engine) -> None:
         """Bring the engine to the newest wish; it takes one between two answers."""
@@ -201,6 +205,7 @@ class Models:
             self.around.measure()
             if self._plan_level:
                 self._take_planned_level()
+            self._leave_out_what_cannot_be()
             self.engine = Engine.open(self.folder, self.options, progress=self._progress)
             self.options = self.engine.options  # the folder may not offer the wished level
             self._known = look_up(str(self.folder))
@@ -221,6 +226,12 @@ class Models:
         except UserError:
             return  # opening it says what is wrong
         self.options = replace(self.options, level=made.level)
+
+    def _leave_out_what_cannot_be(self) -> None:
+        """A preset of the last start does not keep the model shut where a card has come meanwhile, say."""
+        options = self.options
+        if why_not(preset_of(options.policies), options.level, self.around.machine.device):
+            self.options = replace(options, policies="")
 
     def _progress(self, step: str, share: float = 0.0) -> None:
         self._opening.step(step)

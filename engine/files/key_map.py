@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
@@ -60,6 +60,7 @@ class KeyMap:
         self.left_out: list[str] = []
         for key in sorted(keys, key=dot_natural_key):
             self._place(key, by_target)
+        self._name_tied(by_target)
         self.groups = list(by_target.values())
         self.of = {target: group for group in self.groups for target in group.targets}
 
@@ -96,6 +97,13 @@ class KeyMap:
                 by_target[target].sources.setdefault(pattern or key, []).append(key)
                 return
         (self.mtp if MTP.search(key) or self._beyond_depth(key) else self.left_out).append(key)
+
+    def _name_tied(self, by_target: dict[str, Group]) -> None:
+        """Of two tied names either may be the stored one; as for transformers it is then the other's, too."""
+        for name, first in _tied(self.skeleton).items():
+            group = by_target.get(name)
+            if first not in by_target and group and not group.converter:
+                by_target[first] = replace(by_target.pop(name), targets=(first,))
 
     def _rename(self, key: str) -> tuple[str, str | None]:
         prefix = self.skeleton.base_model_prefix

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from app.library.open_model import Models
 from app.page import _about_levels
 from app.server import Parts
 from app.strings import TEXT
-from engine import Options, demo_model
+from engine import PRESETS, Options, demo_model
 from tests.support.waiting import until
 
 
@@ -64,23 +65,34 @@ def test_a_wish_that_cannot_be_is_said_and_the_page_shows_what_runs(models):
 
 
 def test_the_next_start_opens_what_was_open_and_not_what_took_the_program_down(models, noted):
-    opened = {"folder": str(demo_model()), "level": "balanced", "context": None}
+    opened = {"folder": str(demo_model()), "level": "balanced", "context": None, "preset": "lossless"}
     assert noted == [{}, opened]  # a program that is killed while it opens a model leaves the first
-    models.open(demo_model(), "fast", 512)
+    models.open(demo_model(), "fast", 512, preset="prefer_cached")
     assert models.wait(threading.Event())
-    assert noted[2:] == [{}, opened | {"level": "fast", "context": 512}]
+    assert noted[2:] == [{}, opened | {"level": "fast", "context": 512, "preset": "prefer_cached"}]
 
 
-@pytest.mark.parametrize("asked, level", [(None, "fast"), ("exact", "exact")])
-def test_the_last_model_is_opened_again_at_its_level_and_context(tmp_path, asked, level):
+def test_a_preset_that_cannot_be_here_does_not_keep_the_model_shut(models):
+    models.options = replace(models.options, level="fast", policies=PRESETS["cached_only"])  # of a note by another hand
+    models.open()
+    assert models.wait(threading.Event()).options.policies == "" and models.level == "fast"
+
+
+@pytest.mark.parametrize("asked, level, preset", [(None, "fast", "prefer_cached"), ("fast", "fast", "prefer_cached"),
+                                                  ("exact", "exact", "lossless")])
+def test_the_last_model_is_opened_again_at_its_level_context_and_preset(tmp_path, asked, level, preset):
     last, bare = tmp_path / "last", tmp_path / "data"
     last.mkdir()
     (last / "config.json").write_text("{}")
     bare.mkdir()
     chats = Chats(bare / "chats.db")
-    chats.set_preference("opened", {"folder": str(last), "level": "fast", "context": 512})
+    noted = {"folder": str(last), "level": "fast", "context": 512}
+    chats.set_preference("opened", noted | {"preset": "prefer_cached"})
+    assert chosen(bare, asked) == (last, level, 512, PRESETS[preset])
+    for other in ({}, {"preset": "of tomorrow"}, {"preset": ["x"]}):  # an older program's note, and a newer one's
+        chats.set_preference("opened", noted | other)
+        assert chosen(bare, asked) == (last, level, 512, "")
     chats.close()
-    assert chosen(bare, asked) == (last, level, 512)
     (last / "config.json").unlink()  # deleted meanwhile, or on a disk that is not there
     assert chosen(bare, asked)[0] == demo_model()
 
@@ -95,10 +107,11 @@ def test_a_note_that_says_nothing_opens_the_demo(tmp_path, opened):
 
 
 def chosen(data, level: str | None) -> tuple:
-    """Folder, level and context that a start would open without --model."""
+    """Folder, level, context and policies that a start would open without --model."""
     parts = Parts.make(data, None, Options(level or "balanced", device="cpu"), plan_level=level is None)
+    options = parts.models.options
     try:
-        return parts.models.folder, parts.models.options.level, parts.models.options.context
+        return parts.models.folder, options.level, options.context, options.policies
     finally:
         parts.jobs.start()
         parts.close()

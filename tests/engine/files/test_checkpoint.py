@@ -204,6 +204,11 @@ def test_a_tied_head_is_stored_once(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     names = [name for name, _ in Checkpoint.open(tmp_path).trunk()]
     assert names.count("model.embed_tokens.weight") == 1 and "lm_head.weight" not in names
+    del stored["model.embed_tokens.weight"]  # and some the head alone
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    trunk = dict(Checkpoint.open(tmp_path).trunk())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight
+    assert "lm_head.weight" not in trunk and torch.equal(trunk["model.embed_tokens.weight"], theirs)
 
 
 def test_a_head_of_its_own_is_used_whatever_the_configuration_says(tmp_path):
