@@ -8,7 +8,8 @@ import sys
 
 def speak_plainly(module: str) -> None:
     """For a process of its own, before anything is imported: no library's progress bars nor its advice what else to
-    install, UTF-8 in files and pipes, and once more without python -O, with which transformers does not work (it reads its own descriptions)."""
+    install, UTF-8 in files and pipes, and once more without python -O, with which transformers does not work (it reads
+    its own descriptions)."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' as well
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):

@@ -49,12 +49,12 @@ def test_an_answer_grows_before_the_eyes(app, page):
     assert page.evaluate("window.tokensAtFirst") < stats(page)["n_tokens_total"]
     expect(answer.locator(".answer")).not_to_be_empty()
     short = answer.locator(".stats summary")
-    expect(short).to_have_text(re.compile(r"^[\d.]+ tok/s · [\d.]+ s$"))
+    expect(short).to_have_text(re.compile(r"^[\d.]+ tokens/s · [\d.]+ s$"))
     expect(answer.locator(".stats li").first).to_be_hidden()
     short.click()
     expect(answer.locator(".stats li").first).to_be_visible()
     expect(answer.locator(".stats li")).to_have_text([re.compile(part) for part in (
-        r"^first token \d+ ms$", r"^prefill \d+ tok/s$", r"^\d+ tokens$", r"^\d+ % hits$", r"^[\d.]+ MB/token$",
+        r"^first token \d+ ms$", r"^reading \d+ tokens/s$", r"^\d+ tokens$", r"^\d+ % hits$", r"^[\d.]+ MB/token$",
         "^Demo$", "^balanced$")])
     expect(page.locator("#announce")).to_have_text(re.compile(r"^Answer finished\. \w"))
 
@@ -220,6 +220,26 @@ def test_the_level_is_switched_in_the_middle_of_a_conversation(page):
         expect(ask(page, "And how are you?").locator(".stats")).to_contain_text(level)
     expect(page.locator(".message.assistant .stats")).to_have_text(
         [re.compile("balanced$"), re.compile("exact$"), re.compile("balanced$")])
+
+
+def test_a_level_that_is_changed_twice_during_an_answer_that_is_stopped_is_the_same_everywhere(app, page):
+    def choose(level: str) -> None:
+        page.click("#level input")
+        page.locator("#level [role=option]", has_text=re.compile(f"^.?\\s*{level}")).click()
+    with begun(app, page, TALE):
+        choose("exact")
+        page.click("#model-chip")
+        page.locator("#switcher-level").select_option("fast")
+        page.keyboard.press("Escape")
+        assert stats(page)["level"] == "balanced"  # not in the middle of an answer
+        page.click("#stop")
+        settled(page)
+    expect(page.locator("#model-chip .level")).to_have_text("fast")
+    page.wait_for_function("document.querySelector('#level input').value.startsWith('fast')")
+    assert stats(page)["level"] == "fast"
+    expect(ask(page, "Hello!").locator(".stats")).to_contain_text("fast")
+    choose("balanced")
+    expect(page.locator("#model-chip .level")).to_have_text("balanced")
 
 
 def test_near_memory_is_a_limit_that_is_kept_until_the_plan_has_it_again(page):

@@ -6,10 +6,12 @@ import re
 
 import pytest
 
+from engine import demo_model
+from tests.app.chat import foreign_exports
 from tests.bench_page import GROW, long_conversation
 from tests.browser.formulas import page_of_formulas
-from tests.support import browser
-from tests.support.browser import STOP_AT, ask, bring, expect, settled, violations, wait_ready
+from tests.support import browser, small_model
+from tests.support.browser import STOP_AT, ask, bring, expect, settled, side, stats, until, violations, wait_ready
 
 pytestmark = pytest.mark.browser
 app, chromium, context, page = browser.app, browser.chromium, browser.context, browser.page
@@ -259,3 +261,41 @@ def test_another_level_is_chosen_in_the_header(page):
         expect(page.locator("#model-chip .level")).to_have_text(level)
     page.get_by_role("button", name="All models").click()
     expect(page.locator("#page-models")).to_be_visible()
+
+
+def test_a_newcomer_gets_everywhere_from_the_first_start(page, tmp_path):
+    """To an answer of a model of one's own, to conversations of another program, to a preset, to an old message."""
+    folder = small_model.make(tmp_path, demo_model())[0].rename(tmp_path / "Mine")
+    export = tmp_path / "export.zip"
+    export.write_bytes(foreign_exports.zipped(conversations_dot_json=[foreign_exports.chatgpt("Old boats")]))
+    page.evaluate("""async () => await fetch('/api/welcomed', {method: 'POST', body: '{"done": false}',
+                                                               headers: {'content-type': 'application/json'}})""")
+    page.reload()
+    page.click("#welcome-skip")
+    page.get_by_role("link", name="Models").click()
+    page.get_by_role("tab", name="Get models").click()
+    page.get_by_role("button", name="Add a folder or GGUF").click()
+    page.get_by_label("Path of a .gguf file or of a model's folder").fill(str(folder))
+    page.get_by_role("button", name="Add", exact=True).click()
+    page.locator("#disk li[data-name='Mine']").get_by_role("button", name="Compress", exact=True).click()
+    page.locator(".notice", has_text="Mine-floe is ready").get_by_role("button", name="Load").click()
+    until(page, lambda: stats(page).get("model") == "Mine-floe")
+    wait_ready(page)
+    expect(page.locator("#page-models")).to_be_hidden()
+    expect(ask(page, "Hello!").locator(".stats")).to_contain_text("tokens/s")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Import").click()
+    chooser.value.set_files(export)
+    expect(page.locator(".bar h1")).to_have_text("Old boats")
+    side(page, "This chat")
+    page.get_by_label("Preset", exact=True).select_option(label="Precise")
+    page.locator("#settings summary").click()
+    expect(page.get_by_label("Temperature")).to_have_value("0.2")
+    page.click("#new-chat")
+    page.fill("#search", "stones")
+    page.locator(".conversations .open", has=page.locator("mark")).first.click()
+    expect(page.locator(".message.hit .answer")).to_have_text("And stones?")
+    expect(page.locator(".message.hit")).to_be_in_viewport()
+    page.click("#model-chip")
+    page.locator(".switcher").get_by_role("button", name="Demo").click()
+    until(page, lambda: stats(page).get("model") == "demo")
