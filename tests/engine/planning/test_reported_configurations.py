@@ -8,6 +8,7 @@ import pytest
 
 from engine.__main__ import main
 from engine.core import UserError
+from engine.files.skeleton import spec_of_folder
 from engine.library.catalogue import look_up
 
 # 16-bit cache: layers that keep every token, bytes of one token in each; layers behind a window, bytes, tokens of it;
@@ -47,4 +48,4 @@ def test_a_window_longer_than_the_context_takes_no_more_than_the_context(shared,
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_opened_is_not_planned(shared, name):
     with pytest.raises(UserError, match=f"^{name} has {REFUSED[name]}"):
-        look_up(str(shared / "cases" / "configs" / name)).spec
+        spec_of_folder(shared / "cases" / "configs" / name, name)
