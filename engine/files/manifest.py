@@ -24,6 +24,7 @@ MOST_BYTES = 4 << 20  # of floe.json; a third of a megabyte for 61 layers of 384
 # The folder's experts_implementation: a transformers that does not know it names it in its refusal.
 EXPERTS = "floe, which needs: import engine.hf"
 MANIFEST, CONFIG, TRUNK, MTP = "floe.json", "config.json", "trunk.safetensors", "mtp.safetensors"
+MADE_OF = ("codes", "specialist")   # of "calibration": what measuring the levels does not change
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"     # of a checkpoint
 # What a compressed folder takes over from its checkpoint; the first four a person may change, with a note to say so.
 CHANGEABLE = ("chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE")

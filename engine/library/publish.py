@@ -66,8 +66,8 @@ def card(folder: Path, manifest: Manifest, repository: str) -> str:
     front = front or _front(origin)
     name = repository.partition("/")[2]
     parts = [f"---\n{front}\n---", own or f"# {name}\n\nA Mixture-of-Experts model compressed for Floe Chat"
-             + (f", from {origin} at commit {source.commit}." if origin else "."), _sizes(manifest), _levels(manifest),
-             _how_to(repository)]
+             + (f", from {origin} at commit {source.commit}." if origin else "."), _sizes(manifest),
+             *_specialist(manifest), _levels(manifest), _how_to(repository)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,6 +98,18 @@ def _sizes(manifest: Manifest) -> str:
             f"{manifest.neurons} neurons each, hidden {manifest.hidden}. Experts: 2-bit sketches and 4-bit records, "
             f"groups of {manifest.group_size}, {size(experts)}. All other weights at {manifest.trunk_bits} bits. "
             f"Together {size(total)}.")
+
+
+def _specialist(manifest: Manifest) -> list[str]:
+    """What a model with fewer experts was made of, and what that cost (engine/quality/specialists/)."""
+    found = manifest.calibration.get("specialist")
+    if not found:
+        return []
+    rows = [f"| {texts} | {_number(found, f'{name}_before')} | {_number(found, name)} |" for name, texts in (
+        ("held_out", "texts of its kind that it was not fitted to"), ("general", "other texts"))]
+    return ["\n".join([f"## Specialist\n\nMade of {found.get('of')} for texts of one kind: {manifest.experts} of its "
+                       f"{found.get('experts')} experts a layer are left, by {found.get('way')}. Perplexity, on pieces "
+                       "of 64 tokens:", "", f"| | {found.get('of')} | this model |", "|---|---|---|", *rows])]
 
 
 def _levels(manifest: Manifest) -> str:

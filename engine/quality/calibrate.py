@@ -20,7 +20,7 @@ import torch
 from engine.core import PROMISES, Options, UserError
 from engine.experts.layer import LevelPlan
 from engine.files.compressed import SafetensorsWriter
-from engine.files.manifest import FileEntry, Manifest, file_entry
+from engine.files.manifest import MADE_OF, FileEntry, Manifest, file_entry
 from engine.model.load import Loaded, load
 from engine.paths import CALIBRATION_LOG
 from engine.quality.budgets import Budgets, LayerTable, OutputErrors, cheapest, record_bytes
@@ -291,7 +291,7 @@ def calibrate(folder: Path, texts: Sequence[Path], n_tokens: int, reference_fold
     found, usage = calibration.run()
     found |= {"texts": [path.name for path in texts],
               "reference": "exact" if reference_folder is None else reference_folder.name}
-    found |= {"codes": manifest.calibration["codes"]} if "codes" in manifest.calibration else {}
+    found |= {name: manifest.calibration[name] for name in MADE_OF if name in manifest.calibration}
     _store(folder, manifest, found, usage)
     (folder / CALIBRATION_LOG).unlink(missing_ok=True)
     return found

@@ -8,10 +8,8 @@ from html import escape
 from engine.policies.presets import PRESETS
 from engine.quality.evidence.claims import SYSTEMS
 from engine.quality.evidence.live import Live
+from engine.quality.evidence.svg import COLOURS, EDGE, HEIGHT, WIDTH, drawing, words
 from engine.quality.simulate import Replay
-
-WIDTH, HEIGHT, EDGE = 640, 320, 56
-COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#b8860b", "#0099c6")
 
 
 @dataclass(frozen=True)
@@ -134,17 +132,17 @@ def bars(rows: dict[float, list[Replay]], chosen: Sequence[str]) -> str:
     for at, (share, found) in enumerate(rows.items()):
         by_name = {row.name: row for row in found}
         x0 = 200 + at * step
-        drawn.append(_text(x0 + step / 2, 20, f"{share:.0%} near", "middle"))
+        drawn.append(words(x0 + step / 2, 20, f"{share:.0%} near", "middle"))
         for line, name in enumerate(chosen):
             value, y = gap_closed(found, by_name[name], True), 34 + line * 22
             length = max(-1.0, min(1.0, value)) * step / 2.4
             left = x0 + step / 2.2 + min(0.0, length)
             drawn.append(f'<rect x="{left:.1f}" y="{y}" width="{abs(length):.1f}" height="14" '
                          f'fill="{COLOURS[0] if length >= 0 else COLOURS[1]}"/>')
-            drawn.append(_text(x0 + step / 2.2 + max(0.0, length) + 4, y + 12, f"{value:.0%}"))
+            drawn.append(words(x0 + step / 2.2 + max(0.0, length) + 4, y + 12, f"{value:.0%}"))
             if not at:
-                drawn.append(_text(192, y + 12, name, "end"))
-    return _svg(drawn, 44 + 22 * len(chosen))
+                drawn.append(words(192, y + 12, name, "end"))
+    return drawing(drawn, 44 + 22 * len(chosen))
 
 
 def scatter(rows: dict[float, list[Live]]) -> str:
@@ -153,22 +151,13 @@ def scatter(rows: dict[float, list[Live]]) -> str:
     most, low = max(row.far_per_token for row in every) or 1, min(row.perplexity for row in every)
     high = min(max(row.perplexity for row in every), 1.5 * low)  # what is worse stands at the edge
     drawn = [f'<path d="M{EDGE} {EDGE / 2} V{HEIGHT - EDGE} H{WIDTH - EDGE}" fill="none" stroke="#888"/>',
-             _text(WIDTH / 2, HEIGHT - 12, f"far bytes a token, up to {most:,.0f}", "middle"),
-             _text(EDGE, 16, f"perplexity, {low:.1f} to {high:.1f}")]
+             words(WIDTH / 2, HEIGHT - 12, f"far bytes a token, up to {most:,.0f}", "middle"),
+             words(EDGE, 16, f"perplexity, {low:.1f} to {high:.1f}")]
     for at, (share, found) in enumerate(rows.items()):
-        drawn.append(_text(WIDTH - EDGE, 40 + 18 * at, f"{share:.0%} near", "end", COLOURS[at]))
+        drawn.append(words(WIDTH - EDGE, 40 + 18 * at, f"{share:.0%} near", "end", COLOURS[at]))
         for row in found:
             x = EDGE + row.far_per_token / most * (WIDTH - 2 * EDGE)
             y = HEIGHT - EDGE - (min(row.perplexity, high) - low) / max(1e-9, high - low) * (HEIGHT - 2 * EDGE)
             drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{COLOURS[at]}">'
                          f'<title>{escape(row.name)}, {row.level}</title></circle>')
-    return _svg(drawn, HEIGHT)
-
-
-def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "#777") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
-
-
-def _svg(drawn: Iterable[str], height: float) -> str:
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" font-family="sans-serif" '
-            f'font-size="11">\n' + "\n".join(drawn) + "\n</svg>\n")
+    return drawing(drawn, HEIGHT)

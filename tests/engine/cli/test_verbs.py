@@ -87,6 +87,8 @@ GOOD = {
     "trace": "{compressed} --prompts {text} --out {new} --tokens 6 --most 3",
     "simulate": "{trace} --near 50% --policies predict=repeat,evict=lfu",
     "fit-predictor": "{compressed} {trace} --out {new} --epochs 1",
+    "usage": "{compressed} --text {text} --tokens 90 --out {new}.svg",
+    "specialise": "{compressed} {new} --text {text} --general {text} --tokens 200 --keep 0.5",
     "evidence": "{compressed} --out {new}.md --train 80 --test 24 --live 16",
 }
 BAD = {
@@ -108,6 +110,8 @@ BAD = {
     "trace": "{checkpoint} --prompts {text} --out {new}",
     "simulate": "{text} --near 50%",
     "fit-predictor": "{compressed} {text} --out {new}",
+    "usage": "{compressed}",
+    "specialise": "{compressed} {new} --text {text} --keep 1",
     "evidence": "{checkpoint} --out {new}",
 }
 
