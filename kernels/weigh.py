@@ -8,7 +8,7 @@ from kernels.dispatch import twin
 Tensor = torch.Tensor
 
 
-@twin("kernels.gpu.weigh")
+@twin("kernels.gpu.weigh", "kernels.cpu.apply")
 def weigh(sums: Tensor, weights: Tensor, hidden: int) -> Tensor:
     """sums float32 [T, k, padded H], weights float32 [T, k] -> [T, hidden]."""
     return (sums[..., :hidden] * weights[..., None]).sum(1)

@@ -20,6 +20,7 @@ from engine.experts.runtime import Runtime
 from engine.experts.side_stream import SideThread
 from kernels.dense import dense, dequantize
 from kernels.select import DOWN_ONLY
+from kernels.trunk.token import Mapped
 
 Tensor = torch.Tensor
 FEW = 16  # tokens of an expert in prefill: so many read its codes quicker one by one than it is decoded
@@ -66,9 +67,8 @@ class HostRuntime(Runtime):
         if not self.is_mapped:
             self._verify(layer, chosen)
             return super()._bring_experts(layer, ids, most_ahead)
-        n_new, each = self._read(layer, chosen), self._object_bytes
-        # What a sparse level does not want of an expert yet has come with the rest of it.
-        self._count(each * len(chosen), each * n_new, (self.far.expert_bytes - each) * n_new)
+        self._count(self._object_bytes * len(chosen))
+        self.fetch(layer, chosen)
         return ids.int()
 
     def _bring_neurons(self, layer: int, ids: Tensor, neurons: Tensor, fidelity: Tensor) -> Tensor:
@@ -82,6 +82,14 @@ class HostRuntime(Runtime):
     def bring(self, layer: int, ids: Tensor, records: bool = False, ahead: bool = False) -> Tensor | int:
         self._verify(layer, (ids // self.far.neurons if records else ids).tolist())
         return super().bring(layer, ids, records, ahead)
+
+    def fetch(self, layer: int, ids: list[int]) -> None:
+        """Experts of the map that a step was counted for: those that were not near yet are read and are far bytes."""
+        n_new, each = self._read(layer, ids), self._object_bytes
+        if not n_new:
+            return
+        # What a sparse level does not want of an expert yet has come with the rest of it.
+        self._count(0, each * n_new, (self.far.expert_bytes - each) * n_new)
 
     def _read(self, layer: int, ids: list[int]) -> int:
         """Experts of the map that were not near yet -> how many."""
@@ -100,6 +108,30 @@ class HostRuntime(Runtime):
         counts = self.counts.numpy()  # a tensor's own addition takes ten times longer
         for which, n_bytes in enumerate((needed, needed - far, far, ahead)):
             counts[which] += n_bytes
+
+    # --- a token that is computed in one call (engine/model/host_token.py) ---------------------------------------
+    def in_place(self) -> bool:
+        """Whether nothing has to be done between a token's layers but to fetch what is not near yet."""
+        return self.is_mapped and self.hook is None and self.phase != "prefill" and self.level != "floe"
+
+    def mapped(self, layer: LayerExperts) -> Mapped | None:
+        """None where something has to be done behind the kernels."""
+        if layer.biases or layer.post_norm is not None:
+            return None
+        near, budget = self._mapped, self.kept_neurons[layer.index] if self.is_sparse else None
+        return Mapped(near.rows(layer.index, False), near.there[layer.index], self.far.layout, layer.gate, budget)
+
+    def token_began(self) -> None:
+        """Before its first layer; counts what all of its layers want."""
+        self._begin_step()
+        n, layout = self.far.layers * self.top_k, self.far.layout
+        kept = self.kept_neurons if self.is_sparse else []
+        self._count(self._object_bytes * n + sum(refined * layout.record + (total - refined) * layout.prefix
+                                                 for refined, total in kept))
+
+    def token_ended(self, ids: Tensor) -> None:
+        """ids int32 [L, k], the experts that it was routed to."""
+        self._count_picks(ids)
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

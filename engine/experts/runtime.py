@@ -291,9 +291,13 @@ class Runtime(ABC):
         """Which experts are busy: a few operations a token, at the last layer, instead of a few a layer."""
         self._picked[layer] = ids.flatten()
         if layer + 1 == self.far.layers == len(self._picked):
-            picked = torch.stack(list(self._picked.values())).long() + self._first_of_layer
-            picked = torch.cat((picked.flatten(), self._first_of_layer[-1] + self.far.experts))  # and one token more
-            self.recent.mul_(ACTIVITY_DECAY).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
+            self._count_picks(torch.stack(list(self._picked.values())))
+
+    def _count_picks(self, ids: Tensor) -> None:
+        """ids [L, n], the routed experts of a step."""
+        picked = (ids.long() + self._first_of_layer).flatten()
+        picked = torch.cat((picked, self._first_of_layer[-1] + self.far.experts))  # and one token more
+        self.recent.mul_(ACTIVITY_DECAY).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
 
     # --- a step -------------------------------------------------------------------------------------------------
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""A step of few tokens in some six calls a layer, where transformers' own forward makes some seventy.
+"""A step of few tokens in some six calls a layer, where transformers' own forward makes some seventy; of one token in
+one call (host_token.py), where a processor has all experts in place.
 
 Built from the modules of an open model, whose forward it equals up to rounding, and used in its place while it decodes:
 on the processor behind a cache that grows, on a card inside the recorded step, behind one of fixed shape. There the
@@ -17,12 +18,14 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from engine.model.growing_cache import GrowingLayer
+from engine.model.host_token import HostToken
 from engine.model.packed import Packed
 from engine.model.registration import FloeExperts
 from engine.model.static_cache import FullLayer, StepCache
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import MOST_TOKENS, Matrices, linears
 from kernels.trunk.route import route
+from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
 KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM"}
@@ -31,37 +34,23 @@ TURNS = 1024  # positions whose rotation is computed at once
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A root-mean-square norm: weight [n], float32 on a processor."""
-
-    weight: Tensor
-    epsilon: float
-
-
-@dataclass(frozen=True)
 class Layer:
-    """One decoder layer. router: None where its experts are dense, and `mlp` computes behind its own norm."""
+    """One decoder layer. mlp: behind its own norm where the block has no router."""
 
-    heads: Heads
-    before: Norm
-    projections: Matrices  # of queries, keys and values
-    output: Matrices
-    between: Norm
+    block: Block
     mlp: nn.Module
-    router: Matrices | None
-    top_k: int = 0
-    renormalised: bool = False
 
     def __call__(self, x: Tensor, turn: Tensor, cache: GrowingLayer | FullLayer) -> Tensor:
         """x float32 [T, H] -> the same."""
-        projected, _ = linears(x, self.projections, self.before.weight, self.before.epsilon)
-        attended = cache.attend(projected, turn, self.heads)
-        x, _ = linears(attended, self.output, None, 0.0, x)
-        if self.router is None:
-            normed = _normed(x, self.between).to(self.between.weight.dtype)
+        own = self.block
+        projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
+        attended = cache.attend(projected, turn, own.heads)
+        x, _ = linears(attended, own.output, None, 0.0, x)
+        if own.router is None:
+            normed = _normed(x, own.between).to(own.between.weight.dtype)
             return x + self.mlp(normed[None])[0]
-        logits, normed = linears(x, self.router, self.between.weight, self.between.epsilon)
-        ids, weights = route(logits, self.top_k, self.renormalised)
+        logits, normed = linears(x, own.router, own.between.weight, own.between.epsilon)
+        ids, weights = route(logits, own.top_k, own.renormalised)
         return x + self.mlp.experts(normed, ids, weights)
 
 
@@ -87,16 +76,24 @@ class HostStep(FusedStep):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._turns = torch.empty(2, 0, self._layers[0].heads.size, dtype=torch.float32)
+        blocks, mlps = ([getattr(layer, part) for layer in self._layers] for part in ("block", "mlp"))
+        self._token = HostToken(blocks, mlps, self._norm, self._head)
+        self._turns = torch.empty(2, 0, self._layers[0].block.heads.size, dtype=torch.float32)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
         return len(ids) <= MOST_TOKENS and all(type(layer) is GrowingLayer for layer in cache.layers)
 
+    def in_one_call(self, cache: DynamicCache) -> bool:
+        """Whether a token behind this cache is one."""
+        return self._token.takes(cache)
+
     def __call__(self, ids: list[int], cache: DynamicCache) -> Tensor:
         """Read up to MOST_TOKENS more tokens behind what the cache holds -> logits [V] after the last."""
         position = cache.layers[0].keys.shape[2]
-        turn = self._turn(position, position + len(ids))
-        return self._logits(self._embed(torch.tensor(ids)), turn, cache)
+        turn, x = self._turn(position, position + len(ids)), self._embed(torch.tensor(ids))
+        if len(ids) == 1 and self.in_one_call(cache):
+            return self._token(x, turn, cache, position)
+        return self._logits(x, turn, cache)
 
     def _turn(self, first: int, end: int) -> Tensor:
         """Cosines and sines of positions [2, T, D]."""
@@ -115,7 +112,7 @@ class DeviceStep(FusedStep):
         x = self._embed(ids)
         for layer, own in zip(cache.layers, self._layers, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(*[x.new_empty(1, own.heads.cached, 0, own.heads.size)] * 2)
+                layer.lazy_initialization(*[x.new_empty(1, own.block.heads.cached, 0, own.block.heads.size)] * 2)
         x = x.float()
         turn = torch.cat(self._rotation(x, cache.clock.positions[None]))
         logits = self._logits(x, turn, cache)
@@ -149,8 +146,9 @@ def _layer(layer: nn.Module, config: object) -> Layer:
     routed = isinstance(getattr(mlp, "experts", None), FloeExperts)
     router = (_matrices(mlp.gate), mlp.gate.top_k,
               getattr(mlp.gate, "norm_topk_prob", True)) if routed else (None,)
-    return Layer(heads, _norm(layer.input_layernorm), _matrices(own.q_proj, own.k_proj, own.v_proj),
-                 _matrices(own.o_proj), _norm(layer.post_attention_layernorm), mlp, *router)
+    block = Block(heads, _norm(layer.input_layernorm), _matrices(own.q_proj, own.k_proj, own.v_proj),
+                  _matrices(own.o_proj), _norm(layer.post_attention_layernorm), *router)
+    return Layer(block, mlp)
 
 
 def _norm(module: nn.Module) -> Norm:

@@ -5,11 +5,11 @@ What is not a number stays so: a group that holds NaN or infinity gets the scale
 from __future__ import annotations
 
 import torch
-from numba import njit
+from numba import carray, njit
 
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, EVERY_BYTE, FLOATS, LINE, WORDS
-from kernels.cpu.threads import address
+from kernels.cpu.threads import Step, address, fields, pack, pointer, task
 from kernels.cpu.vectors import FLOAT, INT8, INT32, LANES, Code, Value, in_vectors, joined, vector
 
 Tensor = torch.Tensor
@@ -114,6 +114,29 @@ def _lay_out16(x, group, n_blocks, blocks):
             _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, 128)
         else:
             _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, 64)
+
+
+RECORD = fields("x groups group codes scales blocks8 blocks16")
+
+
+@task
+def _enter(table):
+    """One activation as scores want it, where there is room for that, and as values do."""
+    a = carray(pointer(table), 1, RECORD)[0]
+    n_blocks = a.groups * a.group // CODES
+    if a.codes:
+        _quantize(a.x, a.groups, a.group, a.codes, a.scales)
+        _lay_out8(a.codes, a.scales, a.group, n_blocks, a.blocks8)
+    _lay_out16(a.x, a.group, n_blocks, a.blocks16)
+
+
+def entering(x: Tensor, group: int, scored: bool) -> tuple[Step, Tensor | None, Tensor]:
+    """What makes `blocks8` (None unless scored) and `blocks16` of x float32 [1, H], and both."""
+    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(1, x.shape[1] // group)
+    eight, sixteen = _blocks(x, BLOCK8) if scored else None, _blocks(x, BLOCK16)
+    record = pack(RECORD, 1, x=address(x), groups=scales.numel(), group=group, codes=address(codes) if scored else 0,
+                  scales=address(scales), blocks8=address(eight), blocks16=address(sixteen))
+    return Step(_enter, record, (x, codes, scales, eight, sixteen), whole=True), eight, sixteen
 
 
 def blocks8(codes: Tensor, scales: Tensor) -> Tensor:

@@ -9,17 +9,19 @@ Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the l
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, float32, int8, int32, njit
+from numba import carray, float32, int8, int32, int64, njit
 
 from kernels.activation import KINDS, Gate
 from kernels.cpu.activation import blocks16
 from kernels.cpu.down import NEURONS, TILE, add_rows, weigh_rows, weights_bytes
 from kernels.cpu.gate import gated, kind_of
-from kernels.cpu.rows import CODES, ask_for, coarse_row, fine_row
-from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
+from kernels.cpu.rows import CODES, LINE, add_lines, ask_for, coarse_rows, fine_rows
+from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
+from kernels.cpu.vectors import LANES
 from kernels.layout import Layout
 from kernels.select import DOWN_ONLY, REFINED
 
@@ -35,16 +37,28 @@ RECORD = fields(" ".join(SIZES) + " pieces n_ranks routed per_expert slots n_slo
 
 
 @njit(cache=True, nogil=True)
-def _dot(row, record, fine, which, x, a):
-    """Gate's (which 0) or up's (1) dot product of a neuron, at 4 or at 2 bits."""
-    at, n_blocks = row + which * a.plane2, a.padded // CODES
-    if fine:
-        pairs, rest = record + a.record_scales_at + (1 + which) * a.scales, record + a.refine_at + which * a.plane2
+def _lines(row, record, kind, x, a, out):
+    """Gate's line and up's of a neuron, at 4 or at 2 bits."""
+    pairs, fine = record + a.record_scales_at + a.scales, record + a.refine_at
+    coarse, blocks = row + 2 * a.plane2, a.padded // CODES
+    if kind == REFINED:
         if a.group == 128:
-            return fine_row(at, rest, pairs, x, n_blocks, 128)
-        return fine_row(at, rest, pairs, x, n_blocks, 64)
-    pairs = row + 2 * a.plane2 + which * a.scales
-    return coarse_row(at, pairs, x, n_blocks, 128) if a.group == 128 else coarse_row(at, pairs, x, n_blocks, 64)
+            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 128, 2)
+        else:
+            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 64, 2)
+    elif kind == DOWN_ONLY:
+        if a.group == 128:
+            coarse_rows(row, coarse, a.scales, x, blocks, out, LANES * LINE, 128, 2)
+        else:
+            coarse_rows(row, coarse, a.scales, x, blocks, out, LANES * LINE, 64, 2)
+    else:       # FLOE: of up the sketch
+        up, up_pairs, up_out = row + a.plane2, coarse + a.scales, out + LANES * LINE
+        if a.group == 128:
+            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 128, 1)
+            coarse_rows(up, up_pairs, a.scales, x, blocks, up_out, LANES * LINE, 128, 1)
+        else:
+            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 64, 1)
+            coarse_rows(up, up_pairs, a.scales, x, blocks, up_out, LANES * LINE, 64, 1)
 
 
 @njit(cache=True, nogil=True)
@@ -63,28 +77,36 @@ def _locate(a, token, expert, start, n, row, record, fidelity, index):
     places = carray(pointer(a.record_places + 4 * first), n, int32)
     kinds = carray(pointer(a.fidelity + first), n, int8)
     for i in range(n):
-        index[i] = neurons[i]
-        row[i] = blob + (neurons[i] - expert * a.per_expert) * a.sketch_row
-        record[i], fidelity[i] = a.records + places[i] * a.record_stride, kinds[i]
+        neuron = neurons[i] - expert * a.per_expert
+        index[i], fidelity[i], row[i] = neurons[i], kinds[i], blob + neuron * a.sketch_row
+        if a.record_places:
+            record[i] = a.records + places[i] * a.record_stride
+        else:       # the sketches' blobs are whole
+            record[i] = blob + a.sketch_bytes + neuron * a.record
 
 
 @njit(cache=True, nogil=True)
-def _products(a, token, n, row, record, fidelity, index, products):
-    """gate(g, u) of n located neurons."""
+def _products(a, token, n, row, record, fidelity, index, lines, products):
+    """gate(g, u) of n located neurons. lines: room for those of 16 neurons, and for their sums."""
     x, biases = a.x + token * a.x_bytes, a.routed * a.per_expert
     gate_bias = carray(pointer(a.gate_bias + 4 * token * biases), biases, float32)
     up_bias = carray(pointer(a.up_bias + 4 * token * biases), biases, float32)
-    for i in range(n):
-        for j in range(0 if i == 0 else AHEAD, AHEAD + 1):
-            if i + j < n:
-                ask_for(row[i + j], a.sketch_row)
-                ask_for(record[i + j], a.prefix if fidelity[i + j] == DOWN_ONLY else a.record)
-        gate = _dot(row[i], record[i], fidelity[i] != DOWN_ONLY, 0, x, a)
-        up = _dot(row[i], record[i], fidelity[i] == REFINED, 1, x, a)
+    gate, up = lines + 2 * LANES * LINE, lines + (2 * LANES + 1) * LINE
+    g, u = carray(pointer(gate), LANES, float32), carray(pointer(up), LANES, float32)
+    for first in range(0, n, LANES):
+        for i in range(first, min(first + LANES, n)):
+            for j in range(0 if i == 0 else AHEAD, AHEAD + 1):
+                if i + j < n:
+                    ask_for(row[i + j], a.sketch_row)
+                    ask_for(record[i + j], a.prefix if fidelity[i + j] == DOWN_ONLY else a.record)
+            _lines(row[i], record[i], fidelity[i], x, a, lines + (i - first) * LINE)
+        add_lines(lines, gate)
+        add_lines(lines + LANES * LINE, up)
         if a.gate_bias:
-            gate += gate_bias[index[i]]
-            up += up_bias[index[i]]
-        products[i] = gated(gate, up, a.kind, a.alpha, a.limit)
+            for i in range(first, min(first + LANES, n)):
+                g[i - first] += gate_bias[index[i]]
+                u[i - first] += up_bias[index[i]]
+        gated(gate, up, products + 4 * first, a.kind, a.alpha, a.limit)
 
 
 @njit(cache=True, nogil=True)
@@ -103,7 +125,7 @@ def _add_neurons(table):
     pieces = carray(pointer(a.pieces), (a.n_pieces, 4), int32)
     row, record, index = np.empty(NEURONS, np.int64), np.empty(NEURONS, np.int64), np.empty(NEURONS, np.int64)
     fidelity, products = np.empty(NEURONS, np.int8), np.empty(NEURONS, np.float32)
-    weights = np.empty(a.weights_bytes, np.int8)
+    weights, lines = np.empty(a.weights_bytes, np.int8), np.empty((2 * LANES + 2) * LINE, np.int8)
     piece = claim(table)
     while piece < a.n_pieces:
         token, expert, first, last = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2], pieces[piece, 3]
@@ -112,17 +134,21 @@ def _add_neurons(table):
         for start in range(first, last, NEURONS):
             n = min(NEURONS, last - start)
             _locate(a, token, expert, start, n, row, record, fidelity, index)
-            record[n:] = record[0]
-            products[n:] = 0
-            _products(a, token, n, row, record, fidelity, index, products)
+            _products(a, token, n, row, record, fidelity, index, lines.ctypes.data, products.ctypes.data)
+            record[n:], products[n:] = record[0], 0
             _add_down(a, record.ctypes.data, products.ctypes.data, weights.ctypes.data, out)
         piece = claim(table)
 
 
-@njit("int32[:,::1](int32[:,::1], int64, int64)", cache=True, nogil=True)
-def _pieces_of(neurons, routed, per_expert):
-    """neurons int32 [T, N] ascending, then -1 -> int32 [pieces, 4]: token, expert, first rank, and the one behind."""
-    pieces = np.empty((neurons.size // PIECE + len(neurons) * routed, 4), np.int32)
+@njit(cache=True, nogil=True)
+def most_pieces(n_ranks, tokens, routed):
+    return tokens * (n_ranks // PIECE + routed)
+
+
+@njit(cache=True, nogil=True)
+def _list_pieces(neurons, routed, per_expert, pieces):
+    """neurons int32 [T, N] ascending, then -1 -> how many pieces, int32 [.., 4]: token, expert, first rank, and the one
+    behind."""
     n = 0
     for token in range(len(neurons)):
         rank, ranks = 0, neurons.shape[1]
@@ -133,12 +159,22 @@ def _pieces_of(neurons, routed, per_expert):
                 rank += 1
             pieces[n, 0], pieces[n, 1], pieces[n, 2], pieces[n, 3] = token, expert, first, rank
             n += 1
-    return pieces[:n]
+    return n
+
+
+@task
+def _divide(table):
+    """The list of pieces, and their number, of the record that `_add_neurons` will get, too."""
+    a = carray(pointer(table), 1, RECORD)[0]
+    tokens = a.n_slots // a.routed
+    neurons = carray(pointer(a.neurons), (tokens, a.n_ranks), int32)
+    pieces = carray(pointer(a.pieces), (most_pieces(a.n_ranks, tokens, a.routed), 4), int32)
+    carray(pointer(table), 2, int64)[1] = _list_pieces(neurons, a.routed, a.per_expert, pieces)
 
 
 @lru_cache(64)
 def _every_piece(tokens: int, routed: int, per_expert: int) -> np.ndarray:
-    """As `_pieces_of`, where every neuron is in the list."""
+    """As of `_list_pieces`, where every neuron is in the list."""
     firsts = np.arange(0, per_expert, PIECE)
     pieces = np.empty((tokens, routed, len(firsts), 4), np.int32)
     pieces[..., 0] = np.arange(tokens)[:, None, None]
@@ -162,6 +198,28 @@ def _add_pieces(table):
             total[i] += partial[n, i]
 
 
+WEIGH_RECORD = fields("tokens routed padded hidden sums weights residual out")
+
+
+@task
+def _weigh(table):
+    """out float32 [T, H] = residual + the experts' sums times their weights, in their order."""
+    a = carray(pointer(table), 1, WEIGH_RECORD)[0]
+    sums = carray(pointer(a.sums), (a.tokens, a.routed, a.padded), float32)
+    weights = carray(pointer(a.weights), (a.tokens, a.routed), float32)
+    residual = carray(pointer(a.residual), (a.tokens, a.hidden), float32)
+    out = carray(pointer(a.out), (a.tokens, a.hidden), float32)
+    for t in range(a.tokens):
+        out[t] = 0
+        for k in range(a.routed):
+            share, row = weights[t, k], sums[t, k]
+            for i in range(a.hidden):
+                out[t, i] += row[i] * share
+        if a.residual:
+            for i in range(a.hidden):
+                out[t, i] = residual[t, i] + out[t, i]
+
+
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
           up_bias: Tensor | None = None) -> Tensor:
@@ -171,9 +229,8 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
     neurons, record_place, fidelity = neurons.int().contiguous(), record_place.int().contiguous(), fidelity.contiguous()
     assert neurons.shape == record_place.shape == fidelity.shape and fidelity.dtype == torch.int8
     assert records.stride(1) == 1 and records.shape[1] >= layout.record, (records.shape, layout.record)
-    pieces = _pieces_of(neurons.numpy(), place.shape[1], layout.neurons)
-    return _launch(x, sketches, place, (neurons, fidelity, record_place, records), pieces, layout, gate, gate_bias,
-                   up_bias)
+    chosen = Chosen(neurons, fidelity, record_place, records)
+    return _launch(x, sketches, place, layout, gate, chosen, gate_bias, up_bias)
 
 
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
@@ -182,8 +239,34 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
     if gate.kind not in KINDS:
         return NotImplemented
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
-    pieces = _every_piece(*place.shape, layout.neurons)
-    return _launch(x, blobs, place, (None, None, None, None), pieces, layout, gate, gate_bias, up_bias)
+    return _launch(x, blobs, place, layout, gate, None, gate_bias, up_bias)
+
+
+def weigh(sums: Tensor, weights: Tensor, hidden: int) -> Tensor:
+    """As kernels.weigh.weigh."""
+    out = torch.empty(len(sums), hidden, dtype=torch.float32)
+    call(weighing(sums.contiguous(), weights.contiguous(), None, out))
+    return out
+
+
+def _launch(x: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate: Gate, chosen: Chosen | None,
+            gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    assert x.shape == (len(place), layout.padded), x.shape
+    place, gate_bias, up_bias = place.int().contiguous(), *(None if bias is None else bias.contiguous()
+                                                            for bias in (gate_bias, up_bias))
+    steps, sums = adding(blocks16(x, layout.group), sketches, place, layout, gate, chosen, gate_bias, up_bias)
+    for step in steps:
+        call(step)
+    return sums
+
+
+class Chosen(NamedTuple):
+    """What `select` chose, int32 and int8 [T, N], and where the records are; None: in the sketches' own blobs."""
+
+    neurons: Tensor
+    fidelity: Tensor
+    places: Tensor | None = None
+    records: Tensor | None = None
 
 
 @lru_cache(64)
@@ -191,25 +274,34 @@ def _sizes(layout: Layout) -> dict[str, int]:
     return {name: getattr(layout, name) for name in SIZES}
 
 
-def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor | None, ...], pieces: np.ndarray,
-            layout: Layout, gate: Gate, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
-    neurons, fidelity, record_place, records = sparse
-    tokens, routed = place.shape
-    assert x.shape == (tokens, layout.padded) and sketches.stride(1) == 1, (x.shape, sketches.stride())
-    place, blocks = place.int().contiguous(), blocks16(x, layout.group)
-    gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
+def adding(blocks: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate: Gate, chosen: Chosen | None,
+           gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> tuple[list[Step], Tensor]:
+    """The steps of `dense`, or of `apply` where neurons were chosen, and the sums float32 [T, k, H] that they make.
+    blocks: of `blocks16`; place int32 [T, k]."""
+    assert sketches.stride(1) == 1, sketches.stride()
+    (tokens, routed), (neurons, fidelity, places, records) = place.shape, chosen or (None,) * 4
+    n_ranks = 0 if chosen is None else neurons.shape[1]
+    pieces = (_every_piece(tokens, routed, layout.neurons) if chosen is None else
+              np.empty((most_pieces(n_ranks, tokens, routed), 4), np.int32))
     partial = torch.empty(len(pieces), layout.padded, dtype=torch.float32)
     out = torch.empty(tokens, routed, layout.padded, dtype=torch.float32)
-    n_bytes = len(pieces) * min(PIECE, layout.neurons) * (layout.sketch_row + layout.record)
-    packed = pack(
-        RECORD, len(pieces), **_sizes(layout), pieces=pieces.ctypes.data,
-        n_ranks=0 if neurons is None else neurons.shape[1], routed=routed, per_expert=layout.neurons,
-        slots=address(place), n_slots=place.numel(), blobs=address(sketches), stride=sketches.stride(0),
-        neurons=address(neurons), fidelity=address(fidelity), record_places=address(record_place),
+    n_read = (tokens * n_ranks or tokens * routed * layout.neurons) * (layout.sketch_row + layout.record)
+    record = pack(
+        RECORD, len(pieces), n_read, **_sizes(layout), pieces=pieces.ctypes.data, n_ranks=n_ranks, routed=routed,
+        per_expert=layout.neurons, slots=address(place), n_slots=place.numel(), blobs=address(sketches),
+        stride=sketches.stride(0), neurons=address(neurons), fidelity=address(fidelity), record_places=address(places),
         records=address(records), record_stride=0 if records is None else records.stride(0), x=address(blocks),
         x_bytes=blocks.stride(0), kind=kind_of(gate), gate_bias=address(gate_bias), up_bias=address(up_bias),
         weights_bytes=weights_bytes(layout.groups), partial=address(partial), out=address(out), alpha=gate.alpha,
         limit=gate.limit)
-    call(_add_neurons, packed, len(pieces), n_bytes)
-    call(_add_pieces, packed)
-    return out
+    alive = (blocks, sketches, place, chosen, gate_bias, up_bias, pieces, partial, out)
+    steps = [Step(_add_neurons, record, alive), Step(_add_pieces, record, alive, whole=True)]
+    return ([] if chosen is None else [Step(_divide, record, alive, whole=True)]) + steps, out
+
+
+def weighing(sums: Tensor, weights: Tensor, residual: Tensor | None, out: Tensor) -> Step:
+    """The step of `weigh` into out float32 [T, H], on top of residual where there is one."""
+    (tokens, routed, padded), hidden = sums.shape, out.shape[1]
+    record = pack(WEIGH_RECORD, 1, tokens=tokens, routed=routed, padded=padded, hidden=hidden, sums=address(sums),
+                  weights=address(weights), residual=address(residual), out=address(out))
+    return Step(_weigh, record, (sums, weights, residual, out), whole=True)

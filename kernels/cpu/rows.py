@@ -2,12 +2,16 @@
 
 An activation is laid out for it (`activation.blocks`): for every 256 elements the bytes that meet the codes' four
 shifts, in 8 bits or in 16 as a high and a low half, then 16 scales and 16 sums, one for each word of the plane.
-Each lane adds scale * codes . x + offset * sum(x) of its words in float32, and the lanes are added at the end.
+Each lane adds scale * codes . x + offset * sum(x) of its words in float32; a row leaves its 16 lanes in a line, and the
+lines of 16 rows are added up together (`add_lines`). Gate and up, whose rows lie one behind the other, share what is
+loaded of the activation.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kernels.cpu.dots import DOTS
-from kernels.cpu.vectors import FLOAT, INT32, LANES, Code, Value, in_vectors, vector
+from kernels.cpu.vectors import FLOAT, INT32, LANES, Code, Value, in_vectors, totals, vector
 
 WORDS, FLOATS = vector(INT32), vector(FLOAT)
 CODES = 256                             # of a block
@@ -42,46 +46,72 @@ def ask_for(code: Code, address: Value, n_bytes: Value) -> None:
         code.prefetch(address + line * LINE)
 
 
-@in_vectors("f32(i64, i64, i64, i64) 1")
-def score_row(code: Code, group: int, plane: Value, pairs: Value, x: Value, n_blocks: Value) -> Value:
-    """A row of 2-bit codes times 8-bit activations."""
-    total = code.variable(code.constant(FLOATS, 0.0))
+@in_vectors("void(i64, i64)")
+def add_lines(code: Code, lines: Value, out: Value) -> None:
+    """The sums of 16 lines, float32 [16]."""
+    code.store(totals([code.load(lines + i * LINE, FLOATS) for i in range(LANES)]), out)
+
+
+def _rows(code: Code, group: int, n: int, x: Value, sizes: tuple[int, int], n_blocks: Value, codes: Callable,
+          pairs: tuple[Value, Value], out: tuple[Value, Value]) -> None:
+    """n rows of n_blocks, whose scales and offsets begin at (the first, and bytes to the next), into lines at the same.
+    codes(row, block): four vectors of codes, which meet the four lines, or the four pairs of them, of the activation.
+    sizes: bytes of an activation's block, and lines of it before its scales."""
+    sums = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
+    block_bytes, n_lines = sizes
     with code.loop(n_blocks) as block:
-        at, words = x + block * BLOCK8, code.load(plane + block * LINE, WORDS)
-        sums = DOTS.zero(code)
-        for shift in range(4):
-            sums = DOTS.add(sums, two_bits(words, shift), code.load(at + shift * LINE, WORDS))
-        step = pairs + block * (4 * CODES // group)
-        total.set(add_block(code, total.get(), DOTS.sums(sums), step, at + 4 * LINE, group))
-    return total.get().total()
+        at = x + block * block_bytes
+        lines = [code.load(at + i * LINE, WORDS) for i in range(n_lines)]
+        for row, total in enumerate(sums):
+            if n_lines == 4:
+                found = DOTS.zero(code)
+                for words, line in zip(codes(row, block), lines, strict=True):
+                    found = DOTS.add(found, words, line)
+                found = DOTS.sums(found)
+            else:
+                found = DOTS.of_halves(code, list(zip(codes(row, block), lines[:4], lines[4:], strict=True)))
+            step = pairs[0] + pairs[1] * row + block * (4 * CODES // group)
+            total.set(add_block(code, total.get(), found, step, at + n_lines * LINE, group))
+    for row, total in enumerate(sums):
+        code.store(total.get(), out[0] + out[1] * row)
 
 
-def _sixteen_bits(code: Code, codes: list[Value], x: Value) -> Value:
-    """Four times 16 words of codes times the block's 16-bit activations -> int32, below 2**24 each."""
-    return DOTS.of_halves(code, [(words, code.load(x + shift * LINE, WORDS), code.load(x + (4 + shift) * LINE, WORDS))
-                                 for shift, words in enumerate(codes)])
+SIZES8, SIZES16 = (BLOCK8, 4), (BLOCK16, 8)
 
 
-@in_vectors("f32(i64, i64, i64, i64) 1")
-def coarse_row(code: Code, group: int, plane: Value, pairs: Value, x: Value, n_blocks: Value) -> Value:
-    """A row of 2-bit codes times 16-bit activations."""
-    total = code.variable(code.constant(FLOATS, 0.0))
-    with code.loop(n_blocks) as block:
-        at, words = x + block * BLOCK16, code.load(plane + block * LINE, WORDS)
-        sums = _sixteen_bits(code, [two_bits(words, shift) for shift in range(4)], at)
-        step = pairs + block * (4 * CODES // group)
-        total.set(add_block(code, total.get(), sums, step, at + 8 * LINE, group))
-    return total.get().total()
+def _coarse(code: Code, plane: Value, n_blocks: Value) -> Callable:
+    """Rows of 2-bit codes, one behind the other."""
+    def codes(row: int, block: Value) -> list[Value]:
+        words = code.load(plane + n_blocks * (row * LINE) + block * LINE, WORDS)
+        return [two_bits(words, shift) for shift in range(4)]
+    return codes
 
 
-@in_vectors("f32(i64, i64, i64, i64, i64) 1")
-def fine_row(code: Code, group: int, plane: Value, refine: Value, pairs: Value, x: Value, n_blocks: Value) -> Value:
-    """A row of nested 4-bit codes, 4 * plane + refine, times 16-bit activations."""
-    total = code.variable(code.constant(FLOATS, 0.0))
-    with code.loop(n_blocks) as block:
-        at = x + block * BLOCK16
-        words, rest = code.load(plane + block * LINE, WORDS), code.load(refine + block * LINE, WORDS)
-        codes = [two_bits(words, shift) << 2 | two_bits(rest, shift) for shift in range(4)]
-        step = pairs + block * (4 * CODES // group)
-        total.set(add_block(code, total.get(), _sixteen_bits(code, codes, at), step, at + 8 * LINE, group))
-    return total.get().total()
+def _fine(code: Code, plane: Value, refine: Value, n_blocks: Value) -> Callable:
+    """Of nested 4-bit codes, 4 * plane + refine."""
+    def codes(row: int, block: Value) -> list[Value]:
+        words, rest = (code.load(at + n_blocks * (row * LINE) + block * LINE, WORDS) for at in (plane, refine))
+        return [two_bits(words, shift) << 2 | two_bits(rest, shift) for shift in range(4)]
+    return codes
+
+
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 2")
+def score_rows(code: Code, group: int, n: int, plane: Value, pairs: Value, pair_bytes: Value, x: Value, n_blocks: Value,
+               out: Value, out_bytes: Value) -> None:
+    """n rows of 2-bit codes times 8-bit activations."""
+    _rows(code, group, n, x, SIZES8, n_blocks, _coarse(code, plane, n_blocks), (pairs, pair_bytes), (out, out_bytes))
+
+
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 2")
+def coarse_rows(code: Code, group: int, n: int, plane: Value, pairs: Value, pair_bytes: Value, x: Value,
+                n_blocks: Value, out: Value, out_bytes: Value) -> None:
+    """n rows of 2-bit codes times 16-bit activations."""
+    _rows(code, group, n, x, SIZES16, n_blocks, _coarse(code, plane, n_blocks), (pairs, pair_bytes), (out, out_bytes))
+
+
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 2")
+def fine_rows(code: Code, group: int, n: int, plane: Value, refine: Value, pairs: Value, pair_bytes: Value, x: Value,
+              n_blocks: Value, out: Value, out_bytes: Value) -> None:
+    """n rows of nested 4-bit codes times 16-bit activations."""
+    codes = _fine(code, plane, refine, n_blocks)
+    _rows(code, group, n, x, SIZES16, n_blocks, codes, (pairs, pair_bytes), (out, out_bytes))

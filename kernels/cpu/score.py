@@ -11,8 +11,9 @@ from numba import carray, float32, int32, njit
 from kernels.activation import KINDS, Gate
 from kernels.cpu.activation import blocks8
 from kernels.cpu.gate import gated, kind_of
-from kernels.cpu.rows import LINE, ask_for, score_row
-from kernels.cpu.threads import address, claim, fields, pointer, run, task
+from kernels.cpu.rows import LINE, add_lines, ask_for, score_rows
+from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
+from kernels.cpu.vectors import LANES
 from kernels.layout import Layout
 from kernels.select import BIN_SHIFT
 
@@ -24,8 +25,18 @@ UP_ONLY = -1    # in place of a gate's kind: score_up
 
 
 @njit(cache=True, nogil=True)
-def _row(plane, pairs, x, n_blocks, group):
-    return score_row(plane, pairs, x, n_blocks, 128) if group == 128 else score_row(plane, pairs, x, n_blocks, 64)
+def _lines(row, x, n_blocks, a, lines):
+    """Of a neuron gate's line and up's, or up's alone."""
+    if a.kind == UP_ONLY:
+        at, pairs, up = row + a.plane, row + 2 * a.plane + a.scales, lines + LANES * LINE
+        if a.group == 128:
+            score_rows(at, pairs, a.scales, x, n_blocks, up, LANES * LINE, 128, 1)
+        else:
+            score_rows(at, pairs, a.scales, x, n_blocks, up, LANES * LINE, 64, 1)
+    elif a.group == 128:
+        score_rows(row, row + 2 * a.plane, a.scales, x, n_blocks, lines, LANES * LINE, 128, 2)
+    else:
+        score_rows(row, row + 2 * a.plane, a.scales, x, n_blocks, lines, LANES * LINE, 64, 2)
 
 
 RECORD = fields("pairs routed neurons row_bytes plane scales group x x_bytes sketches stride place weight kind "
@@ -40,22 +51,32 @@ def _score(table):
     gate_bias = carray(pointer(a.gate_bias), (a.pairs, a.neurons), float32)
     up_bias = carray(pointer(a.up_bias), (a.pairs, a.neurons), float32)
     per_pair = (a.neurons + ROWS - 1) // ROWS
+    both, found = np.empty((2, LANES, LANES), np.float32), np.empty((3, LANES), np.float32)
     piece = claim(table)
     while piece < a.n_pieces:
-        pair, first = piece // per_pair, piece % per_pair * ROWS
-        x = a.x + pair // a.routed * a.x_bytes
-        for neuron in range(first, min(first + ROWS, a.neurons)):
-            row = a.sketches + slots[pair] * a.stride + neuron * a.row_bytes
-            ask_for(row + AHEAD * a.row_bytes, a.row_bytes)
-            score = _row(row + a.plane, row + 2 * a.plane + a.scales, x, n_blocks, a.group)
+        lines, gate = both.ctypes.data, found.ctypes.data   # taken here, because an array lives up to its last use
+        up, out = gate + LINE, gate + 2 * LINE
+        pair, start = piece // per_pair, piece % per_pair * ROWS
+        x, sketch = a.x + pair // a.routed * a.x_bytes, a.sketches + slots[pair] * a.stride
+        for first in range(start, min(start + ROWS, a.neurons), LANES):
+            n = min(LANES, a.neurons - first)
+            for i in range(n):
+                row = sketch + (first + i) * a.row_bytes
+                ask_for(row + AHEAD * a.row_bytes, a.row_bytes)
+                _lines(row, x, n_blocks, a, lines + i * LINE)
+            add_lines(lines + LANES * LINE, up)
             if a.up_bias:
-                score += up_bias[pair, neuron]
-            if a.kind != UP_ONLY:
-                gate = _row(row, row + 2 * a.plane, x, n_blocks, a.group)
-                if a.gate_bias:
-                    gate += gate_bias[pair, neuron]
-                score = gated(gate, score, a.kind, a.alpha, a.limit) * weights[pair]
-            scores[pair, neuron] = abs(score)
+                found[1, :n] += up_bias[pair, first:first + n]
+            if a.kind == UP_ONLY:
+                for i in range(n):
+                    scores[pair, first + i] = abs(found[1, i])
+                continue
+            add_lines(lines, gate)
+            if a.gate_bias:
+                found[0, :n] += gate_bias[pair, first:first + n]
+            gated(gate, up, out, a.kind, a.alpha, a.limit)
+            for i in range(n):
+                scores[pair, first + i] = abs(found[2, i] * weights[pair])
         piece = claim(table)
 
 
@@ -79,18 +100,26 @@ def score_up(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, lay
 
 def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout, kind: int,
             gate_bias: Tensor | None, up_bias: Tensor | None, gate: Gate) -> Tensor:
-    assert sketches.stride(1) == 1 and sketches.shape[1] >= layout.neurons * layout.sketch_row, sketches.shape
-    (tokens, routed), neurons, x = place.shape, layout.neurons, blocks8(codes, scales)
-    place, weight = place.int().contiguous(), weight.contiguous()
+    x, place, weight = blocks8(codes, scales), place.int().contiguous(), weight.contiguous()
     gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
-    scores = torch.empty(tokens, routed * neurons, dtype=torch.float32)
-    run(_score, RECORD, tokens * routed * -(-neurons // ROWS), scores.numel() * layout.sketch_row,
+    scores = torch.empty(len(place), place.shape[1] * layout.neurons, dtype=torch.float32)
+    call(scoring(x, sketches, place, weight, layout, kind, gate, scores, gate_bias, up_bias))
+    return scores
+
+
+def scoring(x: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout, kind: int, gate: Gate,
+            scores: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Step:
+    """The step that writes scores float32 [T, k * I]. x: of `blocks8`; place int32 and weight float32 [T, k]."""
+    assert sketches.stride(1) == 1 and sketches.shape[1] >= layout.neurons * layout.sketch_row, sketches.shape
+    (tokens, routed), neurons = place.shape, layout.neurons
+    record = pack(
+        RECORD, tokens * routed * -(-neurons // ROWS), scores.numel() * layout.sketch_row,
         pairs=tokens * routed, routed=routed, neurons=neurons, row_bytes=layout.sketch_row, plane=layout.plane2,
         scales=layout.scales, group=layout.group, x=address(x), x_bytes=x.stride(0), sketches=address(sketches),
         stride=sketches.stride(0), place=address(place), weight=address(weight), kind=kind,
         gate_bias=address(gate_bias), up_bias=address(up_bias), scores=address(scores), alpha=gate.alpha,
         limit=gate.limit)
-    return scores
+    return Step(_score, record, (x, sketches, place, weight, scores, gate_bias, up_bias))
 
 
 @njit("void(float32[:,::1], int32[:,::1])", cache=True, nogil=True)

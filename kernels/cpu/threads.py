@@ -1,7 +1,8 @@
 """Work in pieces over the threads that torch computes with already: a second pool would wait against the first.
 
 A task is compiled with `task` and takes its pieces from a counter; what a piece computes depends on nothing but its
-number, so results depend neither on the number of threads nor on which of them was first.
+number, so results depend neither on the number of threads nor on which of them was first. Tasks that follow one
+another are one call in program.py.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +27,29 @@ Tensor = torch.Tensor
 task = cfunc("void(int64)", cache=True)     # of the address of its record
 GRAIN = 256 << 10   # bytes a thread reads, at least: some 25 us, where starting and awaiting a second one costs 5 to 10
                     # in a quiet machine, and in a busy one may cost a turn of the scheduler
+HEAD = struct.Struct("=qqq")    # of every record: the counter, the pieces, about how many bytes they read
+_START = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
 def fields(names: str, floats: str = "") -> np.dtype:
-    """The record that a task is told everything in: int64 and float32, and before them its counter and its pieces.
+    """The record that a task is told everything in: int64 and float32, and before them what HEAD says.
     The task reads it as `carray(pointer(address), 1, dtype)[0]`."""
-    return np.dtype([(name, np.int64) for name in ("next", "n_pieces", *names.split())]
+    return np.dtype([(name, np.int64) for name in ("next", "n_pieces", "n_bytes", *names.split())]
                     + [(name, np.float32) for name in floats.split()])
+
+
+class Step(NamedTuple):
+    """A task and its record. alive: what lies at the record's addresses. whole: one thread takes all of it, whatever
+    the record says of pieces, because several tasks share it."""
+
+    task: object
+    record: bytearray
+    alive: tuple = ()
+    whole: bool = False
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.record))
 
 
 @intrinsic
@@ -51,25 +69,25 @@ def pointer(context, address):
     return types.voidptr(types.int64), generate
 
 
+def pack(record: np.dtype, n_pieces: int, n_bytes: int = 0, /, **values: float) -> bytearray:
+    """A record with its values."""
+    return bytearray(_packing(record).pack(0, n_pieces, n_bytes, *[values[name] for name in record.names[3:]]))
+
+
 def run(function, record: np.dtype, n_pieces: int, n_bytes: int, /, **values: float) -> None:
     """Compute all pieces of a task, which reads about n_bytes, and wait for them. values: of the record's fields,
     addresses among them; whoever calls keeps alive what lies there."""
-    call(function, pack(record, n_pieces, **values), n_pieces, n_bytes)
+    call(Step(function, pack(record, n_pieces, n_bytes, **values)))
 
 
-def pack(record: np.dtype, n_pieces: int, /, **values: float) -> bytearray:
-    """A record for `call`."""
-    return bytearray(_packing(record).pack(0, n_pieces, *[values[name] for name in record.names[2:]]))
-
-
-def call(function, packed: bytearray, n_pieces: int = 1, n_bytes: int = 0) -> None:
-    """A task with a packed record, in as many threads as it is worth."""
-    at = ctypes.addressof(ctypes.c_char.from_buffer(packed))
-    n = min(n_pieces, torch.get_num_threads(), max(1, n_bytes // GRAIN))
+def call(step: Step) -> None:
+    """One step, in as many threads as it is worth."""
+    _, n_pieces, n_bytes = HEAD.unpack_from(step.record)
+    n = 1 if step.whole else min(n_pieces, torch.get_num_threads(), max(1, n_bytes // GRAIN))
     if n > 1:
-        _parallel()(function.address, at, n)
+        parallel()(step.task.address, step.address, n, 0)
     elif n:
-        function.ctypes(at)
+        step.task.ctypes(step.address)
 
 
 @cache
@@ -84,18 +102,16 @@ def address(tensor: Tensor | None) -> int:
 
 
 @cache
-def _parallel() -> Callable[[int, int, int], None]:
-    """A function of address, argument and number of threads that calls the one there in every thread."""
+def parallel() -> Callable[[int, int, int, int], None]:
+    """A C function of address, argument, number of threads and 0 that calls the one there in every thread."""
     for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
         library = ctypes.CDLL(str(path))        # loaded already, this asks for its handle
         if hasattr(library, "GOMP_parallel"):   # GNU's own, and LLVM's but on Windows
-            library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            library.GOMP_parallel.restype = None
-            return lambda address, argument, n: library.GOMP_parallel(address, argument, n, 0)
-    return _python_threads
+            return _START(("GOMP_parallel", library))
+    return _START(_python_threads)
 
 
-def _python_threads(address: int, argument: int, n: int) -> None:
+def _python_threads(address: int, argument: int, n: int, _: int) -> None:
     """Where torch's pool cannot be asked; each start costs some ten microseconds more."""
     function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
     started = [_pool().submit(function, argument) for _ in range(n - 1)]

@@ -101,6 +101,17 @@ class Value:
         at = ir.Constant(vector(INT32, len(order)), order)
         return Value(self.code, self.code.builder.shuffle_vector(self.value, second, at))
 
+    def at_most(self, most: Value | float) -> Value:
+        """Floats; NaN stays NaN."""
+        return self._unless(">", most)
+
+    def at_least(self, least: Value | float) -> Value:
+        return self._unless("<", least)
+
+    def _unless(self, sign: str, limit: Value | float) -> Value:
+        builder, limit = self.code.builder, self._same(limit)
+        return Value(self.code, builder.select(builder.fcmp_ordered(sign, self.value, limit), limit, self.value))
+
     def magnitude(self) -> Value:
         return self.code.call(f"llvm.fabs.v{self.lanes}f32", self.kind, self)
 
@@ -109,13 +120,22 @@ class Value:
         size = self.lanes // n
         return [self.pick(list(range(i * size, (i + 1) * size))) for i in range(n)]
 
-    def total(self) -> Value:
-        """The sum of a vector of floats, halves added to halves: one order on every processor."""
-        found = self
-        while found.lanes > 1:
-            low, high = found.parts(2)
-            found = low + high
-        return Value(self.code, self.code.builder.extract_element(found.value, ir.Constant(INT32, 0)))
+    def only(self) -> Value:
+        """The one lane of a vector that has no other, as a scalar."""
+        return Value(self.code, self.code.builder.extract_element(self.value, ir.Constant(INT32, 0)))
+
+
+def totals(vectors: list[Value]) -> Value:
+    """The sum of each of 1, 2, 4, 8 or 16 vectors of 16 floats, lane by lane: halves are added to halves, one order on
+    every processor and for any number of vectors."""
+    found, size = vectors, LANES
+    while size > 1:
+        pairs = list(zip(found[::2], found[1::2], strict=True)) if len(found) > 1 else [(found[0], None)]
+        lanes = range(2 * LANES if len(found) > 1 else found[0].lanes)
+        low, high = ([lane for lane in lanes if (lane % size < size // 2) == is_low] for is_low in (True, False))
+        found = [first.pick(low, second) + first.pick(high, second) for first, second in pairs]
+        size //= 2
+    return found[0]
 
 
 def joined(parts: list[Value]) -> Value:

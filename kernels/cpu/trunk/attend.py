@@ -11,8 +11,8 @@ import torch
 from numba import carray, float32, njit
 
 from kernels.cpu.rows import FLOATS, LINE
-from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
-from kernels.cpu.vectors import LANES, Code, Value, in_vectors
+from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
+from kernels.cpu.vectors import LANES, Code, Value, in_vectors, totals
 from kernels.trunk.attend import Heads
 
 Tensor = torch.Tensor
@@ -27,7 +27,7 @@ def _dot(code: Code, a: Value, b: Value, n_lines: Value) -> Value:
     with code.loop(n_lines) as line:
         total.set(code.multiply_add(code.load(a + line * LINE, FLOATS), code.load(b + line * LINE, FLOATS),
                                     total.get()))
-    return total.get().total()
+    return totals([total.get()]).only()
 
 
 @in_vectors("void(i64, i64, i64, f32)")
@@ -124,18 +124,35 @@ def _attend(table):
 def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
            rows: Tensor | None = None) -> Tensor:
     """As kernels.trunk.attend.attend; what a device would be told by tensors is left to the reference."""
-    size, projected = heads.size, projected.clone()
-    suits = all(kept.dtype == torch.float32 and kept.stride()[2:] == (size, 1) for kept in (keys, values))
-    if rows is not None or size % LANES or not suits:
+    if rows is not None or not takes(heads, keys, values):
         return NotImplemented
-    tokens, out = len(projected), torch.empty(len(projected), heads.queries * size, dtype=torch.float32)
-    packed = pack(RECORD, heads.cached, tokens=tokens, queries=heads.queries, cached=heads.cached, size=size,
-                  projected=address(projected), turn=address(turn), keys=address(keys), values=address(values),
-                  key_head=4 * keys.stride(1), value_head=4 * values.stride(1), position=position,
-                  query_norm=address(heads.query_norm), key_norm=address(heads.key_norm),
-                  query_span=0 if heads.query_norm is None else heads.query_norm.numel(),
-                  key_span=0 if heads.key_norm is None else heads.key_norm.numel(), out=address(out),
-                  scale=heads.scale, epsilon=heads.epsilon)
-    call(_enter, packed)
-    call(_attend, packed, heads.cached, 8 * (position + tokens) * heads.cached * size)
+    out = torch.empty(len(projected), heads.queries * heads.size, dtype=torch.float32)
+    for step in attending(projected.clone(), turn, heads, out, **of_cache(keys, values, position, len(projected))):
+        call(step)
     return out
+
+
+def takes(heads: Heads, keys: Tensor, values: Tensor) -> bool:
+    """Whether a cache's rows are such as are read here."""
+    return heads.size % LANES == 0 and all(kept.dtype == torch.float32 and kept.stride()[2:] == (heads.size, 1)
+                                           for kept in (keys, values))
+
+
+def of_cache(keys: Tensor, values: Tensor, position: int, tokens: int) -> dict[str, int]:
+    """What a record says of a cache, whose tensors the caller keeps: float32 [1, C, N, D] each."""
+    cached, size = keys.shape[1], keys.shape[3]
+    return dict(keys=address(keys), values=address(values), key_head=4 * keys.stride(1),
+                value_head=4 * values.stride(1), position=position, n_bytes=8 * (position + tokens) * cached * size)
+
+
+def attending(projected: Tensor, turn: Tensor, heads: Heads, out: Tensor, n_bytes: int = 0, **cache: int) -> list[Step]:
+    """The steps of `attend`, which change projected, into out float32 [T, Q * D]. cache: as of `of_cache`, or later."""
+    spans = {f"{name}_span": 0 if norm is None else norm.numel()
+             for name, norm in (("query", heads.query_norm), ("key", heads.key_norm))}
+    packed = pack(RECORD, heads.cached, n_bytes, tokens=len(projected), queries=heads.queries, cached=heads.cached,
+                  size=heads.size, projected=address(projected), turn=address(turn),
+                  query_norm=address(heads.query_norm), key_norm=address(heads.key_norm), out=address(out),
+                  scale=heads.scale, epsilon=heads.epsilon, **spans,
+                  **dict.fromkeys(("keys", "values", "key_head", "value_head", "position"), 0) | cache)
+    alive = (projected, turn, heads, out)
+    return [Step(_enter, packed, alive, whole=True), Step(_attend, packed, alive)]

@@ -21,8 +21,8 @@ from numba import carray, float32, int8, int64, njit
 from kernels.cpu.activation import LARGEST, halves_of, in_steps
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
-from kernels.cpu.threads import address, call, claim, fields, pack, pointer, task
-from kernels.cpu.vectors import INT32, LANES, Code, Value, Variable, in_vectors, joined, vector
+from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
+from kernels.cpu.vectors import INT32, LANES, Code, Value, Variable, in_vectors, joined, totals, vector
 from kernels.trunk.linear import MOST_TOKENS, Matrices, columns
 
 Tensor = torch.Tensor
@@ -44,18 +44,18 @@ def _halves(code: Code, x: Value) -> tuple[Value, Value]:
 def rows8(code: Code, n: int, codes: Value, code_bytes: Value, scales: Value, scale_bytes: Value, x: Value,
           n_lines: Value, out: Value) -> None:
     """n rows of 8-bit codes times an activation -> float32 [n]; a line is one group."""
-    totals = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
+    rows = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
     with code.loop(n_lines) as line:
         at = x + line * BLOCK
         halves, step, less = _halves(code, at), code.load(at + 4 * LINE, FLOATS), code.load(at + 5 * LINE, WORDS)
-        for row, total in enumerate(totals):
+        for row, total in enumerate(rows):
             place = codes + code_bytes * row + line * LINE
             code.prefetch(place + code_bytes * n)
             words = code.load(place, WORDS) ^ PLUS_128
             scale = code.halves(scales + scale_bytes * row + line * 2, 1).pick([0] * LANES)
             whole = _bytes_times(code, words, halves) - less
             total.set(code.multiply_add(scale * step, whole.to_float(), total.get()))
-    _store(code, totals, out)
+    _store(code, rows, out)
 
 
 def _bytes_times(code: Code, words: Value, halves: tuple[Value, Value]) -> Value:
@@ -66,9 +66,8 @@ def _bytes_times(code: Code, words: Value, halves: tuple[Value, Value]) -> Value
     return (high << 4) + low
 
 
-def _store(code: Code, totals: list[Variable], out: Value) -> None:
-    for row, total in enumerate(totals):
-        code.store(total.get().total(), out + 4 * row)
+def _store(code: Code, lines: list[Variable], out: Value) -> None:
+    code.store(totals([line.get() for line in lines]), out)
 
 
 @in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 1")
@@ -76,13 +75,13 @@ def rows4(code: Code, n: int, codes: Value, code_bytes: Value, pairs: Value, pai
           n_lines: Value, n_rest: Value, out: Value) -> None:
     """n rows of 4-bit codes times an activation -> float32 [n]; a line is two groups, and n_rest is 1 where one group
     is left."""
-    totals = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
+    rows = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
 
     def add(line: Value, read: Callable[[Value, Value], tuple[Value, Value]]) -> None:
         at = x + line * BLOCK
         even, odd, step, sums = _halves(code, at), _halves(code, at + 2 * LINE), *(
             code.load(at + part * LINE, FLOATS) for part in (4, 5))
-        for row, total in enumerate(totals):
+        for row, total in enumerate(rows):
             place = codes + code_bytes * row + line * LINE
             code.prefetch(place + code_bytes * n)
             words, both = read(place, pairs + pair_bytes * row + line * 8)
@@ -100,20 +99,20 @@ def rows4(code: Code, n: int, codes: Value, code_bytes: Value, pairs: Value, pai
         add(line, lambda place, pair: (code.load(place, WORDS), code.halves(pair, 4)))
     with code.loop(n_rest):
         add(n_lines, read_half)
-    _store(code, totals, out)
+    _store(code, rows, out)
 
 
 @in_vectors("void(i64, i64, i64, i64, i64) 1")
 def rows32(code: Code, n: int, weights: Value, row_bytes: Value, x: Value, n_lines: Value, out: Value) -> None:
     """n rows of float32 times an activation of the same kind -> float32 [n]; a line is 16 columns."""
-    totals = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
+    rows = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
     with code.loop(n_lines) as line:
         given = code.load(x + line * LINE, FLOATS)
-        for row, total in enumerate(totals):
+        for row, total in enumerate(rows):
             place = weights + row_bytes * row + line * LINE
             code.prefetch(place + row_bytes * n)
             total.set(code.multiply_add(code.load(place, FLOATS), given, total.get()))
-    _store(code, totals, out)
+    _store(code, rows, out)
 
 
 @in_vectors("void(i64, i64)")
@@ -259,24 +258,38 @@ def takes(matrices: Matrices) -> bool:
 def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
             residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.trunk.linear.linears."""
+    if not _told(matrices):
+        return NotImplemented
+    given = x if norm is None else torch.empty_like(x)
+    out = torch.empty(len(x), matrices.rows, dtype=torch.float32)
+    for step in multiplying(x, matrices, out, norm, epsilon, residual, given):
+        call(step)
+    return out, given
+
+
+def _told(matrices: Matrices) -> tuple:
+    """As `_table`, made once; () for what is not computed here."""
     known = _known.get(matrices)
     if known is None:
         known = _known[matrices] = _table(matrices) if takes(matrices) else ()
-    if not known:
-        return NotImplemented
-    table, n_pieces, kinds = known
+    return known
+
+
+def multiplying(x: Tensor, matrices: Matrices, out: Tensor, norm: Tensor | None = None, epsilon: float = 0.0,
+                residual: Tensor | None = None, given: Tensor | None = None) -> list[Step]:
+    """The steps of `linears` for matrices that `takes` takes, from x float32 [T, K] into out; given [T, K]: room for
+    what a norm makes."""
+    table, n_pieces, kinds = _told(matrices)
     tokens, n = x.shape
-    given = x if norm is None else torch.empty_like(x)
+    given = x if norm is None else given
     lines8, lines4 = (n // GROUP if 8 in kinds else 0), (-(-n // (2 * GROUP)) if 4 in kinds else 0)
     blocks8, blocks4 = (torch.empty(tokens, lines * BLOCK, dtype=torch.int8) for lines in (lines8, lines4))
-    out = torch.empty(tokens, matrices.rows, dtype=torch.float32)
-    packed = pack(RECORD, n_pieces, tokens=tokens, columns=n, x=address(x), norm=address(norm), given=address(given),
-                  blocks8=address(blocks8), bytes8=lines8 * BLOCK, blocks4=address(blocks4), bytes4=lines4 * BLOCK,
-                  matrices=table.ctypes.data, n_matrices=len(table), out=address(out), out_row=matrices.rows,
-                  residual=address(residual), epsilon=epsilon)
-    call(_prepare, packed)
-    call(_multiply, packed, n_pieces, matrices.n_bytes)
-    return out, given
+    packed = pack(RECORD, n_pieces, matrices.n_bytes, tokens=tokens, columns=n, x=address(x), norm=address(norm),
+                  given=address(given), blocks8=address(blocks8), bytes8=lines8 * BLOCK, blocks4=address(blocks4),
+                  bytes4=lines4 * BLOCK, matrices=table.ctypes.data, n_matrices=len(table), out=address(out),
+                  out_row=matrices.rows, residual=address(residual), epsilon=epsilon)
+    alive = (x, matrices, out, norm, residual, given, blocks8, blocks4, table)
+    return [Step(_prepare, packed, alive, whole=True), Step(_multiply, packed, alive)]
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

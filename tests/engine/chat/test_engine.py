@@ -298,12 +298,15 @@ def test_after_an_error_the_engine_goes_on(engine, forwards, error):
     def fail(*_) -> None:
         raise error
 
-    hooks = []  # in the middle of the third forward: some layers have read the token, some have not
-    experts = engine._turns.model.model.layers[3].mlp.experts
-    forwards.on[len(forwards.sizes) + 3] = lambda: hooks.append(experts.register_forward_pre_hook(fail))
+    def lose_a_layer() -> None:  # in the middle of the third forward: some layers have read the token, some have not
+        runtime.near.there[3] = False
+        patch.setattr(runtime.far, "verify", fail)
+
+    runtime, patch = engine._turns.runtime, pytest.MonkeyPatch()
+    forwards.on[len(forwards.sizes) + 3] = lose_a_layer
     answer = engine.chat(TALK, GREEDY)
     _, end = finish(answer)
-    hooks[0].remove()
+    patch.undo()
     assert end.reason == "error" and answer.error is error
     assert "\n" not in end.text and end.text.endswith(".") and len(end.text) > 15
     assert engine.snapshot()["phase"] == "idle"

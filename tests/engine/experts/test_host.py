@@ -111,23 +111,29 @@ def test_the_answer_does_not_depend_on_near_memory_nor_on_prediction(level, load
     assert by_near == sorted(by_near) and fewest < most
 
 
-def test_the_answer_depends_on_no_number_of_threads_either(loaded, monkeypatch):
-    """Token by token through the fused step, every product cut into pieces, however small."""
+@pytest.mark.parametrize("level", ["exact", "balanced"])
+@torch.inference_mode()
+def test_a_step_has_the_same_bits_however_it_is_computed(level, loaded, monkeypatch):
+    """In one call where everything is in place, in many where it is not; on one thread and on two, every product cut
+    into pieces, however small."""
     threads = pytest.importorskip("kernels.cpu.threads")
     monkeypatch.setattr(threads, "GRAIN", 1)
-    runtime, before, answers = loaded.runtime, torch.get_num_threads(), set()
-    least, greedy = smallest(runtime, "exact"), Sampling(0.0, 0, 1.0, 0.0, 1.0)
+    runtime, before, rows, needed = loaded.runtime, torch.get_num_threads(), [], set()
+    least, greedy = smallest(runtime, level), Sampling(0.0, 0, 1.0, 0.0, 1.0)
     try:
         for near in (runtime.everything_bytes(), (runtime.everything_bytes() + least) // 2, least):
-            runtime.set_level("exact", near)
+            runtime.set_level(level, near)
             for n in (1, 2):
                 torch.set_num_threads(n)
-                with torch.inference_mode():
-                    drawn = HostDecoder(loaded.model).tokens(PROMPT[0].tolist(), greedy, None, frozenset(), N_TOKENS)
-                    answers.add(tuple(one.token for one in drawn))
+                decoder, counted = HostDecoder(loaded.model), runtime.counters()
+                drawn = list(decoder.tokens(PROMPT[0].tolist(), greedy, None, frozenset(), N_TOKENS))
+                rows.append(torch.stack([one.logits for one in drawn]))
+                needed.add((runtime.counters() - counted).needed_bytes)
+                assert decoder.prefix.fused.in_one_call(decoder.prefix._cache) == runtime.is_mapped
     finally:
         torch.set_num_threads(before)
-    assert len(answers) == 1 and len(set(answers.pop())) > 2
+    assert all(torch.equal(rows[0], other) for other in rows[1:]) and len(needed) == 1
+    assert len(set(rows[0].argmax(1).tolist())) > 2
 
 
 @torch.inference_mode()

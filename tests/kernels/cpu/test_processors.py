@@ -50,12 +50,12 @@ def test_the_best_instructions_that_there_are(there, kind, parts):
 
 
 SAID = """
-    from kernels.cpu import apply
+    from kernels.cpu import activation, apply
     from kernels.cpu.dots import DOTS
     error = (found - dense.reference(*arguments)).abs().max() / found.abs().max()
     assert error < 2e-4, error
     print(type(DOTS).__name__, DOTS.parts, found.numpy().tobytes().hex(), apply._add_neurons.cache_hits,
-          sum(apply._pieces_of.stats.cache_misses.values()))
+          sum(activation._quantize.stats.cache_misses.values()))
 """
 
 
