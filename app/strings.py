@@ -257,6 +257,7 @@ TEXT = {
     "server_key_help": "Empty where the server wants none. It is stored on this computer, in your own data folder, "
                        "and sent to this address alone.",
     "server_ask": "Ask for its models",
+    "server_asking": "Waiting for the server",
     "server_forget": "Forget this server",
     "server_models": "Models ({n})",
     "server_chosen": "The server offers {n} model(s).",

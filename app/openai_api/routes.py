@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from app.chat.line import Line
+from app.http.leaving import until_gone
 from app.openai_api import errors
 from app.openai_api.asking import PATIENCE_SECONDS, Asking, Requests
 from app.openai_api.bodies import Careful, ChatBody, TextBody
@@ -117,9 +118,7 @@ def _patience(request: Request) -> float:
 
 
 async def _leave_with(request: Request, asking: Asking) -> None:
-    """The body has been read: what comes now is that the client goes."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    await until_gone(request)
     asking.leave()
 
 

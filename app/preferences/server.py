@@ -1,13 +1,18 @@
 """Another OpenAI-compatible server that conversations can be sent to: its address, key and models."""
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
+from app.http.leaving import while_asked
 from app.incoming import Body, Place
 from app.remote.server import KEY_CHARACTERS, Servers
+from engine import Stopped
 
 
 class Chosen(Body):
@@ -26,11 +31,12 @@ def routes(router: APIRouter, parts) -> None:
         return {"address": server.address, "has_key": bool(server.key), "models": server.models} if server else {}
 
     @router.post("/preferences/server")
-    def choose(wish: Chosen):
-        """Asks the server for its models: nothing goes there before."""
-        servers.choose(wish.address, wish.key)
+    async def choose(wish: Chosen, request: Request):
+        """Asks the server for its models: nothing goes there before. Stopped by the person it changes nothing."""
+        with suppress(Stopped):
+            await while_asked(request, partial(servers.choose, wish.address, wish.key))
         parts.stream.changed()
-        return read()
+        return await run_in_threadpool(read)
 
     @router.delete("/preferences/server")
     def forget():

@@ -16,7 +16,7 @@ import httpx
 
 from app.remote.place import Place
 from app.strings import TEXT
-from engine import UserError
+from engine import Stopped, UserError
 
 WAKE_SECONDS = 0.05
 CONNECT_SECONDS = 15.0
@@ -27,15 +27,18 @@ ANSWER_BYTES = 64 << 20
 SAID_CHARACTERS = 300  # of a server's own words in a sentence of ours
 
 
-def ask(place: Place, path: str) -> object:
-    """The JSON document at a path. UserError also where it is not whole within ASK_SECONDS, however it trickles."""
+def ask(place: Place, path: str, stopped: Callable[[], bool] = lambda: False) -> object:
+    """The JSON document at a path. UserError also where it is not whole within ASK_SECONDS, however it trickles;
+    Stopped."""
     end = time.monotonic() + ASK_SECONDS
 
-    def is_late() -> bool:
-        return time.monotonic() > end
-    with closing(_until(is_late, _exchange(place, path, None))) as source:
+    def is_over() -> bool:
+        return stopped() or time.monotonic() > end
+    with closing(_until(is_over, _exchange(place, path, None))) as source:
         text = b"".join(_bounded(source))
-    if is_late():
+    if stopped():
+        raise Stopped
+    if is_over():
         raise UserError(TEXT["server_gone"].format(host=place.host))
     return _json(text)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import SplitResult, urlsplit
 
@@ -46,14 +47,14 @@ class Servers:
         except (TypeError, KeyError):
             return None
 
-    def choose(self, address: str, key: str | None) -> Server:
+    def choose(self, address: str, key: str | None, stopped: Callable[[], bool] = lambda: False) -> Server:
         """Ask a server for its models and keep it. key None: the one that is stored, if it is of this very address.
-        UserError, and nothing changes, for an address that is none and for a server that does not answer."""
+        UserError, and nothing changes, for an address that is none and for a server that does not answer; Stopped."""
         address, before = whole_address(address), self.current()
         if key is None:
             key = before.key if before and before.address == address else ""
         server = Server(address, _checked_key(key))
-        server = replace(server, models=models_in(ask(server.place, "/models")))
+        server = replace(server, models=models_in(ask(server.place, "/models", stopped)))
         self._chats.set_preference(PREFERENCE, asdict(server))
         return server
 

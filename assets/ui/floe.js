@@ -21,16 +21,18 @@ async function sentence(reply) {
   return json ? (await reply.json()).error : reply.status < 500 && (await reply.text());
 }
 
-async function heard(method, path, body) {
+async function heard(method, path, body, signal) {
   let reply;
   try {
     const raw = typeof body === "string" || body instanceof Blob; // a file goes as it lies on the disk
     reply = await fetch(path, {
       method,
+      signal,
       headers: body === undefined ? {} : { "content-type": raw ? "application/octet-stream" : "application/json" },
       body: body === undefined || raw ? body : JSON.stringify(body),
     });
   } catch {
+    if (signal?.aborted) throw new Said(); // by the person
     if (presence === "here") notice(TEXT.gone || "The program does not answer.");
     throw new Unheard();
   }
@@ -44,7 +46,19 @@ async function heard(method, path, body) {
   throw new Said(error);
 }
 
-export const api = async (method, path, body) => (await heard(method, path, body)).json();
+export const api = async (method, path, body, signal) => (await heard(method, path, body, signal)).json();
+
+// What waits for another computer: meanwhile its place says so, with a Stop that ends it. asking: given the signal.
+export async function patiently(place, words, asking) {
+  const before = [...place.childNodes], stop = new AbortController();
+  place.replaceChildren(h("span", { class: "spinner" }), h("span", {}, words),
+    h("button", { type: "button", class: "quiet", onclick: () => stop.abort() }, TEXT.stop));
+  try {
+    return await asking(stop.signal);
+  } finally {
+    place.replaceChildren(...before);
+  }
+}
 
 // A link of the page's own cannot carry the key, so what is to be kept is fetched first.
 export async function download(path) {

@@ -263,6 +263,26 @@ def test_another_level_is_chosen_in_the_header(page):
     expect(page.locator("#page-models")).to_be_visible()
 
 
+def test_a_slow_disk_and_a_slow_hub_are_said_and_hold_nobody(page):
+    held = []
+    page.route("**/api/models", lambda route: held.append(route))
+    page.route("**/api/models/search**", lambda route: held.append(route))
+    page.get_by_role("link", name="Models").click()
+    expect(page.locator("#page-models")).to_contain_text("Checking this computer.")
+    until(page, lambda: held)
+    page.unroute("**/api/models")
+    held.pop().continue_()
+    page.wait_for_selector("#machine-line:not(:empty)")
+    expect(page.locator("#page-models")).not_to_contain_text("Checking this computer.")
+    page.get_by_role("tab", name="Get models").click()
+    page.fill("#hub-id", "second")
+    page.press("#hub-id", "Enter")
+    expect(page.locator("#hub-found")).to_contain_text("Searching Hugging Face")
+    page.locator("#hub-found").get_by_role("button", name="Stop").click()
+    expect(page.locator("#hub-found")).to_be_empty()
+    assert page.evaluate("told") == []
+
+
 def test_a_newcomer_gets_everywhere_from_the_first_start(page, tmp_path):
     """To an answer of a model of one's own, to conversations of another program, to a preset, to an old message."""
     folder = small_model.make(tmp_path, demo_model())[0].rename(tmp_path / "Mine")

@@ -71,6 +71,19 @@ def test_a_conversation_on_another_server(app, page):
         expect(page.locator(".message.assistant").last).to_contain_text("in the middle of the answer")
 
 
+def test_a_server_that_is_slow_to_name_its_models_holds_nobody(app, page):
+    with model_server() as server:
+        server.hold = threading.Event()
+        name_server(page, server.address, "")
+        asked = page.locator("#preferences-server")
+        until(page, lambda: server.keys)
+        asked.get_by_role("button", name="Stop").click()
+        asked.get_by_role("button", name="Ask for its models").wait_for()
+        until(page, server.gone.is_set)  # the program has left it, too, and keeps nothing of it
+    kept = page.evaluate("fetch('/api/preferences/server').then(reply => reply.json())")
+    assert kept.get("address") != server.address
+
+
 def test_our_own_api_is_such_a_server(app, tmp_path):
     """Another copy of this program on another port."""
     key = httpx.post(f"{app.address}/api/preferences/programs/keys", json={"name": "the other one"},

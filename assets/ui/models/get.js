@@ -1,6 +1,6 @@
 // Get models: the catalogue with how each would run here, the Hub by words or by an address, and what already lies on
 // this computer: a folder or a GGUF file, dropped or given by its path.
-import { TEXT, api, bytes, emit, h, keep, notice, say } from "/ui/floe.js";
+import { TEXT, api, bytes, emit, h, keep, notice, patiently, say } from "/ui/floe.js";
 import { droppable } from "/ui/drop.js";
 import { showModels, showWorks } from "/ui/models/page.js";
 import { card, judge, practical, quiet, setFacts, toFetch } from "/ui/models/card.js";
@@ -71,14 +71,10 @@ export function getTab(page) {
   async function look() {
     const words = search.value.trim();
     if (!words) return;
-    found.replaceChildren(h("li", { class: "empty" }, h("span", { class: "spinner" }), ` ${TEXT.hub_looking}`));
-    let answer;
-    try {
-      answer = await api("GET", `/api/models/search?${new URLSearchParams({ q: words })}`);
-    } catch (error) {
-      found.replaceChildren();
-      throw error;
-    }
+    const waiting = h("li", { class: "empty" });
+    found.replaceChildren(waiting);
+    const answer = await patiently(waiting, TEXT.hub_looking, (signal) =>
+      api("GET", `/api/models/search?${new URLSearchParams({ q: words })}`, undefined, signal)).finally(() => waiting.remove());
     if (search.value.trim() !== words) return;
     found.replaceChildren(...(answer.repository ? [repository(answer.repository)] : answer.hits.map(hit)));
     if (!found.children.length) found.replaceChildren(h("li", { class: "empty" }, TEXT.hub_none));
@@ -87,8 +83,8 @@ export function getTab(page) {
   function hit({ repository: name, downloads, likes, formats }) {
     const item = card({ name }, {
       facts: [formats.join(", "), say("hub_downloads", { n: downloads.toLocaleString("en") }), say("hub_likes", { n: likes.toLocaleString("en") })],
-      buttons: [quiet(TEXT.hub_examine, async () => item.replaceWith(repository(await api("GET", `/api/models/examine?${
-        new URLSearchParams({ name })}`))))],
+      buttons: [quiet(TEXT.hub_examine, async () => item.replaceWith(repository(await patiently(item.querySelector(".model-buttons"),
+        TEXT.hub_looking, (signal) => api("GET", `/api/models/examine?${new URLSearchParams({ name })}`, undefined, signal)))))],
     });
     return item;
   }

@@ -30,6 +30,7 @@ const wanted = () => Object.keys(TABS).find((name) => location.hash === `#${TABS
 
 export async function mount(root) {
   const machine = h("p", { class: "machine-line", id: "machine-line" });
+  const looking = h("p", { class: "waits", role: "status" }, h("span", { class: "spinner" }), h("span", {}, TEXT.gpu_unknown));
   const page = { load, shelf: null };
   const panels = { disk: diskTab(page), get: getTab(page), progress: progressTab(page) };
   const counts = { disk: h("span", { class: "count" }), progress: h("span", { class: "count" }) };
@@ -42,7 +43,7 @@ export async function mount(root) {
   }
   root.replaceChildren(h("div", { class: "panel models-page" }, machine,
     h("div", { class: "tabs", role: "tablist", "aria-label": TEXT.page_models }, ...Object.values(tabs)),
-    ...Object.values(panels).map((panel) => panel.node)));
+    looking, ...Object.values(panels).map((panel) => panel.node)));
 
   function choose(name) {
     history.replaceState(null, "", `#${TABS[name]}`);
@@ -68,7 +69,7 @@ export async function mount(root) {
   }
 
   async function load() {
-    const shelf = page.shelf = await api("GET", "/api/models");
+    const shelf = page.shelf = await api("GET", "/api/models").finally(() => looking.remove()); // a disk may be slow
     machine.textContent = about(shelf);
     count();
     for (const panel of Object.values(panels)) panel.draw(shelf, state.works);

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class ModelServer(ThreadingHTTPServer):
         self.headers: dict[str, str] = {}
         self.models: bytes = json.dumps({"data": [{"id": "big-moe"}, {"id": "small"}]}).encode()
         self.hold: threading.Event | None = None  # keeps the list of models from coming to its end
-        self.gone = threading.Event()  # a connection that the other side ended while it was written to
+        self.gone = threading.Event()  # a connection that the other side ended before its answer
 
     @property
     def address(self) -> str:
@@ -50,8 +51,10 @@ class _Handler(BaseHTTPRequestHandler):
         status = 200 if self.path == "/v1/models" else 404
         self._begin(status, {"content-type": "application/json", "content-length": str(len(self.server.models))})
         self.wfile.write(self.server.models[:-1])
-        if self.server.hold:
-            self.server.hold.wait()
+        while self.server.hold and not self.server.hold.wait(0.02):
+            if select.select([self.connection], [], [], 0)[0]:  # nothing more is asked: the other side has ended it
+                self.server.gone.set()
+                return
         self._write(self.server.models[-1:])
 
     def do_POST(self) -> None:

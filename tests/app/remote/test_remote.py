@@ -15,7 +15,7 @@ from app.chat.import_export import export_json
 from app.remote import exchange
 from app.remote.answer import RemoteModel, request
 from app.remote.server import Servers, whole_address
-from engine import Sampling, UserError
+from engine import Sampling, Stopped, UserError
 from tests.app.chat.imported import import_text
 from tests.app.remote.model_server import ANSWER, DONE, chunk, model_server
 from tests.support.waiting import until
@@ -149,7 +149,10 @@ def test_a_list_of_models_without_an_end_is_not_waited_for(server, chats, monkey
     server.hold = threading.Event()
     with pytest.raises(UserError, match="does not answer"):
         Servers(chats).choose(server.address, None)
-    server.hold.set()
+    monkeypatch.setattr(exchange, "ASK_SECONDS", 1e9)
+    with pytest.raises(Stopped):
+        Servers(chats).choose(server.address, None, lambda: len(server.keys) > 1)  # it has been asked a second time
+    server.gone.wait()
     assert Servers(chats).current() is None
 
 
