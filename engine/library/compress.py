@@ -50,8 +50,8 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
     if checkpoint.warning:
         report(said(checkpoint.warning))
     spec, device, documents = checkpoint.spec, errors.device_for(device)[0], text.documents(source)
-    with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents) as writer:
-        units = list(units_of(writer, checkpoint, device, check, documents))
+    with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents, text.model) as writer:
+        units = list(units_of(writer, checkpoint, device, check, documents, text.model))
         clock = _Clock(sum(bool(unit.layer) for unit in units), spec.experts * spec.expert_params, report)
         if documents:
             report(said(expected(spec, documents, device)))
@@ -63,7 +63,8 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
             if unit.layer:
                 writer.save()
                 clock.report(unit.layer, worked)
-        manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source, calibration=noted(documents))
+        manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source,
+                               calibration=noted(documents, text.model))
     clock.report(clock.layers + 1)
     return manifest
 
@@ -73,7 +74,7 @@ def left_out(checkpoint: Checkpoint) -> str:
 
 
 def text_of(choice: CompressOptions) -> Text:
-    return Text(choice.texts, choice.text_tokens)
+    return Text(choice.texts, choice.text_tokens, choice.felt_by)
 
 
 def settled(choice: CompressOptions) -> tuple[str, int]:
@@ -99,24 +100,24 @@ class Unit:
 
 
 def writer_for(checkpoint: Checkpoint, dest: Path, origin: str, group_size: int | None, trunk_bits: int,
-               documents: Documents = ()) -> FolderWriter:
+               documents: Documents = (), model: Path | None = None) -> FolderWriter:
     """UserError as of `FolderWriter.begin`: also for what was begun over another text."""
-    origin = f"{origin}, over the text {digest(documents)}" if documents else origin
+    origin = f"{origin}, over the text {digest(documents, model)}" if documents else origin
     return FolderWriter.begin(dest, checkpoint.spec, len(checkpoint.skeleton.state_dict()), origin, group_size,
                               trunk_bits, len(checkpoint.map.mtp))
 
 
 def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: Callable[[], None],
-             documents: Documents = ()) -> Iterator[Unit]:
+             documents: Documents = (), model: Path | None = None) -> Iterator[Unit]:
     """Layers, trunk tensors and multi-token-prediction tensors (kept against a second download, unused for now),
     those of an earlier run marked as done. check: is called within every expert and before every tensor, and
-    may raise. documents: the codes are to err less on these, which asks for an order."""
+    may raise. documents: the codes are to err less on these, which asks for an order; model: as of `Text`."""
     source = checkpoint.source
 
     def extra(key: str) -> None:
         check()
         writer.mtp.add({key: source.get(key)})
-    yield from (_over_text(writer, checkpoint, documents, device, check) if documents else
+    yield from (_over_text(writer, checkpoint, documents, device, check, model) if documents else
                 _without_text(writer, checkpoint, device, check))
     for key in checkpoint.map.mtp:
         yield Unit(source.parts(key), partial(extra, key), MTP in writer.done or key in writer.mtp)
@@ -139,9 +140,9 @@ def _without_text(writer: FolderWriter, checkpoint: Checkpoint, device: str, che
 
 
 def _over_text(writer: FolderWriter, checkpoint: Checkpoint, documents: Documents, device: str,
-               check: Callable[[], None]) -> Iterator[Unit]:
+               check: Callable[[], None], model: Path | None) -> Iterator[Unit]:
     """What the layers need, the layers in their order, and the rest of the trunk whenever it comes."""
-    work = Requantizer(checkpoint, writer, documents, device, check)
+    work = Requantizer(checkpoint, writer, documents, device, check, model)
     before = [Unit(_parts(checkpoint, group), partial(work.outside, group), work.has([group]))
               for group in work.walk.before]
     yield from before
@@ -166,9 +167,9 @@ def _experts_of(checkpoint: Checkpoint, layer: int) -> Iterator[ExpertLayer]:
         yield checkpoint.read_expert(layer, e)
 
 
-def noted(documents: Documents) -> dict:
+def noted(documents: Documents, model: Path | None) -> dict:
     """What the manifest's "calibration" says of codes that were compensated over a text, until levels are measured."""
-    return {"codes": digest(documents)} if documents else {}
+    return {"codes": digest(documents, model)} if documents else {}
 
 
 class _Clock:

@@ -94,18 +94,20 @@ class Stream:
                                          self.source.repository.partition("/")[2])
         origin = f"{self.source.repository} at {self.source.commit}"
         device, bits = settled(self.choice)
-        documents = text_of(self.choice).documents(self.folder)
-        writer = writer_for(checkpoint, self.made, origin, self.choice.group_size, bits, documents)
+        text = text_of(self.choice)
+        documents = text.documents(self.folder)
+        writer = writer_for(checkpoint, self.made, origin, self.choice.group_size, bits, documents, text.model)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
         try:
             with writer:
-                units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents))
+                units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents, text.model))
                 for unit in units:
                     unit.files = frozenset(file_of[key] for key in unit.keys)
                 self._all_shards(copies_last(units, checkpoint), writer)
                 self._tell_copies(checkpoint, writer)
-                writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder, calibration=noted(documents))
+                writer.seal(checkpoint.text_config, checkpoint.skeleton, self.folder,
+                            calibration=noted(documents, text.model))
         finally:
             self.ended.set()
 

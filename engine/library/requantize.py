@@ -1,14 +1,15 @@
 """A compressed folder made again from its original, with codes that err less (engine/quality/requantize.py).
 
-The new one is made beside it, `NAME-again`, over as many runs as it takes, and then takes its place in two renames; a
-run that was killed between them is put right by the next one. What was measured of the levels goes: it held for the
-old codes.
+The old one's gradients say which errors an answer feels. The new one is made beside it, `NAME-again`, over as many runs
+as it takes, and then takes its place in two renames; a run that was killed between them is put right by the next one.
+What was measured of the levels goes: it held for the old codes.
 """
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from engine.core import UserError
@@ -38,8 +39,8 @@ def requantize(folder: Path, original: str, text: Text, device: str | None = Non
     if before.is_dir() and not folder.is_dir():
         os.replace(again if is_sealed(again) else before, folder)
     shutil.rmtree(before, ignore_errors=True)
-    manifest = Manifest.load(folder)
-    if manifest.calibration.get("codes") == digest(text.documents(folder)):
+    manifest, text = Manifest.load(folder), replace(text, model=folder)
+    if manifest.calibration.get("codes") == digest(text.documents(folder), folder):
         report(said(f"The codes of {folder} are those of this text already."))
         return
     if not is_sealed(again):
@@ -49,7 +50,7 @@ def requantize(folder: Path, original: str, text: Text, device: str | None = Non
         elif path.suffix == ".gguf":
             import_gguf(path, again, like, bits, device, report, check, hub, text, group)
         else:
-            choice = CompressOptions(bits, device, False, text.paths, text.n_tokens, group)
+            choice = CompressOptions(bits, device, False, text.paths, text.n_tokens, group, folder)
             download(original, "original", again, None, hub, report, None, choice)
     made = Manifest.load(again)
     if any(getattr(made, name) != getattr(manifest, name) for name in SIZES):

@@ -40,7 +40,8 @@ class Wanted:
 class CompressOptions:
     """How to compress where that is needed. trunk_bits None: what the plan takes for the device. keep_original: the
     checkpoint stays beside the result as NAME-original, a model at level `full`. texts: what its codes are to err less
-    on (engine/quality/requantize.py), about so many tokens together. group_size None: 128 where it divides hidden."""
+    on (engine/quality/requantize.py), about so many tokens together. group_size None: 128 where it divides hidden.
+    felt_by: as `model` of its `Text`."""
 
     trunk_bits: int | None = None
     device: str | None = None
@@ -48,6 +49,7 @@ class CompressOptions:
     texts: tuple[Path, ...] = ()
     text_tokens: int = TOKENS
     group_size: int | None = None
+    felt_by: Path | None = None
 
 
 def fetch_all(hub: Hub, source: Source, files: Iterable[RemoteFile], folder: Path, meter: Meter,

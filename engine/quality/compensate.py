@@ -2,11 +2,14 @@
 
 Columns are rounded one after the other; what a rounding misses is taken over by the columns that are still to come, as
 the Hessian of the inputs says. Two uses: gate, up and the trunk's matrices over their inputs, a group of columns at a
-time, and down over its expert's activations, neuron by neuron, each neuron with its own scales along hidden. Columns of
-large inputs come first: the last ones have nobody left to make good for them. Then scales are fitted to the codes and
-every column is rounded once more against all others, which takes away a third of what that leaves.
+time, and down over its expert's activations, a block of neurons at a time, each neuron with its own scales along
+hidden. Columns of large inputs come first: the last ones have nobody left to make good for them. Then scales are fitted
+to the codes and every column is rounded once more against all others, which takes away a third of what that leaves.
+Down's error is a layer's output, of which an answer feels some directions more than others: along hidden, a block is
+compensated by that.
 
-Legend: C compensated dimension (inputs, or neurons), R the other one, g group size. All float32, on any device.
+Legend: C compensated dimension, R the other one, g group size, I neurons, H hidden, B experts. All float32, on any
+device.
 """
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ DAMPING = 0.01          # of the mean of the Hessian's diagonal, added to it
 TOP = {4: 15, 8: 254}   # the largest code
 ROWS_AT_ONCE = 1024     # whose scales are searched together on a processor
 SWEEPS = 2              # of every column over its code again, behind a fit of the scales
-NEURONS_AT_ONCE = 64    # rows of down whose scales are searched together
+BLOCKS = 16             # of neurons: within one, down's neurons do not make good for each other
 
 
 def factor(hessian: Tensor) -> Tensor:
@@ -98,22 +101,30 @@ def _grids(rows: Tensor, importance: Tensor, bits: int) -> Tensor:
     return torch.cat(in_parallel(lambda part: search(part[:, None], weights)[1][:, 0], rows.split(n)))
 
 
-def over_neurons(down: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """down [I, H], hessian [I, I] of the activations -> codes uint8 [I, H], (scale, offset) float16 [I, H/g, 2]."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    upper, left = factor(hessian[order][:, order]), down[order]
-    codes = torch.empty(down.shape, dtype=torch.uint8, device=down.device)
-    fine = torch.empty(len(down), down.shape[1] // group, 2, dtype=torch.float16, device=down.device)
-    for at in range(0, len(down), NEURONS_AT_ONCE):
-        block = slice(at, at + NEURONS_AT_ONCE)
-        parts = left[block].unflatten(1, (-1, group)).split(NEURONS_AT_ONCE // 4)
-        fine[block] = torch.cat(in_parallel(lambda part: search(part)[1], parts))
-        scale, offset = (each.repeat_interleave(group, 1) for each in fine[block].float().unbind(-1))
-        codes[block] = _walk(left, upper, block, scale, offset)
-    back = order.argsort()
-    codes, fine = codes[back], fine[back]
+def over_neurons(downs: Tensor, hessians: Tensor, felt: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """downs [B, I, H] of experts of a layer, hessians [B, I, I] of their activations, felt [H, H]: second moments of
+    what an answer feels of the layer's output -> codes uint8 [B, I, H], (scale, offset) float16 [B, I, H/g, 2]."""
+    orders = [hessian.diagonal().argsort(descending=True, stable=True) for hessian in hessians]
+    uppers = [factor(hessian[order][:, order]) for hessian, order in zip(hessians, orders, strict=True)]
+    left = torch.stack([down[order] for down, order in zip(downs, orders, strict=True)])
+    step = -(-left.shape[1] // BLOCKS)
+    found = [_block(left, uppers, slice(at, at + step), felt, group) for at in range(0, left.shape[1], step)]
+    codes, fine = (torch.cat(part, 1) for part in zip(*found, strict=True))
+    back = [order.argsort() for order in orders]
+    return tuple(torch.stack([one[order] for one, order in zip(part, back, strict=True)]) for part in (codes, fine))
+
+
+def _block(left: Tensor, uppers: list[Tensor], block: slice, felt: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the neurons `block` of left [B, I, H], all experts together; what they miss goes to the
+    neurons behind them, in place."""
+    part = left[:, block]
+    codes, fine = over_inputs(part.flatten(0, 1), felt, group)
     scale, offset = (side.repeat_interleave(group, 1) for side in fine.float().unbind(-1))
-    return _settled(codes, scale, offset, down, _damped(hessian)), fine
+    errors = part - torch.addcmul(offset, codes, scale).view_as(part)
+    for rows, upper, error in zip(left, uppers, errors, strict=True):
+        missed = torch.linalg.solve_triangular(upper[block, block].T, error, upper=False)
+        rows[block.stop:].addmm_(upper[block, block.stop:].T, missed, alpha=-1)
+    return codes.view(part.shape), fine.unflatten(0, part.shape[:2])
 
 
 def _settled(codes: Tensor, scale: Tensor, offset: Tensor, wanted: Tensor, damped: Tensor) -> Tensor:

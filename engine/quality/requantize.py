@@ -4,7 +4,9 @@ A layer sees what the layers below it really give, quantised as they are. Its tr
 their inputs (engine/quality/compensate.py), gate and up over the inputs that are routed to their expert, down over the
 activations that gate and up then give; an expert of few tokens takes the layer's other tokens into account, one of
 none keeps the search without data. The 2-bit view is fitted to the codes that came out, so sketch and record stay
-nested. Memory: the walk's (layer_walk.py), the layer's inputs, one expert with its Hessians.
+nested. Where a compressed folder of the model is there, its gradients say which errors of down an answer feels.
+Memory: the walk's (layer_walk.py), the layer's inputs, a few experts with their Hessians, and of these gradients one
+matrix [H, H] a layer.
 """
 from __future__ import annotations
 
@@ -12,20 +14,22 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine.core import ModelSpec, UserError
-from engine.files.checkpoint import Checkpoint, ExpertLayer
+from engine.core import ModelSpec, Options, UserError
+from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import ExpertsFile
 from engine.files.folder_writer import FolderWriter, biases_of, blob_of
 from engine.files.key_map import Group
 from engine.files.manifest import TRUNK, experts_name
 from engine.files.quantize import fit, nested, padded
 from engine.files.trunk import CODES, GROUP, SCALES, bits_of, encode, stored_as
-from engine.model.load import load_tokenizer
+from engine.model.gradients import felt
+from engine.model.load import load, load_tokenizer
 from engine.progress import duration
 from engine.quality.compensate import over_inputs, over_neurons
 from engine.quality.layer_walk import Reached, Walk
@@ -38,6 +42,9 @@ from kernels.trunk.linear import decode
 Tensor = torch.Tensor
 PRIOR = 64      # tokens that the layer's own mean counts as beside an expert's tokens
 SAMPLE = 1024   # tokens of a layer that stand for all of them where an expert's activations are asked for
+AT_ONCE = 1 << 24       # weights of down of the experts that are compensated together
+FELT_TOKENS = 8192      # whose gradients are asked for
+FELT_DAMPING = 0.1      # of the mean of their second moments' diagonal, added to it; more where tokens are few
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,24 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """An expert whose gate and up are codes already. down: float32 [I, H], and the Hessian of its activations [I, I];
+    no Hessian: down is codes, too."""
+
+    views: list[Nested]
+    down: Tensor | Nested
+    hessian: Tensor | None
+    biases: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Text:
-    """What codes are compensated on. paths: as of `read_tokens`, none: they are not; n_tokens: of all together."""
+    """What codes are compensated on. paths: as of `read_tokens`, none: they are not; n_tokens: of all together. model:
+    a compressed folder of the same model, whose gradients say what of an error an answer feels."""
 
     paths: tuple[Path, ...] = ()
     n_tokens: int = 0
+    model: Path | None = None
 
     def documents(self, folder: Path) -> Documents:
         """In the tokens of the model in `folder`. UserError."""
@@ -75,8 +95,10 @@ class Text:
 NO_TEXT = Text()
 
 
-def digest(documents: Documents) -> str:
-    return hashlib.sha256(repr([ids.tolist() for ids in documents]).encode()).hexdigest()[:16]
+def digest(documents: Documents, model: Path | None) -> str:
+    """A name for what codes were compensated on."""
+    own = hashlib.sha256(repr([ids.tolist() for ids in documents]).encode()).hexdigest()[:16]
+    return f"{own}, felt" if model else own
 
 
 def expected(spec: ModelSpec, documents: Documents, device: str) -> str:
@@ -87,7 +109,7 @@ def expected(spec: ModelSpec, documents: Documents, device: str) -> str:
     x = gate_up[:max(1, min(len(gate_up), n_tokens * spec.top_k // spec.experts))]
     begun = time.monotonic()
     over_inputs(gate_up, x.T @ x, layout.group)
-    over_neurons(down, (x @ down.T).T @ (x @ down.T), layout.group)[0].cpu()
+    over_neurons(down[None], ((x @ down.T).T @ (x @ down.T))[None], down.T @ down, layout.group)[0].cpu()
     seconds = (time.monotonic() - begun) * spec.layers * spec.experts
     per_token = 3 * 2 * (spec.trunk_params + spec.layers * spec.top_k * spec.neurons * spec.hidden)
     begun = time.monotonic()
@@ -103,9 +125,22 @@ class Requantizer:
     two experts, may raise."""
 
     def __init__(self, checkpoint: Checkpoint, writer: FolderWriter, documents: Documents, device: str,
-                 check: Callable[[], None]) -> None:
+                 check: Callable[[], None], model: Path | None) -> None:
+        """model: as of `Text`."""
         self.checkpoint, self.writer, self.check, self.layout = checkpoint, writer, check, writer.layout
+        self.model = model
         self.walk = Walk(checkpoint, _Biases(checkpoint, writer), documents, device)
+
+    @cached_property
+    def felt(self) -> Tensor:
+        """[L, H, H], of some documents of each text: see engine/model/gradients.py."""
+        few = _spread(self.walk.documents, FELT_TOKENS)
+        loaded = load(self.model, Options(level="exact", device=self.walk.device, predict=False))
+        try:
+            loaded.runtime.set_level("exact", loaded.runtime.smallest_bytes())
+            return felt(loaded.model, loaded.runtime, few, self.check)
+        finally:
+            loaded.runtime.close()
 
     def has(self, groups: list[Group]) -> bool:
         """Whether the trunk holds all that these conversions make."""
@@ -222,33 +257,60 @@ class Requantizer:
         return Routed(*map(torch.cat, zip(*seen, strict=True)))
 
     def _blobs(self, index: int, routed: Routed) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        shared = routed.x.T @ routed.x / len(routed.x)
-        for e in range(self.writer.spec.experts):
-            self.check()
-            expert = self.checkpoint.read_expert(index, e)
-            try:
-                yield self._blob(expert, e, routed, shared), biases_of(expert)
-            except ValueError as error:
-                raise UserError(f"Expert {e} of MoE layer {index:05d} cannot be compressed: {error}; get an intact "
-                                "checkpoint.") from error
+        shared, felt = routed.x.T @ routed.x / len(routed.x), self._felt(index)
+        step = max(1, AT_ONCE // (self.layout.neurons * self.layout.hidden))
+        for first in range(0, self.writer.spec.experts, step):
+            some = [self._begun(index, e, routed, shared)
+                    for e in range(first, min(first + step, self.writer.spec.experts))]
+            open_ones = [each for each in some if each.hessian is not None]
+            downs = iter(self._downs(open_ones, felt) if open_ones else ())
+            for each in some:
+                down = each.down if each.hessian is None else next(downs)
+                yield blob_of(*each.views, down, self.layout), each.biases
 
-    def _blob(self, expert: ExpertLayer, e: int, routed: Routed, shared: Tensor) -> Tensor:
+    def _felt(self, index: int) -> Tensor:
+        """Second moments [H, H] of what an answer feels of a layer's output; unknown: of all directions alike."""
+        hidden, device = self.layout.hidden, self.walk.device
+        if self.model is None:
+            return torch.eye(hidden, device=device)
+        moments = self.felt[index].to(device, copy=True)
+        n_tokens = sum(ids.numel() for ids in _spread(self.walk.documents, FELT_TOKENS))
+        damping = max(FELT_DAMPING, hidden / n_tokens)
+        moments.diagonal().add_(damping * moments.diagonal().mean().clamp_min(1e-30))
+        return moments
+
+    def _downs(self, some: list[Begun], felt: Tensor) -> Iterator[Nested]:
+        found = over_neurons(torch.stack([each.down for each in some]), torch.stack([each.hessian for each in some]),
+                             felt, self.layout.group)
+        return (padded(codes, fine, fine, self.layout) for codes, fine in zip(*found, strict=True))
+
+    def _begun(self, index: int, e: int, routed: Routed, shared: Tensor) -> Begun:
+        """UserError for weights that are not finite."""
+        self.check()
+        expert = self.checkpoint.read_expert(index, e)
         gate, up, down = (matrix[0].to(self.walk.device).float() for matrix in (expert.gate, expert.up, expert.down))
         x, weights = routed.of(e)
-        if not len(x) or not all(torch.isfinite(matrix).all() for matrix in (gate, up, down)):
-            return blob_of(*(nested(matrix, self.layout, self.check) for matrix in (gate, up, down)), self.layout)
-        layout, rest = self.layout, PRIOR * weights.square().mean()
-        hessian = (x * weights[:, None]).T @ (x * weights[:, None]) + rest * shared
-        codes, fine = over_inputs(torch.cat((gate, up)), hessian, layout.group)
-        importance = hessian.diagonal().clamp_min(1e-30).unflatten(0, (-1, layout.group))
-        coarse = fit((codes >> 2).unflatten(1, (-1, layout.group)).float(),
-                     torch.cat((gate, up)).unflatten(1, (-1, layout.group)),
-                     importance / importance.sum(1, keepdim=True))
-        views = [padded(*parts, layout) for parts in zip(codes.chunk(2), coarse.chunk(2), fine.chunk(2), strict=True)]
+        try:
+            if not len(x) or not all(torch.isfinite(matrix).all() for matrix in (gate, up, down)):
+                *views, down = (nested(matrix, self.layout, self.check) for matrix in (gate, up, down))
+                return Begun(views, down, None, biases_of(expert))
+        except ValueError as error:
+            raise UserError(f"Expert {e} of MoE layer {index:05d} cannot be compressed: {error}; get an intact "
+                            "checkpoint.") from error
+        rest = PRIOR * weights.square().mean()
+        views = self._views(gate, up, (x * weights[:, None]).T @ (x * weights[:, None]) + rest * shared)
         own, others = (self._product(e, inputs, views) for inputs in (x, routed.sample))
         hessian = (own * weights[:, None]).T @ (own * weights[:, None]) + rest / len(others) * (others.T @ others)
-        codes, fine = over_neurons(down, hessian, layout.group)
-        return blob_of(*views, padded(codes, fine, fine, layout), layout)
+        return Begun(views, down, hessian, biases_of(expert))
+
+    def _views(self, gate: Tensor, up: Tensor, hessian: Tensor) -> list[Nested]:
+        both, group = torch.cat((gate, up)), self.layout.group
+        codes, fine = over_inputs(both, hessian, group)
+        importance = hessian.diagonal().clamp_min(1e-30).unflatten(0, (-1, group))
+        coarse = fit((codes >> 2).unflatten(1, (-1, group)).float(), both.unflatten(1, (-1, group)),
+                     importance / importance.sum(1, keepdim=True))
+        return [padded(*parts, self.layout) for parts in zip(codes.chunk(2), coarse.chunk(2), fine.chunk(2),
+                                                             strict=True)]
 
     def _product(self, e: int, x: Tensor, views: list[Nested]) -> Tensor:
         """x [n, H] -> act(g) * u [n, I] at the 4-bit view."""
@@ -290,6 +352,12 @@ class _Biases:
         if not biases_of(self.checkpoint.read_expert(layer, 0)):
             return {}                               # a whole layer need not be read to see that
         return biases_of(self.checkpoint.read_layer(layer))
+
+
+def _spread(documents: Documents, n_tokens: int) -> Documents:
+    """Some of them, from the first to the last, with about n_tokens together."""
+    step = max(1, sum(ids.numel() for ids in documents) // n_tokens)
+    return documents[::step]
 
 
 def _values(blob: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

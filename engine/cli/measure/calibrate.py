@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="tokens of all texts together (default %(default)s)")
     parser.add_argument("--reference", type=typed, help="uncompressed checkpoint that KL is measured against")
     parser.add_argument("--original", metavar="CHECKPOINT", help="what the folder was made from (a folder, a GGUF "
-                        "file, a Hub id): first make codes of it that err less on the texts; minutes on a card, "
-                        "hours on a processor")
+                        "file, a Hub id): first make codes of it that err less on the texts, where an answer "
+                        "feels it; minutes on a card, hours on a processor")
     parser.add_argument("--like", default="", help="folder with the configuration that belongs to a GGUF file")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from engine.files.manifest import TRUNK, Manifest, experts_name
 from engine.library.compress import compress
 from engine.library.hub import Stopped
 from engine.library.requantize import requantize
+from engine.model.gradients import felt
 from engine.model.load import load
 from engine.quality.loss_probe import Sums, log_probabilities
 from engine.quality.requantize import Text
@@ -89,6 +91,26 @@ def test_less_is_lost_on_other_texts_of_the_kind(name, text, tmp_path):
     assert sizes[0] == sizes[1]
 
 
+def test_what_is_felt_are_the_gradients_of_its_own_next_tokens(source, text):
+    """Against transformers' own model of the same weights."""
+    few = text.documents(source)[:4]
+    found = load(source, Options(level="full", device="cpu", predict=False))
+    felt_by_ours = felt(found.model, found.runtime, few, lambda: None)
+    model, draw, given = AutoModelForCausalLM.from_pretrained(source), torch.Generator().manual_seed(0), []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(lambda module, _, out: given.append(out))
+    wanted, n_tokens = torch.zeros_like(felt_by_ours), 0
+    for ids in few:
+        given.clear()
+        logits = model(ids).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+        loss = -logits.log_softmax(-1)[range(len(drawn)), drawn].sum()
+        for sums, own in zip(wanted, torch.autograd.grad(loss, given), strict=True):
+            sums += own.flatten(0, -2).T @ own.flatten(0, -2)
+        n_tokens += len(drawn)
+    torch.testing.assert_close(felt_by_ours, wanted / n_tokens, rtol=1e-3, atol=1e-6 * float(wanted.max()))
+
+
 def test_an_expert_without_tokens_keeps_what_it_had(source, tmp_path):
     """Three tokens reach six of eight experts at most."""
     few = Text((words(tmp_path / "few.txt", 2, 1, 3),), 2)
@@ -145,7 +167,9 @@ def test_calibrate_makes_the_codes_again_and_measures_them(source, text, tmp_pat
     argv = ["calibrate", str(folder), "--original", str(source), "--text", str(text.paths[0]), "--tokens", "240",
             "--device", "cpu"]
     assert main(argv) == 0
-    compress(source, tmp_path / "straight", trunk_bits=4, device="cpu", text=Text(text.paths, 240))
+    compress(source, tmp_path / "plain", trunk_bits=4, device="cpu")
+    compress(source, tmp_path / "straight", trunk_bits=4, device="cpu", text=Text(text.paths, 240, tmp_path / "plain"))
+    shutil.rmtree(tmp_path / "plain")
     manifest = Manifest.load(folder)
     assert set(manifest.levels) == {"exact", "quality", "balanced", "fast", "floe"}
     for name in (TRUNK, experts_name(0)):
@@ -160,7 +184,7 @@ def test_the_original_may_be_on_the_hub_or_a_gguf_file(kind, source, text, tmp_p
     """The same codes come out as from the folder, in the groups that the model has: 64, where 128 is the default."""
     few = Text(text.paths, 240)
     compress(source, tmp_path / "model", 64, 8, "cpu")
-    compress(source, tmp_path / "straight", 64, 8, "cpu", text=few)
+    compress(source, tmp_path / "straight", 64, 8, "cpu", text=replace(few, model=tmp_path / "model"))
     with LoopbackHub() as hub:
         hub.add_folder("me/Original", source)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -174,14 +198,17 @@ def test_the_original_may_be_on_the_hub_or_a_gguf_file(kind, source, text, tmp_p
 
 
 @pytest.mark.parametrize("found", ["again", "before"])
-def test_killed_between_the_two_renames(source, text, made, tmp_path, found):
+def test_killed_between_the_two_renames(source, text, tmp_path, found):
     """`again`: the new folder waits for its name; `before`: only the old one is there."""
     folder, before, again = (tmp_path / name for name in ("model", "model-before", "model-again"))
+    few = Text(text.paths, 240, before)
     compress(source, before, trunk_bits=4, device="cpu")
-    if found == "again":
-        shutil.copytree(made, again)
-    requantize(folder, str(source), text, "cpu")
-    assert contents(folder) == contents(made) and os.listdir(tmp_path) == ["model"]
+    compress(source, again, trunk_bits=4, device="cpu", text=few)
+    wanted = contents(again)
+    if found == "before":
+        shutil.rmtree(again)
+    requantize(folder, str(source), few, "cpu")
+    assert contents(folder) == wanted and os.listdir(tmp_path) == ["model"]
 
 
 def test_another_model_is_not_its_original(source, text, tmp_path):

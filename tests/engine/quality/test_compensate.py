@@ -6,7 +6,7 @@ import torch
 
 from engine.files.quantize import search
 from engine.files.trunk import encode, stored_as
-from engine.quality.compensate import DAMPING, factor, over_inputs, over_neurons
+from engine.quality.compensate import BLOCKS, DAMPING, factor, over_inputs, over_neurons
 from kernels.trunk.linear import decode
 
 GROUP, ROWS, COLUMNS = 64, 96, 192
@@ -60,10 +60,16 @@ def test_no_more_error_over_its_inputs_than_the_search_without_data(kind):
         assert (found - w).norm() <= 1.02 * (plain(w) - w).norm()
 
 
+def one_down(down: Tensor, hessian: Tensor, felt: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one expert's down; felt None: all directions of its output alike."""
+    felt = torch.eye(down.shape[1], dtype=down.dtype) if felt is None else felt
+    return tuple(found[0] for found in over_neurons(down[None], hessian[None], felt, GROUP))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_more_error_over_an_experts_activations(kind):
     h, down = inputs(kind, width=ROWS), weight(ROWS, 256)
-    found = values(*over_neurons(down, h.T @ h, GROUP))
+    found = values(*one_down(down, h.T @ h))
     error, before = (float((h @ (matrix - down)).norm()) for matrix in (found, plain(down)))
     assert torch.isfinite(found).all() and error <= before
     if kind == "correlated":
@@ -96,25 +102,38 @@ def test_factor_is_of_the_damped_inverse(kind):
     assert torch.equal(upper, upper.triu())
 
 
-def test_each_neuron_is_rounded_with_what_those_before_it_missed():
-    """Against the definition (optimal brain quantisation): after each neuron the others move by what minimises the
-    damped error, given by the inverse of the Hessian of those that are left."""
-    h, down = inputs("correlated", width=40).double(), weight(40, 64).double()
-    hessian = h.T @ h
-    codes, scales = over_neurons(down, hessian, GROUP)
-    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(len(hessian))
-    scale, offset = (side.repeat_interleave(GROUP, 1) for side in scales.double().unbind(-1))
+@pytest.mark.parametrize("kind", ["correlated", "rank one", "none"])
+def test_down_errs_where_an_answer_feels_it_least(kind):
+    """Over activations and over what is felt of the output, whatever kind either is of."""
+    h, g, down = inputs("correlated", width=ROWS), inputs(kind, width=256), weight(ROWS, 256)
+    felt = g.T @ g
+    found, alike = values(*one_down(down, h.T @ h, felt)), values(*one_down(down, h.T @ h))
+    error, before = (float((h @ (matrix - down) @ g.T).norm()) for matrix in (found, plain(down)))
+    assert torch.isfinite(found).all() and error <= before
+    if kind == "correlated":
+        assert error < 0.6 * float((h @ (alike - down) @ g.T).norm())
 
-    def rounded(row: Tensor, i: int) -> Tensor:
-        return ((row - offset[i]) / scale[i]).round().clamp(0, 15)
-    left, wanted = down.clone(), torch.zeros_like(down)
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    for step, i in enumerate(order.tolist()):
-        wanted[i], rest = rounded(left[i], i), order[step:]
+
+def test_experts_that_are_compensated_together_do_not_mix():
+    downs, inside = torch.stack((weight(ROWS, 256), -3 * weight(ROWS, 256))), [inputs(k, width=ROWS) for k in KINDS[:2]]
+    hessians = torch.stack([h.T @ h for h in inside])
+    together = over_neurons(downs, hessians, torch.eye(256), GROUP)
+    for e in range(2):
+        assert torch.equal(together[0][e], one_down(downs[e], hessians[e])[0])
+
+
+def test_each_block_of_neurons_makes_good_for_those_before_it():
+    """Against the definition (optimal brain quantisation): after each block the others move by what minimises the
+    damped error, given by the inverse of the Hessian of those that are left."""
+    h, down = inputs("correlated", width=40), weight(40, 64)
+    hessian, step = h.T @ h, -(-40 // BLOCKS)
+    codes, _ = one_down(down, hessian)
+    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(len(hessian))
+    left, order = down.clone(), hessian.diagonal().argsort(descending=True, stable=True)
+    for at in range(0, len(down), step):
+        block, rest = order[at:at + step], order[at:]
+        wanted, grids = over_inputs(left[block], torch.eye(64), GROUP)
+        assert (wanted != codes[block]).float().mean() < 0.01       # a sum in another order may round to the other side
         inverse = torch.linalg.inv(damped[rest][:, rest])
-        left[rest] -= inverse[:, :1] / inverse[0, 0] * (left[i] - (offset[i] + scale[i] * wanted[i]))
-    for i in range(len(down)):                      # and each once more, against all others as they are
-        error = offset + scale * wanted - down
-        error[i] = 0
-        wanted[i] = rounded(down[i] - damped[i] @ error / damped[i, i], i)
-    assert torch.equal(wanted.to(torch.uint8), codes)
+        n = len(block)
+        left[rest] -= inverse[:, :n] @ torch.linalg.solve(inverse[:n, :n], left[block] - values(wanted, grids))
