@@ -226,7 +226,7 @@ class Jobs:
 
     def _here(self, answer: Message, live: Live, wishes: ChatSettings, messages: list[dict]) -> Iterator[Event]:
         """The engine's events, once it is this answer's turn; none where a stop came before the model was open."""
-        with self.line.turn(time.monotonic() + SOON_SECONDS, live.stop.is_set, patient=True):
+        with self.line.turn(time.monotonic() + SOON_SECONDS, live.stop.is_set, patient=True, over=True):
             if engine := self._models.wait(live.stop):
                 yield from self._asked_of(engine, answer, live, wishes, messages)
 

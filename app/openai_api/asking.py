@@ -5,7 +5,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from app.chat.line import Late, Line
@@ -89,6 +89,11 @@ class Asking:
             raise ApiError(400, f"This request has {n_prompt:,} tokens, and the context holds "
                                 f"{engine.info['context']:,} with the answer; send less.", "context_length_exceeded",
                            "messages")
+        with self._line.letting_over() if engine.gives_way else nullcontext():
+            self._answer(engine, n_prompt)
+
+    def _answer(self, engine, n_prompt: int) -> None:
+        order = self._order
         answer = engine.chat(order.prompt, order.sampling, order.wishes, self.stop, order.request)
         self._hand(Begun(order.model, n_prompt))
         for event in answer:

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ class Engine:
         self._folder = Path(folder) if folder else None
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._soon: queue.SimpleQueue[tuple] = queue.SimpleQueue()  # a person's, while a program's answer is written
+        self._programs = self._changes = 0  # answers of programs, and changes, in the queue or under way
         self._unfinished: deque[_Channel] = deque()
         self._closed = False
         self._process = psutil.Process()
@@ -129,7 +132,8 @@ class Engine:
 
     def chat(self, messages: list[dict] | str, sampling: Sampling | None = None, wishes: Mapping | None = None,
              stop: threading.Event | None = None, request: Request | None = None) -> Answer:
-        """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one.
+        """The answer to a whole conversation ([{"role", "content"}, ...]); waits its turn behind a running one. A
+        program's, which its request tells by an owner, is set aside for a person's where `gives_way`.
 
         Where the last message is the model's own, the model goes on with it; a plain text it simply goes on with.
         wishes: variables of the chat template (enable_thinking, reasoning_effort and the like; tools: those whose
@@ -152,7 +156,10 @@ class Engine:
         with self._lock:
             self._check_open()
             self._unfinished.append(channel)
-            self._jobs.put(job)
+            from_program = request is not None and bool(request.owner)
+            self._programs += from_program
+            overtakes = self._programs and self.gives_way and request is not None and not from_program
+            (self._soon if overtakes and not self._changes else self._jobs).put(job)
         return answer
 
     def stop(self) -> None:
@@ -190,6 +197,11 @@ class Engine:
                      stopped: Callable[[], bool] = never) -> int:
         """Tokens of the prompt that `chat` would read. Stopped soon after `stopped` says so."""
         return len(self._open_turns().tokens.prompt(messages, True, wishes, stopped).ids)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether a program's answer is set aside, between two tokens, while a person's is written."""
+        return self._open_turns().gives_way
 
     @property
     def folds_system(self) -> bool:
@@ -249,7 +261,8 @@ class Engine:
         future: Future = Future()
         with self._lock:
             self._check_open()
-            self._jobs.put((_into, future, work, *given))
+            self._changes += 1
+            self._jobs.put((self._into, future, work, *given))
         return future.result()
 
     def _prepare(self, report: load.Report) -> None:
@@ -280,6 +293,7 @@ class Engine:
                         last = event
                     else:
                         channel.put(event)
+                        self._give_way(request)
             self._turns.show("idle")
         except Stopped:
             self._turns.live.phase = "idle"
@@ -289,7 +303,27 @@ class Engine:
         finally:  # whatever it was, the reader must not wait for ever
             with self._lock:
                 self._unfinished.remove(channel)
+                self._programs -= request is not None and bool(request.owner)
             channel.put(last)
+            self._after(request)
+
+    def _give_way(self, request: Request | None) -> None:
+        """What a person asked for meanwhile is answered now, while a program's answer is set aside."""
+        if request is None or not request.owner:
+            return
+        with suppress(queue.Empty):
+            while job := self._soon.get_nowait():
+                with self._turns.aside():
+                    job[0](*job[1:])
+
+    def _after(self, request: Request | None) -> None:
+        """Behind a program's answer: a person's that came too late to be answered within it."""
+        if request is None or not request.owner:
+            return
+        self._turns.settle()
+        with suppress(queue.Empty):
+            while job := self._soon.get_nowait():
+                job[0](*job[1:])
 
     def _failed(self, error: BaseException, channel: _Channel) -> Event:
         self._turns.live.phase = "idle"
@@ -297,6 +331,16 @@ class Engine:
             _log.error("An answer failed", exc_info=error)
         channel.error = error.with_traceback(None)  # its frames would keep tensors alive
         return Event("end", reason_for(error, self._planned()), reason="error")
+
+    def _into(self, future: Future, work: Callable, *given) -> None:
+        tell, found = future.set_result, None
+        try:
+            found = work(*given)
+        except BaseException as error:
+            tell, found = future.set_exception, error
+        with self._lock:
+            self._changes -= 1
+        tell(found)
 
     def _planned(self) -> str:
         if self._planner.machine.device != "cuda":
@@ -362,13 +406,6 @@ class Engine:
             raise
         if options.level != level:
             self._turns.prefix.reset()  # what another level wrote is not what this level would have
-
-
-def _into(future: Future, work: Callable, *given) -> None:
-    try:
-        future.set_result(work(*given))
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def _context(options: Options, longest: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from engine.chat.growing_calls import GrowingCalls
@@ -70,6 +70,8 @@ class Turns:
         self._grammars = Grammars(tokenizer, self._ends)
         self._owner = ""  # of what the prefix holds
         self._residency_at = 0.0
+        self._other: tuple[Prefix, str] | None = None  # of an answer that another was set aside for, and its owner
+        self._between = (Counters(), 0.0)  # what others used, and how long, while this answer was set aside
 
     @property
     def prefix(self) -> Prefix:
@@ -81,6 +83,36 @@ class Turns:
         side.decoder, side.live = HostDecoder(self.model), Live()
         side.context = min(context, self.context)
         return side
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether an answer can be set aside. Not on a device, whose recorded step has one cache."""
+        return not self.decoder.on_device
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Between two events of an answer. Inside, others are written, with another cache; behind it this one goes on
+        with every bit as it was. The other cache stays until `settle`."""
+        phase, before, begun = self.runtime.phase, self.runtime.counters(), time.perf_counter()
+        used, seconds = self._between
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+            self.runtime.phase = phase
+            self._between = (used + (self.runtime.counters() - before), seconds + time.perf_counter() - begun)
+
+    def settle(self) -> None:
+        """An answer that gave way is over: the cache of what was written meanwhile is the one that stays."""
+        if self._other:
+            self._exchange()
+            self._other = None
+
+    def _exchange(self) -> None:
+        other = self._other or (HostDecoder(self.model).prefix, "")
+        self._other = (self.decoder.prefix, self._owner)
+        self.decoder.prefix, self._owner = other
 
     def set_context(self, context: int, chunk: int) -> None:
         """Between answers; what was read is read again where the device's cache has to be made anew."""
@@ -138,7 +170,7 @@ class Turns:
         self.runtime.phase = "prefill"
         done = self.prefix.reuse(ids)
         breaks = self._breaks(messages, ids, wishes, stopped) if self.prefix.wants_marks else []
-        first, start = done, time.perf_counter()
+        first, start, self._between = done, time.perf_counter(), (Counters(), 0.0)
         self._measure(0, 0.0)
         self.show("prefill")
         yield _reading(done, len(ids))
@@ -148,7 +180,7 @@ class Turns:
             done = upto
             if done in breaks:
                 self.prefix.mark()
-            self._measure(done - first, time.perf_counter() - start)
+            self._measure(done - first, time.perf_counter() - start - self._between[1])
             self.show("prefill")
             yield _reading(done, len(ids))
 
@@ -182,6 +214,7 @@ class Turns:
         self.runtime.phase = "decode"
         before = self.runtime.counters()
         self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")
+        self._between = (Counters(), 0.0)
         kind, reason = ANSWER, None
         around = _around(grammar, request)
         with closing(self.decoder.tokens(prompt.ids, sampling, self._recommended, self._ends, limit, around)) as tokens:
@@ -230,9 +263,10 @@ class Turns:
         """The numbers after one more token, for the panel and for the events of this token."""
         previous = self.live.totals
         self.show("decode")
-        seconds = max(time.perf_counter() - start, 1e-9)
+        seconds = max(time.perf_counter() - start - self._between[1], 1e-9)
         live, speed = self.live, n_tokens / seconds
-        live.last, live.answer, live.tokens_per_second = live.totals - previous, live.totals - before, speed
+        live.last, live.answer = live.totals - previous, live.totals - before - self._between[0]
+        live.tokens_per_second = speed
         live.answer_tokens, live.answer_seconds = n_tokens, seconds
         live.n_tokens_total += 1
         lossy = self.runtime.hook.lossy if self.runtime.hook is not None else ""

@@ -45,6 +45,34 @@ def test_the_nearest_deadline_comes_next_and_nobody_together():
     assert order == ["soon", "middle", "late"] and len(line) == 0 and line.is_free
 
 
+def test_a_person_goes_over_a_program_that_lets_over_and_nobody_else_does():
+    line, order = Line(), []
+
+    def come(name: str, over: bool) -> None:
+        with line.turn(time.monotonic() + 100, never, patient=True, over=over):
+            order.append(name)
+            until(lambda: name != "person" or ended)
+
+    ended: list[int] = []
+    threads = {name: threading.Thread(target=come, args=(name, name != "program")) for name in ("program", "person",
+                                                                                           "another person")}
+    with line.turn(time.monotonic() + 100, never):
+        threads["program"].start()
+        until(lambda: len(line) == 1)
+        threads["person"].start()
+        until(lambda: len(line) == 2)
+        assert not order, "not before it lets over: it may be opening another model"
+        with line.letting_over():
+            until(lambda: order == ["person"])
+            threads["another person"].start()
+            until(lambda: len(line) == 2)
+    assert order == ["person"] and not line.is_free, "the next one waits for both"
+    ended.append(1)
+    for thread in threads.values():
+        thread.join()
+    assert order == ["person", "program", "another person"] and line.is_free
+
+
 def test_who_is_late_or_stopped_leaves_the_line_and_who_is_patient_stays():
     line, came = Line(), []
     with line.turn(time.monotonic() + 100, never):
