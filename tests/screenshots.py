@@ -1,5 +1,6 @@
 """Pictures of the real program: `python tests/screenshots.py` writes the README's, assets/docs/*.png, and `python
-tests/screenshots.py DIR` every view (first start, chat, models, details, settings) at three widths in both themes.
+tests/screenshots.py DIR` every view (first start, chat, models, details, settings) at three widths and at a zoom of
+150 %, in both themes.
 
 Colours are reduced to a palette, so that a picture stays far below 300 kB. Look at them before they are committed.
 """
@@ -21,7 +22,7 @@ PLACE = browser.REPOSITORY / "assets" / "docs"
 MOST_BYTES = 300_000
 
 
-WIDTHS = {"desktop": (1366, 768), "large": (1920, 1080), "phone": (390, 844)}
+WIDTHS = {"desktop": (1366, 768), "large": (1920, 1080), "phone": (390, 844), "zoomed": (911, 512)}  # at 150 %
 
 
 def main(everywhere: Path | None) -> None:
@@ -49,12 +50,13 @@ def drive(app, playwright, everywhere: Path | None) -> None:
 
 def take_everywhere(page, folder: Path) -> None:
     """Each view once, then at each width in each theme."""
-    def view(name: str) -> None:
+    def view(name: str, seen: str = "body") -> None:
         for width, (across, down) in WIDTHS.items():
             page.set_viewport_size({"width": across, "height": down})
             for theme in ("light", "dark"):
                 page.emulate_media(color_scheme=theme)
                 page.mouse.move(0, 0)
+                page.locator(seen).first.scroll_into_view_if_needed()
                 page.wait_for_timeout(400)
                 page.screenshot(path=folder / f"{name}-{width}-{theme}.png")
         page.set_viewport_size({"width": 1366, "height": 768})
@@ -69,7 +71,7 @@ def take_everywhere(page, folder: Path) -> None:
     view("models")
     page.locator("#offers .card-details > summary").first.click()
     page.wait_for_selector("#offers .picture table")
-    view("details")
+    view("details", "#offers .card-details[open]")
     page.evaluate("location.hash = 'settings'")
     page.wait_for_selector("#preferences-folders .line")
     view("settings")

@@ -31,10 +31,11 @@ from engine.machine.table import (
 SENTENCES = {
     "missing_package": "The nvidia-ml-py package is missing, so no graphics card can be looked for; install it with "
                        "pip install nvidia-ml-py.",
-    "no_driver": "There is no NVIDIA driver on this machine; the CPU is used.",
-    "not_loaded": "The NVIDIA driver is installed but not running; the CPU is used. A restart usually puts it right.",
+    "no_driver": "There is no NVIDIA driver on this computer; the processor is used.",
+    "not_loaded": "The NVIDIA driver is installed but not running; the processor is used. A restart usually puts it "
+                  "right.",
     "mismatch": "The NVIDIA driver was updated and the old one is still running; restart the computer to use the card.",
-    "hangs": "The NVIDIA driver does not answer; the CPU is used. Restarting the computer usually puts it right.",
+    "hangs": "The NVIDIA driver does not answer; the processor is used. Restarting the computer usually puts it right.",
 }
 
 
@@ -100,7 +101,7 @@ def survey(models_folder: str | os.PathLike | None = None, timeout: float = nvml
     answer = nvml.ask(timeout)
     gpus, notes = _cards(answer)
     if gpus and not (gpus := visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))):
-        notes.append("CUDA_VISIBLE_DEVICES names no card of this machine; the CPU is used.")
+        notes.append("CUDA_VISIBLE_DEVICES names no card of this computer; the processor is used.")
     if len(gpus) == 1:
         gpus = [replace(gpus[0], vram_free_bytes=min(gpus[0].vram_free_bytes + own_vram_bytes,
                                                      gpus[0].vram_total_bytes))]
@@ -139,9 +140,9 @@ def _cards(answer: dict) -> tuple[list[Gpu], list[str]]:
     gpus, notes = [], []
     error = answer["error"]
     if error:
-        notes.append(SENTENCES.get(error, f"The NVIDIA driver reports an error ({error}); the CPU is used."))
+        notes.append(SENTENCES.get(error, f"The NVIDIA driver reports an error ({error}); the processor is used."))
     elif not answer["gpus"]:
-        notes.append("The NVIDIA driver runs but finds no card; the CPU is used.")
+        notes.append("The NVIDIA driver runs but finds no card; the processor is used.")
     for number, card in enumerate(answer["gpus"]):
         if "error" in card:
             notes.append(f"Card {number} does not answer ({card['error']}); it is not used.")

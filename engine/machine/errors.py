@@ -19,7 +19,7 @@ from engine.core import MachineError, UserError
 from engine.disk import FULL
 from engine.machine.table import MIN_CAPABILITY
 
-AGAIN = "start Floe Chat again, or choose the CPU"
+AGAIN = "start Floe Chat again, or choose the processor"
 # Errors after which no further call of CUDA works in this process.
 LOST = ("unspecified launch failure", "illegal memory access", "device-side assert", "gpu is lost", "device lost",
         "uncorrectable ecc", "launch timed out", "misaligned address", "illegal instruction", "fallen off the bus",
@@ -66,13 +66,13 @@ def obstacle(seen: Facts) -> str:
     """Why a card cannot be used, and what to do about it; "" when it can."""
     if not seen.built_for_cuda:
         return ("This PyTorch was built without CUDA, so no graphics card can be used; install Floe Chat again on a "
-                "computer with an NVIDIA card, or choose the CPU.")
+                "computer with an NVIDIA card, or choose the processor.")
     if seen.started:
         return _not_started(seen.started)
     if seen.capability < MIN_CAPABILITY:
         major, minor = seen.capability
         return (f"The {seen.name} has compute capability {major}.{minor}; 7.5 (RTX 20, GTX 16) or newer is needed. "
-                "Choose the CPU.")
+                "Choose the processor.")
     if seen.architectures and not any(_runs_on(text, seen.capability) for text in seen.architectures):
         return (f"This PyTorch carries no code for the {seen.name} (compute capability {seen.capability[0]}."
                 f"{seen.capability[1]}); update the NVIDIA driver and install Floe Chat again.")
@@ -91,12 +91,13 @@ def _not_started(reason: str) -> str:
     text = reason.lower()
     if "too old" in text or "insufficient" in text:
         return ("The NVIDIA driver is too old for this PyTorch; update it (580 or newer for CUDA 13, 525 or newer for "
-                "CUDA 12), restart the computer, or choose the CPU.")
+                "CUDA 12), restart the computer, or choose the processor.")
     if "no nvidia driver" in text or "libcuda" in text:
-        return "There is no NVIDIA driver on this computer; install it, or choose the CPU."
+        return "There is no NVIDIA driver on this computer; install it, or choose the processor."
     if "no cuda gpus" in text or "no cuda-capable device" in text:
-        return "The NVIDIA driver finds no graphics card; check CUDA_VISIBLE_DEVICES and the card, or choose the CPU."
-    return f"CUDA cannot start ({reason.splitlines()[0]}); restart the computer, or choose the CPU."
+        return ("The NVIDIA driver finds no graphics card; check CUDA_VISIBLE_DEVICES and the card, or choose the "
+                "processor.")
+    return f"CUDA cannot start ({reason.splitlines()[0]}); restart the computer, or choose the processor."
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

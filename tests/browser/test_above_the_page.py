@@ -101,6 +101,19 @@ def test_what_is_seen_stays_in_its_place_when_earlier_messages_come(page):
             .getBoundingClientRect().top - y) < 60""", arg=[first, before])
 
 
+def test_the_end_stays_in_sight_when_the_window_changes_its_size_and_what_is_read_above_it_is_left(page):
+    bring(page, "Long talk", talk(30))
+    newest = page.locator(".message").last
+    expect(newest).to_be_in_viewport()
+    page.set_viewport_size({"width": 390, "height": 600})
+    expect(newest).to_be_in_viewport(ratio=0.5)
+    page.locator(".scroller").evaluate("place => place.scrollTo(0, 0)")
+    page.wait_for_selector(".jump", state="visible")
+    page.set_viewport_size({"width": 1400, "height": 860})
+    expect(page.locator(".message").first).to_be_in_viewport()
+    expect(newest).not_to_be_in_viewport()
+
+
 @pytest.mark.parametrize("button, beside", [("Show or hide conversations", "#new-chat"),
                                             ("Show or hide the engine", "#right [role=tablist]")])
 def test_on_a_phone_a_notice_is_seen_above_a_drawer_and_covers_not_its_head(page, button, beside):

@@ -15,6 +15,7 @@ import { welcome } from "/ui/conversation/welcome.js";
 
 const loads = { begun: 0, drawn: 0 };
 let goal = null; // the message that a search has found
+let atEnd = true; // where the conversation was scrolled to, before the window changed its size
 let log, scroller, queue, title, meter, drawn = { id: null, limit: 40 };
 
 export async function mount(root) {
@@ -25,7 +26,8 @@ export async function mount(root) {
   meter = h("span", { class: "meter", id: "context-meter" });
   const down = button("down", TEXT.jump_down, () => follow(true), { class: "icon-button jump", hidden: true });
   scroller = h("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": TEXT.conversation,
-    onscroll: () => { down.hidden = nearEnd(); } }, log, queue);
+    onscroll: () => { if (scroller.clientHeight) down.hidden = atEnd = nearEnd(); } }, log, queue); // a page may lie in its place
+  new ResizeObserver(() => follow(atEnd)).observe(scroller); // a phone that is turned, a keyboard that opens
   root.replaceChildren(h("div", { class: "chat" },
     h("header", { class: "bar" },
       button("menu", TEXT.menu, toggleList), switcher(), title,

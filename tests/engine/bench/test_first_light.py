@@ -109,7 +109,7 @@ def test_without_a_card_one_sentence(tmp_path, capsys):
         pytest.skip("this computer has a card")
     assert main(["gpu", "first-light", "--out", str(tmp_path)]) == 3
     said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].endswith("choose the CPU.") and [row["step"] for row in rows_of(tmp_path)] == [0, 0]
+    assert said[-1].endswith("choose the processor.") and [row["step"] for row in rows_of(tmp_path)] == [0, 0]
 
 
 def test_a_first_step_that_fails_ends_the_run(tmp_path):

@@ -83,7 +83,7 @@ def test_the_verb_writes_and_measures_and_says_synthetic(tmp_path, monkeypatch, 
     capsys.readouterr()
     if not torch.cuda.is_available():
         assert main(["synth", "qwen3-30b-a3b", "--in-memory", "--layers", "1", "--device", "cuda"]) == 3
-        assert capsys.readouterr().err.strip().endswith("choose the CPU.")
+        assert capsys.readouterr().err.strip().endswith("choose the processor.")
 
 
 def test_a_device_computes_experts_made_up_in_locked_memory():

@@ -16,7 +16,7 @@ NO_DRIVER = ("Found no NVIDIA driver on your system. Please check that you have 
 
 
 @pytest.mark.parametrize("seen, words", [
-    (Facts(built_for_cuda=False), ["without CUDA", "choose the CPU"]),
+    (Facts(built_for_cuda=False), ["without CUDA", "choose the processor"]),
     (Facts(started=OLD_DRIVER), ["driver is too old", "580", "update it"]),
     (Facts(started=NO_DRIVER), ["no NVIDIA driver", "install it"]),
     (Facts(started="No CUDA GPUs are available"), ["finds no graphics card", "CUDA_VISIBLE_DEVICES"]),
@@ -43,7 +43,7 @@ def test_nothing_stands_in_the_way_of_a_good_card(capability):
 def test_this_computer_has_none():
     with pytest.raises(MachineError) as caught:
         errors.check()
-    assert str(caught.value).endswith(".") and "CPU" in str(caught.value)
+    assert str(caught.value).endswith(".") and "processor" in str(caught.value)
 
 
 def test_errors_in_the_middle():
