@@ -15,20 +15,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from engine.model.growing_cache import GrowingLayer
 from engine.model.host_token import HostToken
 from engine.model.packed import Packed
 from engine.model.registration import FloeExperts
-from engine.model.static_cache import FullLayer, StepCache
+from engine.model.static_cache import FullLayer, RecurrentLayer, StepCache
 from kernels.trunk.attend import Heads
+from kernels.trunk.delta import Mixer, delta
+from kernels.trunk.gated import gated
 from kernels.trunk.linear import MOST_TOKENS, Matrices, linears
 from kernels.trunk.route import route
 from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
-KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM"}
+KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3NextForCausalLM",
+         "Qwen3_5MoeForCausalLM"}
+CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}  # norms whose weights are kept less one
 STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotation that do not depend on how long the text is
 TURNS = 1024  # positions whose rotation is computed at once
 
@@ -40,18 +44,28 @@ class Layer:
     block: Block
     mlp: nn.Module
 
-    def __call__(self, x: Tensor, turn: Tensor, cache: GrowingLayer | FullLayer) -> Tensor:
+    def __call__(self, x: Tensor, turn: Tensor, cache: GrowingLayer | FullLayer | LinearAttentionLayer | RecurrentLayer,
+                 ) -> Tensor:
         """x float32 [T, H] -> the same."""
         own = self.block
         projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
-        attended = cache.attend(projected, turn, own.heads)
-        x, _ = linears(attended, own.output, None, 0.0, x)
+        x, _ = linears(self._mixed(projected, turn, cache), own.output, None, 0.0, x)
         if own.router is None:
             normed = _normed(x, own.between).to(own.between.weight.dtype)
             return x + self.mlp(normed[None])[0]
         logits, normed = linears(x, own.router, own.between.weight, own.between.epsilon)
-        ids, weights = route(logits, own.top_k, own.renormalised)
+        ids, weights = route(logits[:, :own.n_experts], own.top_k, own.renormalised)
+        if own.shared is not None:
+            x, _ = linears(gated(logits[:, own.n_experts:]), own.shared, None, 0.0, x)
         return x + self.mlp.experts(normed, ids, weights)
+
+    def _mixed(self, projected: Tensor, turn: Tensor, cache: object) -> Tensor:
+        mixing = self.block.mixing
+        if isinstance(mixing, Heads):
+            return cache.attend(projected, turn, mixing)
+        if isinstance(cache, RecurrentLayer):
+            return cache.mix(projected, mixing)
+        return delta(projected, cache.conv_states[0], cache.recurrent_states[0], mixing)
 
 
 class FusedStep:
@@ -78,10 +92,11 @@ class HostStep(FusedStep):
         super().__init__(model)
         blocks, mlps = ([getattr(layer, part) for layer in self._layers] for part in ("block", "mlp"))
         self._token = HostToken(blocks, mlps, self._norm, self._head)
-        self._turns = torch.empty(2, 0, self._layers[0].block.heads.size, dtype=torch.float32)
+        self._turns = torch.empty(2, 0, 0, dtype=torch.float32)
+        self._attends = [isinstance(block.mixing, Heads) for block in blocks].index(True)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
-        return len(ids) <= MOST_TOKENS and all(type(layer) is GrowingLayer for layer in cache.layers)
+        return len(ids) <= MOST_TOKENS and all(_goes_on(layer) for layer in cache.layers)
 
     def in_one_call(self, cache: DynamicCache) -> bool:
         """Whether a token behind this cache is one."""
@@ -89,7 +104,7 @@ class HostStep(FusedStep):
 
     def __call__(self, ids: list[int], cache: DynamicCache) -> Tensor:
         """Read up to MOST_TOKENS more tokens behind what the cache holds -> logits [V] after the last."""
-        position = cache.layers[0].keys.shape[2]
+        position = cache.layers[self._attends].keys.shape[2]
         turn, x = self._turn(position, position + len(ids)), self._embed(torch.tensor(ids))
         if len(ids) == 1 and self.in_one_call(cache):
             return self._token(x, turn, cache, position)
@@ -108,15 +123,14 @@ class DeviceStep(FusedStep):
 
     def __call__(self, ids: Tensor, cache: StepCache) -> Tensor:
         """Read ids int64 [T], up to MOST_TOKENS, behind what the cache holds -> logits float32 [V] after the last."""
-        cache.begin(len(ids))
+        cache.clock.begin(len(ids))  # what `cache.begin` lends, nobody asks for
         x = self._embed(ids)
         for layer, own in zip(cache.layers, self._layers, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(*[x.new_empty(1, own.block.heads.cached, 0, own.block.heads.size)] * 2)
+            _initialise(layer, own.block.mixing, x)
         x = x.float()
         turn = torch.cat(self._rotation(x, cache.clock.positions[None]))
         logits = self._logits(x, turn, cache)
-        cache.advance(len(ids))
+        cache.clock.advance(len(ids))
         return logits
 
 
@@ -128,30 +142,76 @@ def host_step(model: nn.Module) -> HostStep | None:
 
 def device_step(model: nn.Module, cache: StepCache) -> DeviceStep | None:
     """As `host_step`, behind this cache."""
-    is_full = all(type(layer) is FullLayer for layer in cache.layers)
+    is_full = all(type(layer) in (FullLayer, RecurrentLayer) for layer in cache.layers)
     return DeviceStep(model) if is_full and _is_known(model) else None
+
+
+def _goes_on(layer: object) -> bool:
+    """Whether few tokens can be read behind what the layer of a growing cache holds."""
+    if type(layer) is LinearAttentionLayer:
+        return layer.has_previous_state[0] and not layer.record_past
+    return type(layer) is GrowingLayer
+
+
+def _initialise(layer: FullLayer | RecurrentLayer, mixing: Heads | Mixer, x: Tensor) -> None:
+    """As the layer's first update would, from what it would be given; x: of the cache's type and device."""
+    if isinstance(mixing, Heads):
+        if not layer.is_initialized:
+            layer.lazy_initialization(*[x.new_empty(1, mixing.cached, 0, mixing.size)] * 2)
+    elif not layer.is_recurrent_states_initialized[0]:
+        channels, width = mixing.convolution.shape
+        layer.lazy_initialization(x.new_empty(1, channels, width), width=width)
+        shape = 1, mixing.value_heads, mixing.key_size, mixing.value_size
+        layer.lazy_initialization(recurrent_states=x.new_empty(shape, dtype=torch.float32))
 
 
 def _is_known(model: nn.Module) -> bool:
     config = model.config
     return (type(model).__name__ in KNOWN and getattr(config, "sliding_window", None) is None
-            and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY)
+            and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY
+            and config.hidden_act == "silu" and any(hasattr(layer, "self_attn") for layer in model.model.layers))
 
 
 def _layer(layer: nn.Module, config: object) -> Layer:
-    own, mlp = layer.self_attn, layer.mlp
-    norms = [getattr(own, name).weight.detach() if hasattr(own, name) else None for name in ("q_norm", "k_norm")]
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, own.head_dim, own.scaling, *norms,
-                  config.rms_norm_eps)
-    routed = isinstance(getattr(mlp, "experts", None), FloeExperts)
-    router = (_matrices(mlp.gate), mlp.gate.top_k,
-              getattr(mlp.gate, "norm_topk_prob", True)) if routed else (None,)
-    block = Block(heads, _norm(layer.input_layernorm), _matrices(own.q_proj, own.k_proj, own.v_proj),
-                  _matrices(own.o_proj), _norm(layer.post_attention_layernorm), *router)
-    return Layer(block, mlp)
+    mlp = layer.mlp
+    mixing, projections, output = (_heads(layer.self_attn, config) if hasattr(layer, "self_attn")
+                                   else _mixer(layer.linear_attn))
+    routed = _routed(mlp) if isinstance(getattr(mlp, "experts", None), FloeExperts) else (None,)
+    return Layer(Block(mixing, _norm(layer.input_layernorm), projections, output,
+                       _norm(layer.post_attention_layernorm), *routed), mlp)
+
+
+def _heads(own: nn.Module, config: object) -> tuple[Heads, Matrices, Matrices]:
+    """How it attends, what leads there, and back."""
+    norms = [_norm(getattr(own, name)).weight if hasattr(own, name) else None for name in ("q_norm", "k_norm")]
+    queries = config.num_attention_heads
+    heads = Heads(queries, config.num_key_value_heads, own.head_dim, own.scaling, *norms, config.rms_norm_eps,
+                  gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim)
+    return heads, _matrices(own.q_proj, own.k_proj, own.v_proj), _matrices(own.o_proj)
+
+
+def _mixer(own: nn.Module) -> tuple[Mixer, Matrices, Matrices]:
+    """As `_heads`, of a gated delta-net."""
+    by_head = hasattr(own, "in_proj_qkvz")
+    names = ("in_proj_qkvz", "in_proj_ba") if by_head else ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+    convolution, rate, bias, norm = (tensor.detach().float().contiguous() for tensor in (
+        own.conv1d.weight[:, 0], -own.A_log.float().exp(), own.dt_bias, own.norm.weight))
+    mixer = Mixer(own.num_k_heads, own.num_v_heads, own.head_k_dim, own.head_v_dim, by_head, convolution, rate, bias,
+                  norm, own.norm.variance_epsilon)
+    return mixer, _matrices(*(getattr(own, name) for name in names)), _matrices(own.out_proj)
+
+
+def _routed(mlp: nn.Module) -> tuple[Matrices, int, int, bool, Matrices | None]:
+    """Router, E, k, whether shares are renormalised, and a shared expert's way back."""
+    gate, own = mlp.gate, getattr(mlp, "shared_expert", None)
+    more = () if own is None else (mlp.shared_expert_gate, own.gate_proj, own.up_proj)
+    return (_matrices(gate, *more), len(gate.weight), gate.top_k, getattr(gate, "norm_topk_prob", True),
+            None if own is None else _matrices(own.down_proj))
 
 
 def _norm(module: nn.Module) -> Norm:
+    if type(module).__name__ in CENTRED:
+        return Norm(1 + module.weight.detach().float(), module.eps)
     return Norm(module.weight.detach(), module.variance_epsilon)
 
 

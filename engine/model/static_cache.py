@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 
 from engine.core import UserError
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.delta import Mixer, delta
 
 Tensor = torch.Tensor
 OWN_CACHE = {"minimax"}  # model types that refuse every cache class but their own (transformers 5.23)
@@ -206,6 +207,10 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin):
             self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
         self._recurrent[state_idx].index_copy_(0, self.clock.row, recurrent_states)
         return self.recurrent_states[state_idx]
+
+    def mix(self, projected: Tensor, mixer: Mixer) -> Tensor:
+        """As kernels.trunk.delta, in place of `begin`, the updates and `end`."""
+        return delta(projected, self._conv[0], self._recurrent[0], mixer, self.clock.row)
 
     def reset(self) -> None:
         for state in (*self._conv.values(), *self._recurrent.values()):

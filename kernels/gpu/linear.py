@@ -124,7 +124,7 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None)
 
 def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: float = 0.0,
             residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As kernels.trunk.linear.linears: one launch for matrices of one kind, else one for each."""
+    """As kernels.trunk.linear.linears: one launch for neighbours of one kind."""
     assert x.shape[1] == matrices.columns and len(x) <= MOST_TOKENS and x.dtype == torch.float32, x.shape
     x, width = x.contiguous(), matrices.rows
     out = torch.empty(len(x), width, dtype=torch.float32, device=x.device)
@@ -143,15 +143,25 @@ def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: 
     return out, normed
 
 
-def _launches(matrices: Matrices) -> list[tuple[Part, ...]]:
-    """Parts that one launch computes: as many as there are where they are few, of one kind and of whole blocks."""
-    parts = matrices.parts
-    kinds = {(codes.dtype, scales is None, None if bias is None else bias.dtype) for codes, scales, bias in parts}
-    whole = all(len(codes) % MOST_ROWS == 0 for codes, _, _ in parts)
-    return [parts] if len(kinds) == 1 and whole and len(parts) <= MOST_PARTS else [(part,) for part in parts]
+def _launches(matrices: Matrices) -> list[list[Part]]:
+    """Parts that one launch computes: neighbours of one kind, few, of whole blocks but for the last."""
+    found: list[list[Part]] = []
+    for part in matrices.parts:
+        fits = (found and _kind(part) == _kind(found[-1][0]) and len(found[-1]) < MOST_PARTS
+                and len(found[-1][-1][0]) % MOST_ROWS == 0)
+        if fits:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
 
 
-def _launch(x: Tensor, parts: list[Part] | tuple[Part, ...], out: Tensor, sizes: tuple[int, int, int],
+def _kind(part: Part) -> tuple:
+    codes, scales, bias = part
+    return codes.dtype, scales is None, None if bias is None else bias.dtype
+
+
+def _launch(x: Tensor, parts: list[Part], out: Tensor, sizes: tuple[int, int, int],
             norm: Tensor | None = None, epsilon: float = 0.0, normed: Tensor | None = None,
             residual: Tensor | None = None) -> None:
     """out [T, ...], any distance from one token's (or split's) row to the next. sizes: as `partition` returns."""

@@ -18,6 +18,7 @@ from kernels.activation import Gate
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.trunk.attend import Heads
+from kernels.trunk.delta import Mixer
 from kernels.trunk.linear import Matrices
 
 Tensor = torch.Tensor
@@ -45,16 +46,20 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer but its experts: attention behind a norm, their router behind another; None: it has none."""
+    """One decoder layer but its experts: attention or what stands for it behind a norm, their router behind another;
+    None: it has none. Behind the router's E rows stand those of a shared expert: how much of it, gate, up; `shared` is
+    that one's way back, if there is one."""
 
-    heads: Heads
+    mixing: Heads | Mixer
     before: Norm
-    projections: Matrices  # of queries, keys and values
+    projections: Matrices  # of queries, keys and values, or what else `mixing` takes
     output: Matrices
     between: Norm
     router: Matrices | None
+    n_experts: int = 0
     top_k: int = 0
     renormalised: bool = False
+    shared: Matrices | None = None
 
 
 class Token(Protocol):

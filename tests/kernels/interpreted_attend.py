@@ -9,20 +9,21 @@ from kernels.gpu.trunk import route as gpu_route
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.route import route
 
-CASES = [  # T, Q, C, D, norms, rows that are seen, cache
-    (1, 4, 2, 32, "head", 40, torch.float32), (3, 4, 1, 12, "all", 7, torch.float32),
-    (4, 2, 2, 32, None, 0, torch.float32), (2, 16, 2, 16, "head", 70, torch.bfloat16)]
+CASES = [  # T, Q, C, D, norms, rows that are seen, cache, numbers of a head that turn, gated
+    (1, 4, 2, 32, "head", 40, torch.float32, 32, False), (3, 4, 1, 12, "all", 7, torch.float32, 12, False),
+    (4, 2, 2, 32, None, 0, torch.float32, 16, False), (2, 16, 2, 16, "head", 70, torch.bfloat16, 16, False),
+    (3, 4, 2, 32, "head", 9, torch.float32, 8, True), (1, 2, 1, 24, None, 3, torch.float32, 24, True)]
 N = 80
 
 
-@pytest.mark.parametrize("n_tokens, queries, cached, size, normed, position, dtype", CASES)
-def test_attend(monkeypatch, n_tokens, queries, cached, size, normed, position, dtype):
+@pytest.mark.parametrize("n_tokens, queries, cached, size, normed, position, dtype, turned, gated", CASES)
+def test_attend(monkeypatch, n_tokens, queries, cached, size, normed, position, dtype, turned, gated):
     """The new rows go where they are told, and to nowhere else; what lies behind the position is never read."""
     monkeypatch.setattr(gpu_attend, "BLOCKS", 4)
     widths = {"head": (size, size), "all": (queries * size, cached * size), None: (0, 0)}[normed]
     norms = [torch.rand(width) + 0.5 if width else None for width in widths]
-    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6)
-    projected, angles = torch.randn(n_tokens, (queries + 2 * cached) * size), torch.randn(n_tokens, size)
+    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6, gated)
+    projected, angles = torch.randn(n_tokens, heads.width), torch.randn(n_tokens, turned)
     turn = torch.stack((angles.cos(), angles.sin()))
     kept = torch.randn(2, 1, cached, N, size).to(dtype)
     kept[:, :, :, position:] = torch.nan
@@ -38,7 +39,7 @@ def test_attend(monkeypatch, n_tokens, queries, cached, size, normed, position, 
 @pytest.mark.parametrize("n_tokens, n_experts, top_k", [(3, 128, 8), (4, 6, 2), (1, 5, 5)])
 @pytest.mark.parametrize("renormalised", [True, False])
 def test_route(n_tokens, n_experts, top_k, renormalised):
-    logits = 3 * torch.randn(n_tokens, n_experts)
+    logits = 3 * torch.randn(n_tokens, n_experts + 7)[:, :n_experts]
     for expected, found in zip(route.reference(logits, top_k, renormalised),
                                gpu_route.route(logits, top_k, renormalised), strict=True):
         torch.testing.assert_close(found, expected)

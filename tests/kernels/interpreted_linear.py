@@ -89,5 +89,5 @@ def test_linears(n_tokens, columns, kinds):
 
 def test_matrices_of_one_kind_are_one_launch():
     matrices = parts_of(((32, 4), (16, 4), (16, 4)), 64, True)
-    assert gpu_linear._launches(matrices) == [matrices.parts]
+    assert gpu_linear._launches(matrices) == [list(matrices.parts)]
     assert len(gpu_linear._launches(parts_of(((32, 4), (16, 8)), 64, True))) == 2

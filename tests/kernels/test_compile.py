@@ -24,12 +24,15 @@ from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
 from kernels.gpu import weigh as gpu_weigh
 from kernels.gpu.trunk import attend as gpu_attend
+from kernels.gpu.trunk import delta as gpu_delta
+from kernels.gpu.trunk import gated as gpu_gated
 from kernels.gpu.trunk import route as gpu_route
 from kernels.layout import Layout, default_group_size
 from kernels.pool import new_pool
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import Matrices
 from tests.support import aot
+from tests.support.mixers import random_mixer, random_step
 
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and
@@ -111,14 +114,21 @@ def linears_call(columns: int, kinds: tuple, normed: bool) -> Callable:
     return lambda: gpu_linear.linears(x, Matrices(parts), *rest)
 
 
-def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int = 0) -> Callable:
-    """norm: numbers of a head's, or of all heads at once."""
+def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int = 0, turned: int | None = None,
+                ) -> Callable:
+    """norm: numbers of a head's, or of all heads at once. turned: of a head, where it is a part; then it is gated."""
     norms = (torch.zeros(norm), torch.zeros(norm if norm == size else cached * size)) if norm else (None, None)
-    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6)
+    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6, turned is not None)
     rows = torch.zeros(2, 1, cached, 65, size, dtype=torch.bfloat16)
     at = torch.zeros(n_tokens, dtype=torch.int64)
-    return lambda: gpu_attend.attend(torch.zeros(n_tokens, (queries + 2 * cached) * size),
-                                     torch.zeros(2, n_tokens, size), *rows, at[0], heads, at)
+    return lambda: gpu_attend.attend(torch.zeros(n_tokens, heads.width),
+                                     torch.zeros(2, n_tokens, turned or size), *rows, at[0], heads, at)
+
+
+def delta_call(key_heads: int, per: int, size: int, by_head: bool, n_tokens: int) -> Callable:
+    mixer = random_mixer(key_heads, per, size, size, by_head)
+    projected, *states = random_step(mixer, n_tokens, 2, torch.bfloat16)
+    return lambda: gpu_delta.delta(projected, *states, mixer, torch.zeros(1, dtype=torch.int64))
 
 
 def dequantize_rows_call(bits: int) -> Callable:
@@ -193,7 +203,12 @@ CALLS = {
     "attend": attend_call(32, 4, 128, 4, 128),           # Qwen3 30B
     "attend one": attend_call(32, 8, 128, 1),             # Mixtral
     "attend norm of all": attend_call(16, 16, 128, 4, 2048),  # OLMoE
+    "attend gated": attend_call(16, 2, 256, 1, 256, 64),  # Qwen3.6 35B and Qwen3 Next 80B
+    "attend gated, four tokens": attend_call(16, 2, 256, 4, 256, 64),
     "route": lambda: gpu_route.route(torch.zeros(4, 128), 8, True),
+    "delta": delta_call(16, 2, 128, False, 1),            # Qwen3.6 35B
+    "delta by head": delta_call(16, 2, 128, True, 4),     # Qwen3 Next 80B
+    "gated": lambda: gpu_gated.gated(torch.zeros(4, 1025)),
     "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 3072), torch.zeros(4, 8), 2880),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),
@@ -203,7 +218,8 @@ CALLS = {
 SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "take four tokens", "take ahead",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
-              "attend one", "attend norm of all",
+              "attend one", "attend norm of all", "delta by head",
+              "attend gated, four tokens",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 
 

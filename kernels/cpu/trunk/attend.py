@@ -17,7 +17,7 @@ from kernels.trunk.attend import Heads
 
 Tensor = torch.Tensor
 
-RECORD = fields("tokens queries cached size projected turn keys values key_head value_head position query_norm "
+RECORD = fields("tokens queries cached size turned projected turn keys values key_head value_head position query_norm "
                 "key_norm query_span key_span out", floats="scale epsilon")
 
 
@@ -52,9 +52,9 @@ def _norm(row, span, norm, epsilon):
 
 
 @njit(cache=True, nogil=True)
-def _turn(row, cosines, sines):
-    """Heads of len(cosines) numbers, one behind the other."""
-    size, half = len(cosines), len(cosines) // 2
+def _turn(row, size, cosines, sines):
+    """The first len(cosines) numbers of heads of `size`, one behind the other."""
+    half = len(cosines) // 2
     for first in range(0, len(row), size):
         for i in range(half):
             a, b = row[first + i], row[first + half + i]
@@ -68,14 +68,14 @@ def _enter(table):
     a = carray(pointer(table), 1, RECORD)[0]
     n_queries, n_cached = a.queries * a.size, a.cached * a.size
     projected = carray(pointer(a.projected), (a.tokens, n_queries + 2 * n_cached), float32)
-    turn = carray(pointer(a.turn), (2, a.tokens, a.size), float32)
+    turn = carray(pointer(a.turn), (2, a.tokens, a.turned), float32)
     for t in range(a.tokens):
         query, key = projected[t, :n_queries], projected[t, n_queries:n_queries + n_cached]
         if a.query_norm:
             _norm(query, a.query_span, carray(pointer(a.query_norm), a.query_span, float32), a.epsilon)
             _norm(key, a.key_span, carray(pointer(a.key_norm), a.key_span, float32), a.epsilon)
-        _turn(query, turn[0, t], turn[1, t])
-        _turn(key, turn[0, t], turn[1, t])
+        _turn(query, a.size, turn[0, t], turn[1, t])
+        _turn(key, a.size, turn[0, t], turn[1, t])
         at = (a.position + t) * a.size * 4
         for head in range(a.cached):
             carray(pointer(a.keys + head * a.key_head + at), a.size, float32)[:] = key[head * a.size:
@@ -127,9 +127,10 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     if rows is not None or not takes(heads, keys, values):
         return NotImplemented
     out = torch.empty(len(projected), heads.queries * heads.size, dtype=torch.float32)
-    for step in attending(projected.clone(), turn, heads, out, **of_cache(keys, values, position, len(projected))):
+    projected, gate = _without_gates(projected, heads) if heads.gated else (projected.clone(), None)
+    for step in attending(projected, turn, heads, out, **of_cache(keys, values, position, len(projected))):
         call(step)
-    return out
+    return out if gate is None else out.mul_(gate.sigmoid_())
 
 
 def takes(heads: Heads, keys: Tensor, values: Tensor) -> bool:
@@ -146,13 +147,20 @@ def of_cache(keys: Tensor, values: Tensor, position: int, tokens: int) -> dict[s
 
 
 def attending(projected: Tensor, turn: Tensor, heads: Heads, out: Tensor, n_bytes: int = 0, **cache: int) -> list[Step]:
-    """The steps of `attend`, which change projected, into out float32 [T, Q * D]. cache: as of `of_cache`, or later."""
+    """The steps of `attend`, which change projected (without gates), into out float32 [T, Q * D]. cache: as of `of_cache`, or later."""
     spans = {f"{name}_span": 0 if norm is None else norm.numel()
              for name, norm in (("query", heads.query_norm), ("key", heads.key_norm))}
     packed = pack(RECORD, heads.cached, n_bytes, tokens=len(projected), queries=heads.queries, cached=heads.cached,
-                  size=heads.size, projected=address(projected), turn=address(turn),
+                  size=heads.size, turned=turn.shape[-1], projected=address(projected), turn=address(turn),
                   query_norm=address(heads.query_norm), key_norm=address(heads.key_norm), out=address(out),
                   scale=heads.scale, epsilon=heads.epsilon, **spans,
                   **dict.fromkeys(("keys", "values", "key_head", "value_head", "position"), 0) | cache)
     alive = (projected, turn, heads, out)
     return [Step(_enter, packed, alive, whole=True), Step(_attend, packed, alive)]
+
+
+def _without_gates(projected: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """-> queries, keys and values; gates [T, Q * D]. Both are copies."""
+    n, end = len(projected), heads.queries * 2 * heads.size
+    query, gate = projected[:, :end].view(n, heads.queries, 2, heads.size).unbind(2)
+    return torch.cat((query.reshape(n, -1), projected[:, end:]), 1), gate.reshape(n, -1)

@@ -47,7 +47,7 @@ def route(logits: Tensor, top_k: int, renormalised: bool) -> tuple[Tensor, Tenso
     """As kernels.trunk.route.route."""
     ids = torch.empty(len(logits), top_k, dtype=torch.int64)
     shares = torch.empty(len(logits), top_k, dtype=torch.float32)
-    _route(logits.numpy(), renormalised, ids.numpy(), shares.numpy())
+    _route(logits.contiguous().numpy(), renormalised, ids.numpy(), shares.numpy())
     return ids, shares
 
 

@@ -23,6 +23,7 @@ from kernels.cpu.select import selecting
 from kernels.cpu.threads import Step
 from kernels.cpu.trunk import attend, linear
 from kernels.cpu.trunk.route import routing
+from kernels.trunk.attend import Heads
 from kernels.trunk.linear import Matrices
 from kernels.trunk.token import Block, Mapped, Norm
 
@@ -31,6 +32,8 @@ Tensor = torch.Tensor
 
 def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> Token:
     """As kernels.trunk.token.token_step."""
+    if not all(isinstance(block.mixing, Heads) and not block.mixing.gated and block.shared is None for block in blocks):
+        return NotImplemented
     used = [head, *(part for block in blocks for part in (block.projections, block.output, block.router))]
     if None in used or not all(map(linear.takes, used)) or any(own.gate.kind not in KINDS for own in experts):
         return NotImplemented
@@ -43,13 +46,13 @@ class Token:
     def __init__(self, blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> None:
         first, n = blocks[0], len(blocks)
         self._blocks, self._rooms = blocks, [None] * n
-        self.x, self.turn = _room(head.columns), torch.empty(2, 1, first.heads.size)
+        self.x, self.turn = _room(head.columns), torch.empty(2, 1, first.mixing.size)
         self.ids, self._shares = torch.empty(n, first.top_k, dtype=torch.int32), torch.empty(n, first.top_k)
         self._behind = _room(head.columns)      # attention
         self._normed = torch.zeros(1, experts[0].layout.padded)
         self._projected, self._attended = _room(first.projections.rows), _room(first.output.columns)
         self._routed, self._out, self._given = _room(first.router.rows), _room(head.rows), _room(head.columns)
-        self._row_bytes = 8 * first.heads.cached * first.heads.size     # of keys and values
+        self._row_bytes = 8 * first.mixing.cached * first.mixing.size     # of keys and values
         self._attends, self._layer_of, steps = [], {}, []
         for layer, (block, own) in enumerate(zip(blocks, experts, strict=True)):
             steps += self._attention(block) + self._choice(block)
@@ -62,7 +65,7 @@ class Token:
         before = block.before
         steps = linear.multiplying(self.x, block.projections, self._projected, before.weight, before.epsilon,
                                    given=self._given)
-        attends = attend.attending(self._projected, self.turn, block.heads, self._attended)
+        attends = attend.attending(self._projected, self.turn, block.mixing, self._attended)
         self._attends.append(np.frombuffer(attends[0].record, attend.RECORD))
         return steps + attends + linear.multiplying(self._attended, block.output, self._behind, residual=self.x)
 
@@ -87,7 +90,7 @@ class Token:
         known = self._rooms[layer]
         if known is not None and known() is keys:
             return True
-        if not attend.takes(self._blocks[layer].heads, keys, values):
+        if not attend.takes(self._blocks[layer].mixing, keys, values):
             return False
         for name, value in attend.of_cache(keys, values, 0, 1).items():
             self._attends[layer][name] = value

@@ -29,14 +29,14 @@ NOTHING = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width, epsilon, HEADS: tl.constexpr,
-              SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, TURNED: tl.constexpr, M: tl.constexpr,
-              NORM_STEP: tl.constexpr):
-    """Both halves, float32 [M, HALF], of heads `head` of `token`s [M], of HEADS that begin at column `first`; normed
-    and turned."""
+              STRIDE: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, TURNED: tl.constexpr,
+              M: tl.constexpr, NORM_STEP: tl.constexpr):
+    """Both halves, float32 [M, HALF], of heads `head` of `token`s [M], of HEADS that begin at column `first`, STRIDE
+    numbers apart; normed, and the first TURNED numbers turned: all of a head, or at most a half."""
     side = tl.arange(0, HALF)
     inside = is_row[:, None] & (side < SIZE // 2)[None]
     row = projected + token * width + first
-    at = row[:, None] + head[:, None] * SIZE + side[None]
+    at = row[:, None] + head[:, None] * STRIDE + side[None]
     low = tl.load(at, mask=inside, other=0)
     high = tl.load(at + SIZE // 2, mask=inside, other=0)
     if NORM > 0:
@@ -54,13 +54,22 @@ def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width
         factor = (1.0 / tl.sqrt_rn(squares / n + epsilon))[:, None]
         low = tl.load(weight, mask=inside, other=0).to(tl.float32) * (low * factor)
         high = tl.load(weight + SIZE // 2, mask=inside, other=0).to(tl.float32) * (high * factor)
-    if TURNED:
-        angle = turn + token[:, None] * SIZE + side[None]
-        sines = angle + n_tokens * SIZE
+    angle = turn + token[:, None] * TURNED + side[None]
+    sines = angle + n_tokens * TURNED
+    if TURNED == SIZE:
         turned = low * tl.load(angle, mask=inside, other=0) - high * tl.load(sines, mask=inside, other=0)
         high = (high * tl.load(angle + SIZE // 2, mask=inside, other=0)
                 + low * tl.load(sines + SIZE // 2, mask=inside, other=0))
         low = turned
+    elif TURNED > 0:
+        turning = inside & (side < TURNED)[None]
+        to_other = tl.where(side < TURNED // 2, TURNED // 2, -(TURNED // 2))[None]
+        other = tl.load(at + to_other, mask=turning, other=0)
+        if NORM > 0:
+            other = tl.load(weight + to_other, mask=turning, other=0).to(tl.float32) * (other * factor)
+        other = tl.where((side < TURNED // 2)[None], -other, other)
+        low = (low * tl.load(angle, mask=turning, other=1)
+               + other * tl.load(sines, mask=turning, other=0))
     return low, high
 
 
@@ -82,16 +91,17 @@ def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out
 @triton.jit
 def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, out, stats, n_tokens, head_stride,
             scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-            NORM: tl.constexpr, SPLITS: tl.constexpr, OPERAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-            NORM_STEP: tl.constexpr):
+            STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr,
+            OPERAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr, NORM_STEP: tl.constexpr):
     """Grid: C, SPLITS. -> out [C, SPLITS, M, D], sums of values; stats [2, C, SPLITS, M]: largest score, sum."""
     cached, split = tl.program_id(0), tl.program_id(1)
     per: tl.constexpr = QUERIES // CACHED
-    width: tl.constexpr = (QUERIES + 2 * CACHED) * SIZE
+    before: tl.constexpr = QUERIES * STRIDE  # columns of queries
+    width: tl.constexpr = before + 2 * CACHED * SIZE
     row, side = tl.arange(0, M), tl.arange(0, HALF)
     token, inside = row // per, (side < SIZE // 2)[None]
     low, high = _heads_of(projected, query_norm, turn, token, cached * per + row % per, 0, token < n_tokens, n_tokens,
-                          width, epsilon, QUERIES, SIZE, HALF, NORM, True, M, NORM_STEP)
+                          width, epsilon, QUERIES, STRIDE, SIZE, HALF, NORM, TURNED, M, NORM_STEP)
     most, total = tl.full((M,), NOTHING, tl.float32), tl.zeros((M,), tl.float32)
     out_low, out_high = tl.zeros((M, HALF), tl.float32), tl.zeros((M, HALF), tl.float32)
     keys += cached.to(tl.int64) * head_stride
@@ -110,10 +120,10 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
     if split == 0:
         new, here = tl.arange(0, 16), tl.arange(0, 16) < n_tokens
         head = tl.zeros_like(new) + cached
-        k_low, k_high = _heads_of(projected, key_norm, turn, new, head, QUERIES * SIZE, here, n_tokens, width, epsilon,
-                                  CACHED, SIZE, HALF, NORM, True, 16, NORM_STEP)
-        v_low, v_high = _heads_of(projected, key_norm, turn, new, head, (QUERIES + CACHED) * SIZE, here, n_tokens,
-                                  width, epsilon, CACHED, SIZE, HALF, 0, False, 16, NORM_STEP)
+        k_low, k_high = _heads_of(projected, key_norm, turn, new, head, before, here, n_tokens, width, epsilon,
+                                  CACHED, SIZE, SIZE, HALF, NORM, TURNED, 16, NORM_STEP)
+        v_low, v_high = _heads_of(projected, key_norm, turn, new, head, before + CACHED * SIZE, here, n_tokens, width,
+                                  epsilon, CACHED, SIZE, SIZE, HALF, 0, 0, 16, NORM_STEP)
         kept: tl.constexpr = keys.dtype.element_ty
         k_low, k_high, v_low, v_high = k_low.to(kept), k_high.to(kept), v_low.to(kept), v_high.to(kept)
         at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
@@ -133,8 +143,8 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
 
 
 @triton.jit
-def _join(parts, stats, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-          SPLITS: tl.constexpr, M: tl.constexpr):
+def _join(parts, stats, projected, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
+          BLOCK: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr):
     """Grid: T * Q. The splits of one head in order -> out [T, Q * D]."""
     per: tl.constexpr = QUERIES // CACHED
     token, head = tl.program_id(0) // QUERIES, tl.program_id(0) % QUERIES
@@ -145,6 +155,9 @@ def _join(parts, stats, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: 
     total = tl.sum(weight * tl.load(stats + CACHED * SPLITS * M + at), axis=0)
     part = tl.load(parts + at[:, None] * SIZE + side[None], mask=(side < SIZE)[None], other=0)
     value = tl.sum(part * weight[:, None], axis=0) / total
+    if GATED:
+        gate = projected + token * (2 * QUERIES + 2 * CACHED) * SIZE + (2 * head + 1) * SIZE + side
+        value *= tl.sigmoid(tl.load(gate, mask=side < SIZE, other=0))
     tl.store(out + tl.program_id(0) * SIZE + side, value, mask=side < SIZE)
 
 
@@ -155,10 +168,12 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
         rows = torch.arange(position, position + len(projected), device=keys.device)
         position = rows[0]
     n_tokens, size, (queries, cached) = len(projected), heads.size, (heads.queries, heads.cached)
-    assert n_tokens <= MOST_TOKENS and projected.shape[1] == (queries + 2 * cached) * size, projected.shape
+    turned, norm = turn.shape[-1], _norm_kind(heads)
+    assert n_tokens <= MOST_TOKENS and projected.shape[1] == heads.width, projected.shape
     assert keys.stride() == values.stride() and keys.stride()[2:] == (size, 1) and projected.is_contiguous()
-    assert turn.shape == (2, n_tokens, size) and turn.is_contiguous() and turn.dtype == torch.float32
-    assert position.dtype == rows.dtype == torch.int64 and size % 2 == 0
+    assert turn.shape[:2] == (2, n_tokens) and turn.is_contiguous() and turn.dtype == torch.float32
+    assert turned == size or turned <= size // 2 and norm != OF_ALL and turned % 2 == 0, turn.shape
+    assert not (heads.gated and norm == OF_ALL) and position.dtype == rows.dtype == torch.int64 and size % 2 == 0
     tile = max(LEAST_TILE, triton.next_power_of_2(n_tokens * queries // cached))
     splits = max(1, triton.next_power_of_2(BLOCKS // cached))
     parts = torch.empty(cached, splits, tile, size, dtype=torch.float32, device=projected.device)
@@ -168,11 +183,13 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     _attend[(cached, splits)](
         projected, turn, keys, values, position, rows, *norms, parts, stats, n_tokens, keys.stride(1), heads.scale,
         heads.epsilon, QUERIES=queries, CACHED=cached, SIZE=size,
-        HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), NORM=_norm_kind(heads), SPLITS=splits,
+        HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), STRIDE=size * (1 + heads.gated), TURNED=turned,
+        NORM=norm, SPLITS=splits,
         OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16, M=tile, N=ROWS, NORM_STEP=NORM_STEP,
         num_warps=8)  # with four it spills on sm_75, whose matrix products are made of additions (Triton 3.7)
-    _join[(n_tokens * queries,)](parts, stats, out, QUERIES=queries, CACHED=cached, SIZE=size,
-                                 BLOCK=triton.next_power_of_2(size), SPLITS=splits, M=tile, num_warps=4)
+    _join[(n_tokens * queries,)](parts, stats, projected, out, QUERIES=queries, CACHED=cached, SIZE=size,
+                                 BLOCK=triton.next_power_of_2(size), GATED=heads.gated, SPLITS=splits, M=tile,
+                                 num_warps=4)
     return out
 
 

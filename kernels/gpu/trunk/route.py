@@ -9,13 +9,13 @@ Tensor = torch.Tensor
 
 
 @triton.jit
-def _route(logits, ids, shares, n_experts, K: tl.constexpr, RENORMALISED: tl.constexpr, EXPERTS: tl.constexpr,
+def _route(logits, ids, shares, n_experts, stride, K: tl.constexpr, RENORMALISED: tl.constexpr, EXPERTS: tl.constexpr,
            PICKS: tl.constexpr):
     """Grid: T. EXPERTS, PICKS: the next powers of two. Of equals the first comes first."""
     token = tl.program_id(0)
     expert, pick = tl.arange(0, EXPERTS), tl.arange(0, PICKS)
     there = expert < n_experts
-    value = tl.load(logits + token * n_experts + expert, mask=there, other=float("-inf"))
+    value = tl.load(logits + token * stride + expert, mask=there, other=float("-inf"))
     # What is no number comes first; what is smaller than any stays ahead of what is taken.
     order = tl.where(value == value, tl.maximum(value, -3.4028234663852886e38), float("inf"))
     order = tl.where(there, order, float("-inf"))
@@ -38,9 +38,9 @@ def _route(logits, ids, shares, n_experts, K: tl.constexpr, RENORMALISED: tl.con
 def route(logits: Tensor, top_k: int, renormalised: bool) -> tuple[Tensor, Tensor]:
     """As kernels.trunk.route.route."""
     n_tokens, n_experts = logits.shape
-    assert logits.dtype == torch.float32 and logits.is_contiguous() and top_k <= n_experts, (logits.shape, top_k)
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and top_k <= n_experts, (logits.shape, top_k)
     ids = torch.empty(n_tokens, top_k, dtype=torch.int64, device=logits.device)
     shares = torch.empty(n_tokens, top_k, dtype=torch.float32, device=logits.device)
-    _route[(n_tokens,)](logits, ids, shares, n_experts, K=top_k, RENORMALISED=renormalised,
+    _route[(n_tokens,)](logits, ids, shares, n_experts, logits.stride(0), K=top_k, RENORMALISED=renormalised,
                         EXPERTS=triton.next_power_of_2(n_experts), PICKS=triton.next_power_of_2(top_k), num_warps=1)
     return ids, shares

@@ -17,7 +17,8 @@ from tests.support import architectures, folders
 Tensor = torch.Tensor
 WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=512)  # matrices that are large enough to be packed
 CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_topk_prob=True)), ("qwen3_moe", 16, {}),
-         ("qwen3_moe", 8, dict(mlp_only_layers=[0])), ("olmoe", 4, {}), ("mixtral", 8, {})]
+         ("qwen3_moe", 8, dict(mlp_only_layers=[0])), ("olmoe", 4, {}), ("mixtral", 8, {}),
+         ("qwen3_5_moe_text", 8, {}), ("qwen3_next", 4, {}), ("qwen3_next", 16, {})]
 
 
 @pytest.mark.parametrize(("name", "bits", "changes"), CASES)
@@ -37,6 +38,9 @@ def test_a_step_is_transformers_own(name: str, bits: int, changes: dict, tmp_pat
             expected = plain.feed(ids[at:at + n])
             for prefix in (fused, fixed):
                 same(prefix.feed(ids[at:at + n]), expected)
+            for prefix in (fused, plain, fixed):
+                if at + n == 24:
+                    prefix.mark()    # recurrent states go back to where they were marked
         for prefix in (fused, plain, fixed):
             assert prefix.reuse(ids[:24] + [1, 2]) == 24
         expected = plain.feed([1])

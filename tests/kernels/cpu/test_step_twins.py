@@ -10,12 +10,15 @@ pytest.importorskip("numba", reason="needs numba, which compiles these functions
 
 from kernels.cpu import threads
 from kernels.cpu.trunk import attend as cpu_attend
+from kernels.cpu.trunk import delta as cpu_delta
 from kernels.cpu.trunk import linear as cpu_linear
 from kernels.cpu.trunk import route as cpu_route
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.delta import delta
 from kernels.trunk.linear import Matrices, linears
 from kernels.trunk.route import route
 from tests.kernels.cpu.test_linear_twin import matrix
+from tests.support.mixers import random_mixer, random_step
 
 Tensor = torch.Tensor
 tries = settings(max_examples=30, deadline=None)
@@ -54,14 +57,14 @@ def test_what_is_not_computed_here_is_left_to_the_reference():
 
 @tries
 @given(tokens, st.sampled_from(((1, 16), (2, 32), (4, 128))), st.sampled_from((1, 3, 8)),
-       st.sampled_from(("none", "each", "all")), st.integers(0, 40), seeds)
-def test_attend(tokens, shape, per, normed, position, seed):
+       st.sampled_from(("none", "each", "all")), st.integers(0, 40), st.sampled_from((1, 2, 4)), st.booleans(), seeds)
+def test_attend(tokens, shape, per, normed, position, of_turned, gated, seed):
     (cached, size), draw = shape, torch.Generator().manual_seed(seed)
     norms = {"none": (), "each": (size, size), "all": (per * cached * size, cached * size)}[normed]
     heads = Heads(per * cached, cached, size, size ** -0.5, *(torch.rand(n, generator=draw) for n in norms),
-                  **({"epsilon": 1e-6} if norms else {}))
-    projected = torch.randn(tokens, (per + 2) * cached * size, generator=draw)
-    turn = torch.randn(2, tokens, size, generator=draw)
+                  gated=gated, **({"epsilon": 1e-6} if norms else {}))
+    projected = torch.randn(tokens, heads.width, generator=draw)
+    turn = torch.randn(2, tokens, size // of_turned, generator=draw)
     cache = torch.randn(2, 1, cached, position + tokens + 3, size, generator=draw)
     given, theirs = cache.clone(), cache.clone()
     found = cpu_attend.attend(projected.clone(), turn, *given, position, heads)
@@ -69,6 +72,17 @@ def test_attend(tokens, shape, per, normed, position, seed):
     torch.testing.assert_close(given, theirs, rtol=1e-5, atol=1e-6)
     changed = (given != cache).any(-1).any(0)[0, 0].nonzero().flatten().tolist()
     assert changed == list(range(position, position + tokens))
+
+
+@tries
+@given(tokens, st.sampled_from(((1, 2, 16, 16), (2, 2, 12, 20), (3, 1, 8, 40))), st.booleans(), seeds)
+def test_delta(tokens, shape, by_head, seed):
+    mixer = random_mixer(*shape, by_head, seed=seed)
+    projected, *states = random_step(mixer, tokens, seed=seed + 1)
+    found, expected = ([function(projected, *own, mixer), *own] for function, own in
+                       ((run, [state.clone() for state in states]) for run in (cpu_delta.delta, delta.reference)))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @tries
@@ -101,11 +115,14 @@ def test_any_number_of_threads_makes_the_same_bits(monkeypatch):
     x, matrices, heads = torch.randn(3, 256, generator=draw), mixed(256, [4, 8, 32], 0), Heads(8, 4, 16, 0.25)
     projected, turn, cache = (torch.randn(shape, generator=draw)
                               for shape in ((3, 256), (2, 3, 16), (2, 1, 4, 40, 16)))
+    mixer = random_mixer(3, 2, 16, 16, True)
+    entering, *states = random_step(mixer, 3)
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             found.append((cpu_linear.linears(x, matrices, torch.ones(256), 1e-6)[0],
-                          cpu_attend.attend(projected.clone(), turn, *cache.clone(), 30, heads)))
+                          cpu_attend.attend(projected.clone(), turn, *cache.clone(), 30, heads),
+                          cpu_delta.delta(entering, *(state.clone() for state in states), mixer)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
