@@ -24,6 +24,8 @@ from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.delta import Mixer, delta
+from kernels.trunk.gated import gated
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import route
 
@@ -221,20 +223,53 @@ def _linears(case: Case) -> Compared:
 
 
 def _attend(case: Case) -> Compared:
+    return _attended(case, Heads(16, 2, 128, 128 ** -0.5), 128)
+
+
+def _there(parts: tuple, device: str) -> list:
+    return [part.to(device) if isinstance(part, Tensor) else part for part in parts]
+
+
+def _attended(case: Case, heads: Heads, turned: int) -> Compared:
     """Behind 70 rows of a 16-bit cache whose further rows are no numbers; what it leaves in the cache."""
-    draw, heads, position = torch.Generator().manual_seed(7), Heads(16, 2, 128, 128 ** -0.5), 70
-    projected = torch.randn(case.n_tokens, 20 * 128, generator=draw)
-    angles = torch.randn(case.n_tokens, 128, generator=draw)
+    draw, position = torch.Generator().manual_seed(7), 70
+    projected = torch.randn(case.n_tokens, heads.width, generator=draw)
+    angles = torch.randn(case.n_tokens, turned, generator=draw)
     kept = torch.randn(2, 1, 2, 80, 128, generator=draw).bfloat16()
     kept[:, :, :, position:] = torch.nan
     rows, made = torch.arange(position, position + case.n_tokens), []
     for function, device in ((partial(case.call, attend), case.device), (attend.reference, "cpu")):
         keys, values = kept.clone().to(device)
         out = function(projected.to(device), torch.stack((angles.cos(), angles.sin())).to(device), keys, values,
-                       torch.tensor(position, device=device), heads, rows.to(device))
+                       torch.tensor(position, device=device), Heads(*_there(heads, device)), rows.to(device))
         end = position + case.n_tokens
         made.append((out, keys[:, :, :end], values[:, :, :end]))
     return *made, SIXTEEN_BITS
+
+
+def _attend_gated(case: Case) -> Compared:
+    """A quarter of each head turns, and a gate stands behind it."""
+    return _attended(case, Heads(8, 2, 128, 128 ** -0.5, torch.ones(128), torch.ones(128), 1e-6, gated=True), 32)
+
+
+def _delta(case: Case) -> Compared:
+    """Qwen3.5's heads, fewer of them; the state goes to a second row, and the first stays as it was."""
+    draw, made = torch.Generator().manual_seed(13), []
+    mixer = Mixer(2, 4, 128, 128, False, torch.randn(1024, 4, generator=draw), -torch.rand(4, generator=draw),
+                  torch.rand(4, generator=draw), torch.rand(128, generator=draw), 1e-6)
+    given = [torch.randn(shape, generator=draw) for shape in ((case.n_tokens, mixer.width), (2, 1024, 4),
+                                                              (2, 4, 128, 128))]
+    given[1] = given[1].bfloat16()
+    for function, device in ((partial(case.call, delta), case.device), (delta.reference, "cpu")):
+        there = [tensor.clone().to(device) for tensor in given]
+        row = torch.ones(1, dtype=torch.int64, device=device)
+        made.append((function(*there, Mixer(*_there(mixer, device)), row), *there[1:]))
+    return *made, SIXTEEN_BITS
+
+
+def _gated(case: Case) -> Compared:
+    rows = torch.randn(case.n_tokens, 1 + 2 * 512, generator=torch.Generator().manual_seed(17))
+    return (case.call(gated, rows.to(case.device)),), (gated.reference(rows),), VALUES
 
 
 def _route(case: Case) -> Compared:
@@ -248,7 +283,8 @@ def _route(case: Case) -> Compared:
 CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
-          "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route}
+          "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route,
+          "attend gated": _attend_gated, "delta": _delta, "gated": _gated}
 
 
 def kernels() -> Iterator[Row]:

@@ -147,7 +147,8 @@ def of_cache(keys: Tensor, values: Tensor, position: int, tokens: int) -> dict[s
 
 
 def attending(projected: Tensor, turn: Tensor, heads: Heads, out: Tensor, n_bytes: int = 0, **cache: int) -> list[Step]:
-    """The steps of `attend`, which change projected (without gates), into out float32 [T, Q * D]. cache: as of `of_cache`, or later."""
+    """The steps of `attend`, which change projected, without gates, into out float32 [T, Q * D]. cache: as of
+    `of_cache`, or later."""
     spans = {f"{name}_span": 0 if norm is None else norm.numel()
              for name, norm in (("query", heads.query_norm), ("key", heads.key_norm))}
     packed = pack(RECORD, heads.cached, n_bytes, tokens=len(projected), queries=heads.queries, cached=heads.cached,

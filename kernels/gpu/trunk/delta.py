@@ -65,25 +65,22 @@ def _recur(mixed, projected, state, row, rate, bias, norm, out, n_tokens, channe
     rate, bias = tl.load(rate + head), tl.load(bias + head)
     weight = tl.load(norm + value, mask=is_value, other=0)
     for token in range(n_tokens):
-        q = tl.load(mixed + group * KEY + key, mask=is_key, other=0)
-        k = tl.load(mixed + (heads // PER + group) * KEY + key, mask=is_key, other=0)
-        v = tl.load(mixed + 2 * (heads // PER) * KEY + head * VALUE + value, mask=is_value, other=0)
-        z = tl.load(projected + z0 + group * z1 + within * VALUE + value, mask=is_value, other=0)
-        share = tl.sigmoid(tl.load(projected + b0 + group * b1 + within))
-        above = tl.load(projected + a0 + group * a1 + within) + bias
+        own, given = mixed + token * channels, projected + token * width
+        q = tl.load(own + group * KEY + key, mask=is_key, other=0)
+        k = tl.load(own + (heads // PER + group) * KEY + key, mask=is_key, other=0)
+        v = tl.load(own + 2 * (heads // PER) * KEY + head * VALUE + value, mask=is_value, other=0)
+        z = tl.load(given + z0 + group * z1 + within * VALUE + value, mask=is_value, other=0)
+        share = tl.sigmoid(tl.load(given + b0 + group * b1 + within))
+        above = tl.load(given + a0 + group * a1 + within) + bias
         softened = tl.maximum(above, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(above)))
         q = q * (1.0 / tl.sqrt_rn(tl.sum(q * q, axis=0) + least))
         k = k * (1.0 / tl.sqrt_rn(tl.sum(k * k, axis=0) + least))
         held = held * tl.exp(rate * softened)
         change = (v - tl.sum(held * k[:, None], axis=0)) * share
         held += k[:, None] * change[None]
-        value_out = tl.sum(held * q[:, None], axis=0) * scale
-        mean = tl.sum(value_out * value_out, axis=0) / VALUE
-        value_out = weight * (value_out * (1.0 / tl.sqrt_rn(mean + epsilon)))
-        tl.store(out + head * VALUE + value, value_out * (z * tl.sigmoid(z)), mask=is_value)
-        mixed += channels
-        projected += width
-        out += heads * VALUE
+        found = tl.sum(held * q[:, None], axis=0) * scale
+        found = weight * (found * (1.0 / tl.sqrt_rn(tl.sum(found * found, axis=0) / VALUE + epsilon)))
+        tl.store(out + (token * heads + head) * VALUE + value, found * (z * tl.sigmoid(z)), mask=is_value)
     tl.store(state + tl.load(row) * heads * KEY * VALUE + at, held, mask=inside)
 
 
