@@ -95,7 +95,7 @@ class Text:
 NO_TEXT = Text()
 
 
-def digest(documents: Documents, model: Path | None) -> str:
+def digest(documents: Documents, model: Path | None = None) -> str:
     """A name for what codes were compensated on."""
     own = hashlib.sha256(repr([ids.tolist() for ids in documents]).encode()).hexdigest()[:16]
     return f"{own}, felt" if model else own

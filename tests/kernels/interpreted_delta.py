@@ -8,7 +8,7 @@ from kernels.gpu.trunk import delta as gpu_delta
 from kernels.gpu.trunk import gated as gpu_gated
 from kernels.trunk.delta import delta
 from kernels.trunk.gated import gated
-from tests.support.mixers import random_mixer, random_step
+from tests.support.random_experts import random_mixer, random_step
 
 
 @pytest.mark.parametrize("shape, by_head, n_tokens, dtype", [

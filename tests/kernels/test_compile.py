@@ -32,7 +32,7 @@ from kernels.pool import new_pool
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import Matrices
 from tests.support import aot
-from tests.support.mixers import random_mixer, random_step
+from tests.support.random_experts import random_mixer, random_step
 
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and

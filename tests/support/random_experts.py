@@ -1,4 +1,4 @@
-"""Compressed experts and trunk matrices of random codes and plausible scales, without the quantiser."""
+"""Compressed experts, trunk matrices and gated delta-nets of random codes or numbers, without the quantiser."""
 from __future__ import annotations
 
 import random
@@ -7,6 +7,7 @@ import torch
 
 from kernels.layout import Layout
 from kernels.planes import Nested, record_rows, sketch_rows
+from kernels.trunk.delta import Mixer
 
 Tensor = torch.Tensor
 
@@ -64,3 +65,22 @@ def random_shape(seed: int) -> tuple[int, int, int, int]:
     hidden, k = draw.choice((256, 2048, 2880, 4096, 5120)), draw.randint(1, 10)
     neurons = draw.randint(512, max(512, min(14_336, 4096 // k)))
     return hidden, neurons, k, draw.randint(1, max(1, min(4, 16_000_000 // (hidden * k * neurons))))
+
+
+def random_mixer(key_heads: int, per: int, key_size: int, value_size: int, by_head: bool, width: int = 4,
+                 seed: int = 0) -> Mixer:
+    """per: heads of values a head of keys; width: of the convolution."""
+    draw, heads = torch.Generator().manual_seed(seed), key_heads * per
+    channels = 2 * key_heads * key_size + heads * value_size
+    return Mixer(key_heads, heads, key_size, value_size, by_head, torch.randn(channels, width, generator=draw) / 2,
+                 -4 * torch.rand(heads, generator=draw), torch.rand(heads, generator=draw),
+                 torch.rand(value_size, generator=draw) + 0.5, 1e-6)
+
+
+def random_step(mixer: Mixer, n_tokens: int, rows: int = 1, dtype: torch.dtype = torch.float32, seed: int = 1,
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections, the columns of `rows` states and their matrices."""
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randn(n_tokens, mixer.width, generator=draw),
+            torch.randn(rows, *mixer.convolution.shape, generator=draw).to(dtype),
+            torch.randn(rows, mixer.value_heads, mixer.key_size, mixer.value_size, generator=draw))

@@ -167,7 +167,7 @@ def test_a_card_that_is_not_there_is_one_sentence_and_exit_code_3(verb, place, c
     words = {"download": "me/original", "gpu": "nodes"}.get(verb, GOOD[verb])
     assert main(arguments(verb, words, place, "--device", "cuda")) == 3
     out, err = capfd.readouterr()
-    assert out == "" and "CPU" in one_sentence(err)
+    assert out == "" and "the processor" in one_sentence(err)
 
 
 @pytest.mark.parametrize("words, code", [

@@ -41,13 +41,13 @@ def test_a_32_gb_windows_machine_records_its_step():
         whole, most = plan(spec, CARD_12, wishes), plan(spec, locked, wishes)
         assert most.pinned_bytes == 37 * 256 * 1_769_472 <= 16 * GIB and most.pageable_layers == 0
         assert most.far_bytes_per_token > whole.far_bytes_per_token
-        assert most.decode_tokens_per_second > 0.85 * whole.decode_tokens_per_second
+        assert most.decode_tokens_per_second > 0.8 * whole.decode_tokens_per_second
         assert "1.4 GB of experts stay on the card for good" in plan_text(most)
         # Where they do not fit, the host fetches, no step is recorded, and every kernel is launched by itself.
         small = plan(spec, locked, replace(wishes, near_bytes=1_300_000_000))
         assert small.pageable_layers == 3 and "the processor fetches from them" in plan_text(small)
         own = {"exact": 10, "fast": 15}[level]
-        assert dict(small.token)["launches"] == pytest.approx(40 * (97 + own) * 12e-6 + 3 * 0.4e-3)
+        assert dict(small.token)["launches"] == pytest.approx(40 * (12 + own) * 12e-6 + 3 * 0.4e-3)
 
 
 def test_a_prompt_is_read_in_pieces_that_attention_has_room_for():

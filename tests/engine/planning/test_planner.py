@@ -74,7 +74,7 @@ def test_qwen36_on_11_and_12_gb_by_hand():
     miss = 0.39 - (0.39 - 0.11) * (4993 / 10240 - 0.25) / 0.25
     assert made.far_bytes_per_token == pytest.approx(320 * 1_769_472 * miss)
     seconds = (trunk + 320 * 1_769_472 + kv / 0.2 + 2 * state) / 316.8e9
-    seconds += (40 * 97 + 40 * 10) * 1.6e-6 + 320 * 1_769_472 * miss / 25.2e9 + 40 * 4e-6
+    seconds += (40 * 12 + 40 * 10) * 1.6e-6 + 320 * 1_769_472 * miss / 25.2e9 + 40 * 4e-6
     assert made.decode_tokens_per_second == pytest.approx(1 / seconds)
 
 

@@ -18,7 +18,7 @@ from kernels.trunk.delta import delta
 from kernels.trunk.linear import Matrices, linears
 from kernels.trunk.route import route
 from tests.kernels.cpu.test_linear_twin import matrix
-from tests.support.mixers import random_mixer, random_step
+from tests.support.random_experts import random_mixer, random_step
 
 Tensor = torch.Tensor
 tries = settings(max_examples=30, deadline=None)
