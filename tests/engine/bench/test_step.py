@@ -68,7 +68,7 @@ def test_commands_that_wait_end_with_one_sentence(command, monkeypatch, reposito
     monkeypatch.chdir(repository)
     assert main(shlex.split(command.replace("--out first-light", f"--out {tmp_path}"))) == 3
     said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].endswith(".") and "CPU" in said[-1]
+    assert said[-1].endswith(".") and "processor" in said[-1]
 
 
 def test_the_notes_have_commands():
