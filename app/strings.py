@@ -321,6 +321,10 @@ TEXT = {
     "activity_none": "Send a message to see measurements.",
     "activity_label": "Expert activity of the last tokens: {layers} layers, {experts} experts; busiest: layer {layer}, "
                       "expert {expert}, {percent} % of the tokens",
+    "picks": "Experts of this conversation",
+    "picks_none": "This model has answered nothing in this conversation yet.",
+    "picks_label": "Experts that the answers of this conversation picked: {layers} layers, {experts} experts; most: "
+                   "layer {layer}, expert {expert}, {percent} % of the tokens",
     "why": "Why is it slow?",
     "why_none": "Send a message to see measurements.",
     "card_link": "Link, as the card counts it",

@@ -17,6 +17,7 @@ from engine.core import (
     MachineError,
     ModelSpec,
     Options,
+    Picks,
     Request,
     Sampling,
     Stopped,
@@ -56,7 +57,7 @@ _DOORS = {  # module: its names that are everybody's
 _LAZY = {name: f"engine.{module}" for module, names in _DOORS.items() for name in names}
 
 __all__ = ["LEVELS", "PROMISES", "CallPiece", "Counters", "Event", "Likelihood", "Machine", "MachineError", "ModelSpec",
-           "Options", "Request", "Sampling", "Stopped", "ToolCall", "UserError", *_LAZY]
+           "Options", "Picks", "Request", "Sampling", "Stopped", "ToolCall", "UserError", *_LAZY]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,8 @@ the page, the planner and the command line start with these alone.
 from __future__ import annotations
 
 import math
+import zlib
+from array import array
 from dataclasses import dataclass, field, fields
 
 LEVELS = ("full", "exact", "quality", "balanced", "fast", "floe")
@@ -15,6 +17,7 @@ PROMISES = {"quality": 0.005, "balanced": 0.01, "fast": 0.03}
 
 EVENT_KINDS = ("loading", "prefill", "thinking", "answer", "end")
 END_REASONS = ("stop", "length", "stopped", "error")
+MOST_PICKS_BYTES = 1 << 22  # of a Picks: more experts than any model has
 
 
 class UserError(Exception):
@@ -176,12 +179,60 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class Picks:
+    """How often each expert was picked, by the tokens of one answer or of all answers of a conversation. counts: layer
+    by layer, layers * experts whole numbers."""
+
+    layers: int
+    experts: int
+    tokens: int
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.experts) < 1 or self.tokens < 0 or len(self.counts) != self.layers * self.experts:
+            raise ValueError("these are not the picks of a model")
+
+    def __add__(self, other: Picks) -> Picks:
+        """ValueError for two models."""
+        if (self.layers, self.experts) != (other.layers, other.experts):
+            raise ValueError("two models have nothing in common")
+        return Picks(self.layers, self.experts, self.tokens + other.tokens,
+                     tuple(map(sum, zip(self.counts, other.counts, strict=True))))
+
+    def shares(self) -> list[list[float]]:
+        """Of each layer, for each expert the share of the tokens that picked it, 0 to 1."""
+        n, tokens = self.experts, max(1, self.tokens)
+        return [[round(pick / tokens, 3) for pick in self.counts[at:at + n]] for at in range(0, len(self.counts), n)]
+
+    def busiest(self) -> list[tuple[int, int]]:
+        """(layer, expert), what was picked most first; without what never was."""
+        taken = [thing for thing, pick in enumerate(self.counts) if pick]
+        return [divmod(thing, self.experts) for thing in sorted(taken, key=lambda thing: -self.counts[thing])]
+
+    def packed(self) -> bytes:
+        """What `unpacked` reads."""
+        return zlib.compress(array("I", (self.layers, self.experts, self.tokens, *self.counts)).tobytes())
+
+    @staticmethod
+    def unpacked(data: bytes) -> Picks:
+        """ValueError for anything else."""
+        numbers = array("I")
+        try:
+            numbers.frombytes(zlib.decompressobj().decompress(data, MOST_PICKS_BYTES))
+            layers, experts, tokens, *counts = numbers
+        except (zlib.error, TypeError, ValueError) as error:
+            raise ValueError("this was not packed here") from error
+        return Picks(layers, experts, tokens, tuple(counts))
+
+
+@dataclass(frozen=True)
 class Event:
     """One step of an answer. Counters are those of the answer so far (decode only).
 
     likely: of the token that this step drew, where it was asked for. piece: of a call that is being written. calls: at
     the end, whole, of the tools that were offered.
-    lossy: the policies by which the answer is not what the level's own arithmetic gives, "" where it is.
+    lossy: the policies by which the answer is not what the level's own arithmetic gives, "" where it is. picks: at the
+    end, of the answer's tokens.
     """
 
     kind: str
@@ -194,6 +245,7 @@ class Event:
     piece: CallPiece | None = None
     calls: tuple[ToolCall, ...] = ()
     lossy: str = ""
+    picks: Picks | None = None
 
     def __post_init__(self) -> None:
         assert self.kind in EVENT_KINDS, self.kind

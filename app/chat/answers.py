@@ -19,6 +19,7 @@ from app.chat.chat_settings import ChatSettings
 from app.chat.chats import Chats, Message
 from app.chat.context_window import fit, joined, spoken
 from app.chat.line import Line
+from app.chat.picks import KeptPicks
 from app.chat.titles import Titles
 from app.library.open_model import Models
 from app.remote.server import Servers
@@ -54,6 +55,7 @@ class Jobs:
     def __init__(self, chats: Chats, models: Models, on_change: Callable[[], None] = lambda: None):
         self.chats = chats
         self.live: Live | None = None
+        self.picks = KeptPicks(chats, models)
         self.disk_trouble = ""
         self._models = models
         self._servers = Servers(chats)
@@ -221,6 +223,8 @@ class Jobs:
                 if live.phase != phase:  # words are looked at by who draws them; the whole state is not told for each
                     self.on_change()
                 if event.kind == "end":
+                    if event.picks:
+                        self.picks.keep(answer.conversation_id, event.picks)
                     return _ended(live, event)
         return "stopped" if live.stop.is_set() else "error"
 

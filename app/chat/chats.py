@@ -163,6 +163,15 @@ class Chats:
     def set_settings(self, conversation_id: int, settings: dict) -> None:
         self._change(conversation_id, settings=json.dumps(settings))
 
+    def picks(self, conversation_id: int) -> tuple[str, object]:
+        """The model and the packed engine.Picks that were kept; ("", None) where nothing was."""
+        rows = self._rows("SELECT model, packed FROM picks WHERE conversation_id=?", conversation_id)
+        return (rows[0]["model"], rows[0]["packed"]) if rows else ("", None)
+
+    def keep_picks(self, conversation_id: int, model: str, packed: bytes) -> None:
+        self._rows("INSERT OR REPLACE INTO picks(conversation_id, model, packed) VALUES (?,?,?)",
+                   conversation_id, model, packed)
+
     def delete(self, conversation_id: int) -> None:
         """Hide it; `restore` brings it back until the sweep."""
         self._change(conversation_id, deleted_at=time.time())

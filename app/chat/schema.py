@@ -100,7 +100,21 @@ def _version_2(db: sqlite3.Connection) -> None:
     db.execute(letters_again()[1])
 
 
-MIGRATIONS = [_version_1, _version_2]
+# Which experts the answers took of the model that wrote last (engine.Picks); lost, it is made anew by the next ones.
+_V3 = """
+CREATE TABLE picks (
+    conversation_id INTEGER PRIMARY KEY REFERENCES conversations(id) ON DELETE CASCADE,
+    model TEXT NOT NULL,
+    packed BLOB NOT NULL
+);
+"""
+
+
+def _version_3(db: sqlite3.Connection) -> None:
+    _run(db, _V3)
+
+
+MIGRATIONS = [_version_1, _version_2, _version_3]
 
 
 def open_database(path: Path, migrations: list | None = None) -> sqlite3.Connection:

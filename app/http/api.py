@@ -112,6 +112,7 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
     @router.get("/conversations/{conversation_id}")
     def read(conversation_id: Id, limit: int = WINDOW, reach: Annotated[int, Query(alias="with")] = 0):
         """The newest `limit` messages, and more where only that reaches the one called `with`."""
+        jobs.picks.opened(conversation_id)
         return _document(chats, jobs, conversation_id, max(1, min(limit, 10_000)), reach)
 
     @router.get("/conversations/{conversation_id}/context")
@@ -123,6 +124,14 @@ def _conversation_routes(router: APIRouter, chats: Chats, drafts: Drafts, jobs: 
         path = chats.path(conversation_id)
         prompt = to_prompt(path, wishes.system, wishes.keep_thinking)
         return {"used": models.used(prompt, wishes.template()) if path else 0, "total": models.info().get("context", 0)}
+
+    @router.get("/conversations/{conversation_id}/picks")
+    def picks(conversation_id: Id):
+        """Of each layer, for each expert, the share of the answers' tokens that picked it: {"shares"}, no rows where
+        the open model has answered nothing."""
+        chats.conversation(conversation_id)
+        found = jobs.picks.of(conversation_id)
+        return {"shares": found.shares() if found else []}
 
     @router.patch("/conversations/{conversation_id}")
     def change(conversation_id: Id, wish: incoming.Change):

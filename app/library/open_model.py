@@ -22,6 +22,7 @@ from engine import (
     MachineError,
     ModelInfo,
     Options,
+    Picks,
     Stopped,
     UserError,
     demo_model,
@@ -93,6 +94,11 @@ class Models:
             return engine.count_tokens(messages, wishes, lambda: time.monotonic() > end)
         except (UserError, MachineError, Stopped):
             return None
+
+    def warm(self, picks: Picks) -> None:
+        """Bring near what a conversation picks most, while nobody waits; nothing where no model is open."""
+        if self.engine and self.state == "ready":
+            self.engine.warm(picks)
 
     def configure(self, **changes) -> None:
         """Another level or near memory: `options` at once, the engine's before its next answer; of several wishes the

@@ -24,9 +24,10 @@ import torch
 
 from engine.chat.model_info import about
 from engine.chat.turn import Turns
-from engine.core import Event, MachineError, Options, Request, Sampling, Stopped, UserError, never
+from engine.core import Event, MachineError, Options, Picks, Request, Sampling, Stopped, UserError, never
 from engine.decode.decoder import Part
 from engine.experts.policy_hook import choose_policies
+from engine.experts.working_set import bring_near
 from engine.machine.errors import in_words, reason_for
 from engine.model import load
 from engine.planning import explain
@@ -161,6 +162,13 @@ class Engine:
             overtakes = self._programs and self.gives_way and request is not None and not from_program
             (self._soon if overtakes and not self._changes else self._jobs).put(job)
         return answer
+
+    def warm(self, picks: Picks) -> None:
+        """Bring near what a conversation's answers picked most, while nobody waits: who asks next ends it within an
+        expert. Changes no answer; nothing where these are another model's picks."""
+        with self._lock:
+            if not self._closed:
+                self._jobs.put((self._warm, picks))
 
     def stop(self) -> None:
         """End the running answer; later ones stay in the queue."""
@@ -324,6 +332,14 @@ class Engine:
         with suppress(queue.Empty):
             while job := self._soon.get_nowait():
                 job[0](*job[1:])
+
+    def _warm(self, picks: Picks) -> None:
+        runtime = self._turns.runtime
+        if (picks.layers, picks.experts) == (runtime.far.layers, runtime.far.experts):
+            for _ in bring_near(runtime, picks.busiest()):
+                if not self._jobs.empty():
+                    break
+            self._turns.show("idle")
 
     def _failed(self, error: BaseException, channel: _Channel) -> Event:
         self._turns.live.phase = "idle"

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from engine.chat.growing_calls import GrowingCalls
 from engine.chat.reasoning_parser import ANSWER, ReasoningParser
 from engine.chat.tokenizer import Prompt, Tokens
 from engine.chat.tool_calls import format_of
-from engine.core import Counters, Event, Likelihood, Request, Sampling, Stopped, ToolCall, UserError
+from engine.core import Counters, Event, Likelihood, Picks, Request, Sampling, Stopped, ToolCall, UserError
 from engine.decode.decoder import Around, Draw, HostDecoder, Part, decoder_for
 from engine.decode.grammar import Grammar, Grammars
 from engine.decode.prefix_cache import Prefix, common_length
@@ -212,7 +214,7 @@ class Turns:
         usual = most_tokens(self._recommended) or self.context
         limit = min(sampling.max_tokens or usual, self.context - len(self.prefix.ids))
         self.runtime.phase = "decode"
-        before = self.runtime.counters()
+        before, picks = self.runtime.counters(), self.runtime.picks[1].clone()
         self.live.totals, n, start, event = before, 0, time.perf_counter(), Event("answer")
         self._between = (Counters(), 0.0)
         kind, reason = ANSWER, None
@@ -241,7 +243,14 @@ class Turns:
         rest, calls = sections.flush(), self._calls(sections, tools)
         for kind, text in rest if calls or not sections.calls else [*rest, (ANSWER, sections.calls)]:
             yield replace(event, kind=kind, text=text)
-        yield replace(event, kind="end", text="", n_tokens=n, reason=reason, calls=calls)
+        yield replace(event, kind="end", text="", n_tokens=n, reason=reason, calls=calls,
+                      picks=self._picked_since(picks))
+
+    def _picked_since(self, before: torch.Tensor) -> Picks:
+        """before: the runtime's totals then. To within a token where a device is a step ahead."""
+        far = self.runtime.far
+        *counts, tokens = (self.runtime.picks[1] - before).int().tolist()
+        return Picks(far.layers, far.experts, tokens, tuple(counts))
 
     def _calls(self, sections: ReasoningParser, tools: list[dict]) -> tuple[ToolCall, ...]:
         """What was called of what was offered; none where any of it is no such call, which then is text."""

@@ -64,7 +64,7 @@ class DeviceRuntime(Runtime):
         """As it was opened: nothing near but what stays there, nothing counted."""
         self.reset()
         self.counts.zero_()
-        self.recent.zero_()
+        self.picks.zero_()
         self.prefill_far_bytes, self.counted, self.headroom, self.phase = 0, None, True, "auto"
 
     def _keep(self) -> None:

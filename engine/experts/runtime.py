@@ -60,8 +60,9 @@ class Runtime(ABC):
         self.headroom, self.link_bytes_per_second = True, float("inf")  # see engine/policies/prefetch.py
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)  # the fields of Counters but the last
         self.counted: list[int] | None = None  # `counts` as of the last token, where they came back with it
-        # Picks, decaying; last, their tokens.
-        self.recent = torch.zeros(far.layers * far.experts + 1, dtype=torch.float32, device=device)
+        # Picks of each expert, decaying and all since the model was opened; last, their tokens.
+        self.picks = torch.zeros(2, far.layers * far.experts + 1, dtype=torch.float32, device=device)
+        self._kept = torch.tensor([[ACTIVITY_DECAY], [1.0]], device=device)
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)  # the token under way, or the last one
         self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
@@ -235,7 +236,7 @@ class Runtime(ABC):
     def activity(self) -> list[list[float]]:
         """Per layer and expert the share of the last tokens that were routed to it, newer ones counting more; decode
         only. Rows of E numbers, 0 to 1."""
-        picks = self.recent.cpu()
+        picks = self.picks[0].cpu()
         return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
 
     def count_wasted(self, aged: Tensor, records: bool) -> None:
@@ -297,7 +298,7 @@ class Runtime(ABC):
         """ids [L, n], the routed experts of a step."""
         picked = (ids.long() + self._first_of_layer).flatten()
         picked = torch.cat((picked, self._first_of_layer[-1] + self.far.experts))  # and one token more
-        self.recent.mul_(ACTIVITY_DECAY).index_add_(0, picked, torch.ones_like(picked, dtype=torch.float32))
+        self.picks.mul_(self._kept).index_add_(1, picked, torch.ones_like(picked, dtype=torch.float32).expand(2, -1))
 
     # --- a step -------------------------------------------------------------------------------------------------
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The working set: what stays near from one token to all later ones, because somebody says so."""
+"""The working set: what stays near from one token to all later ones, or comes near before it is asked for, because
+somebody says so."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -48,3 +49,25 @@ def _pin_in(runtime: Runtime, pool: Pool, objects: Tensor, records: bool) -> Non
         ids = (missing[missing // per_layer == layer] % per_layer).int()
         runtime.counts[3] += runtime.bring(layer, ids, records, ahead=True)
     tables.pin(pool, objects, runtime.clock)
+
+
+def bring_near(runtime: Runtime, experts: Iterable[tuple[int, int]]) -> Iterator[None]:
+    """Between tokens, one (layer, expert) after the other, the most wanted first: what is far takes the place of what
+    was unused for longest, as many as fit beside what a token needs, and counts as fetched ahead. Changes no answer.
+    Where near memory is the file's map nothing has to come."""
+    if not (pools := runtime.near.pools()):
+        return
+    pool, reserve = pools[0]
+    n = runtime.far.experts
+    wanted = torch.tensor([layer * n + expert for layer, expert in experts], dtype=torch.int64,
+                          device=pool.stamp.device)[:pinnable(pool, reserve) - runtime.near.kept]
+    slots = pool.slot_of[wanted].long()
+    there = slots[slots >= 0]
+    pool.stamp[there] = pool.stamp[there].clamp(min=runtime.clock)      # need not make room for the rest
+    for thing in wanted[slots < 0].tolist():
+        layer, expert = divmod(thing, n)
+        runtime.count_wasted(age(pool, runtime.clock, reserve + 1), False)
+        ids = torch.tensor([expert], dtype=torch.int32, device=pool.stamp.device)
+        runtime.counts[3] += runtime.bring(layer, ids, ahead=True)
+        runtime.counted = None
+        yield

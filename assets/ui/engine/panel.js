@@ -1,6 +1,6 @@
 // The live panel: what the engine does, drawn as SVG from the event stream. Numbers arrive ready; nothing is invented:
 // what the engine does not report is shown as a dash.
-import { TEXT, bytes, h, on, ready, say, start, state } from "/ui/floe.js";
+import { TEXT, api, bytes, h, on, opened, ready, say, start, state } from "/ui/floe.js";
 
 const POINTS = 120;
 
@@ -15,6 +15,7 @@ export async function mount(root, trigger) {
   const device = h("p", { class: "device-line", id: "device-line" });
   const facts = h("dl", { class: "facts" });
   const heat = h("div", { class: "heat", id: "heat", role: "img", "aria-label": TEXT.activity_none });
+  const picks = h("div", { class: "heat", id: "picks", role: "img", "aria-label": TEXT.picks_none });
   const layers = h("div", { class: "layers", role: "img", "aria-label": TEXT.residency });
   const memory = h("div", { class: "memory" });
   const totals = h("dl", { class: "totals", id: "totals" });
@@ -26,7 +27,7 @@ export async function mount(root, trigger) {
   const away = h("p", { class: "away" });
   root.replaceChildren(h("section", { class: "panel", "aria-label": TEXT.tab_engine }, away,
     h("div", { class: "panel-head" }, model, pause), device, speed.node, link.node, cardLink, facts,
-    h("h2", {}, TEXT.why), why, h("h2", {}, TEXT.activity), heat, h("h2", {}, TEXT.residency), layers, h("h2", {}, TEXT.memory), memory, h("h2", {}, TEXT.totals), totals));
+    h("h2", {}, TEXT.why), why, h("h2", {}, TEXT.activity), heat, h("h2", {}, TEXT.picks), picks, h("h2", {}, TEXT.residency), layers, h("h2", {}, TEXT.memory), memory, h("h2", {}, TEXT.totals), totals));
 
   function draw(stats) {
     if (paused) return;
@@ -35,7 +36,7 @@ export async function mount(root, trigger) {
     link.push((stats.far_bytes_per_second || 0) / 1e6, toCard === null ? null : toCard / 1e6);
     cardLink.textContent = cardLine(stats.card);
     if (stats.why !== undefined) drawWhy(why, stats.why);
-    if (stats.activity) drawHeat(heat, stats.activity);
+    if (stats.activity) drawHeat(heat, stats.activity, TEXT.activity_none, TEXT.activity_label);
     model.textContent = `${state.model.title || ""} · ${TEXT[`phase_${phase(stats)}`]}`;
     device.textContent = [state.graphics?.text || stats.step || TEXT.gpu_unknown, stats.note].filter(Boolean).join(" ");
     drawFacts(facts, stats);
@@ -44,7 +45,15 @@ export async function mount(root, trigger) {
     drawTotals(totals, stats);
   }
 
+  // Of the conversation that is open; kept by the program after each of its answers.
+  async function drawPicks() {
+    const id = opened.id, there = state.conversations?.some((one) => one.id === id);
+    const { shares } = there ? await api("GET", `/api/conversations/${id}/picks`) : { shares: [] };
+    if (id === opened.id) drawHeat(picks, shares, TEXT.picks_none, TEXT.picks_label);
+  }
+
   on("stats", draw);
+  on("opened", drawPicks);
   on("elsewhere", (name) => { away.textContent = name && say("answered_elsewhere", { model: name, host: state.server }); });
   on("history", (samples) => samples.forEach((sample) => {
     speed.remember(sample.tokens_per_second);
@@ -53,6 +62,8 @@ export async function mount(root, trigger) {
   on("state", ({ now, before }) => {
     const set = ({ model, level }) => `${model.state} ${level} ${model.near_bytes}`;
     if (set(before) !== set(now)) trigger("change");
+    const written = ({ model, live, conversations }) => `${model.name} ${model.state} ${live?.message} ${conversations?.length}`;
+    if (written(before) !== written(now)) drawPicks();
   });
   start();
 }
@@ -74,10 +85,11 @@ function drawWhy(place, why) {
 
 // A layer is a row, an expert a column. Cells of one shade are one path, so that 6,000 of them are a dozen nodes.
 const SHADES = 8;
-function drawHeat(place, rows) {
+function drawHeat(place, rows, none, label) {
   const n = rows[0]?.length || 0, most = Math.max(0, ...rows.flat());
   if (!most) {
-    place.replaceChildren(TEXT.activity_none);
+    place.replaceChildren(none);
+    place.setAttribute("aria-label", none);
     return;
   }
   const paths = Array.from({ length: SHADES + 1 }, () => "");
@@ -87,7 +99,7 @@ function drawHeat(place, rows) {
   place.innerHTML = `<svg viewBox="0 0 ${n} ${rows.length}" preserveAspectRatio="none">${paths.map((d, shade) =>
     d && `<path data-shade="${shade}" style="opacity:${shade ? 0.2 + (0.8 * shade) / SHADES : 1}" d="${d}"/>`).join("")}</svg>`;
   const layer = rows.findIndex((row) => row.includes(most)), expert = rows[layer].indexOf(most);
-  place.setAttribute("aria-label", say("activity_label", { layers: rows.length, experts: n, layer, expert,
+  place.setAttribute("aria-label", say(label, { layers: rows.length, experts: n, layer, expert,
     percent: Math.round(100 * most) }));
   place.title = place.getAttribute("aria-label");
 }

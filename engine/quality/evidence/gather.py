@@ -12,7 +12,7 @@ from engine.policies.learned import fit
 from engine.policies.trace import RoutingTrace
 from engine.quality.evaluate import reference_of
 from engine.quality.evidence.live import LOSSY, SPARSE, Live, live_rows
-from engine.quality.evidence.replayed import coverage, lossless_rows, warm_up
+from engine.quality.evidence.replayed import coverage, lossless_rows, restored, warm_up
 from engine.quality.evidence.report import Found, Judged, gap_closed
 from engine.quality.recorder import Recorder, record
 from engine.quality.simulate import Replay, Simulator, by_popularity
@@ -68,7 +68,7 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
     plain, gated = named["LRU on demand"], named["LRU on demand, admission on the third use"]
     uploads = [(row.counters.far_bytes - row.passed_bytes) / row.tokens for row in (plain, gated)]
     everybody, own = coverage(train, test, 0.5)
-    warm = warm_up(test, int(0.25 * whole), learned)
+    warm, again = warm_up(test, int(0.25 * whole), learned), restored(test, int(0.25 * whole))
     found = [
         Judged("the best lossless choice closes a quarter of the gap between LRU and the optimum at 25 % near, all "
                "bytes counted", f"`{best.name}` closes {closed:.0%}", closed >= 0.25),
@@ -84,7 +84,10 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
                f"{own:.1%} against {everybody:.1%}", own >= everybody + 0.05),
         Judged("a draft's warm-up lowers the misses of the first 16 tokens, 25 % near",
                ", ".join(f"{name}: {share:.1%}" for name, share in warm.items()),
-               warm["expected of the draft"] < warm["cold"])]
+               warm["expected of the draft"] < warm["cold"]),
+        Judged("a conversation's working set, restored, lowers the misses of its next 16 tokens, 25 % near",
+               ", ".join(f"{name}: {share:.1%}" for name, share in again.items()),
+               again["restored"] < again["as it was left"])]
     return found + _judged_live(live) + (_judged_records(sparse, replayed, whole) if sparse is not None else [])
 
 

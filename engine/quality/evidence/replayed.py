@@ -107,6 +107,31 @@ def warm_up(test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor
     return {name: n / max(1, picks) for name, n in missed.items()}
 
 
+def restored(test: RoutingTrace, near_bytes: int) -> dict[str, float]:
+    """Misses when a conversation goes on, as a share of the picks of its next tokens, another one having answered in
+    between: as that one left near memory; with what the first half of this one took most brought near before."""
+    run, slots = test.run, sizes_of(test.run).divided(near_bytes).slots
+    answers = [test.rows(np.flatnonzero(test.answer == answer)) for answer in np.unique(test.answer)]
+    taken = [rows.experts[rows.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
+             for rows in answers]
+    taken = [each.reshape(len(each), -1) for each in taken if len(each) > START]
+    missed, picks = dict.fromkeys(("as it was left", "restored"), 0), 0
+    for own, other in zip(taken, taken[1:] + taken[:1], strict=True):
+        half = len(own) // 2
+        near: dict[int, None] = {}
+        for part in (own[:half], other):
+            _missed(near, slots, part.tolist())
+        often = np.bincount(own[:half].ravel(), minlength=run.layers * run.experts)
+        likeliest = [thing for thing in np.argsort(-often, kind="stable")[:slots].tolist() if often[thing]]
+        rest = [thing for thing in near if thing not in likeliest]      # they leave first, the most taken last
+        brought = dict.fromkeys([*rest, *likeliest[::-1]][-slots:] if slots else ())
+        following = own[half:half + START]
+        missed["as it was left"] += _missed(near, slots, following.tolist())
+        missed["restored"] += _missed(brought, slots, following.tolist())
+        picks += following.size
+    return {name: n / max(1, picks) for name, n in missed.items()}
+
+
 def _missed(near: dict[int, None], slots: int, tokens: list[list[int]]) -> int:
     n = 0
     for thing in (thing for token in tokens for thing in token):

@@ -1,14 +1,17 @@
-"""Conversations: the tree of versions, undo, search, migrations with a backup, files in and out."""
+"""Conversations: the tree of versions, undo, search, migrations with a backup, files in and out; which experts
+its answers picked."""
 from __future__ import annotations
 
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 
 from app.chat import schema
 from app.chat.chats import Chats
 from app.chat.import_export import export_json, export_markdown
-from engine import UserError
+from app.chat.picks import KeptPicks
+from engine import Picks, UserError
 from tests.app.chat.imported import import_text
 
 
@@ -189,3 +192,60 @@ def test_a_run_of_letters_inside_a_longer_one_is_found(chats, words):
     assert chats.search("京北") == [] and chats.search("を検索せよ") == []
     chats.save(message.id, text="nothing", thinking="", status="done", stats={})
     assert chats.search(words) == []
+
+
+# Which experts answers picked
+
+PICKS = Picks(1, 2, 3, (3, 1))
+
+
+def models(folder: str = "a") -> SimpleNamespace:
+    """What of the open model is asked for; `warmed` are the picks that it was told."""
+    warmed = []
+    return SimpleNamespace(folder=folder, engine=object(), warm=warmed.append, warmed=warmed)
+
+
+def test_answers_add_up_and_another_model_begins_anew(chats):
+    talk, other, model = chats.create().id, chats.create().id, models()
+    kept = KeptPicks(chats, model)
+    assert kept.of(talk) is None
+    for _ in range(2):
+        kept.keep(talk, PICKS)
+    assert kept.of(talk) == PICKS + PICKS and kept.of(other) is None
+    assert KeptPicks(chats, models()).of(talk) == PICKS + PICKS  # after a restart
+    model.folder = "b"
+    assert kept.of(talk) is None
+    kept.keep(talk, Picks(2, 1, 1, (1, 0)))
+    assert kept.of(talk).tokens == 1
+    kept.keep(talk, PICKS)  # the folder holds something else now
+    assert kept.of(talk) == PICKS
+
+
+def test_it_goes_with_its_conversation_and_damage_is_none(chats):
+    talk, kept = chats.create().id, KeptPicks(chats, models())
+    kept.keep(talk, PICKS)
+    chats.keep_picks(talk, "a", b"damaged")
+    assert kept.of(talk) is None
+    kept.keep(talk, PICKS)
+    chats._rows("DELETE FROM conversations WHERE id=?", talk)
+    assert kept.of(talk) is None
+    kept.keep(talk, PICKS)  # deleted while its answer was written
+    assert chats.picks(talk) == ("", None)
+
+
+def test_a_conversation_that_is_opened_is_warmed_for_once(chats):
+    one, other, empty = (chats.create().id for _ in range(3))
+    model = models()
+    kept = KeptPicks(chats, model)
+    kept.keep(one, PICKS)
+    kept.keep(other, PICKS + PICKS)
+    kept.opened(other)  # it was the last anyway
+    kept.opened(empty)
+    assert model.warmed == []
+    for _ in range(2):
+        kept.opened(one)
+    kept.opened(other)
+    assert model.warmed == [PICKS, PICKS + PICKS]
+    model.engine = object()  # opened anew: nothing is near
+    kept.opened(other)
+    assert len(model.warmed) == 3

@@ -1,10 +1,15 @@
-"""Policies of an open model: lossless is the model's own answer, what changes it says so, and both can be changed."""
+"""Policies of an open model: lossless is the model's own answer, what changes it says so, and both can be changed. What
+a conversation picked comes near again, which changes nothing and which nobody waits for."""
 from __future__ import annotations
+
+import threading
 
 import pytest
 
+from engine.chat import engine as owner
 from engine.chat.engine import Engine
-from engine.core import Counters, Options, Sampling, UserError
+from engine.core import Counters, Options, Picks, Sampling, UserError
+from engine.experts.working_set import bring_near
 from engine.policies.presets import PRESETS
 
 GREEDY = Sampling(temperature=0, max_tokens=16)
@@ -67,3 +72,76 @@ def test_what_does_not_suit_is_refused_and_changes_nothing(engine, policies, lev
         chosen(engine, policies, level)
     assert engine.options.policies == engine.snapshot()["policies"] == PRESETS["prefer_cached"]
     assert engine.snapshot()["level"] == "exact" and answered(engine)[2]
+
+
+OTHERS = ("Name three colours.", "What is the weather like?", "Who are you?")
+
+
+def used(engine, question: str) -> tuple[str, Counters, Picks]:
+    *events, end = engine.chat([{"role": "user", "content": question}], GREEDY)
+    return "".join(event.text for event in events if event.kind == "answer"), end.counters, end.picks
+
+
+def test_what_a_conversation_picked_comes_near_again_and_changes_no_answer(engine):
+    chosen(engine, "")
+    text, _, picks = used(engine, "Tell me a story about a dog.")
+    layers, k = picks.layers, engine._turns.runtime.top_k
+    assert picks.tokens == 16 and sum(picks.counts) == 16 * layers * k
+    assert max(map(max, picks.shares())) == round(max(picks.counts) / 16, 3) <= 1
+
+    for question in OTHERS:
+        used(engine, question)
+    runtime = engine._turns.runtime
+    (pool, reserve), = runtime.near.pools()
+    most = picks.busiest()[:len(pool.object_of) - reserve]
+
+    def near() -> int:
+        return sum(int(pool.slot_of[layer * picks.experts + expert]) >= 0 for layer, expert in most)
+    before, ahead = near(), engine.snapshot()["counters"]["speculative_bytes"]
+    engine._do(list, bring_near(runtime, picks.busiest()))
+    engine._do(engine._turns.show, "idle")
+    assert before < near() == len(most)
+    n_bytes = engine.snapshot()["counters"]["speculative_bytes"] - ahead
+    assert n_bytes >= (len(most) - before) * runtime.far.expert_bytes
+    assert used(engine, "Tell me a story about a dog.")[::2] == (text, picks)
+
+
+def test_nobody_waits_for_it(engine, monkeypatch):
+    """An answer that is asked for meanwhile comes behind the expert under way, and what belongs to another model is
+    nothing."""
+    chosen(engine, "")
+    *_, picks = used(engine, "Tell me a story about a dog.")
+    used(engine, OTHERS[0])
+    brought, gate, done = [], threading.Event(), threading.Event()
+
+    def counted(runtime, experts):
+        for each in bring_near(runtime, experts):
+            brought.append(each)
+            yield each
+        done.set()
+    monkeypatch.setattr(owner, "bring_near", counted)
+    with engine._lock:
+        engine._jobs.put((gate.wait,))
+    engine.warm(picks)
+    answer = engine.chat([{"role": "user", "content": "Hello!"}], GREEDY)
+    gate.set()
+    assert [event.kind for event in answer][-1] == "end" and len(brought) == 1
+    engine.warm(Picks(1, 2, 3, (3, 3)))
+    engine._do(int)
+    assert len(brought) == 1 and not done.is_set()
+    engine.warm(picks)  # nobody waits: to its end
+    assert done.wait(60) and len(brought) > 1
+
+
+def test_picks_are_kept_in_few_bytes_and_rubbish_is_none():
+    one = Picks(2, 3, 4, (4, 0, 0, 1, 2, 1))
+    assert Picks.unpacked(one.packed()) == one and (one + one).counts == (8, 0, 0, 2, 4, 2)
+    assert one.shares() == [[1, 0, 0], [0.25, 0.5, 0.25]] and one.busiest() == [(0, 0), (1, 1), (1, 0), (1, 2)]
+    for rubbish in (b"", b"x", "text", None, one.packed()[:-9], Picks(1, 1, 1, (1,)).packed()[:4]):
+        with pytest.raises(ValueError):
+            Picks.unpacked(rubbish)
+    for wrong in ((0, 3, 1, ()), (1, 2, 1, (1,)), (1, 1, -1, (1,))):
+        with pytest.raises(ValueError):
+            Picks(*wrong)
+    with pytest.raises(ValueError):
+        one + Picks(1, 6, 4, one.counts)

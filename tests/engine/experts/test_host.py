@@ -63,8 +63,9 @@ def smallest(runtime: Runtime, level: str) -> int:
 @pytest.mark.parametrize("level", ["exact", "balanced"])
 def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level, monkeypatch):
     """Without fading it counts: every decode token chooses K experts of each layer, prefill does not count."""
-    monkeypatch.setattr(engine.experts.runtime, "ACTIVITY_DECAY", 1.0)
+    monkeypatch.setattr(loaded.runtime, "_kept", torch.ones(2, 1))
     loaded.runtime.set_level(level)
+    before = loaded.runtime.picks[1].clone()
     assert sum(map(sum, loaded.runtime.activity())) == 0
     chosen = torch.zeros(L, E)
     forward = loaded.runtime.forward
@@ -76,6 +77,8 @@ def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level,
     monkeypatch.setattr(loaded.runtime, "forward", noted)
     answer(loaded)
     assert torch.tensor(loaded.runtime.activity()) == pytest.approx(chosen / N_TOKENS, abs=1e-3)
+    *counts, tokens = (loaded.runtime.picks[1] - before).tolist()
+    assert tokens == N_TOKENS and counts == chosen.flatten().tolist()
 
 
 def held_bytes(runtime: Runtime) -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from engine.policies.learned import fit
 from engine.policies.presets import Cost
 from engine.policies.trace import RoutingTrace, RunNumbers
 from engine.quality.evidence.live import Live
-from engine.quality.evidence.replayed import coverage, lossless_rows, on_demand, warm_up
+from engine.quality.evidence.replayed import START, coverage, lossless_rows, on_demand, restored, warm_up
 from engine.quality.evidence.report import Found, Judged, bars, costs, gap_closed, page, scatter
 from engine.quality.simulate import Simulator, baselines, optimum, recalls, sizes_of, taught
 
@@ -113,3 +114,13 @@ def test_the_page_holds_every_row_and_every_system(rows):
 def test_too_little_near_memory_is_one_sentence(traces):
     with pytest.raises(UserError, match="give at least 2,000"):
         Simulator(traces[1], sizes_of(traces[1].run).least_bytes - 1)
+
+
+def test_a_restored_working_set_is_what_the_conversation_took():
+    """Two conversations that share no expert, room for one of them: all of the first token misses, or nothing does."""
+    trace, n = made(2, answers=2, prompt=0, steps=4 * START), 4 * START
+    one = np.arange(2 * n)[:, None, None] < n
+    trace = replace(trace, experts=np.broadcast_to(np.where(one, [0, 1], [2, 3]), (2 * n, L, K)).astype(np.uint8))
+    near_bytes = next(size for size in range(2000, 20_000, 1000) if sizes_of(trace.run).divided(size).slots == L * K)
+    assert restored(trace, near_bytes) == {"as it was left": 1 / START, "restored": 0}
+    assert set(restored(trace, sizes_of(trace.run).least_bytes).values()) == {1.0}  # no slot at all
