@@ -12,7 +12,7 @@ TEXT = {
     "conversations": "Conversations",
     "conversation": "Conversation",
     "no_conversations": "No conversations yet.",
-    "untitled": "New conversation",
+    "untitled": "New chat",
     "pin": "Pin",
     "unpin": "Unpin",
     "pinned": "Pinned",
@@ -139,7 +139,8 @@ TEXT = {
     "empty_message": "Write something first.",
     "busy": "An answer is being written; stop it or wait for its end.",
     "context_full": "The conversation needs {tokens} tokens and the answer at least {reserve}, but the context holds "
-                    "{context}: shorten the message, start a new chat, or let the oldest turns be dropped.",
+                    "{context}: shorten the message, start a new chat, or choose Remove oldest messages under This "
+                    "chat.",
     "answer_failed": "The answer failed ({error}); try again.",
     "empty_answer": "The model ended its answer without a word; regenerate it, or ask in other words.",
     "page_trouble": "The page cannot show what is new ({error}); reload it, and start the program again if that does "

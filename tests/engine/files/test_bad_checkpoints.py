@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError
 from engine.files.chat_parts import LFS, check_chat_parts
-from engine.files.checkpoint import Checkpoint, refuse_foreign
-from engine.files.key_map import spellings
+from engine.files.checkpoint import Checkpoint
 from engine.files.tensor_source import INDEX, open_safetensors
 from tests.support.architectures import build
 
@@ -265,10 +264,21 @@ def test_what_a_chat_needs_is_looked_at_before_hours_of_work(tmp_path):
         open_safetensors(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("key, kind", [("a.experts.0.up_proj.qweight", "GPTQ or AWQ"), ("a.scales", "MLX"),
-                                       ("a.weight_scale_2", "NVFP4")])
-def test_weights_of_other_programs_are_named(key, kind):
-    with pytest.raises(UserError, match=f"quantised for {kind}"):
-        refuse_foreign("m", {key})
-    refuse_foreign("m", {"a.weight"})
-    assert list(spellings("module._orig_mod.model.norm.weight"))[2] == "model.norm.weight"
+@pytest.mark.parametrize("ending, kind", [(".qweight", "GPTQ or AWQ"), (".scales", "MLX"),
+                                          (".weight_scale_2", "NVFP4")])
+def test_weights_of_other_programs_are_named(tmp_path, ending, kind):
+    build("qwen3_moe").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({key.replace(".weight", ending) if ".experts." in key else key: value
+               for key, value in load_file(path).items()}, path)
+    refuse(tmp_path, f"quantised for {kind}")
+
+
+def test_the_names_of_a_model_that_was_compiled_or_spread_over_cards_are_read(tmp_path):
+    build("qwen3_moe").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    save_file({f"module._orig_mod.{key}": value for key, value in stored.items()}, path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert torch.equal(dict(checkpoint.trunk())["lm_head.weight"], stored["lm_head.weight"])
+    assert checkpoint.left_out == [] and len(checkpoint.expert_layers) > 0
