@@ -60,6 +60,7 @@ def felt(model: nn.Module, runtime: Runtime, documents: Iterable[Tensor], check:
     documents: int64 [1, n] each; check: called before each of them, may raise. Memory: the result, one document's
     forward, one expert."""
     draw, given = torch.Generator().manual_seed(0), {}
+    before, runtime.phase = runtime.phase, "prefill"
     sums, n_tokens = torch.zeros(runtime.far.layers, runtime.far.hidden, runtime.far.hidden), 0
     handles = [module.register_forward_hook(lambda module, _, out: given.update({module.layer.index: out}))
                for module in model.modules() if getattr(module, "runtime", None) is runtime]
@@ -78,6 +79,7 @@ def felt(model: nn.Module, runtime: Runtime, documents: Iterable[Tensor], check:
                 own.addmm_(rows.T, rows)
             n_tokens += ids.numel()
     finally:
+        runtime.phase = before
         for handle in handles:
             handle.remove()
     return sums.div_(max(1, n_tokens))

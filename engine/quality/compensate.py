@@ -22,6 +22,7 @@ Tensor = torch.Tensor
 DAMPING = 0.01          # of the mean of the Hessian's diagonal, added to it
 TOP = {4: 15, 8: 254}   # the largest code
 ROWS_AT_ONCE = 1024     # whose scales are searched together on a processor
+FITTED_AT_ONCE = 1 << 24    # numbers that a fit of scales over the whole Hessian makes together
 SWEEPS = 2              # of every column over its code again, behind a fit of the scales
 BLOCKS = 16             # of neurons: within one, down's neurons do not make good for each other
 
@@ -80,7 +81,8 @@ def _fitted(codes: Tensor, weight: Tensor, damped: Tensor, group: int) -> Tensor
     A row is a sum of 2G known directions, group by group its codes and its ones; their products over the damped Hessian
     make the normal equations."""
     n_groups, found = weight.shape[1] // group, []
-    for q, w in zip(codes.float().split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), strict=True):
+    n_rows = max(1, FITTED_AT_ONCE // (2 * n_groups * weight.shape[1]))
+    for q, w in zip(codes.float().split(n_rows), weight.split(n_rows), strict=True):
         basis = torch.stack((q, torch.ones_like(q)), 1).unflatten(2, (n_groups, group))        # [r, 2, G, g]
         moved = torch.einsum("rkGg,Ggc->rkGc", basis, damped.unflatten(0, (n_groups, group)))  # [r, 2, G, C]
         normal = torch.einsum("rkGHg,rlHg->rGkHl", moved.unflatten(3, (n_groups, group)), basis)

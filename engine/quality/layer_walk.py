@@ -16,6 +16,7 @@ from torch import nn
 from engine.experts.layer import LayerExperts
 from engine.files.checkpoint import Checkpoint
 from engine.files.key_map import Group
+from engine.model.packed import plain
 from engine.model.registration import UnboundConfig, layer_experts
 from engine.quality.loss_probe import Documents
 
@@ -50,7 +51,8 @@ class Walk:
             self._part_of(group).append(group)
         for n, layer in enumerate(layers):
             layer.forward = partial(self._pass, n, layer.forward)
-        self.model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.to(device))
+        self.model.get_input_embeddings().register_forward_hook(
+            lambda module, given, out: out.to(device, torch.float32))
 
     def _empty_model(self) -> nn.Module:
         """One number stands in place of each tensor."""
@@ -89,10 +91,12 @@ class Walk:
             module.runtime, module.layer = self, self.experts
 
     def put(self, name: str, value: Tensor) -> None:
-        """Another value of a tensor of the trunk."""
+        """Another value of a tensor of the trunk. The embedding stays as it comes, packed or of 16 bits: few of its
+        rows are looked up, and in float32 it would be the largest tensor of all in memory."""
         parent, _, own = name.rpartition(".")
         module, value = self.model.get_submodule(parent), value.to(self.device)
-        value = value.float() if value.is_floating_point() else value
+        if module is not self.model.get_input_embeddings():
+            value = plain(value).float() if value.is_floating_point() else value
         if own in module._parameters:
             module._parameters[own] = nn.Parameter(value, requires_grad=False)
         else:

@@ -30,6 +30,7 @@ from engine.files.quantize import fit, nested, padded
 from engine.files.trunk import CODES, GROUP, SCALES, bits_of, encode, stored_as
 from engine.model.gradients import felt
 from engine.model.load import load, load_tokenizer
+from engine.model.packed import Packed
 from engine.progress import duration
 from engine.quality.compensate import over_inputs, over_neurons
 from engine.quality.layer_walk import Reached, Walk
@@ -37,7 +38,6 @@ from engine.quality.loss_probe import Documents
 from engine.quality.texts import LONGEST, read_tokens
 from kernels.layout import Layout, default_group_size
 from kernels.planes import Nested, decode_down, decode_gate, decode_up
-from kernels.trunk.linear import decode
 
 Tensor = torch.Tensor
 PRIOR = 64      # tokens that the layer's own mean counts as beside an expert's tokens
@@ -135,12 +135,13 @@ class Requantizer:
     def felt(self) -> Tensor:
         """[L, H, H], of some documents of each text: see engine/model/gradients.py."""
         few = _spread(self.walk.documents, FELT_TOKENS)
-        loaded = load(self.model, Options(level="exact", device=self.walk.device, predict=False))
-        try:
-            loaded.runtime.set_level("exact", loaded.runtime.smallest_bytes())
-            return felt(loaded.model, loaded.runtime, few, self.check)
-        finally:
-            loaded.runtime.close()
+        with torch.inference_mode(False):
+            loaded = load(self.model, Options(level="exact", device=self.walk.device, predict=False))
+            try:
+                loaded.runtime.set_level("exact", loaded.runtime.smallest_bytes())
+                return felt(loaded.model, loaded.runtime, few, self.check)
+            finally:
+                loaded.runtime.close()
 
     def has(self, groups: list[Group]) -> bool:
         """Whether the trunk holds all that these conversions make."""
@@ -231,16 +232,14 @@ class Requantizer:
             self.writer.trunk.add(parts)
 
     def _walk_with(self, name: str, parts: dict[str, Tensor]) -> None:
-        if name + CODES in parts:
-            self.walk.put(name, decode(parts[name + CODES], parts[name + SCALES]))
-        else:
-            self.walk.put(name, parts[name])
+        self.walk.put(name, parts[name] if name in parts else
+                      Packed(parts[name + CODES], parts[name + SCALES], torch.float32))
 
     def _put_back(self, group: Group) -> None:
         """What an earlier run has stored of the trunk, into the walk."""
         read, header = self.writer.trunk.read, self.writer.trunk.writer.header
         for name in group.targets:
-            self.walk.put(name, read(name) if name in header else decode(read(name + CODES), read(name + SCALES)))
+            self._walk_with(name, {part: read(part) for part in (name, name + CODES, name + SCALES) if part in header})
 
     def _bits(self, name: str, tensor: Tensor) -> int:
         return bits_of(name, tensor, self.writer.trunk_bits, self.writer.spec.decoder_layers)
