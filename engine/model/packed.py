@@ -96,9 +96,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        own = decode(*ctx.saved_tensors).to(grad.dtype)
+        """Tile by tile: a head in float32 would be the largest tensor of all in memory."""
+        codes, scales = ctx.saved_tensors
+        step = max(1, TILE_BYTES[grad.device.type] // (columns(codes) * grad.element_size()))
+        of_x = sum(part @ decode(codes[at:at + step], scales[at:at + step]).to(grad.dtype)
+                   for at, part in zip(range(0, len(codes), step), grad.split(step, -1), strict=True))
         of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
-        return grad @ own, None, None, of_bias, None
+        return of_x, None, None, of_bias, None
 
 
 @torch.no_grad()
