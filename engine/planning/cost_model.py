@@ -42,6 +42,9 @@ DISK_BYTES_PER_SECOND = 0.5e9  # a SATA SSD: experts that do not fit in memory a
 CPU_LAYER_OPERATIONS = 270
 CPU_WHOLE_OPERATIONS, CPU_SPARSE_OPERATIONS = 60, 115
 CPU_WHOLE_FAR_OPERATIONS, CPU_SPARSE_FAR_OPERATIONS = 450, 500
+# Where a token is one call as long as all is near (engine/model/host_token.py), and a layer six calls elsewhere.
+CPU_ONE_CALL = frozenset({"qwen3_moe", "olmoe", "mixtral"})
+CPU_TOKEN_OPERATIONS, CPU_ONE_CALL_OPERATIONS, CPU_CALLED_OPERATIONS = 80, 8, 60
 FULL_FETCH_SHARE = 0.3         # of a plain copy's bandwidth: a checkpoint's weights are cast to float32
 ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
 
@@ -141,23 +144,33 @@ def token_on_cpu(spec: ModelSpec, machine: Machine, layout: Layout | None, spars
     bytes, at `full` from float32."""
     gemv, copy = _rate(machine, "gemv_bytes_per_second"), _rate(machine, "copy_bytes_per_second")
     packed, operation = _rate(machine, "packed_bytes_per_second"), _rate(machine, "operation_seconds")
-    operations, gathered = CPU_WHOLE_OPERATIONS, near.far_bytes / copy
+    gathered = near.far_bytes / copy
     if level == "full":
         experts = spec.layers * spec.top_k * spec.expert_params * 4 / gemv
         gathered /= FULL_FETCH_SHARE
     elif level == "exact":
         experts = near.needed_bytes / packed
     else:
-        operations = CPU_SPARSE_OPERATIONS
         experts = (near.needed_bytes + sparsity.budgets[level].refined * layout.sketch_row) / packed
         gathered /= ROWS_SHARE
-    if near.far_bytes:
-        operations += CPU_WHOLE_FAR_OPERATIONS if level in ("exact", "full") else CPU_SPARSE_FAR_OPERATIONS
     misses = gathered + near.far_bytes * (1 - cached) / DISK_BYTES_PER_SECOND
     attention = spec.kv_bytes_per_token * context / gemv
-    small = (spec.decoder_layers * CPU_LAYER_OPERATIONS + spec.layers * operations) * operation
-    return (("trunk", trunk_bytes / gemv), ("experts", experts), ("attention", attention),
+    small = _operations(spec, level, near.far_bytes > 0) * operation
+    # A trunk in its codes is read no faster than experts in theirs (tests/bench/cpu.csv: `linear` beside `dense`).
+    return (("trunk", trunk_bytes / min(gemv, packed)), ("experts", experts), ("attention", attention),
             ("small operations", small), ("misses", misses))
+
+
+def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:
+    """Of one token. is_far: whether anything of the experts is not near."""
+    whole = level in ("exact", "full")
+    if spec.model_type in CPU_ONE_CALL and not is_far and level not in ("full", "floe"):
+        return CPU_TOKEN_OPERATIONS + spec.layers * CPU_ONE_CALL_OPERATIONS
+    layer = CPU_CALLED_OPERATIONS if spec.model_type in CPU_ONE_CALL else CPU_LAYER_OPERATIONS
+    experts = CPU_WHOLE_OPERATIONS if whole else CPU_SPARSE_OPERATIONS
+    if is_far:
+        experts += CPU_WHOLE_FAR_OPERATIONS if whole else CPU_SPARSE_FAR_OPERATIONS
+    return spec.decoder_layers * layer + spec.layers * experts
 
 
 def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, level: str, expert_bytes: int, near: Residency,

@@ -17,8 +17,9 @@ TILE = 128                  # elements of H: a cache line of a row of 4-bit code
 
 
 def weights_bytes(groups: int) -> int:
-    """What `weigh_rows` writes: for 16 groups at a time steps and offsets, float32, then high and low halves."""
-    return -(-groups // LANES) * STEP_BYTES
+    """What `weigh_rows` writes: for 16 groups at a time steps and offsets, float32, then high and low halves; behind
+    them the factors of the last 16 groups as they were."""
+    return -(-groups // LANES) * STEP_BYTES + NEURONS * LINE
 
 
 STEP_BYTES = 2 * LINE + 2 * ADDS * LINE     # of 16 groups
@@ -34,13 +35,15 @@ def _pairs(code: Code, records: Value, at: Value, neuron: Value) -> tuple[Value,
 def weigh_rows(code: Code, records: Value, products: Value, pairs: Value, n_steps: Value, weights: Value) -> None:
     """records: addresses of 32 records, int64 [32]; products float32 [32]; pairs: where a record's scales of down
     begin. What lies behind the last group is read too, and never used. -> weights, as of `weights_bytes`."""
-    rows = code.constant(INT64, NEURONS)
+    rows, factors = code.constant(INT64, NEURONS), weights + n_steps * STEP_BYTES
     with code.loop(n_steps) as step:
         largest, offsets = (code.variable(code.constant(FLOATS, 0.0)) for _ in range(2))
         with code.loop(rows) as row:
             scale, offset = _pairs(code, records, pairs + step * LINE, row)
             product = code.splat(code.load(products + row * 4, FLOAT))
-            largest.set(code.call("llvm.maxnum.v16f32", FLOATS, largest.get(), (product * scale).magnitude()))
+            factor = product * scale
+            code.store(factor, factors + row * LINE)
+            largest.set(code.call("llvm.maxnum.v16f32", FLOATS, largest.get(), factor.magnitude()))
             offsets.set(code.multiply_add(product, offset, offsets.get()))
         at = weights + step * STEP_BYTES
         one = largest.get() * (1 / LARGEST)
@@ -51,9 +54,7 @@ def weigh_rows(code: Code, records: Value, products: Value, pairs: Value, n_step
         with code.loop(code.constant(INT64, ADDS)) as four:
             high, low = (code.constant(WORDS, 0) for _ in range(2))
             for byte in range(4):
-                row = four * 4 + byte
-                scale, _ = _pairs(code, records, pairs + step * LINE, row)
-                factor = code.rounded(code.splat(code.load(products + row * 4, FLOAT)) * scale * per_one)
+                factor = code.rounded(code.load(factors + (four * 4 + byte) * LINE, FLOATS) * per_one)
                 upper = (factor + 128).signed_shift(8)
                 high |= (upper & 255) << 8 * byte
                 low |= (factor - (upper << 8) & 255) << 8 * byte

@@ -10,33 +10,59 @@ import numpy as np
 import torch
 from numba import carray, float32, njit
 
-from kernels.cpu.rows import FLOATS, LINE
+from kernels.cpu.gate import exponential
+from kernels.cpu.rows import FLOATS, LINE, add_lines
 from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
-from kernels.cpu.vectors import LANES, Code, Value, in_vectors, totals
+from kernels.cpu.vectors import FLOAT, LANES, Code, Value, in_vectors, totals
 from kernels.trunk.attend import Heads
 
 Tensor = torch.Tensor
 
+TOGETHER = 4    # lines of a row of values: so many sums are under way at once
+VALUES = 64     # rows of values that all queries of a head read before the next ones: 16 to 32 KiB
 RECORD = fields("tokens queries cached size turned projected turn keys values key_head value_head position query_norm "
                 "key_norm query_span key_span out", floats="scale epsilon")
 
 
-@in_vectors("f32(i64, i64, i64)")
-def _dot(code: Code, a: Value, b: Value, n_lines: Value) -> Value:
-    total = code.variable(code.constant(FLOATS, 0.0))
+@in_vectors("void(i64, i64, i64, i64, i64) 1")
+def _dots(code: Code, n: int, query: Value, keys: Value, row_bytes: Value, n_lines: Value, lines: Value) -> None:
+    """A query times n rows of keys -> as many lines, whose lanes are still to be added."""
+    sums = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
     with code.loop(n_lines) as line:
-        total.set(code.multiply_add(code.load(a + line * LINE, FLOATS), code.load(b + line * LINE, FLOATS),
-                                    total.get()))
-    return totals([total.get()]).only()
+        given = code.load(query + line * LINE, FLOATS)
+        for row, total in enumerate(sums):
+            key = code.load(keys + row_bytes * row + line * LINE, FLOATS)
+            total.set(code.multiply_add(given, key, total.get()))
+    for row, total in enumerate(sums):
+        code.store(total.get(), lines + row * LINE)
 
 
-@in_vectors("void(i64, i64, i64, f32)")
-def _add(code: Code, out: Value, row: Value, n_lines: Value, weight: Value) -> None:
-    """out += weight * row"""
-    every = code.splat(weight)
+@in_vectors("void(i64, i64)")
+def _softmax(code: Code, row: Value, n_lines: Value) -> None:
+    """In place; what is behind the last number of its line is -inf."""
+    largest, total = code.variable(code.load(row, FLOATS)), code.variable(code.constant(FLOATS, 0.0))
     with code.loop(n_lines) as line:
-        at = out + line * LINE
-        code.store(code.multiply_add(every, code.load(row + line * LINE, FLOATS), code.load(at, FLOATS)), at)
+        largest.set(code.load(row + line * LINE, FLOATS).at_least(largest.get()))
+    most = code.splat(code.call("llvm.vector.reduce.fmax.v16f32", FLOAT, largest.get()))
+    with code.loop(n_lines) as line:
+        found = exponential(code, code.load(row + line * LINE, FLOATS) - most)
+        code.store(found, row + line * LINE)
+        total.set(total.get() + found)
+    every = code.splat(totals([total.get()]).only())
+    with code.loop(n_lines) as line:
+        code.store(code.load(row + line * LINE, FLOATS) / every, row + line * LINE)
+
+
+@in_vectors("void(i64, i64, i64, i64, i64) 1")
+def _weighted(code: Code, n: int, values: Value, row_bytes: Value, shares: Value, n_rows: Value, out: Value) -> None:
+    """out += n lines of each row times its share, rows in their order."""
+    sums = [code.variable(code.load(out + line * LINE, FLOATS)) for line in range(n)]
+    with code.loop(n_rows) as row:
+        share, at = code.splat(code.load(shares + row * 4, FLOAT, 4)), values + row * row_bytes
+        for line, total in enumerate(sums):
+            total.set(code.multiply_add(share, code.load(at + line * LINE, FLOATS), total.get()))
+    for line, total in enumerate(sums):
+        code.store(total.get(), out + line * LINE)
 
 
 @njit(cache=True, nogil=True)
@@ -86,38 +112,51 @@ def _enter(table):
 
 
 @njit(cache=True, nogil=True)
-def _softmax(row):
-    largest, total = row[0], float32(0)
-    for value in row:
-        largest = value if value > largest else largest
-    for i, value in enumerate(row):
-        row[i] = math.exp(value - largest)
-        total += row[i]
-    for i in range(len(row)):
-        row[i] /= total
+def _scores(query, keys, n, row_bytes, n_lines, scale, lines, shares):
+    """A query times n rows of keys, LANES at most, times scale -> shares float32 [LANES]; -inf behind them."""
+    if n == LANES:
+        _dots(query, keys, row_bytes, n_lines, lines, LANES)
+    else:
+        for i in range(n):
+            _dots(query, keys + i * row_bytes, row_bytes, n_lines, lines + i * LINE, 1)
+    add_lines(lines, shares.ctypes.data)
+    for i in range(LANES):
+        shares[i] = shares[i] * scale if i < n else -np.inf
+
+
+@njit(cache=True, nogil=True)
+def _add_values(values, n, row_bytes, n_lines, shares, out):
+    whole = n_lines // TOGETHER * TOGETHER
+    for line in range(0, whole, TOGETHER):
+        _weighted(values + line * LINE, row_bytes, shares, n, out + line * LINE, TOGETHER)
+    for line in range(whole, n_lines):
+        _weighted(values + line * LINE, row_bytes, shares, n, out + line * LINE, 1)
 
 
 @task
 def _attend(table):
+    """Some rows at a time for all queries of a head, which find them in the cache."""
     a = carray(pointer(table), 1, RECORD)[0]
     n_lines, per, row_bytes = a.size // LANES, a.queries // a.cached, 4 * a.size
-    shares = np.empty((per, a.position + a.tokens), np.float32)
+    shares = np.empty((per, (a.position + a.tokens + LANES - 1) // LANES * LANES), np.float32)
+    lines = np.empty(LANES * LINE, np.int8)
     head = claim(table)
     while head < a.n_pieces:
         keys, values = a.keys + head * a.key_head, a.values + head * a.value_head
         for t in range(a.tokens):
             query = a.projected + (t * (a.queries + 2 * a.cached) + head * per) * row_bytes
-            out = a.out + (t * a.queries + head * per) * row_bytes
-            n = a.position + t + 1
-            for row in range(n):
+            out, n = a.out + (t * a.queries + head * per) * row_bytes, a.position + t + 1
+            for row in range(0, n, LANES):
                 for i in range(per):
-                    shares[i, row] = _dot(query + i * row_bytes, keys + row * row_bytes, n_lines) * a.scale
+                    _scores(query + i * row_bytes, keys + row * row_bytes, min(LANES, n - row), row_bytes, n_lines,
+                            a.scale, lines.ctypes.data, shares[i, row:row + LANES])
             for i in range(per):
-                _softmax(shares[i, :n])
+                _softmax(shares[i].ctypes.data, (n + LANES - 1) // LANES)
             carray(pointer(out), per * a.size, float32)[:] = 0
-            for row in range(n):
+            for row in range(0, n, VALUES):
                 for i in range(per):
-                    _add(out + i * row_bytes, values + row * row_bytes, n_lines, shares[i, row])
+                    _add_values(values + row * row_bytes, min(VALUES, n - row), row_bytes, n_lines,
+                                shares[i, row:].ctypes.data, out + i * row_bytes)
         head = claim(table)
 
 
