@@ -46,6 +46,10 @@ class Hook:
         """Behind `routed`, in place of the experts -> their weighted sum [T, H]; None: they compute it."""
         return None
 
+    def added(self, layer: LayerExperts, x: Tensor, out: Tensor) -> Tensor:
+        """Behind the experts: their weighted sum [T, H] -> the one that counts."""
+        return out
+
     def selected(self, layer: LayerExperts, ids: Tensor, weights: Tensor, neurons: Tensor, fidelity: Tensor,
                  ) -> tuple[Tensor, Tensor]:
         """Behind the selection of a sparse level's step, before records are fetched: neurons int32 [T, K], ascending,

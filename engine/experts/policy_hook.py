@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.core import UserError
+from engine.experts.base_experts import BaseExperts
 from engine.experts.cache import pinnable
 from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts
@@ -41,6 +42,8 @@ class PolicyHook(Hook):
             raise UserError(why)
         self.runtime, self.choice, self._taught, self._sizes = runtime, choice, taught, ()
         far, k = runtime.far, runtime.top_k
+        self._bases = BaseExperts(runtime) if choice.fidelity.name == "base" else None
+        self._on_base: Tensor | None = None  # weights [T] of the base expert, from `routed` to `added`
         with torch.device(runtime.device):
             self.guesses = guesses_of(choice, far.layers, far.experts, k, far.hidden, learned)
             self.dropped, self.changed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
@@ -148,18 +151,26 @@ class PolicyHook(Hook):
         if "logits" in self._reads or self.choice.route.name != "exact":
             self._logits[at] = (given @ layer.router_weight.T)[0]
         chosen, shares = self._routed(at, ids.long(), weights.float())
+        if self._bases is not None:
+            shares, self._on_base = exactness.stand_in(shares, self._near(at).gather(1, chosen))
         if self.rules and self.rules[0] is not None:
             self._used[0][at] = torch.where(shares[0] == 0, -1, chosen[0] + at * self.runtime.far.experts)
             self._shares[at] = shares[0] / shares[0].sum().clamp_min(1e-12)
         if self.guesses is not None:
             self._experts[at] = chosen[0]
             self.guesses.came(at, chosen[0])
-        if self.choice.route.name == "exact":
+        if self.choice.route.name == "exact" and self._bases is None:
             return ids, weights
         lost, different = route.left_out(ids.long(), weights.float(), chosen, shares)
         self.dropped += lost
         self.changed += different
         return chosen.to(ids.dtype), shares.to(weights.dtype)
+
+    def added(self, layer: LayerExperts, x: Tensor, out: Tensor) -> Tensor:
+        if self._on_base is None:
+            return out
+        weights, self._on_base = self._on_base, None
+        return out + weights[:, None] * self._bases.of(layer, x) if bool(weights.any()) else out
 
     def _routed(self, at: int, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         if self.choice.route.name == "exact":
@@ -181,7 +192,7 @@ class PolicyHook(Hook):
         if self.choice.route.name != "exact":
             silent = weights.gather(1, (neurons.clamp(min=0) // far.neurons).long()) == 0
             neurons, fidelity = exactness.without(neurons, fidelity, silent)
-        if self.choice.fidelity.name != "exact":
+        if self.choice.fidelity.name not in ("exact", "base"):
             things = self._things(layer.index, ids, neurons)
             near = pools[1][0].slot_of[things.clamp(min=0)] >= 0 if pools else torch.ones_like(things, dtype=torch.bool)
             neurons, fidelity = exactness.coarser(*self.choice.fidelity.parts, neurons, fidelity, weights, near,

@@ -263,6 +263,8 @@ class Runtime(ABC):
             out = self.hook.instead(layer, hidden, ids, weights)
         if out is None:
             out = window.computed(partial(self._prefill, layer), partial(self._decode, layer), hidden, ids, weights)
+        if self.hook is not None:
+            out = self.hook.added(layer, hidden, out)
         return out.to(x.device, x.dtype)
 
     def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

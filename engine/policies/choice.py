@@ -31,7 +31,7 @@ ADMISSIONS = {"always": (), "third": ()}
 FREES = {"token": (), "layer": ()}
 ROUTES = {"exact": (), "near": (Number(most=inf), Number(1, 0, 1e6, True)), "drop": (SHARE,), "skip": (SHARE,),
           "near-only": ()}
-FIDELITIES = {"exact": (), "score": (SHARE, SHARE), "bits": (Number(most=32),)}
+FIDELITIES = {"exact": (), "score": (SHARE, SHARE), "bits": (Number(most=32),), "base": ()}
 KINDS: dict[str, dict[str, tuple[Number, ...]]] = {
     "predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "route": ROUTES,
     "fidelity": FIDELITIES}
@@ -84,6 +84,8 @@ def refusal(choice: Choice, level: str, device: str) -> str:
         return "An uncompressed checkpoint takes no policies; compress it first."
     if choice.route.name == "near-only" and level in SPARSE_LEVELS:
         return f"Where only what is cached may be used the level has to be exact, not {level}; choose exact."
+    if choice.fidelity.name == "base" and level in SPARSE_LEVELS:
+        return f"A base expert stands in for whole ones, so the level has to be exact, not {level}; choose exact."
     return ""
 
 

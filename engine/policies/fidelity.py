@@ -38,6 +38,14 @@ def within_bits(neurons: Tensor, fidelity: Tensor, weights: Tensor, near: Tensor
     return neurons, torch.where(wanted & ~paid, DOWN_ONLY, fidelity)
 
 
+def stand_in(weights: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """ResMoE's base expert (arXiv 2503.06881) for what is far, the best expert excepted: weights [T, k] of the experts
+    that are computed, and [T] of the base. near bool [T, k], of the picks."""
+    best = torch.zeros_like(near).scatter(1, weights.argmax(1, keepdim=True), True)
+    missing = ~near & ~best
+    return torch.where(missing, 0.0, weights), torch.where(missing, weights, 0.0).sum(1)
+
+
 def without(neurons: Tensor, fidelity: Tensor, left_out: Tensor) -> Chosen:
     """Some neurons fewer, in the order and with the filling that the kernels expect."""
     gone = torch.where(left_out, torch.iinfo(torch.int32).max, neurons)

@@ -89,6 +89,9 @@ class Recorder(Hook):
     def instead(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
         return self.inner.instead(layer, x, ids, weights)
 
+    def added(self, layer: LayerExperts, x: Tensor, out: Tensor) -> Tensor:
+        return self.inner.added(layer, x, out)
+
     def selected(self, layer: LayerExperts, ids: Tensor, weights: Tensor, neurons: Tensor, fidelity: Tensor,
                  ) -> tuple[Tensor, Tensor]:
         chosen = np.zeros((2, 1, ids.shape[1] * self.runtime.far.neurons), bool)

@@ -198,19 +198,23 @@ class _Run:
     def _picks(self, row: int):
         """-> a function of the layer: objects that count and their weights; keeps them for the token's end."""
         experts, weights = self.of._experts[row], self.trace.weights[row]
-        exact, first = self.choice.route.name == "exact", self.run.experts
+        by_router, first = self.choice.route.name == "exact", self.run.experts
+        stands_in = self.choice.fidelity.name == "base"
         self._experts = torch.from_numpy(self.trace.experts[row].astype(np.int64))
         self._shares = torch.from_numpy(weights / weights.sum(1, keepdims=True).clip(1e-12))
         self._left = torch.zeros_like(self._experts, dtype=torch.bool)
-        if exact:
+        if by_router and not stands_in:
             things = experts.tolist()
             return lambda layer: (things[layer], weights[layer])
 
         def chosen(layer: int) -> tuple[list[int], np.ndarray]:
             ids, given = self._experts[layer][None], torch.from_numpy(weights[layer])[None]
             near = torch.from_numpy(self.pools[0].places[layer * first:(layer + 1) * first] >= 0)[None]
-            logits = torch.from_numpy(self.trace.logits[row, layer])[None]
-            others, shares = route.routed(*self.choice.route.parts, logits, ids, given, near, self.of._weigh[layer])
+            logits, others, shares = torch.from_numpy(self.trace.logits[row, layer])[None], ids, given
+            if not by_router:
+                others, shares = route.routed(*self.choice.route.parts, logits, ids, given, near, self.of._weigh[layer])
+            if stands_in:
+                shares, _ = exactness.stand_in(shares, near.gather(1, others))
             lost, changed = route.left_out(ids, given, others, shares)
             self.dropped, self.changed = self.dropped + float(lost), self.changed + int(changed)
             self._left[layer] = shares[0] == 0
