@@ -1,5 +1,5 @@
 """The base expert of every layer: what stands in for a missing one without a byte (ResMoE, MEO), where the experts of
-the model have a part in common (engine/policies/common.py). It is made when the policy is chosen and stays near.
+the model have a part in common (engine/policies/barycenter.py). It is made when the policy is chosen and stays near.
 """
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from engine.core import UserError
 from engine.experts.layer import LayerExperts
 from engine.experts.runtime import Runtime
-from engine.policies.common import Common, common_part
+from engine.policies.barycenter import Common, common_part
 
 Tensor = torch.Tensor
 

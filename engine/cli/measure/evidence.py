@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict:
         ("train", args.train, 5000), ("test", args.test, 1200), ("live", args.live, 400)) if value != usual)
     command = f"python -m engine evidence {args.folder} --out {args.out}{sizes}"
     try:
-        found = gather(loaded, command, args.train, args.test, args.live, report)
+        found = gather(loaded, args.folder, command, args.train, args.test, args.live, report)
     finally:
         loaded.runtime.close()
     chosen = [row.name for row in next(iter(found.replayed.values())) if row.name != "Belady's optimum"]

@@ -11,6 +11,7 @@ from engine.policies.choice import parse
 from engine.policies.learned import fit
 from engine.policies.trace import RoutingTrace
 from engine.quality.evaluate import reference_of
+from engine.quality.evidence.beforehand import shared, specialists
 from engine.quality.evidence.live import LOSSY, SPARSE, Live, live_rows
 from engine.quality.evidence.replayed import coverage, lossless_rows, restored, warm_up
 from engine.quality.evidence.report import Found, Judged, gap_closed
@@ -21,18 +22,21 @@ from engine.quality.texts import CALIBRATION_TEXT, EVALUATION_TEXT, read_tokens
 SHARES = (0.25, 0.5, 0.75)
 EPOCHS = 8
 LONGEST_ANSWER = 96
+SPECIALIST_TOKENS, SPECIALIST_SHARE = 17_500, 18  # 200 pieces to compare on; fewer where little is measured at all
 Report = Callable[[str], None]
 
 
-def gather(loaded: Loaded, command: str, n_train: int, n_test: int, n_live: int, report: Report) -> Found:
-    """n_train, n_test: tokens of the traces; n_live: that are predicted with a policy live, each."""
+def gather(loaded: Loaded, folder: Path, command: str, n_train: int, n_test: int, n_live: int, report: Report) -> Found:
+    """folder: where the model lies; n_train, n_test: tokens of the traces; n_live: that are predicted with a policy
+    live, each."""
     run = loaded.runtime.far
     whole = run.layers * run.experts * run.expert_bytes
     train = _trace(loaded, CALIBRATION_TEXT, n_train, "exact", report)
     test = _trace(loaded, EVALUATION_TEXT, n_test, "exact", report)
     report("training the predictors")
     learned = fit(train, EPOCHS)
-    replayed, live = {}, {}
+    replayed, live, common = {}, {}, shared(loaded.runtime)
+    lossy = (*LOSSY, "fidelity=base") if common.is_there else LOSSY
     documents = read_tokens(EVALUATION_TEXT, loaded.tokenizer, n_live)
     popular = [divmod(int(thing), run.experts) for thing in by_popularity(train)]
     with torch.inference_mode():
@@ -42,11 +46,12 @@ def gather(loaded: Loaded, command: str, n_train: int, n_test: int, n_live: int,
     for share in SHARES:
         report(f"replaying at {share:.0%}")
         replayed[share] = lossless_rows(train, test, int(share * whole), learned)
-        live[share] = live_rows(loaded, asked, int(share * whole), popular, "exact", LOSSY, report)
+        live[share] = live_rows(loaded, asked, int(share * whole), popular, "exact", lossy, report)
         if sparse is not None:
             live[share] += live_rows(loaded, asked, int(share * whole), popular, "balanced", SPARSE, report)
     judged = _judged(train, test, sparse, replayed, live, whole, learned)
-    return Found(test.run.model, command, (len(train.steps), len(test.steps)), replayed, live, judged)
+    made = specialists(folder, loaded.tokenizer, min(SPECIALIST_TOKENS, SPECIALIST_SHARE * n_train), report)
+    return Found(test.run.model, command, (len(train.steps), len(test.steps)), replayed, live, judged, made, common)
 
 
 def _trace(loaded: Loaded, prompts: Path, n_tokens: int, level: str, report: Report) -> RoutingTrace:

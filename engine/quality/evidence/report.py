@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from engine.policies.presets import PRESETS
+from engine.quality.evidence.beforehand import GENERAL_TOKENS, ROUNDS, Made, Shared
 from engine.quality.evidence.claims import SYSTEMS
 from engine.quality.evidence.live import Live
 from engine.quality.evidence.svg import COLOURS, EDGE, HEIGHT, WIDTH, drawing, words
@@ -31,6 +32,8 @@ class Found:
     replayed: dict[float, list[Replay]]
     live: dict[float, list[Live]]
     judged: list[Judged]
+    made: list[Made]
+    common: Shared
 
 
 def page(found: Found, plots: Sequence[str]) -> str:
@@ -53,7 +56,8 @@ def page(found: Found, plots: Sequence[str]) -> str:
     said += ["", f"![Gap between LRU and the optimum that each rule closes]({plots[0]})"]
     for share, rows in found.live.items():
         said += ["", f"## Changes the output, {share:.0%} near", "", *_live(rows)]
-    said += ["", f"![Bytes a token against perplexity]({plots[1]})", "", "## System by system", "", *_systems(found)]
+    said += ["", f"![Bytes a token against perplexity]({plots[1]})", "", *_made(found)]
+    said += ["", "## System by system", "", *_systems(found)]
     return "\n".join(said) + "\n"
 
 
@@ -105,6 +109,29 @@ def _live(rows: Sequence[Live]) -> Iterable[str]:
                f"{share:.0%} | {row.dropped:.2%} | {gain} |")
 
 
+def _made(found: Found) -> Iterable[str]:
+    yield "## Made beforehand"
+    yield ""
+    yield ("Smaller models by `specialise`, for the chats of `calibration.jsonl`: perplexity on pieces of 64 tokens, "
+           f"of those that they were not fitted to, and on {GENERAL_TOKENS:,} tokens of `evaluation.jsonl`, which are "
+           f"other chats. A search takes {ROUNDS} rounds.")
+    yield ""
+    yield "| way | experts a layer | on its kind | before | on other chats | before |"
+    yield "|---|---|---|---|---|---|"
+    for row in found.made:
+        losses = row.losses
+        yield (f"| {row.name} | {row.kept} of {row.experts} | {losses.held_out:.3f} | {losses.held_out_before:.3f} | "
+               f"{losses.general:.3f} | {losses.general_before:.3f} |")
+    yield ""
+    yield f"A base expert in place of missing ones (`fidelity=base`): {_base(found.common)}."
+
+
+def _base(common: Shared) -> str:
+    said = (f"of a layer's experts {min(common.unexplained):.0%} to {max(common.unexplained):.0%} is each one's own, "
+            "as a share of what experts without anything in common have")
+    return said if common.is_there else f"refused, {said}"
+
+
 def _systems(found: Found) -> Iterable[str]:
     share = min(found.replayed)
     yield f"Figures at {share:.0%} near."
@@ -117,6 +144,10 @@ def _systems(found: Found) -> Iterable[str]:
         said = [_short(found.replayed[share], replayed[name]) for name in system.rows if name in replayed]
         said += [f"`{name}`: perplexity {live[name].perplexity:.2f}, KL {live[name].kl:.3f}, "
                  f"{live[name].far_per_token:,.0f} bytes/token" for name in system.rows if name in live]
+        said += [f"`{row.name}`: perplexity {row.losses.held_out_before:.2f} to {row.losses.held_out:.2f} on its kind, "
+                 f"{row.losses.general_before:.2f} to {row.losses.general:.2f} on others"
+                 for row in found.made if row.name in system.rows]
+        said += [_base(found.common)] if "fidelity=base" in system.rows and not found.common.is_there else []
         yield f"| {system.name} | {system.source} | {system.claim} | {'; '.join(filter(None, (*said, system.note)))} |"
 
 

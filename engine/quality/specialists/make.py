@@ -75,7 +75,7 @@ def specialise(folder: Path, dest: Path, choice: Choice, report: Report = unhear
     failure, and the next call goes on behind them.
     """
     source = Source(folder)
-    n, tokenizer = _kept(source.manifest, choice.keep), load_tokenizer(folder)
+    n, tokenizer = kept_of(source.manifest, choice.keep), load_tokenizer(folder)
     examples = examples_of(choice.text, tokenizer, choice.n_tokens)
     if choice.way == "search" and examples.pieces < LEAST_EXAMPLES:
         raise UserError(f"A search compares on {LEAST_EXAMPLES} pieces of text at least, and {choice.text} gives "
@@ -87,14 +87,14 @@ def specialise(folder: Path, dest: Path, choice: Choice, report: Report = unhear
               f"text {digest(examples.fitted)}")
     with FolderWriter.begin(dest, spec, len(skeleton.state_dict()), origin, source.manifest.group_size,
                             source.manifest.trunk_bits) as writer:
-        mixture, losses = _fitted(source, n, examples, general, choice, dest / SEARCHED, report, check)
+        mixture, losses = fitted(source, n, examples, general, choice, dest / SEARCHED, report, check)
         _experts(writer, source, mixture, report, check)
         _trunk(writer, source, mixture, skeleton)
         (dest / SEARCHED).unlink(missing_ok=True)
         return writer.seal(source.config_of(n), skeleton, folder, calibration={NOTE: _note(source, choice, losses)})
 
 
-def _kept(manifest: Manifest, keep: float) -> int:
+def kept_of(manifest: Manifest, keep: float) -> int:
     """How many experts stay of each layer. UserError where that is fewer than a token takes, or all."""
     n = round(keep * manifest.experts)
     if not manifest.top_k <= n < manifest.experts:
@@ -104,8 +104,9 @@ def _kept(manifest: Manifest, keep: float) -> int:
     return n
 
 
-def _fitted(source: Source, n: int, examples: Examples, general: Batches, choice: Choice, log: Path, report: Report,
-            check: Callable[[], None]) -> tuple[Mixture, Losses]:
+def fitted(source: Source, n: int, examples: Examples, general: Batches, choice: Choice, log: Path,
+           report: Report = unheard, check: Callable[[], None] = lambda: None) -> tuple[Mixture, Losses]:
+    """What a specialist of n experts a layer is made of, and what it loses. log: of an interrupted search."""
     report(said(f"Counting how {source.manifest.layers * source.manifest.experts:,} experts are used"))
     whole, model = Counting(source), MixedModel(source, n)
     loss(whole, examples.fitted, check)

@@ -12,8 +12,8 @@ from engine.experts.base_experts import BaseExperts, common_of
 from engine.experts.policy_hook import PolicyHook
 from engine.library.compress import compress
 from engine.model.load import load
+from engine.policies.barycenter import common_part, paired
 from engine.policies.choice import parse, refusal
-from engine.policies.common import common_part, paired
 from engine.policies.fidelity import stand_in
 from engine.quality.evaluate import reference_of
 from engine.quality.evidence.live import live_rows

@@ -12,10 +12,12 @@ from engine.policies.choice import parse
 from engine.policies.learned import fit
 from engine.policies.presets import Cost
 from engine.policies.trace import RoutingTrace, RunNumbers
+from engine.quality.evidence.beforehand import Made, Shared
 from engine.quality.evidence.live import Live
 from engine.quality.evidence.replayed import START, coverage, lossless_rows, on_demand, restored, warm_up
 from engine.quality.evidence.report import Found, Judged, bars, costs, gap_closed, page, scatter
 from engine.quality.simulate import Simulator, baselines, optimum, recalls, sizes_of, taught
+from engine.quality.specialists.make import Losses
 
 L, E, K, H, N = 3, 8, 2, 16, 4
 
@@ -98,11 +100,14 @@ def test_the_page_holds_every_row_and_every_system(rows):
     live = [Live(name, "exact", 10, 5.0 + at, 0.01, Counters(100, 60, 40 - at), 0.1) for at, name in enumerate(
         ("exact", "route=near:0.2:1"))]
     found = Found("made", "the command", (144, 144), {0.25: rows, 0.5: rows}, {0.25: live, 0.5: live},
-                  [Judged("something", "less", False)])
+                  [Judged("something", "less", False)], [Made("merge by reap", 4, 8, Losses(2.0, 3.5, 4.0, 5.25))],
+                  Shared((0.5, 0.95)))
     text = page(found, ["gap.svg", "cost.svg"])
     assert all(f"| {row.name} |" in text for row in rows) and "does **not** hold" in text
     for system in ("FloE", "SiDA-MoE", "eMoE", "HOBBIT", "FineMoE", "MoLE"):
         assert f"\n| {system} |" in text
+    assert "| merge by reap | 4 of 8 | 3.500 | 2.000 | 5.250 | 4.000 |" in text
+    assert "| a common expert and small residuals | refused, of a layer's experts 50% to 95%" in text
     told = costs(found)["presets"]
     cost = {"perplexity": 0.2, "kl": 0.01, "moved": 0.975}
     assert told == {"prefer_cached": [{"near_share": share} | cost for share in (0.25, 0.5)]}
