@@ -41,7 +41,7 @@ SYSTEMS = (
     System("Admission on the third use", "published engine notes", "the same hits at 5-8 times fewer uploads",
            ("LRU on demand", "LRU on demand, admission on the third use")),
     System("APTMoE", "SC 2024", "a split of work between processor and card",
-           note="waits for a card; on a processor alone what is missing is computed where the file's map has it"),
+           note="waits for a card, on which the share has to be measured"),
     System("SEER-MoE", "arXiv 2404.05089", "25 % of experts pruned by counts",
            ("popularity (pinned)", "mask by hard", "mask by soft"), "without its second stage, which trains"),
     System("Task-specific expert pruning", "arXiv 2206.00277", "99 % of the benefit with one expert left",
