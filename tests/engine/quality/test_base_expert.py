@@ -1,6 +1,7 @@
 """A base expert in place of missing ones: where experts have a part in common, and only there."""
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from engine.quality.evidence.live import live_rows
 from engine.quality.recorder import Recorder, record
 from engine.quality.simulate import Simulator
 from tests.support.folders import put_experts
-from tests.support.small_model import EXPERTS, HIDDEN, LAYERS, NEURONS, make
+from tests.support.small_model import EXPERTS, HIDDEN, LAYERS, NEURONS, TOKENIZER_FILES, make
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -31,17 +32,26 @@ def turned(base: torch.Tensor, noise: float) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def copied(tmp_path_factory, demo_checkpoint):
+def folder(tmp_path_factory, demo_checkpoint) -> Path:
+    """Of a checkpoint, and of the same compressed: made-up experts, each for itself."""
+    folder = tmp_path_factory.mktemp("base")
+    make(folder, demo_checkpoint)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copied(folder):
     """A model whose experts were all copied from one, open at level exact."""
-    folder = tmp_path_factory.mktemp("copied")
-    checkpoint, _ = make(folder, demo_checkpoint)
+    checkpoint = folder / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     for layer in model.model.layers:
         base = torch.randn(NEURONS, 3 * HIDDEN, generator=DRAW) / 4
         experts = torch.stack([turned(base, 0.05) for _ in range(EXPERTS)])
         put_experts(layer.mlp.experts, *experts.unflatten(2, (3, HIDDEN)).unbind(2))
-    model.save_pretrained(checkpoint)
-    compress(checkpoint, folder / "again", device="cpu")
+    model.save_pretrained(folder / "again-whole")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(checkpoint / name, folder / "again-whole" / name)
+    compress(folder / "again-whole", folder / "again", device="cpu")
     loaded = load(folder / "again", Options("exact", device="cpu", predict=False))
     yield loaded
     loaded.runtime.close()
@@ -72,8 +82,8 @@ def test_the_best_expert_is_always_fetched_and_the_base_has_the_weight_of_the_re
     assert torch.equal(kept, weights) and not base.any()
 
 
-def test_a_model_without_a_common_part_is_refused_in_a_sentence(repository):
-    loaded = load(repository / "assets" / "demo", Options("exact", device="cpu"))
+def test_a_model_without_a_common_part_is_refused_in_a_sentence(folder):
+    loaded = load(folder / "compressed", Options("exact", device="cpu"))
     with pytest.raises(UserError, match="have no part in common"):
         PolicyHook(loaded.runtime, loaded.model, parse("fidelity=base"))
     loaded.runtime.close()
