@@ -57,12 +57,13 @@ def test_settings_belong_to_the_conversation_and_are_kept(app, page):
 LATE = """() => {
   const real = window.fetch;
   window.held = [];
+  window.late = true;
   window.fetch = async (...given) => {
     const reply = await real(...given);
-    if (String(given[0]).includes("/settings")) await new Promise((go) => window.held.push(go));
+    if (late && String(given[0]).includes("/settings")) await new Promise((go) => window.held.push(go));
     return reply;
   };
-  window.release = () => window.held.splice(0).forEach((go) => go());
+  window.release = () => { late = false; held.splice(0).forEach((go) => go()); };  // and those that are on their way
 }"""
 
 
@@ -77,6 +78,7 @@ def two(page):
 
 def there(page, number: int) -> None:
     page.evaluate("number => { location.hash = `c${number}`; }", number)
+    page.wait_for_selector(f"#settings[data-whose='{number}']", state="attached")  # two at once would be one
 
 
 def test_what_is_typed_is_stored_for_the_conversation_that_it_was_typed_in_however_late_answers_come(app, page, two):
@@ -94,6 +96,7 @@ def test_what_is_typed_is_stored_for_the_conversation_that_it_was_typed_in_howev
     page.evaluate("release()")
     chat_tab(page)
     expect(system).to_have_value("")
+    page.evaluate("late = true")
     system.fill("You are two.")
     there(page, first)  # left by opening another one, without another word
     until(page, lambda: settings(app, second) == {"system": "You are two."})
