@@ -231,6 +231,7 @@ class Requantizer:
         if TRUNK not in self.writer.done and name not in self.writer.trunk:
             self.writer.trunk.add(parts)
 
+    @torch.inference_mode(False)        # in which a packed tensor would be decoded to be moved
     def _walk_with(self, name: str, parts: dict[str, Tensor]) -> None:
         self.walk.put(name, parts[name] if name in parts else
                       Packed(parts[name + CODES], parts[name + SCALES], torch.float32))
