@@ -49,7 +49,7 @@ def test_escape_closes_a_menu_before_it_stops_an_answer(app, page):
     new_chat(page)
     with app.endless():
         send(page, "Tell me a story about a princess and a wolf.")
-        page.wait_for_selector(".message.running")
+        page.wait_for_selector(".conversations .dot")  # this page knows of the answer that Escape would stop
         page.locator(".conversations summary").first.click()
         stops = []
         page.on("request", lambda request: request.url.endswith("/api/stop") and stops.append(request.url))
