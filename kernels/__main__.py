@@ -26,6 +26,8 @@ from kernels.resolve import resolve_experts, resolve_neurons
 from kernels.score import score, score_up
 from kernels.select import histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.delta import Mixer, delta
+from kernels.trunk.gated import gated
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import route
 from kernels.weigh import weigh
@@ -91,6 +93,11 @@ def cases() -> Iterator[Case]:
     cache = [torch.randn(1, 2, 9, 16, generator=draw) for _ in range(2)]
     yield attend, (torch.randn(2, 96, generator=draw), torch.randn(2, 2, 16, generator=draw), *cache, 5,
                    Heads(2, 2, 16, 0.25))
+    tensors = [torch.rand(shape, generator=draw) for shape in ((128, 4), (4,), (4,), (16,))]
+    mixer = Mixer(2, 4, 16, 16, False, tensors[0], -tensors[1], *tensors[2:], 1e-6)
+    yield delta, (torch.randn(2, mixer.width, generator=draw), torch.randn(1, 128, 4, generator=draw),
+                  torch.randn(1, 4, 16, 16, generator=draw), mixer)
+    yield gated, (torch.randn(2, 65, generator=draw),)
 
 
 def _products(draw: torch.Generator) -> Iterator[Case]:

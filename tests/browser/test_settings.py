@@ -152,6 +152,7 @@ def test_what_is_not_sent_stays_in_its_conversation(page, two, tmp_path):
     expect(attached).to_have_count(1)
     page.reload()
     expect(message).to_have_value("Half a question")
+    chat_tab(page)
     there(page, second)
     expect(message).to_have_value("Another half")
 

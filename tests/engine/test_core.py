@@ -16,7 +16,7 @@ def test_the_fields_are_those_that_callers_rest_on():
     assert asdict(Sampling()) == dict(temperature=None, top_k=None, top_p=None, min_p=None, repetition_penalty=None,
                                       seed=None, max_tokens=None, stop=())
     assert [f.name for f in fields(Event)] == ["kind", "text", "n_tokens", "tokens_per_second", "counters", "reason",
-                                               "likely", "piece", "calls", "lossy"]
+                                               "likely", "piece", "calls", "lossy", "picks"]
     assert [f.name for f in fields(Counters)] == ["needed_bytes", "hit_bytes", "far_bytes", "speculative_bytes",
                                                   "wasted_bytes", "dropped_weight"]
     assert LEVELS == ("full", "exact", "quality", "balanced", "fast", "floe")

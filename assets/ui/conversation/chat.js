@@ -254,7 +254,8 @@ function shortcut(event) {
   if (control && event.key.toLowerCase() === "k") emit("search");
   else if (control && event.shiftKey && event.key.toLowerCase() === "o") emit("new-chat");
   else if (event.key === "Escape" && dismiss()) return;
-  else if (event.key === "Escape" && state.live && !event.target.closest("input, .editing")) api("POST", "/api/stop");
+  else if (event.key === "Escape" && document.body.classList.contains("answering")
+      && !event.target.closest("input, .editing")) api("POST", "/api/stop"); // as long as Stop is there
   else return;
   event.preventDefault();
 }

@@ -48,7 +48,7 @@ export async function mount(root, trigger) {
   // Of the conversation that is open; kept by the program after each of its answers.
   async function drawPicks() {
     const id = opened.id, there = state.conversations?.some((one) => one.id === id);
-    const { shares } = there ? await api("GET", `/api/conversations/${id}/picks`) : { shares: [] };
+    const { shares } = there ? await api("GET", `/api/conversations/${id}/picks`).catch(() => ({ shares: [] })) : { shares: [] };
     if (id === opened.id) drawHeat(picks, shares, TEXT.picks_none, TEXT.picks_label);
   }
 
