@@ -12,7 +12,8 @@ from kernels.trunk.route import route
 CASES = [  # T, Q, C, D, norms, rows that are seen, cache, numbers of a head that turn, gated
     (1, 4, 2, 32, "head", 40, torch.float32, 32, False), (3, 4, 1, 12, "all", 7, torch.float32, 12, False),
     (4, 2, 2, 32, None, 0, torch.float32, 16, False), (2, 16, 2, 16, "head", 70, torch.bfloat16, 16, False),
-    (3, 4, 2, 32, "head", 9, torch.float32, 8, True), (1, 2, 1, 24, None, 3, torch.float32, 24, True)]
+    (3, 4, 2, 32, "head", 9, torch.float32, 8, True), (1, 2, 1, 24, None, 3, torch.float32, 24, True),
+    (4, 8, 1, 136, "head", 5, torch.float32, 34, True)]
 N = 80
 
 

@@ -6,7 +6,8 @@ products, whose operands are 16-bit where the cache is; all else is float32. Nor
 for itself. The new rows are folded in from where they were projected, rounded as the cache keeps them, by the split
 that writes them: nothing is read that another block writes.
 
-Legend as there; M rows of a tile (T * Q/C and padding), HALF: the next power of two to D/2.
+Legend as there; M rows of a tile, of T * Q/C and padding (for heads above WIDE a part of them, as no more fits the
+registers), HALF: the next power of two to D/2.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ Tensor = torch.Tensor
 
 BLOCKS = 64             # of the cached heads times splits: twice the multiprocessors of the smallest cards
 LEAST_TILE = 16         # rows and depth of a matrix product
+WIDE = 128              # numbers of a head, above which a tile has LEAST_TILE rows
 ROWS = 32               # of the cache, under way at a time
 NORM_STEP = 64          # numbers of a norm over all heads, at a time
 NO_NORM, OF_HEAD, OF_ALL = 0, 1, 2
@@ -92,13 +94,14 @@ def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out
 def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, out, stats, n_tokens, head_stride,
             scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
             STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr,
-            OPERAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr, NORM_STEP: tl.constexpr):
-    """Grid: C, SPLITS. -> out [C, SPLITS, M, D], sums of values; stats [2, C, SPLITS, M]: largest score, sum."""
-    cached, split = tl.program_id(0), tl.program_id(1)
+            OPERAND: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, NORM_STEP: tl.constexpr):
+    """Grid: C * TILES, SPLITS. -> out [C, SPLITS, TILES * M, D], sums of values; stats [2, C, SPLITS, TILES * M]:
+    largest score, sum."""
+    cached, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
     per: tl.constexpr = QUERIES // CACHED
     before: tl.constexpr = QUERIES * STRIDE  # columns of queries
     width: tl.constexpr = before + 2 * CACHED * SIZE
-    row, side = tl.arange(0, M), tl.arange(0, HALF)
+    row, side = tile * M + tl.arange(0, M), tl.arange(0, HALF)
     token, inside = row // per, (side < SIZE // 2)[None]
     low, high = _heads_of(projected, query_norm, turn, token, cached * per + row % per, 0, token < n_tokens, n_tokens,
                           width, epsilon, QUERIES, STRIDE, SIZE, HALF, NORM, TURNED, M, NORM_STEP)
@@ -127,7 +130,7 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
         kept: tl.constexpr = keys.dtype.element_ty
         k_low, k_high, v_low, v_high = k_low.to(kept), k_high.to(kept), v_low.to(kept), v_high.to(kept)
         at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
-        there = here[:, None] & inside
+        there = here[:, None] & inside & (tile == 0)
         tl.store(keys + at, k_low, mask=there)
         tl.store(keys + at + SIZE // 2, k_high, mask=there)
         tl.store(values + at, v_low, mask=there)
@@ -135,9 +138,9 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
         seen = here[None] & (new[None] <= token[:, None])
         most, total, out_low, out_high = _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total,
                                                out_low, out_high, OPERAND)
-    at = (cached * SPLITS + split) * M + row
+    at = (cached * SPLITS + split) * (TILES * M) + row
     tl.store(stats + at, most)
-    tl.store(stats + CACHED * SPLITS * M + at, total)
+    tl.store(stats + CACHED * SPLITS * TILES * M + at, total)
     tl.store(out + at[:, None] * SIZE + side[None], out_low, mask=inside)
     tl.store(out + at[:, None] * SIZE + SIZE // 2 + side[None], out_high, mask=inside)
 
@@ -175,17 +178,18 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     assert turned == size or turned <= size // 2 and norm != OF_ALL and turned % 2 == 0, turn.shape
     assert not (heads.gated and norm == OF_ALL) and position.dtype == rows.dtype == torch.int64 and size % 2 == 0
     tile = max(LEAST_TILE, triton.next_power_of_2(n_tokens * queries // cached))
+    tiles = tile // LEAST_TILE if size > WIDE else 1
     splits = max(1, triton.next_power_of_2(BLOCKS // cached))
     parts = torch.empty(cached, splits, tile, size, dtype=torch.float32, device=projected.device)
     stats = torch.empty(2, cached, splits, tile, dtype=torch.float32, device=projected.device)
     out = torch.empty(n_tokens, queries * size, dtype=torch.float32, device=projected.device)
     norms = [projected if norm is None else norm for norm in (heads.query_norm, heads.key_norm)]
-    _attend[(cached, splits)](
+    _attend[(cached * tiles, splits)](
         projected, turn, keys, values, position, rows, *norms, parts, stats, n_tokens, keys.stride(1), heads.scale,
         heads.epsilon, QUERIES=queries, CACHED=cached, SIZE=size,
         HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), STRIDE=size * (1 + heads.gated), TURNED=turned,
-        NORM=norm, SPLITS=splits,
-        OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16, M=tile, N=ROWS, NORM_STEP=NORM_STEP,
+        NORM=norm, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16, TILES=tiles,
+        M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
         num_warps=8)  # with four it spills on sm_75, whose matrix products are made of additions (Triton 3.7)
     _join[(n_tokens * queries,)](parts, stats, projected, out, QUERIES=queries, CACHED=cached, SIZE=size,
                                  BLOCK=triton.next_power_of_2(size), GATED=heads.gated, SPLITS=splits, M=tile,
