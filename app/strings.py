@@ -7,11 +7,11 @@ TEXT = {
     **MODELS_TEXT,
     "app": "Floe Chat",
     "new_chat": "New chat",
-    "search": "Search conversations",
+    "search": "Search chats",
     "search_none": "Nothing found.",
-    "conversations": "Conversations",
-    "conversation": "Conversation",
-    "no_conversations": "No conversations yet.",
+    "conversations": "Chats",
+    "conversation": "Chat",
+    "no_conversations": "No chats yet.",
     "untitled": "New chat",
     "pin": "Pin",
     "unpin": "Unpin",
@@ -22,14 +22,14 @@ TEXT = {
     "last_month": "Previous 30 days",
     "rename": "Rename",
     "delete": "Delete",
-    "deleted": "Conversation deleted.",
+    "deleted": "Chat deleted.",
     "undo": "Undo",
     "more": "More",
     "export_json": "Export as JSON",
     "export_markdown": "Export as Markdown",
     "export_all": "Export all",
     "import": "Import",
-    "imported": "Imported {n} conversation(s).",
+    "imported": "Imported {n} chat(s).",
     "imported_grown": "Continued: {n}.",
     "imported_known": "Here already: {n}.",
     "importing": "Importing {share} %",
@@ -38,11 +38,11 @@ TEXT = {
                       "ChatGPT, Claude, Open WebUI, Jan and LM Studio can (.json, .jsonl, .md or the whole .zip).",
     "import_damaged": "Nothing was imported, because this file is damaged or only a part of it is here; export or "
                       "download it again.",
-    "file_not_exported": "(The export that this conversation comes from has only the name of this file.)",
+    "file_not_exported": "(The export that this chat comes from has only the name of this file.)",
     "file_unnamed": "file",
     "import_newer": "This file was exported by a newer Floe Chat: update Floe Chat to import it.",
-    "import_long": "Nothing was imported, because this file, or a conversation in it, is larger than can be read; "
-                   "export the conversations one by one, and import those.",
+    "import_long": "Nothing was imported, because this file, or a chat in it, is larger than can be read; "
+                   "export the chats one by one, and import those.",
     "import_wrong": "Nothing was imported, because something is wrong in this file: {what}. Export it again.",
     "request_wrong": "This cannot be done: {what}. Correct it, or reload the page and try again.",
     "request_unread": "This cannot be done, because the request could not be read; reload the page and try again.",
@@ -54,7 +54,7 @@ TEXT = {
     "wrong_line": "{where} is more than one line of text",
     "wrong_value": "in {where}, {what}",
     "wrong_whole": "the whole",
-    "wrong_circle": "messages of a conversation stand above each other in a circle",
+    "wrong_circle": "messages of a chat stand above each other in a circle",
     "wrong_tree": "message {id} is there twice or stands before the one above it",
     "database_mended": "The chat database was damaged. What could be read of it is here, with what was missing from "
                        "its last backup; the damaged file is kept as {kept}.",
@@ -112,8 +112,8 @@ TEXT = {
     "thought_for": "Thought for {s} s",
     "waiting": "Waiting",
     "waiting_for_model": "Waiting for the model to load",
-    "prefill": "Reading the conversation",
-    "prefill_n": "Reading the conversation: {n} tokens",
+    "prefill": "Reading the chat",
+    "prefill_n": "Reading the chat: {n} tokens",
     "answer_done": "Answer finished.",
     "jump_down": "Jump to the newest message",
     "status_stopped": "Stopped.",
@@ -138,7 +138,7 @@ TEXT = {
     "context_unknown": "unknown",
     "empty_message": "Write something first.",
     "busy": "An answer is being written; stop it or wait for its end.",
-    "context_full": "The conversation needs {tokens} tokens and the answer at least {reserve}, but the context holds "
+    "context_full": "The chat needs {tokens} tokens and the answer at least {reserve}, but the context holds "
                     "{context}: shorten the message, start a new chat, or choose Remove oldest messages under This "
                     "chat.",
     "answer_failed": "The answer failed ({error}); try again.",
@@ -147,7 +147,7 @@ TEXT = {
                     "not help.",
     "trouble": "Something failed beside the answers ({error}); the program goes on. If it comes back, start the "
                "program again.",
-    "disk_trouble": "The conversation cannot be saved ({error}); make room on the disk. The answer goes on and is "
+    "disk_trouble": "The chat cannot be saved ({error}); make room on the disk. The answer goes on and is "
                     "saved as soon as there is room.",
     "not_saved": "Nothing was saved ({error}); make room on the disk and try again.",
     "out_of_memory": "There is not enough memory for this model; close other programs or choose a smaller model.",
@@ -176,12 +176,12 @@ TEXT = {
     "away_shut": "Floe Chat was started again. Open it with its newest link, which the window where it runs shows; "
                  "this page then goes on by itself.",
     "theme": "Dark or light theme",
-    "menu": "Show or hide conversations",
+    "menu": "Show or hide chats",
     "show_tab_chat": "Show or hide this chat's settings",
     "show_tab_engine": "Show or hide the engine",
     "all_models": "All models",
     "page_settings": "Settings",
-    "close_page": "Back to the conversation",
+    "close_page": "Back to the chat",
     "preferences_folders": "Folders",
     "preferences_downloads": "Downloads",
     "downloads_mirror": "Mirror",
@@ -191,10 +191,10 @@ TEXT = {
     "downloads_hosts_about": "Hosts besides the Hub's own from which downloads may come, separated by spaces.",
     "downloads_kept": "Saved. The next download uses it.",
     "preferences_look": "Appearance",
-    "preferences_titles": "Conversations",
+    "preferences_titles": "Chats",
     "preferences_programs": "API",
     "api_about": "Programs on this computer can use your models through an OpenAI-compatible API. Each program needs a "
-                 "key of its own. Programs see neither your conversations nor these settings.",
+                 "key of its own. Programs see neither your chats nor these settings.",
     "api_address": "Base URL",
     "api_keys": "Keys",
     "api_no_keys": "No keys yet.",
@@ -221,7 +221,7 @@ TEXT = {
     "preferences_server": "Another server",
     "preferences_network": "Other devices",
     "network_about": "The program listens on this computer alone. Started with --lan it also lets in other devices of "
-                     "your network. Whoever knows the password can then read and write every conversation, use and "
+                     "your network. Whoever knows the password can then read and write every chat, use and "
                      "delete models, and see folder names of this computer; what is sent is not encrypted, so do it "
                      "only in a network that you trust.",
     "network_password": "Password",
@@ -237,7 +237,7 @@ TEXT = {
     "password_wait": "Too many tries; wait {minutes} minutes.",
     "lan_no_password": "Other devices are let in only by a password: start without --lan, set one in Settings, Other "
                        "devices, then start again.",
-    "lan_open": "Open to your network: whoever knows the password can read and write every conversation, use and "
+    "lan_open": "Open to your network: whoever knows the password can read and write every chat, use and "
                 "delete models, and see folder names of this computer. What is sent is not encrypted. Addresses: "
                 "{addresses}",
     "preferences_diagnostics": "When something goes wrong",
@@ -247,11 +247,11 @@ TEXT = {
                          "of a file, neither your name nor this computer's.",
     "diagnostics_messages": "Messages",
     "diagnostics_no_messages": "None",
-    "diagnostics_messages_help": "One conversation can go along as it is, if you want it to be read.",
+    "diagnostics_messages_help": "One chat can go along as it is, if you want it to be read.",
     "diagnostics_make": "Make the zip",
-    "server_about": "A conversation can be answered by another OpenAI-compatible server (vLLM, SGLang, llama.cpp, "
+    "server_about": "A chat can be answered by another OpenAI-compatible server (vLLM, SGLang, llama.cpp, "
                     "Ollama) instead of this computer. Name it here, then choose one of its models in the "
-                    "conversation's settings, under Answered by. No message is sent to it before that.",
+                    "chat's settings, under Answered by. No message is sent to it before that.",
     "server_address_of": "Address",
     "server_address_help": "Without https the messages and the key can be read by everybody on the way.",
     "server_key_of": "Key",
@@ -277,11 +277,11 @@ TEXT = {
     "server_busy": "{host} has no room for this question now ({said}); ask again later.",
     "server_refused": "{host} refuses the question: {said}.",
     "setting_remote": "Answered by",
-    "help_remote": "What you write in this conversation goes to the chosen server.",
+    "help_remote": "What you write in this chat goes to the chosen server.",
     "remote_here": "This computer",
-    "answered_elsewhere": "{model} on {host} answers this conversation, not the engine here.",
+    "answered_elsewhere": "{model} on {host} answers this chat, not the engine here.",
     "waiting_for_server": "Waiting for {host}",
-    "folder_data": "Conversations and settings",
+    "folder_data": "Chats and settings",
     "folder_models": "Models",
     "folder_logs": "Logs",
     "theme_choice": "Theme",
@@ -322,9 +322,9 @@ TEXT = {
     "activity_none": "Send a message to see measurements.",
     "activity_label": "Expert activity of the last tokens: {layers} layers, {experts} experts; busiest: layer {layer}, "
                       "expert {expert}, {percent} % of the tokens",
-    "picks": "Experts of this conversation",
-    "picks_none": "This model has answered nothing in this conversation yet.",
-    "picks_label": "Experts that the answers of this conversation picked: {layers} layers, {experts} experts; most: "
+    "picks": "Experts of this chat",
+    "picks_none": "This model has answered nothing in this chat yet.",
+    "picks_label": "Experts that the answers of this chat picked: {layers} layers, {experts} experts; most: "
                    "layer {layer}, expert {expert}, {percent} % of the tokens",
     "why": "Why is it slow?",
     "why_none": "Send a message to see measurements.",
@@ -351,7 +351,7 @@ TEXT = {
     "phase_decode": "answering",
     "phase_failed": "failed",
     "setting_system": "System prompt",
-    "system_hint": "How the assistant should behave in this conversation",
+    "system_hint": "How the assistant should behave in this chat",
     "preset": "Preset",
     "preset_model": "Model default",
     "preset_precise": "Precise",

@@ -47,7 +47,7 @@ def what_binds(spec: ModelSpec, calibration: Mapping, machine: Machine, snapshot
 
 def _prefill(prompt: Mapping, answer: Mapping) -> Binding:
     total = prompt["seconds"] + answer["seconds"]
-    return Binding("prefill", f"Reading the conversation took {prompt['seconds']:.1f} of {total:.1f} s "
+    return Binding("prefill", f"Reading the chat took {prompt['seconds']:.1f} of {total:.1f} s "
                               f"({prompt['tokens']:,} tokens, {rate(prompt['tokens'] / prompt['seconds'])} a second).")
 
 

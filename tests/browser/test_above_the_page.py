@@ -34,7 +34,7 @@ def test_a_menu_of_the_last_row_is_whole_and_closes_by_escape_and_by_a_click_els
     expect(page.locator(".conversations .pinned")).to_have_count(1)
 
 
-@pytest.mark.parametrize("button, drawer, elsewhere", [("Show or hide conversations", "#left", (385, 500)),
+@pytest.mark.parametrize("button, drawer, elsewhere", [("Show or hide chats", "#left", (385, 500)),
                                                        ("Show or hide the engine", "#right", (5, 500))])
 def test_drawers_close_by_escape_and_by_a_click_beside_them(page, button, drawer, elsewhere):
     page.set_viewport_size({"width": 390, "height": 800})
@@ -114,7 +114,7 @@ def test_the_end_stays_in_sight_when_the_window_changes_its_size_and_what_is_rea
     expect(newest).not_to_be_in_viewport()
 
 
-@pytest.mark.parametrize("button, beside", [("Show or hide conversations", "#new-chat"),
+@pytest.mark.parametrize("button, beside", [("Show or hide chats", "#new-chat"),
                                             ("Show or hide the engine", "#right [role=tablist]")])
 def test_on_a_phone_a_notice_is_seen_above_a_drawer_and_covers_not_its_head(page, button, beside):
     page.set_viewport_size({"width": 390, "height": 800})

@@ -165,14 +165,14 @@ def test_the_panel_shows_the_engines_own_totals(page):
 def test_the_panel_shows_which_experts_were_busy(page):
     """Of the last tokens, and of all answers of the conversation that is open."""
     page.click("#new-chat")
-    expect(page.locator("#picks")).to_have_text("This model has answered nothing in this conversation yet.")
+    expect(page.locator("#picks")).to_have_text("This model has answered nothing in this chat yet.")
     ask(page, STORY)
     now = stats(page)
     number = page.url.rpartition("#c")[2]
     shares = page.evaluate(f"fetch('/api/conversations/{number}/picks').then(reply => reply.json())")["shares"]
     most = round(100 * max(map(max, shares)))
     expect(page.locator("#picks")).to_have_attribute("aria-label", re.compile(
-        f"^Experts that the answers of this conversation picked: 6 layers, 16 experts; .*, {most} % of the tokens$"))
+        f"^Experts that the answers of this chat picked: 6 layers, 16 experts; .*, {most} % of the tokens$"))
     cells = [(x, y) for y, row in enumerate(now["activity"]) for x in range(len(row))]
     most = max(max(row) for row in now["activity"])
     x, y = next((x, y) for x, y in cells if now["activity"][y][x] == most)

@@ -181,7 +181,7 @@ def titles_by_the_model(page) -> None:
     page.reload()
     browser.wait_ready(page)
     expect(box).to_be_checked()
-    page.get_by_role("button", name="Back to the conversation").click()
+    page.get_by_role("button", name="Back to the chat").click()
 
 
 def test_a_download_is_paused_goes_on_and_is_cancelled(hub, page):

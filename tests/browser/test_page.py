@@ -69,7 +69,7 @@ def test_a_phone_is_wide_enough(page):
     for element in (page.locator("#message"), page.locator("#send"), answer.locator(".answer")):
         inside(page, element)
     expect(page.locator("#new-chat")).to_be_hidden()
-    page.get_by_role("button", name="Show or hide conversations").click()
+    page.get_by_role("button", name="Show or hide chats").click()
     page.click("#new-chat")
     page.wait_for_selector(".hero")
     page.get_by_role("button", name="Show or hide the engine").click()
@@ -107,7 +107,7 @@ def test_nothing_scrolls_sideways_on_a_phone_or_at_150_percent(page):
             page.evaluate("where => location.hash = where", address)
             page.locator(there).first.wait_for()
             assert sideways(page) == [], (width, address)
-        for opener, drawer in (("conversations", "#left"), ("the engine", "#right")):
+        for opener, drawer in (("chats", "#left"), ("the engine", "#right")):
             page.get_by_role("button", name=f"Show or hide {opener}").click()
             expect(page.locator(drawer)).to_be_visible()
             backdrop = page.evaluate("getComputedStyle(document.querySelector('#center'), '::after').backgroundColor")

@@ -40,7 +40,7 @@ def test_the_page_lies_over_the_conversation_and_a_reload_keeps_it(page):
     expect(page.locator("#message")).to_be_visible()
     assert page.url == conversation
     open_settings(page)
-    page.get_by_role("button", name="Back to the conversation").click()
+    page.get_by_role("button", name="Back to the chat").click()
     expect(page.locator(".message.user")).to_be_visible()
     assert page.url == conversation
     open_settings(page)

@@ -45,7 +45,7 @@ def test_a_conversation_on_another_server(app, page):
         expect(answer.locator(".thought .md")).to_have_text("Let me see.")
         expect(answer.locator(".stats")).to_contain_text(f"big-moe{host}")
         page.get_by_role("tab", name="Engine").click()
-        expect(page.locator("#floe-panel")).to_contain_text("answers this conversation")
+        expect(page.locator("#floe-panel")).to_contain_text("answers this chat")
         expect(page.locator("#speed-now")).to_be_hidden()
         expect(page.locator("#near")).to_be_hidden()
         for dark in (False, True):
