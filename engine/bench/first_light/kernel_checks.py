@@ -216,7 +216,7 @@ def _linears(case: Case) -> Compared:
     made = []
     for parts, rest in ((coded, (torch.rand(case.shape.hidden, generator=draw), 1e-6)),
                         (plain, (None, 0.0, torch.rand(case.n_tokens, 8, generator=draw)))):
-        there = tree_map(lambda leaf: leaf.to(case.device) if isinstance(leaf, Tensor) else leaf, (parts, rest))
+        there = _there((parts, rest), case.device)
         made.append((case.call(linears, x, Matrices(there[0]), *there[1])[0],
                      linears.reference(x.cpu(), Matrices(parts), *rest)[0]))
     return *map(tuple, zip(*made, strict=True)), VALUES
@@ -226,8 +226,9 @@ def _attend(case: Case) -> Compared:
     return _attended(case, Heads(16, 2, 128, 128 ** -0.5), 128)
 
 
-def _there(parts: tuple, device: str) -> list:
-    return [part.to(device) if isinstance(part, Tensor) else part for part in parts]
+def _there(parts: tuple, device: str) -> tuple:
+    """The same with its tensors on the device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, parts)
 
 
 def _attended(case: Case, heads: Heads, turned: int) -> Compared:
@@ -241,7 +242,7 @@ def _attended(case: Case, heads: Heads, turned: int) -> Compared:
     for function, device in ((partial(case.call, attend), case.device), (attend.reference, "cpu")):
         keys, values = kept.clone().to(device)
         out = function(projected.to(device), torch.stack((angles.cos(), angles.sin())).to(device), keys, values,
-                       torch.tensor(position, device=device), Heads(*_there(heads, device)), rows.to(device))
+                       torch.tensor(position, device=device), _there(heads, device), rows.to(device))
         end = position + case.n_tokens
         made.append((out, keys[:, :, :end], values[:, :, :end]))
     return *made, SIXTEEN_BITS
@@ -263,7 +264,7 @@ def _delta(case: Case) -> Compared:
     for function, device in ((partial(case.call, delta), case.device), (delta.reference, "cpu")):
         there = [tensor.clone().to(device) for tensor in given]
         row = torch.ones(1, dtype=torch.int64, device=device)
-        made.append((function(*there, Mixer(*_there(mixer, device)), row), *there[1:]))
+        made.append((function(*there, _there(mixer, device), row), *there[1:]))
     return *made, SIXTEEN_BITS
 
 
