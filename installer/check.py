@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     linted = subprocess.run([where.python, "-m", "ruff", "check", "."], cwd=ROOT, env=variables).returncode
     cores = max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
     pytest = [where.python, "-m", "pytest", "-ra", "-n", str(cores), "--dist", "loadfile",
+              "--hypothesis-profile", "ci",  # the same examples every time
               "--no-loadscope-reorder",  # in the order of tests/conftest.py, not by how many tests a file has
               *(["-m", "not slow"] if quick else []), *rest]
     return subprocess.run(pytest, cwd=ROOT, env=variables).returncode or linted

@@ -94,9 +94,11 @@ def _message(message: Message) -> dict:
 
 def _text(message: Message) -> str:
     if isinstance(message.content, list):
-        if other := next((part.type for part in message.content if part.type != "text" or part.text is None), None):
-            raise ApiError(400, f"The models of this program read text alone; send no part of the type {other}.",
+        if others := [part.type for part in message.content if part.type != "text"]:
+            raise ApiError(400, f'The models of this program read text alone; send no part of the type "{others[0]}".',
                            param="messages")
+        if any(part.text is None for part in message.content):
+            raise ApiError(400, "A part of the type text needs a text.", param="messages")
         return "\n".join(part.text for part in message.content)
     return message.content or ""
 

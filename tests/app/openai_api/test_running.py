@@ -300,6 +300,8 @@ def test_a_model_that_is_asked_for_is_opened(app, one):
     ({"logit_bias": {"1": 5}}, 400, "logit_bias"), ({"messages": []}, 422, "messages"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, 422, "role"), ({"stop": [""]}, 422, "stop"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "image_url"),
+    ({"messages": [{"role": "user", "content": [{"type": "", "text": None}]}]}, 400, 'type ""'),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "needs a text"),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "tokens"),
     ({"max_tokens": 0}, 422, "max_tokens"), ({"temperature": 3}, 422, "temperature"),
     ({"temperature": "1"}, 422, "temperature"),
