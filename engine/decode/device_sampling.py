@@ -50,7 +50,7 @@ class DeviceSampler:
     def draw(self, logits: Tensor) -> Tensor:
         """logits [V] -> the next token, int64 [1]; remembered for the penalty."""
         scores = logits.float()
-        self.broken.logical_or_(scores.isnan().any())
+        self.broken.logical_or_(scores.max().isfinite().logical_not())
         tokens, shares = self.distribution(scores) if self.usual else self._whole(scores)
         reached = shares.cumsum(0)
         at = self.uniform.index_select(0, self.n_drawn.clamp(max=len(self.uniform) - 1)) * reached[-1]

@@ -19,6 +19,8 @@ from transformers.generation.logits_process import (
 from engine.core import MachineError, Sampling, UserError
 
 NOT_NUMBERS = "The model computed values that are not numbers; open it again, and check its files if this comes back."
+COLDEST = 1e-4         # below it float32 overflows; there a logit .01 better is already e^100 times as likely: greedy
+LEAST_PENALTY = 1e-2   # the same: scores are divided by it
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -35,7 +37,9 @@ def merged(sampling: Sampling, recommended: GenerationConfig | None) -> dict:
     elif do_sample and model["temperature"] is None:
         model["temperature"] = 1.0
     neutral = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    return {name: next(v for v in (chosen[name], model[name], neutral[name]) if v is not None) for name in SETTINGS}
+    found = {name: next(v for v in (chosen[name], model[name], neutral[name]) if v is not None) for name in SETTINGS}
+    return found | {"temperature": found["temperature"] if found["temperature"] >= COLDEST else 0.0,
+                    "repetition_penalty": max(found["repetition_penalty"], LEAST_PENALTY)}
 
 
 def _possible(name: str, value: object) -> object:
@@ -63,7 +67,7 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, ids: list[int]) -> int:
         """The next token after `ids` (prompt and answer so far). MachineError when the logits are not numbers."""
         scores = logits[None].float()  # [1, V]
-        if torch.isnan(scores).any():
+        if not torch.isfinite(scores.max()):  # NaN, +inf, or -inf everywhere; -inf for some is a mask
             raise MachineError(NOT_NUMBERS)
         if self._processors:
             history = torch.tensor([ids if self._needs_history else []], dtype=torch.long, device=scores.device)

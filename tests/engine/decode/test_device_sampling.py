@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from engine.core import Sampling
+from engine.core import MachineError, Sampling
 from engine.decode.device_sampling import BEST, DeviceSampler
-from engine.decode.sampling import merged, processors
+from engine.decode.sampling import Sampler, merged, processors
 
 V = 3000
 HISTORY = [5, 17, 17, 900, 2999]
@@ -110,3 +110,23 @@ def test_logits_that_are_not_numbers_are_noticed(sampling):
     sampler.draw(torch.full((V,), torch.nan))
     sampler.draw(logits(0))
     assert sampler.broken
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1e-300, 0), Sampling(1e-30, 5, repetition_penalty=1e-300),
+                                      Sampling(1.0, 0, repetition_penalty=1e-40), Sampling(1.0, 5, 1e-300),
+                                      Sampling(10.0, 1_000_000, 1 - 1e-17, 1.0)], ids=repr)
+def test_the_smallest_and_largest_settings_draw_a_token(sampling):
+    scores, sampler, plain = logits(1), DeviceSampler(V, 8), Sampler(sampling, None)
+    sampler.start(sampling, None, HISTORY)
+    best = {int(scores.argmax()), *(token for token in HISTORY if scores[token] > 0)}  # a penalty below 1 prefers these
+    assert {int(sampler.draw(scores)), plain(scores, HISTORY)} <= best and not sampler.broken
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_told(value):
+    scores, sampler = logits(1), DeviceSampler(V, 8)
+    scores[7] = value
+    sampler.draw(scores)
+    assert sampler.broken
+    with pytest.raises(MachineError, match="not numbers"):
+        Sampler(Sampling(), None)(scores, HISTORY)
