@@ -3,9 +3,9 @@ one call (host_token.py), where a processor has all experts in place.
 
 Built from the modules of an open model, whose forward it equals up to rounding, and used in its place while it decodes:
 on the processor behind a cache that grows, on a card inside the recorded step, behind one of fixed shape. There the
-residual is float32 where transformers' is 16-bit, and nothing is asked of the host. Architectures are told by the
-classes of their modules; every other model runs transformers' forward. The experts are called as there: levels, hooks
-and near memory know no difference.
+residual is float32 where transformers' is 16-bit, and nothing is asked of the host. Which architectures have it,
+blocks.py knows; every other model runs transformers' forward. The experts are called as there: levels, hooks and near
+memory know no difference.
 
 Legend: T tokens, H hidden, E experts, k routed, V words, D of a head.
 """
@@ -17,23 +17,18 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
+from engine.model.blocks import block_of, is_known, matrices, norm
 from engine.model.growing_cache import GrowingLayer
 from engine.model.host_token import HostToken
-from engine.model.packed import Packed
-from engine.model.registration import FloeExperts
 from engine.model.static_cache import FullLayer, RecurrentLayer, StepCache
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
-from kernels.trunk.linear import MOST_TOKENS, Matrices, linears
+from kernels.trunk.linear import MOST_TOKENS, linears
 from kernels.trunk.route import route
 from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
-KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3NextForCausalLM",
-         "Qwen3_5MoeForCausalLM"}
-CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}  # norms whose weights are kept less one
-STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotation that do not depend on how long the text is
 TURNS = 1024  # positions whose rotation is computed at once
 
 
@@ -74,8 +69,8 @@ class FusedStep:
     def __init__(self, model: nn.Module) -> None:
         base, config = model.model, model.config
         self._embed, self._rotation = base.embed_tokens, base.rotary_emb
-        self._layers = [_layer(layer, config) for layer in base.layers]
-        self._norm, self._head = _norm(base.norm), _matrices(model.lm_head)
+        self._layers = [Layer(block_of(layer, config), layer.mlp) for layer in base.layers]
+        self._norm, self._head = norm(base.norm), matrices(model.lm_head)
 
     def _logits(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
         """x float32 [T, H], turn float32 [2, T, D] -> logits float32 [V] after the last token."""
@@ -137,13 +132,13 @@ class DeviceStep(FusedStep):
 def host_step(model: nn.Module) -> HostStep | None:
     """None for a model that only transformers' own forward computes."""
     is_plain = model.dtype == torch.float32 and model.device.type == "cpu"
-    return HostStep(model) if is_plain and _is_known(model) else None
+    return HostStep(model) if is_plain and is_known(model) else None
 
 
 def device_step(model: nn.Module, cache: StepCache) -> DeviceStep | None:
     """As `host_step`, behind this cache."""
     is_full = all(type(layer) in (FullLayer, RecurrentLayer) for layer in cache.layers)
-    return DeviceStep(model) if is_full and _is_known(model) else None
+    return DeviceStep(model) if is_full and is_known(model) else None
 
 
 def _goes_on(layer: object) -> bool:
@@ -163,64 +158,6 @@ def _initialise(layer: FullLayer | RecurrentLayer, mixing: Heads | Mixer, x: Ten
         layer.lazy_initialization(x.new_empty(1, channels, width), width=width)
         shape = 1, mixing.value_heads, mixing.key_size, mixing.value_size
         layer.lazy_initialization(recurrent_states=x.new_empty(shape, dtype=torch.float32))
-
-
-def _is_known(model: nn.Module) -> bool:
-    config = model.config
-    return (type(model).__name__ in KNOWN and getattr(config, "sliding_window", None) is None
-            and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY
-            and config.hidden_act == "silu" and any(hasattr(layer, "self_attn") for layer in model.model.layers))
-
-
-def _layer(layer: nn.Module, config: object) -> Layer:
-    mlp = layer.mlp
-    mixing, projections, output = (_heads(layer.self_attn, config) if hasattr(layer, "self_attn")
-                                   else _mixer(layer.linear_attn))
-    routed = _routed(mlp) if isinstance(getattr(mlp, "experts", None), FloeExperts) else (None,)
-    return Layer(Block(mixing, _norm(layer.input_layernorm), projections, output,
-                       _norm(layer.post_attention_layernorm), *routed), mlp)
-
-
-def _heads(own: nn.Module, config: object) -> tuple[Heads, Matrices, Matrices]:
-    """How it attends, what leads there, and back."""
-    norms = [_norm(getattr(own, name)).weight if hasattr(own, name) else None for name in ("q_norm", "k_norm")]
-    queries = config.num_attention_heads
-    heads = Heads(queries, config.num_key_value_heads, own.head_dim, own.scaling, *norms, config.rms_norm_eps,
-                  gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim)
-    return heads, _matrices(own.q_proj, own.k_proj, own.v_proj), _matrices(own.o_proj)
-
-
-def _mixer(own: nn.Module) -> tuple[Mixer, Matrices, Matrices]:
-    """As `_heads`, of a gated delta-net."""
-    by_head = hasattr(own, "in_proj_qkvz")
-    names = ("in_proj_qkvz", "in_proj_ba") if by_head else ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    convolution, rate, bias, norm = (tensor.detach().float().contiguous() for tensor in (
-        own.conv1d.weight[:, 0], -own.A_log.float().exp(), own.dt_bias, own.norm.weight))
-    mixer = Mixer(own.num_k_heads, own.num_v_heads, own.head_k_dim, own.head_v_dim, by_head, convolution, rate, bias,
-                  norm, own.norm.variance_epsilon)
-    return mixer, _matrices(*(getattr(own, name) for name in names)), _matrices(own.out_proj)
-
-
-def _routed(mlp: nn.Module) -> tuple[Matrices, int, int, bool, Matrices | None]:
-    """Router, E, k, whether shares are renormalised, and a shared expert's way back."""
-    gate, own = mlp.gate, getattr(mlp, "shared_expert", None)
-    more = () if own is None else (mlp.shared_expert_gate, own.gate_proj, own.up_proj)
-    return (_matrices(gate, *more), len(gate.weight), gate.top_k, getattr(gate, "norm_topk_prob", True),
-            None if own is None else _matrices(own.down_proj))
-
-
-def _norm(module: nn.Module) -> Norm:
-    if type(module).__name__ in CENTRED:
-        return Norm(1 + module.weight.detach().float(), module.eps)
-    return Norm(module.weight.detach(), module.variance_epsilon)
-
-
-def _matrices(*modules: nn.Module) -> Matrices:
-    def part(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        weight, bias = module.weight, getattr(module, "bias", None)
-        bias = None if bias is None else bias.detach()
-        return (weight.codes, weight.scales, bias) if isinstance(weight, Packed) else (weight.detach(), None, bias)
-    return Matrices(tuple(part(module) for module in modules))
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:

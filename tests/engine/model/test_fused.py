@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from engine.core import Options
 from engine.decode.prefix_cache import DynamicPrefix, StepPrefix
 from engine.library.compress import compress
-from engine.model.fused import KNOWN
+from engine.model.blocks import KNOWN
 from engine.model.growing_cache import GrowingLayer, give_room
 from engine.model.load import load
 from engine.model.static_cache import StepCache
