@@ -192,6 +192,15 @@ TEXT = {
     "downloads_kept": "Saved. The next download uses it.",
     "preferences_look": "Appearance",
     "preferences_titles": "Chats",
+    "preferences_habits": "Loading ahead",
+    "habits": "Load ahead while I type",
+    "habits_info": "Where a model does not fit in memory, what a question will probably need is loaded before you send "
+                   "it, as your earlier answers tell. Answers stay the same. What is learned holds no text and stays "
+                   "on this computer; deleting a chat does not delete it.",
+    "habits_learned": "Learned so far",
+    "habits_size": "{size} MB",
+    "habits_none": "Nothing",
+    "habits_forgotten": "What was learned is deleted.",
     "preferences_programs": "API",
     "api_about": "Programs on this computer can use your models through an OpenAI-compatible API. Each program needs a "
                  "key of its own. Programs see neither your chats nor these settings.",

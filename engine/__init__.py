@@ -38,6 +38,7 @@ _DOORS = {  # module: its names that are everybody's
     "policies.presets": ("PRESETS", "measured_costs", "preset_of", "why_not"),
     "planning.pictures": ("plan_pictures",),
     "chat.engine": ("Engine",),
+    "chat.habits": ("Habits",),
     "chat.growing_calls": ("FORCED", "GrowingCalls"),
     "decode.grammar": ("checked_schema",),
     "library.hub": ("Hub", "address"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from app.chat.chat_settings import ChatSettings
 from app.chat.chats import Chats, Message
 from app.chat.context_window import fit, joined, spoken
+from app.chat.habits import KeptHabits
 from app.chat.line import Line
 from app.chat.picks import KeptPicks
 from app.chat.titles import Titles
@@ -55,7 +56,7 @@ class Jobs:
     def __init__(self, chats: Chats, models: Models, on_change: Callable[[], None] = lambda: None):
         self.chats = chats
         self.live: Live | None = None
-        self.picks = KeptPicks(chats, models)
+        self.picks, self.habits = KeptPicks(chats, models), KeptHabits(chats, models)
         self.disk_trouble = ""
         self._models = models
         self._servers = Servers(chats)
@@ -225,6 +226,7 @@ class Jobs:
                 if event.kind == "end":
                     if event.picks:
                         self.picks.keep(answer.conversation_id, event.picks)
+                        self.habits.answered(self._asked_in(answer), event.picks)
                     return _ended(live, event)
         return "stopped" if live.stop.is_set() else "error"
 
@@ -268,6 +270,10 @@ class Jobs:
         """Everything above the answer, and the answer itself when it is to be continued."""
         path = self.chats.path(answer.conversation_id, answer.id)
         return path if answer.text else path[:-1]
+
+    def _asked_in(self, answer: Message) -> str:
+        """The words of the question above it."""
+        return next((above.text for above in reversed(self._given(answer)) if above.role == "user"), "")
 
     def _trouble(self, error: BaseException) -> None:
         """Said on the page until something has been saved."""

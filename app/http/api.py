@@ -90,7 +90,7 @@ def routes(chats: Chats, drafts: Drafts, jobs: Jobs, models: Models, shelf: Shel
     _conversation_routes(router, chats, drafts, jobs, models, changed)
     _settings_routes(router, drafts, Presets(chats), Servers(chats), changed)
     _message_routes(router, chats, jobs, changed)
-    _file_routes(router, chats, models, changed)
+    _file_routes(router, chats, jobs, models, changed)
     model_routes(router, shelf)
 
     @router.post("/welcomed")
@@ -243,7 +243,7 @@ def _message_routes(router: APIRouter, chats: Chats, jobs: Jobs, changed) -> Non
         return {"text": taken["text"] if taken else ""}
 
 
-def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> None:
+def _file_routes(router: APIRouter, chats: Chats, jobs: Jobs, models: Models, changed) -> None:
     @router.get("/export")
     def export_all():
         return download(export_json(chats, [c.id for c in chats.conversations()]), "floe-chat.json")
@@ -271,6 +271,12 @@ def _file_routes(router: APIRouter, chats: Chats, models: Models, changed) -> No
     @router.post("/count")
     def count(wish: incoming.Written):
         return {"tokens": models.used([{"role": "user", "content": wish.text}], {})}
+
+    @router.post("/draft")
+    def draft(wish: incoming.Written):
+        """The same of what is being written; what it will need may come near meanwhile. Nothing of it is kept."""
+        jobs.habits.written(wish.text)
+        return count(wish)
 
 
 def _import(chats: Chats, file: BinaryIO, changed: Callable[[], None]) -> TakenIn:

@@ -19,6 +19,7 @@ from app.library.machine_status import Surroundings
 from app.strings import TEXT
 from engine import (
     PRESETS,
+    Habits,
     MachineError,
     ModelInfo,
     Options,
@@ -99,6 +100,16 @@ class Models:
         """Bring near what a conversation picks most, while nobody waits; nothing where no model is open."""
         if self.engine and self.state == "ready":
             self.engine.warm(picks)
+
+    def expect(self, draft: str, habits: Habits) -> None:
+        """The same for what a person is writing."""
+        if self.engine and self.state == "ready":
+            self.engine.expect(draft, habits)
+
+    def learn(self, asked: str, picks: Picks, habits: Habits) -> None:
+        """What an answer picked becomes a habit."""
+        if self.engine and self.state == "ready":
+            self.engine.learn(asked, picks, habits)
 
     def configure(self, **changes) -> None:
         """Another level or near memory: `options` at once, the engine's before its next answer; of several wishes the

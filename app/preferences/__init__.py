@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.preferences import about, diagnostics, downloads, folders, network, programs, server, titles
+from app.preferences import about, diagnostics, downloads, folders, habits, network, programs, server, titles
 
-SECTIONS = (folders, downloads, titles, programs, network, server, diagnostics, about)
+SECTIONS = (folders, downloads, titles, habits, programs, network, server, diagnostics, about)
 
 
 def routes(router: APIRouter, parts) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import torch
 
+from engine.chat.ahead import expected, learn
+from engine.chat.habits import Habits
 from engine.chat.model_info import about
 from engine.chat.turn import Turns
 from engine.core import Event, MachineError, Options, Picks, Request, Sampling, Stopped, UserError, never
@@ -169,6 +171,19 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._jobs.put((self._warm, picks))
+
+    def expect(self, draft: str, habits: Habits) -> None:
+        """The same for what a person is writing, as far as habits know it; of several the newest. Nothing of it stays,
+        and nothing is done where somebody waits already."""
+        with self._lock:
+            if not self._closed and not self._unfinished:
+                self._jobs.put((self._expect, draft, habits))
+
+    def learn(self, asked: str, picks: Picks, habits: Habits) -> None:
+        """What an answer picked becomes a habit, where not everything is near anyway."""
+        with self._lock:
+            if not self._closed:
+                self._jobs.put((lambda: learn(self._turns, asked, picks, habits),))
 
     def stop(self) -> None:
         """End the running answer; later ones stay in the queue."""
@@ -340,6 +355,10 @@ class Engine:
                 if not self._jobs.empty():
                     break
             self._turns.show("idle")
+
+    def _expect(self, draft: str, habits: Habits) -> None:
+        if picks := expected(self._turns, draft, habits, lambda: not self._jobs.empty()):
+            self._warm(picks)
 
     def _failed(self, error: BaseException, channel: _Channel) -> Event:
         self._turns.live.phase = "idle"

@@ -16,7 +16,7 @@ app, chromium, context, page = browser.app, browser.chromium, browser.context, b
 
 def open_settings(page) -> None:
     page.get_by_role("link", name="Settings").click()
-    for section in ("folders code", "look select", "titles input", "about .line"):
+    for section in ("folders code", "look select", "titles input", "habits input", "about .line"):
         page.locator(f"#preferences-{section}").first.wait_for()
 
 
@@ -29,6 +29,27 @@ def test_every_section_is_there_and_nobody_is_shut_out(app, page):
     for dark in (False, True):
         page.evaluate(f"document.body.classList.toggle('dark', {json.dumps(dark)})")
         assert violations(page) == [], dark
+
+
+def test_loading_ahead_is_off_until_it_is_wanted_and_what_was_learned_can_be_deleted(app, page):
+    open_settings(page)
+    box = page.get_by_label("Load ahead while I type")
+    expect(box).not_to_be_checked()
+    box.check()
+    folder = app.data / "habits"
+    folder.mkdir()
+    (folder / "a-00000000.npz").write_bytes(b"x" * 1_230_000)
+    page.reload()
+    expect(box).to_be_checked()
+    expect(page.locator("#habits-learned")).to_contain_text("1.23 MB")
+    page.locator("#habits-forget").click()
+    expect(page.locator("#habits-learned")).to_have_text("Nothing")
+    assert list(folder.iterdir()) == []
+    box.uncheck()
+    with page.expect_response("**/api/draft") as answer:
+        page.click("#new-chat")
+        page.locator("#message").fill("Tell me")
+    assert answer.value.ok
 
 
 def test_the_page_lies_over_the_conversation_and_a_reload_keeps_it(page):

@@ -1,5 +1,6 @@
 // The place to write: text, attached text files with their token count, Send and Stop.
 import { TEXT, api, button, h, notice, on, opened, say } from "/ui/floe.js";
+import { elsewhere } from "/ui/conversation/elsewhere.js";
 import { preview } from "/ui/conversation/preview.js";
 
 const MOST_BYTES = { pdf: 11_000_000, text: 1_000_000 }; // what a request can carry
@@ -30,7 +31,7 @@ export function composer(send, meter) {
   // Only the model can count: nothing is shown where there is none, or where another server answers (style.css).
   async function count() {
     const text = area.value;
-    const { tokens } = text.trim() ? await api("POST", "/api/count", { text }).catch(() => ({ tokens: null })) : { tokens: null };
+    const { tokens } = text.trim() ? await api("POST", elsewhere ? "/api/count" : "/api/draft", { text }).catch(() => ({ tokens: null })) : { tokens: null };
     if (text === area.value) counted.textContent = tokens === null ? "" : say("draft_tokens", { n: tokens.toLocaleString("en") });
   }
 

@@ -3,7 +3,7 @@
 // stores by itself), and the module of the same name in app/preferences/, where the way to add one is written down.
 import { TEXT, h } from "/ui/floe.js";
 
-const SECTIONS = ["folders", "downloads", "look", "titles", "programs", "network", "server", "diagnostics", "about"];
+const SECTIONS = ["folders", "downloads", "look", "titles", "habits", "programs", "network", "server", "diagnostics", "about"];
 
 export async function mount(root) {
   const scripts = await Promise.all(SECTIONS.map((name) => import(`/ui/preferences/${name}.js`)));

@@ -12,8 +12,9 @@ from engine.policies.learned import fit
 from engine.policies.trace import RoutingTrace
 from engine.quality.evaluate import reference_of
 from engine.quality.evidence.beforehand import shared, specialists
+from engine.quality.evidence.first_tokens import restored, warm_up, while_typing
 from engine.quality.evidence.live import LOSSY, SPARSE, Live, live_rows
-from engine.quality.evidence.replayed import coverage, lossless_rows, restored, warm_up
+from engine.quality.evidence.replayed import coverage, lossless_rows
 from engine.quality.evidence.report import Found, Judged, gap_closed
 from engine.quality.recorder import Recorder, record
 from engine.quality.simulate import Replay, Simulator, by_popularity
@@ -74,6 +75,7 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
     uploads = [(row.counters.far_bytes - row.passed_bytes) / row.tokens for row in (plain, gated)]
     everybody, own = coverage(train, test, 0.5)
     warm, again = warm_up(test, int(0.25 * whole), learned), restored(test, int(0.25 * whole))
+    typing = while_typing(train, test, int(0.25 * whole), learned)
     found = [
         Judged("the best lossless choice closes a quarter of the gap between LRU and the optimum at 25 % near, all "
                "bytes counted", f"`{best.name}` closes {closed:.0%}", closed >= 0.25),
@@ -87,13 +89,18 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
                f"{network:.1%} against {popularity:.1%}", network >= popularity + 0.1),
         Judged("a conversation's profile covers 5 points more than popularity at 50 %",
                f"{own:.1%} against {everybody:.1%}", own >= everybody + 0.05),
-        Judged("a draft's warm-up lowers the misses of the first 16 tokens, 25 % near",
-               ", ".join(f"{name}: {share:.1%}" for name, share in warm.items()),
-               warm["expected of the draft"] < warm["cold"]),
+        Judged("a draft's warm-up lowers the misses of the first 16 tokens, 25 % near, nothing near before",
+               _shares(warm), warm["expected of the draft"] < warm["cold"]),
+        Judged("habits, asked while a draft is written, lower the misses of the first 16 tokens, 25 % near, in a "
+               "conversation after the other", _shares(typing),
+               typing["what similar ones took"] < min(typing["as it was left"], typing["what everybody took"])),
         Judged("a conversation's working set, restored, lowers the misses of its next 16 tokens, 25 % near",
-               ", ".join(f"{name}: {share:.1%}" for name, share in again.items()),
-               again["restored"] < again["as it was left"])]
+               _shares(again), again["restored"] < again["as it was left"])]
     return found + _judged_live(live) + (_judged_records(sparse, replayed, whole) if sparse is not None else [])
+
+
+def _shares(found: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {share:.1%}" for name, share in found.items())
 
 
 def _judged_live(live: dict[float, list[Live]]) -> list[Judged]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from engine.core import Counters
 from engine.policies.choice import parse
@@ -24,7 +23,6 @@ LOSSLESS = ("predict=none,evict=popularity", "predict=none,evict=hobbit", "predi
             "predict=next:1", "predict=next:2", "predict=next:3", "predict=repeat", "predict=popularity",
             "predict=profile", "predict=maps", "predict=learned", "predict=sequence",
             "predict=next:1,evict=popularity", "predict=learned,evict=popularity", "predict=sequence,evict=popularity")
-START = 16  # tokens of an answer in which a warm-up shows
 
 
 def lossless_rows(train: RoutingTrace, test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor],
@@ -83,65 +81,3 @@ def coverage(train: RoutingTrace, test: RoutingTrace, share: float) -> tuple[flo
 def _resident(trace: RoutingTrace, n: int) -> np.ndarray:
     """bool [L * E]: the n experts that are taken most often."""
     return np.isin(np.arange(trace.run.layers * trace.run.experts), by_popularity(trace)[:n])
-
-
-def warm_up(test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor]) -> dict[str, float]:
-    """Misses of an answer's first tokens from an empty near memory, as a share of their picks: cold; warmed with what
-    the sequence network expects of the prompt's text; with what the prompt was really routed to."""
-    run, slots = test.run, sizes_of(test.run).divided(near_bytes).slots
-    missed, picks = dict.fromkeys(("cold", "expected of the draft", "taken by the prompt"), 0), 0
-    for answer in np.unique(test.answer):
-        rows = test.rows(np.flatnonzero(test.answer == answer))
-        prompt = np.flatnonzero(~rows.decode)
-        steps = rows.steps[:START]
-        if not len(prompt) or not len(steps):
-            continue
-        experts = rows.experts.astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
-        taken = np.bincount(experts[prompt].ravel(), minlength=run.layers * run.experts)
-        text = torch.from_numpy(rows.embedding[prompt]).float()
-        expected = learned["sequence"](text[None])[0].softmax(-1).sum(0).flatten().numpy()
-        for name, likely in (("cold", None), ("expected of the draft", expected), ("taken by the prompt", taken)):
-            near = {} if likely is None else dict.fromkeys(np.argsort(-likely, kind="stable")[:slots].tolist()[::-1])
-            missed[name] += _missed(near, slots, experts[steps].reshape(len(steps), -1).tolist())
-        picks += experts[steps].size
-    return {name: n / max(1, picks) for name, n in missed.items()}
-
-
-def restored(test: RoutingTrace, near_bytes: int) -> dict[str, float]:
-    """Misses when a conversation goes on, as a share of the picks of its next tokens, another one having answered in
-    between: as that one left near memory; with what the first half of this one took most brought near before."""
-    run, slots = test.run, sizes_of(test.run).divided(near_bytes).slots
-    answers = [test.rows(np.flatnonzero(test.answer == answer)) for answer in np.unique(test.answer)]
-    taken = [rows.experts[rows.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
-             for rows in answers]
-    taken = [each.reshape(len(each), -1) for each in taken if len(each) > START]
-    missed, picks = dict.fromkeys(("as it was left", "restored"), 0), 0
-    for own, other in zip(taken, taken[1:] + taken[:1], strict=True):
-        half = len(own) // 2
-        near: dict[int, None] = {}
-        for part in (own[:half], other):
-            _missed(near, slots, part.tolist())
-        often = np.bincount(own[:half].ravel(), minlength=run.layers * run.experts)
-        likeliest = [thing for thing in np.argsort(-often, kind="stable")[:slots].tolist() if often[thing]]
-        rest = [thing for thing in near if thing not in likeliest]      # they leave first, the most taken last
-        brought = dict.fromkeys([*rest, *likeliest[::-1]][-slots:] if slots else ())
-        following = own[half:half + START]
-        missed["as it was left"] += _missed(near, slots, following.tolist())
-        missed["restored"] += _missed(brought, slots, following.tolist())
-        picks += following.size
-    return {name: n / max(1, picks) for name, n in missed.items()}
-
-
-def _missed(near: dict[int, None], slots: int, tokens: list[list[int]]) -> int:
-    n = 0
-    for thing in (thing for token in tokens for thing in token):
-        if thing in near:
-            del near[thing]
-        else:
-            n += 1
-            if not slots:
-                continue
-            if len(near) >= slots:
-                del near[next(iter(near))]
-        near[thing] = None
-    return n

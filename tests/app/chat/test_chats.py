@@ -5,10 +5,12 @@ from __future__ import annotations
 import sqlite3
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from app.chat import schema
 from app.chat.chats import Chats
+from app.chat.habits import KeptHabits
 from app.chat.import_export import export_json, export_markdown
 from app.chat.picks import KeptPicks
 from engine import Picks, UserError
@@ -249,3 +251,29 @@ def test_a_conversation_that_is_opened_is_warmed_for_once(chats):
     model.engine = object()  # opened anew: nothing is near
     kept.opened(other)
     assert len(model.warmed) == 3
+
+
+# What is learned while a person chats
+
+
+def test_habits_are_learned_only_where_they_are_wanted_and_are_gone_when_asked_to(chats):
+    """One file a model, below the data folder; a draft is told to the model, and stored nowhere."""
+    told = []
+    model = SimpleNamespace(folder="models/a", expect=lambda draft, habits: told.append((draft, habits.path)),
+                            learn=lambda asked, picks, habits: habits.add(np.ones(2, np.float32), picks))
+    kept, folder = KeptHabits(chats, model), chats.file.parent / "habits"
+    kept.answered("What?", PICKS)
+    kept.written("A dra")
+    assert told == [] and kept.size() == 0 and not folder.exists() and not kept.wanted
+    kept.want(True)
+    kept.answered("What?", PICKS)
+    kept.written("A dra")
+    kept.written(" ")
+    model.folder = "other/a"
+    kept.answered("What?", PICKS)
+    assert [draft for draft, _ in told] == ["A dra"] and len(list(folder.iterdir())) == 2
+    again = KeptHabits(chats, model)
+    assert again.wanted and again.size() == sum(file.stat().st_size for file in folder.iterdir()) > 0
+    assert not any(b"A dra" in file.read_bytes() for file in folder.iterdir())
+    kept.forget()
+    assert again.size() == 0 and list(folder.iterdir()) == []

@@ -8,9 +8,11 @@ import pytest
 
 from engine.chat import engine as owner
 from engine.chat.engine import Engine
+from engine.chat.habits import Habits
 from engine.core import Counters, Options, Picks, Sampling, UserError
 from engine.experts.working_set import bring_near
 from engine.policies.presets import PRESETS
+from tests.support.waiting import until
 
 GREEDY = Sampling(temperature=0, max_tokens=16)
 NEAR = 5_000_000  # about half of the embedded model's experts
@@ -131,6 +133,39 @@ def test_nobody_waits_for_it(engine, monkeypatch):
     assert len(brought) == 1 and not done.is_set()
     engine.warm(picks)  # nobody waits: to its end
     assert done.wait(60) and len(brought) > 1
+
+
+def test_a_draft_brings_near_what_the_nearest_answers_took_and_changes_no_answer(engine, tmp_path):
+    chosen(engine, "")
+    habits, runtime, dog = Habits(tmp_path / "h.npz"), engine._turns.runtime, "Tell me a story about a dog."
+    text, _, picks = used(engine, dog)
+    engine.learn(dog, picks, habits)
+    for question in OTHERS:
+        engine.learn(question, used(engine, question)[2], habits)
+    (pool, reserve), = runtime.near.pools()
+    engine._do(int)
+    assert len(habits) == 4
+    only = Habits(tmp_path / "only.npz")
+    engine.learn(dog, picks, only)
+    engine._do(int)
+    most = picks.busiest()[:len(pool.object_of) - reserve]
+    read = list(engine._turns.prefix.ids)
+    engine.expect("Tell me a story about a do", only)
+    until(lambda: all(int(pool.slot_of[layer * picks.experts + expert]) >= 0 for layer, expert in most))
+    engine._do(int)
+    assert engine._turns.prefix.ids == read, "nothing of a draft is read into the conversation"
+    assert used(engine, dog)[::2] == (text, picks)
+    with engine._lock:  # somebody waits: nothing is looked up
+        engine._unfinished.append(None)
+    moved = runtime.counters()
+    engine.expect(OTHERS[0], habits)
+    engine._unfinished.remove(None)
+    engine._do(int)
+    assert runtime.counters() == moved
+    chosen(engine, "", near_bytes=None)
+    engine.learn("Everything is near.", picks, only)
+    engine._do(int)
+    assert len(only) == 1
 
 
 def test_picks_are_kept_in_few_bytes_and_rubbish_is_none():

@@ -13,8 +13,9 @@ from engine.policies.learned import fit
 from engine.policies.presets import Cost
 from engine.policies.trace import RoutingTrace, RunNumbers
 from engine.quality.evidence.beforehand import Made, Shared
+from engine.quality.evidence.first_tokens import START, restored, warm_up, while_typing
 from engine.quality.evidence.live import Live
-from engine.quality.evidence.replayed import START, coverage, lossless_rows, on_demand, restored, warm_up
+from engine.quality.evidence.replayed import coverage, lossless_rows, on_demand
 from engine.quality.evidence.report import Found, Judged, bars, costs, gap_closed, page, scatter
 from engine.quality.simulate import Simulator, baselines, optimum, recalls, sizes_of, taught
 from engine.quality.specialists.make import Losses
@@ -129,3 +130,19 @@ def test_a_restored_working_set_is_what_the_conversation_took():
     near_bytes = next(size for size in range(2000, 20_000, 1000) if sizes_of(trace.run).divided(size).slots == L * K)
     assert restored(trace, near_bytes) == {"as it was left": 1 / START, "restored": 0}
     assert set(restored(trace, sizes_of(trace.run).least_bytes).values()) == {1.0}  # no slot at all
+
+
+def test_habits_know_what_similar_questions_took_and_the_others_do_not(learned):
+    """Two kinds of questions in turns, whose answers share no expert with each other nor with their questions; room
+    for one of them. Only who has seen both kinds answered knows what comes."""
+    one, other = (made(seed, answers=6, prompt=2, steps=START) for seed in (3, 4))
+    kind = np.repeat(np.arange(6) % 2, 2 + START)
+    taken = np.where(one.decode, 2 * kind, 4 + 2 * kind)[:, None, None]
+    change = {"experts": np.broadcast_to(taken + np.arange(K), (len(kind), L, K)).astype(np.uint8),
+              "embedding": np.eye(H, dtype=np.float16)[kind]}
+    train, test = (replace(trace, **change) for trace in (one, other))
+    near_bytes = next(size for size in range(2000, 20_000, 1000) if sizes_of(train.run).divided(size).slots == L * K)
+    found = while_typing(train, test, near_bytes, learned)
+    assert found["what similar ones took"] == 0
+    assert found["as it was left"] == found["what the draft takes"] == 1 / START
+    assert all(0 < share <= 1 for name, share in found.items() if name != "what similar ones took")
