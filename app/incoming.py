@@ -123,9 +123,10 @@ class Opening(Named):
 
 
 class Fetching(Named):
-    """file: which GGUF of several, "" for the only one or none."""
+    """file: which GGUF of several, "" for the only one or none. like: see `Adding`, "" what the repository names."""
 
     file: Place
+    like: Place = ""
 
 
 class Adding(Body):

@@ -70,7 +70,7 @@ def model_routes(router: APIRouter, shelf: Shelf) -> None:
 
     @router.post("/models/download")
     def fetch(wish: incoming.Fetching):
-        shelf.fetch(wish.name.strip(), wish.file)
+        shelf.fetch(wish.name.strip(), wish.file, wish.like.strip())
         return {}
 
     @router.post("/models/resume")

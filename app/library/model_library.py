@@ -157,14 +157,15 @@ class Shelf:
         return shown | {key: plan[key] for key in told if key in plan}
 
     # --- work ---------------------------------------------------------------------------------------------------
-    def fetch(self, name: str, file: str = "") -> None:
+    def fetch(self, name: str, file: str = "", like: str = "") -> None:
         """Start a download, or go on with one that was stopped. name: of the catalogue, a Hub id or an address of one;
-        file: which GGUF of several."""
+        file: which GGUF of several; like: the original it was made from, "" where its repository says so."""
         found = address(name)
         name, file = (found[0], file or found[1]) if found else (name, file)
         offers = self._offers(self._around.look()[0])
         known = next((offer["name"] for offer in offers if name in (offer["name"], offer["repository"])), "")
-        self._begin(known or name.rsplit("/", 1)[-1], "download", name=name, **({"file": file} if file else {}))
+        more = {key: value for key, value in (("file", file), ("like", like)) if value}
+        self._begin(known or name.rsplit("/", 1)[-1], "download", name=name, **more)
 
     def add(self, path: str, like: str = "") -> dict:
         """Take in what lies on this computer: a GGUF file, which is imported, or a model's folder, which stays where it
@@ -221,9 +222,9 @@ class Shelf:
                     name, self._data, text and Path(text), self._around.device, **how)}[kind]
         return lambda report, stop: work(**asked, report=report, stop=stop)
 
-    def _download(self, name: str, report, stop, file: str = ""):
+    def _download(self, name: str, report, stop, file: str = "", like: str = ""):
         return self.rate.timed(
-            lambda heard: download(name, data=self._data, report=heard, stop=stop, file=file), report)
+            lambda heard: download(name, data=self._data, report=heard, stop=stop, file=file, like=like), report)
 
     def pause(self, name: str) -> None:
         self.works.pause(name)

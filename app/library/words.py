@@ -75,7 +75,7 @@ MODELS_TEXT = {
     "keep_models_path": "Folder on this computer (empty: default)",
     "keep_models_now": "Store new models there",
     "models_kept": "New models are stored in {folder}.",
-    "gguf_like": "Original model's folder or Hugging Face id (empty: beside the file, or in it)",
+    "gguf_like": "A folder, or a Hugging Face id like owner/name",
     "gguf_like_short": "Original model (empty: beside or in the file)",
     "no_gguf": "There is no GGUF file {path!r} on this computer; give the whole path of a file that ends in .gguf.",
     "no_file_manager": "No file manager could be started; the folder is {folder}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -349,7 +350,7 @@ def test_the_aim_narrows_the_catalogue_to_three(page):
     assert set(shown) <= set(best) and shown
 
 
-def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
+def test_a_gguf_file_of_here_or_of_the_hub_is_given_its_original(hub, page, tmp_path):
     pytest.importorskip("gguf")
     from tests.support.gguf_files import tiny
     file, original = map(str, tiny(tmp_path, "Tiny-Boat.gguf"))
@@ -366,6 +367,17 @@ def test_a_gguf_file_is_imported_and_opened(page, tmp_path):
     until(page, lambda: stats(page).get("model") == "Tiny-Boat")
     row(page, "demo").get_by_role("button", name="Load", exact=True).first.click()
     until(page, lambda: stats(page).get("model") == "demo")
+    hub.add("tester/Tiny-Sail-GGUF", {"Tiny-Sail-Q8_0.gguf": Path(file).read_bytes()})
+    models_page(page, "Get models")
+    page.fill("#hub-id", "tester/Tiny-Sail-GGUF")
+    page.press("#hub-id", "Enter")
+    found = page.locator("#hub-found > li")
+    found.get_by_role("button", name="Download").click()
+    expect(work_row(page, "Tiny-Sail-GGUF")).to_contain_text("name the original model")
+    models_page(page, "Get models")
+    found.get_by_label("Original model").fill(original)
+    found.get_by_role("button", name="Download").click()
+    expect(row(page, "Tiny-Sail-GGUF").get_by_role("button", name="Load", exact=True).first).to_be_visible()
 
 
 def test_a_checkpoint_is_compressed_measured_and_then_offers_its_levels(app, page, tmp_path):

@@ -93,18 +93,20 @@ export function getTab(page) {
     const files = model.files.map((file) => h("option", { value: file.name, selected: matches(file.name, model.file) },
       say("hub_file", { name: file.name, size: bytes(file.bytes) })));
     const original = model.download_bytes > 0 && h("option", { value: "" }, say("hub_original", { size: bytes(model.download_bytes) }));
-    const file = files.length > 0 && h("select", { "aria-label": TEXT.hub_which }, original, ...files);
+    const file = files.length > 0 && h("select", { "aria-label": TEXT.hub_which, onchange: () => { likeField.hidden = !file.value; } },
+      original, ...files);
+    const [likeField, like] = originalField(!file.value);
     return card(model, {
       about: model.missing,
       facts: factsOf(model),
-      buttons: [file, model.verdict !== "no" && quiet(TEXT.fetch, () => fetchModel(model.name, file ? file.value : ""),
+      buttons: [file, model.verdict !== "no" && quiet(TEXT.fetch, () => fetchModel(model.name, file.value, like.value),
         practical(model) ? "primary" : "quiet")].filter(Boolean),
-      below: model.verdict === "unknown" ? [] : [planDetails(model)],
+      below: [likeField, model.verdict !== "unknown" && planDetails(model)].filter(Boolean),
     });
   }
 
-  async function fetchModel(name, file = "") {
-    await api("POST", "/api/models/download", { name, file });
+  async function fetchModel(name, file = "", like = "") {
+    await api("POST", "/api/models/download", { name, file, like: file && like });
     notice(say("fetch_begun", { name: name.split("/").pop() }));
     page.load();
   }
@@ -115,10 +117,16 @@ export function getTab(page) {
 const matches = (name, wanted) => Boolean(wanted) && (name === wanted.replace(/(-\d{5}-of-\d{5})?\.gguf$/, "")
   || name.toLowerCase().endsWith(wanted.toLowerCase()));
 
+// Where the configuration of a GGUF file is, when neither it nor its repository says so.
+function originalField(hidden) {
+  const like = h("input", { placeholder: TEXT.gguf_like });
+  return [h("label", { hidden, class: "original" }, h("span", {}, TEXT.gguf_like_short), like), like];
+}
+
 function adding(opener) {
   const [path, known] = pathField("gguf", "local-path", TEXT.local_path);
-  const like = h("input", { id: "gguf-like", "aria-label": TEXT.gguf_like, placeholder: TEXT.gguf_like });
-  const likeField = h("label", { hidden: true }, h("span", {}, TEXT.gguf_like_short), like);
+  const [likeField, like] = originalField(true);
+  like.id = "gguf-like";
   path.addEventListener("input", () => { likeField.hidden = !path.value.trim().endsWith(".gguf"); });
   const box = h("div", { class: "storage", id: "add-local", hidden: true }, h("p", {}, TEXT.add_local_about),
     path, known, likeField, h("div", { class: "model-buttons" }, quiet(TEXT.add, add, "primary")));

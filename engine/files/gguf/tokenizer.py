@@ -112,7 +112,7 @@ def rebuild_tokenizer(file: Path, texts: Mapping[str, str], folder: Path) -> Non
 
 
 def _not_rebuilt(name: str, why: Unsaid) -> UserError:
-    return UserError(f"The tokenizer in {name} cannot be rebuilt ({why}); name the original with --like: its "
+    return UserError(f"The tokenizer in {name} cannot be rebuilt ({why}); name the original model (--like in a terminal): its "
                      "tokenizer.json is needed.")
 
 

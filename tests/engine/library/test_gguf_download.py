@@ -103,13 +103,13 @@ def test_the_user_may_name_it(loopback, made, tmp_path, place):
 def test_nobody_names_it(loopback, made, tmp_path, monkeypatch):
     """Of a file that does not say enough no more comes than that takes; where a card names another model, nothing."""
     monkeypatch.setattr(gguf_import, "FIRST_LOOK", 1 << 10)
-    with pytest.raises(UserError, match="^Model-Q8_0.gguf cannot be imported by itself .*name the original with"):
+    with pytest.raises(UserError, match="^Model-Q8_0.gguf cannot be imported by itself .*name the original model"):
         download(REPO, data=tmp_path, choice=CPU)
     assert 0 < gguf_bytes(loopback) < made["gguf"].stat().st_size / 2 and os.listdir(tmp_path / "models") == []
     loopback.served.clear()
     loopback.cards[REPO] = {"base_model": "me/Weights"}
     loopback.add("me/Weights", {"model.safetensors": b"x"})
-    with pytest.raises(UserError, match="me/Weights has no config.json; name the original"):
+    with pytest.raises(UserError, match="me/Weights has no config.json; name the original model"):
         download(REPO, data=tmp_path, choice=CPU)
     assert not gguf_bytes(loopback) and os.listdir(tmp_path / "models") == []
 
@@ -340,7 +340,7 @@ def test_the_original_s_own_tokenizer_and_template_come_first(demo_checkpoint, m
 @pytest.mark.parametrize("split", ["glm4", "deepseek-llm", "default"])
 def test_a_split_that_nobody_here_knows_is_not_guessed(demo_checkpoint, tmp_path, split):
     file = vocabulary_file(tmp_path / "v.gguf", demo_checkpoint, split)
-    with pytest.raises(UserError, match=f"cannot be rebuilt .*: gpt2, {split}.; name the original with --like"):
+    with pytest.raises(UserError, match=f"cannot be rebuilt .*: gpt2, {split}.; name the original model"):
         rebuild_tokenizer(file, texts_of(file), tmp_path)
 
 
