@@ -263,10 +263,10 @@ def _listing(hub: Hub, like: str, stop: Event | None, beside: Listing | None) ->
     entry = catalogue.find(like) if like else None
     repository = entry.repository if entry else like or (beside.base_model if beside else "")
     if repository.count("/") != 1:
-        raise UserError(f"{like!r} is no folder and no model; name the original model (--like in a terminal): a folder or a Hub id "
-                        "like owner/name.")
+        raise UserError(f"{like!r} is no folder and no model; name the original model (--like in a terminal): a folder "
+                        "or a Hub id like owner/name.")
     listing = hub.listing(repository, entry.revision if entry else "main", stop)
     if not listing.find(CONFIG):
-        raise UserError(f"{repository} has no {CONFIG}; name the original model (--like in a terminal): a folder or a Hub id like "
-                        "owner/name.")
+        raise UserError(f"{repository} has no {CONFIG}; name the original model (--like in a terminal): a folder or a "
+                        "Hub id like owner/name.")
     return listing

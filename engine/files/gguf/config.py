@@ -174,5 +174,5 @@ def original_of(fields: Fields) -> str:
 
 def refuse(name: str, why: str, fields: Fields) -> UserError:
     """In one sentence, for the person who gave a file alone."""
-    return UserError(f"{name} cannot be imported by itself ({why}); name the original model (--like in a terminal): a folder or a Hub "
-                     f"id like owner/name{original_of(fields)}.")
+    return UserError(f"{name} cannot be imported by itself ({why}); name the original model (--like in a "
+                     f"terminal): a folder or a Hub id like owner/name{original_of(fields)}.")

@@ -112,8 +112,8 @@ def rebuild_tokenizer(file: Path, texts: Mapping[str, str], folder: Path) -> Non
 
 
 def _not_rebuilt(name: str, why: Unsaid) -> UserError:
-    return UserError(f"The tokenizer in {name} cannot be rebuilt ({why}); name the original model (--like in a terminal): its "
-                     "tokenizer.json is needed.")
+    return UserError(f"The tokenizer in {name} cannot be rebuilt ({why}); name the original model (--like in a "
+                     "terminal): its tokenizer.json is needed.")
 
 
 def _rebuilt(file: Path, texts: Mapping[str, str]) -> PreTrainedTokenizerFast:
