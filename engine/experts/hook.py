@@ -34,6 +34,11 @@ class Hook:
     def demanded(self, layer: int, ids: Tensor) -> None:
         """A layer is about to ask for ids [T, k], -1 for none: where a policy may free slots."""
 
+    def stays_far(self, layer: int, ids: Tensor) -> Tensor | None:
+        """Of experts ids [1, k], -1 for none, that a step of the processor wants, bool [1, k]: what is computed where
+        far memory has it, and not fetched. None: nothing."""
+        return None
+
     def token_begins(self) -> None:
         """Slots are free; nothing of the coming token has been asked for yet: where a policy may fetch ahead."""
 

@@ -61,6 +61,29 @@ class HostRuntime(Runtime):
     def _budget(self, layer: int) -> tuple[int, int]:
         return self.kept_neurons[layer]  # a step here is never recorded
 
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """As in runtime.py; what a hook leaves far is computed where the file's map has it. An expert's sums do not
+        depend on where it lies, nor on what is computed beside it."""
+        far = None
+        if self.hook is not None and not self.is_mapped:
+            far = self.hook.stays_far(layer.index, torch.where(weights == 0, -1, ids))
+        if far is None or not bool(far.any()):
+            return super()._whole(layer, x, ids, weights)
+        far = far[0]
+        here, padded = ids[:, far], self._padded(x)
+        self._verify(layer.index, here[0].tolist())
+        self.counts[0] += self._object_bytes * here.shape[1]  # wanted; it is neither near nor does it come
+        sums = torch.zeros(1, ids.shape[1], padded.shape[1])
+        sums[:, far] = dense(padded, self.far.blobs(layer.index)[:, 0], here.int(), self.far.layout, layer.gate,
+                             *layer.neuron_biases(here))
+        if not bool(far.all()):
+            rest = ids[:, ~far]
+            place = self._demand(layer.index, rest, weights[:, ~far])
+            sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
+                                  *layer.neuron_biases(rest))
+        self._look_ahead(layer, x)
+        return self._weighted(layer, sums, ids, weights)
+
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
         chosen = [expert for expert in ids.flatten().tolist() if expert >= 0]

@@ -22,7 +22,7 @@ from engine.policies import route
 from engine.policies.build import guesses_of, rules_of
 from engine.policies.choice import Choice, parse, refusal
 from engine.policies.predict import Payoff, Predictor
-from engine.policies.residency import stamps
+from engine.policies.residency import stamps, stays_far
 from kernels.evict import age
 
 Tensor = torch.Tensor
@@ -131,6 +131,14 @@ class PolicyHook(Hook):
             if rule is not None:
                 pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock, ended=False))
             runtime.count_wasted(age(pool, runtime.clock, missing.sum()), False)
+
+    def stays_far(self, layer: int, ids: Tensor) -> Tensor | None:
+        runtime, pools = self.runtime, self.runtime.near.pools()
+        if self.choice.miss.name != "place" or not pools:
+            return None
+        pool, things = pools[0][0], (ids[0].clamp(min=0) + layer * runtime.far.experts).long()
+        missing = (ids[0] >= 0) & (pool.slot_of[things] < 0)
+        return stays_far(self.rules[0], things, missing, int(pool.n_free))[None]
 
     def token_begins(self) -> None:
         if self.guesses is not None and self.runtime.looks_ahead:

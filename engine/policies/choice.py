@@ -2,7 +2,8 @@
 
 What is not named is the engine's own: the next router's guess, recency, the router's experts, the level's fidelity.
 `free=layer` frees slots when a layer lacks them, instead of keeping some free for the token to come, which is what
-fetching ahead needs. Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
+fetching ahead needs. `miss=place` computes what is not admitted where far memory has it, instead of copying it, on a
+processor (DAOP). Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
 """
 from __future__ import annotations
 
@@ -29,12 +30,13 @@ PREDICTORS = {"none": (), "next": (Number(1, 0, 3, True),), "repeat": (), "popul
               "learned": (), "sequence": ()}
 ADMISSIONS = {"always": (), "third": ()}
 FREES = {"token": (), "layer": ()}
+MISSES = {"copy": (), "place": ()}
 ROUTES = {"exact": (), "near": (Number(most=inf), Number(1, 0, 1e6, True)), "drop": (SHARE,), "skip": (SHARE,),
           "near-only": ()}
 FIDELITIES = {"exact": (), "score": (SHARE, SHARE), "bits": (Number(most=32),), "base": ()}
 KINDS: dict[str, dict[str, tuple[Number, ...]]] = {
-    "predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "route": ROUTES,
-    "fidelity": FIDELITIES}
+    "predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "miss": MISSES,
+    "route": ROUTES, "fidelity": FIDELITIES}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Choice:
     evict: Named = Named("recency")
     admit: Named = Named("always")
     free: Named = Named("token")
+    miss: Named = Named("copy")
     route: Named = Named("exact")
     fidelity: Named = Named("exact")
     text: str = ""
@@ -67,6 +70,8 @@ class Choice:
     def __post_init__(self) -> None:
         if self.evict.name == "finemoe" and not self.predict.name.startswith("maps"):
             raise UserError("evict=finemoe orders by the probability that expert maps give; add predict=maps.")
+        if self.miss.name == "place" and self.free.name != "layer":
+            raise UserError("miss=place copies only what is admitted, for which a layer makes room; add free=layer.")
 
     @property
     def is_exact(self) -> bool:
@@ -84,6 +89,8 @@ def refusal(choice: Choice, level: str, device: str) -> str:
         return "An uncompressed checkpoint takes no policies; compress it first."
     if choice.route.name == "near-only" and level in SPARSE_LEVELS:
         return f"Where only what is cached may be used the level has to be exact, not {level}; choose exact."
+    if choice.miss.name == "place" and level in SPARSE_LEVELS:
+        return f"Where whole experts are computed in place the level has to be exact, not {level}; choose exact."
     if choice.fidelity.name == "base" and level in SPARSE_LEVELS:
         return f"A base expert stands in for whole ones, so the level has to be exact, not {level}; choose exact."
     return ""

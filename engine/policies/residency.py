@@ -154,6 +154,10 @@ class Admitted:
         self.times[0, things] = self.behind.clock
         self.claim[things] |= self.behind.clock - self.times[-1, things] < WINDOW
 
+    def admits(self, things: Tensor) -> Tensor:
+        """bool [n]: whether a use in the token under way is the one that admits."""
+        return self.behind.clock + 1 - self.times[USES - 2, things] < WINDOW
+
     def order(self, things: Tensor) -> Tensor:
         near = torch.zeros_like(self.claim)
         near[things] = True
@@ -165,6 +169,16 @@ class Admitted:
 
 
 Residency = Recency | Admitted
+
+
+def stays_far(rule: Residency | None, things: Tensor, missing: Tensor, n_free: int) -> Tensor:
+    """bool [n]: of what a layer wants, int64 [n], and misses, bool [n], what has no claim to a slot. Free slots fill
+    ungated."""
+    if not isinstance(rule, Admitted) or int(missing.sum()) <= n_free:
+        return torch.zeros_like(missing)
+    return missing & ~rule.admits(things)
+
+
 RULES: dict[str, Callable[..., Recency]] = {
     "recency": Recency, "lfu": Frequency, "popularity": lambda *given: Frequency(*given, half_life=HALF_LIFE),
     "hobbit": Weighted, "finemoe": Expected, "pinned": Pinned, "divided": Divided}

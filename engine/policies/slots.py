@@ -26,6 +26,10 @@ class Slots:
         self.object_of = np.frombuffer(object_of, np.int32) if n_slots else np.empty(0, np.int32)
         self.stamp = np.frombuffer(stamp, np.int32) if n_slots else np.empty(0, np.int32)
 
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
     def take(self, objects: Sequence[int], needs: Sequence[int], clock: int) -> tuple[int, int]:
         """-> of the bytes wanted: hit, and of those that were far: passed through without a slot."""
         hit = passed = 0

@@ -80,6 +80,9 @@ class Recorder(Hook):
     def demanded(self, layer: int, ids: Tensor) -> None:
         self.inner.demanded(layer, ids)
 
+    def stays_far(self, layer: int, ids: Tensor) -> Tensor | None:
+        return self.inner.stays_far(layer, ids)
+
     def token_begins(self) -> None:
         self.inner.token_begins()
 

@@ -22,7 +22,7 @@ from engine.policies import route
 from engine.policies.build import guesses_of, rules_of
 from engine.policies.choice import Choice, parse
 from engine.policies.predict import Payoff, Predictor
-from engine.policies.residency import stamps
+from engine.policies.residency import stamps, stays_far
 from engine.policies.slots import Slots
 from engine.policies.split import divide, recency_curve
 from engine.policies.trace import RoutingTrace, RunNumbers
@@ -124,7 +124,8 @@ class _Run:
         self._told = self._what_is_told()
         self.looks_ahead = of.predict and not (run.is_sparse and of.split.slots == n)
         self.payoff, self.clock, self.most_ahead = Payoff(), 0, MOST
-        self.frees_late = choice.free.name == "layer"
+        self.frees_late, self.in_place = choice.free.name == "layer", choice.miss.name == "place"
+        self.left_far = 0  # bytes that were computed where they lie
         self.needed = self.hit = self.passed = self.ahead = self.wasted = self.changed = 0
         self.dropped = 0.0
 
@@ -139,7 +140,8 @@ class _Run:
                 self._guessed = self.guesses.begin(self._told["embedding"][row])
             self._between()
             self._token(row)
-        counters = Counters(self.needed, self.hit, self.needed - self.hit, self.ahead, self.wasted, self.dropped)
+        far = self.needed - self.hit - self.left_far
+        counters = Counters(self.needed, self.hit, far, self.ahead, self.wasted, self.dropped)
         recall = tuple(tuple(self.guesses.recall(times)) for times in (1, 2, 3)) if self.guesses else ()
         return Replay(name, len(steps), self.of.split.slots, counters, self.passed, recall, self.payoff.rests,
                       self.changed, len(steps) * run.layers * run.top_k)
@@ -181,6 +183,8 @@ class _Run:
             self._fetch(self._guessed)
         for layer in range(run.layers):
             things, weights = taken(layer)
+            if self.in_place:
+                things = self._brought(things)
             if self.frees_late:
                 self._free(0, sum(self.pools[0].slot_of[thing] < 0 for thing in things), ended=False)
             self._demand(0, things, run.object_bytes)
@@ -222,6 +226,15 @@ class _Run:
             kept = others[0][shares[0] != 0] + layer * first
             return kept.tolist(), shares[0].numpy()
         return chosen
+
+    def _brought(self, things: list[int]) -> list[int]:
+        """Of what a layer wants what is near or comes; the rest is computed where it lies."""
+        pool, wanted = self.pools[0], torch.tensor(things)
+        missing = torch.tensor([pool.slot_of[thing] < 0 for thing in things])
+        stays = stays_far(self.rules[0], wanted, missing, pool.n_free)
+        self.needed += self.run.object_bytes * int(stays.sum())
+        self.left_far += self.run.object_bytes * int(stays.sum())
+        return wanted[~stays].tolist()
 
     def _demand(self, pool: int, things: list[int], needs: int | list[int]) -> None:
         needs = [needs] * len(things) if isinstance(needs, int) else needs

@@ -68,10 +68,11 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
             live: dict[float, list[Live]], whole: int, learned: dict) -> list[Judged]:
     rows = replayed[0.25]
     named = {row.name: row for row in rows}
-    best = max(rows[6:], key=lambda row: gap_closed(rows, row, True))
+    copied = [row for row in rows[6:] if "miss=place" not in row.name]
+    best = max(copied, key=lambda row: gap_closed(rows, row, True))
     closed, routers = gap_closed(rows, best, True), named["predict=next:1"].mean_recall[0]
     network, popularity = (named[f"predict={name}"].mean_recall[1] for name in ("sequence", "popularity"))
-    plain, gated = named["LRU on demand"], named["LRU on demand, admission on the third use"]
+    plain, gated = named["predict=none,free=layer"], named["predict=none,free=layer,admit=third,miss=place"]
     uploads = [(row.counters.far_bytes - row.passed_bytes) / row.tokens for row in (plain, gated)]
     everybody, own = coverage(train, test, 0.5)
     warm, again = warm_up(test, int(0.25 * whole), learned), restored(test, int(0.25 * whole))
@@ -79,8 +80,7 @@ def _judged(train: RoutingTrace, test: RoutingTrace, sparse: RoutingTrace | None
     found = [
         Judged("the best lossless choice closes a quarter of the gap between LRU and the optimum at 25 % near, all "
                "bytes counted", f"`{best.name}` closes {closed:.0%}", closed >= 0.25),
-        Judged("admission halves what is fetched into the cache at the same hits, 25 % near, the rest computed in "
-               "place",
+        Judged("admission halves what is copied at the same hits, 25 % near, the rest computed where it lies",
                f"{uploads[1] / max(1.0, uploads[0]):.0%} of the bytes, hits {plain.counters.hit_rate:.1%} and "
                f"{gated.counters.hit_rate:.1%}",
                uploads[1] <= 0.5 * uploads[0] and gated.counters.hit_rate >= plain.counters.hit_rate - 0.01),
@@ -109,7 +109,8 @@ def _judged_live(live: dict[float, list[Live]]) -> list[Judged]:
     best = min(good, key=lambda row: row.far_per_token, default=exact)
     moved = best.far_per_token / max(1.0, exact.far_per_token)
     only = [row for rows in live.values() for row in rows if row.name.startswith("route=near-only")]
-    same = next(row for row in others if row.name == "evict=popularity,free=layer")
+    same, placed = (next(row for row in others if row.name == name) for name in (
+        "evict=popularity,free=layer", "free=layer,admit=third,miss=place"))
     return [Judged("*prefer cached* at +1 % perplexity moves 70 % of the bytes or less, 25 % near",
                    f"`{best.name}`: {moved:.0%}, perplexity {best.perplexity / exact.perplexity - 1:+.2%}",
                    moved <= 0.7),
@@ -118,7 +119,10 @@ def _judged_live(live: dict[float, list[Live]]) -> list[Judged]:
                    all(row.counters.far_bytes + row.counters.speculative_bytes == 0 for row in only)),
             Judged("another rule of eviction changes no output",
                    f"perplexity {same.perplexity!r} and {exact.perplexity!r}",
-                   same.perplexity == exact.perplexity and same.kl == exact.kl)]
+                   same.perplexity == exact.perplexity and same.kl == exact.kl),
+            Judged("where a missing expert is computed changes no output",
+                   f"perplexity {placed.perplexity!r}, {placed.far_per_token / max(1.0, exact.far_per_token):.0%} of "
+                   "the bytes copied", placed.perplexity == exact.perplexity and placed.kl == exact.kl)]
 
 
 def _judged_records(sparse: RoutingTrace, replayed: dict[float, list[Replay]], whole: int) -> list[Judged]:

@@ -15,8 +15,9 @@ from engine.policies.choice import parse
 from engine.quality.evaluate import stepwise
 from engine.quality.loss_probe import Sums
 
-LOSSY = ("", "evict=popularity,free=layer", "route=near:0.05:1", "route=near:0.1:1", "route=near:0.2:1",
-         "route=drop:0.2", "route=drop:0.3", "route=skip:0.5", "route=near-only")
+LOSSY = ("", "evict=popularity,free=layer", "free=layer,admit=third,miss=place", "route=near:0.05:1",
+         "route=near:0.1:1", "route=near:0.2:1", "route=drop:0.2", "route=drop:0.3", "route=skip:0.5",
+         "route=near-only")
 SPARSE = ("", "fidelity=score:0.6:0.9", "fidelity=score:0.5:1", "fidelity=bits:2.4")
 
 

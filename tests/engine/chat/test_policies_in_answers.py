@@ -39,7 +39,8 @@ def test_lossless_is_the_models_own_answer_before_and_after_another_choice(engin
     chosen(engine, "")
     text, counters, lossy = answered(engine)
     assert lossy == "" and counters.far_bytes > 0
-    for policies in ("evict=lfu,free=layer", "predict=maps,evict=finemoe,admit=third"):
+    for policies in ("evict=lfu,free=layer", "free=layer,admit=third,miss=place",
+                     "predict=maps,evict=finemoe,admit=third"):
         chosen(engine, policies)
         assert answered(engine)[::2] == (text, ""), policies
     chosen(engine, PRESETS["cached_only"])
@@ -66,7 +67,8 @@ def test_where_everything_is_near_nothing_is_approximate(engine):
 
 
 @pytest.mark.parametrize("policies, level, word", [
-    ("route=near-only", "balanced", "has to be exact"), ("evict=pinned", "exact", "--train"),
+    ("route=near-only", "balanced", "has to be exact"), ("free=layer,miss=place", "balanced", "has to be exact"),
+    ("evict=pinned", "exact", "--train"),
     ("route=near:x", "exact", "a number")])
 def test_what_does_not_suit_is_refused_and_changes_nothing(engine, policies, level, word):
     chosen(engine, PRESETS["prefer_cached"])

@@ -237,7 +237,8 @@ def test_what_was_trained_comes_back(tmp_path):
     ("route=near:-1", "from 0 to inf"), ("route=near:nan", "from 0 to inf"), ("route=drop:1e999", "from 0 to 1"),
     ("predict=next:1e999", "a whole number from 0 to 3"), ("predict=profile:1.5", "a whole number"),
     ("predict=profile:0", "from 1"), ("predict=popularity:-3", "from 0"), ("fidelity=bits:nan", "from 0"),
-    ("evict=lfu,evict=hobbit", "chosen twice"), ("evict=finemoe", "add predict=maps")])
+    ("evict=lfu,evict=hobbit", "chosen twice"), ("evict=finemoe", "add predict=maps"),
+    ("admit=third,miss=place", "add free=layer")])
 def test_a_policy_that_there_is_not(text, word):
     with pytest.raises(UserError, match=word):
         parse(text)

@@ -59,7 +59,10 @@ def rows(traces, learned):
 def test_no_rule_passes_the_optimum_and_all_see_the_same_picks(rows, traces):
     best = next(row for row in rows if row.name == "Belady's optimum")
     for row in rows:
-        assert row.counters.needed_bytes == 5 * 16 * L * K * 1000 == row.counters.hit_bytes + row.counters.far_bytes
+        left = row.counters.needed_bytes - row.counters.hit_bytes - row.counters.far_bytes
+        assert row.counters.needed_bytes == 5 * 16 * L * K * 1000 and (left > 0) == ("miss=place" in row.name)
+        if left:  # computed where it lies, which the optimum is not allowed
+            continue
         assert row.crossed_per_token >= best.far_per_token > 0, row.name
     assert gap_closed(rows, best) == 1 and gap_closed(rows, rows[0]) == 0
     for n_slots in (2, 5, 9):

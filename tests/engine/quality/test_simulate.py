@@ -57,6 +57,8 @@ def run(demo, prompts: Path, near: float, choice: str | None, predict: bool = Tr
 CASES = [("exact", 0.25, None), ("exact", 0.1, None), ("balanced", 0.25, None), ("balanced", 0.5, None),
          ("exact", 0.25, "predict=repeat,evict=lfu,admit=third"), ("exact", 0.5, "predict=popularity,evict=hobbit"),
          ("exact", 0.25, "predict=maps,evict=finemoe,free=layer"), ("exact", 0.25, "predict=next:2,evict=popularity"),
+         ("exact", 0.1, "free=layer,admit=third,miss=place"),
+         ("exact", 0.25, "predict=none,free=layer,evict=lfu,admit=third,miss=place,route=skip:0.5"),
          ("exact", 0.25, "free=layer"), ("exact", 0.25, "free=layer,evict=popularity,predict=none"),
          ("exact", 0.25, "predict=profile,evict=divided,route=near:0.1:1"), ("exact", 0.25, "route=skip:0.5"),
          ("balanced", 0.25, "predict=none,evict=lfu,fidelity=score:0.4:0.6"), ("balanced", 0.25, "fidelity=bits:2.6"),
