@@ -91,8 +91,9 @@ def cases() -> Iterator[Case]:
     yield linears, (torch.randn(2, 256, generator=draw), Matrices(((codes, scales, torch.ones(96)),)), torch.ones(256))
     yield route, (torch.randn(2, 8, generator=draw), 3, True)
     cache = [torch.randn(1, 2, 9, 16, generator=draw) for _ in range(2)]
-    yield attend, (torch.randn(2, 96, generator=draw), torch.randn(2, 2, 16, generator=draw), *cache, 5,
-                   Heads(2, 2, 16, 0.25))
+    for rest in ({}, dict(window=4, sinks=torch.ones(2))):
+        yield attend, (torch.randn(2, 96, generator=draw), torch.randn(2, 2, 16, generator=draw), *cache, 5,
+                       Heads(2, 2, 16, 0.25, **rest))
     tensors = [torch.rand(shape, generator=draw) for shape in ((128, 4), (4,), (4,), (16,))]
     mixer = Mixer(2, 4, 16, 16, False, tensors[0], -tensors[1], *tensors[2:], 1e-6)
     yield delta, (torch.randn(2, mixer.width, generator=draw), torch.randn(1, 128, 4, generator=draw),

@@ -13,10 +13,10 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from engine.model.fused import device_step, host_step
-from engine.model.growing_cache import GrowingLayer, give_room
+from engine.model.growing_cache import GrowingLayer, GrowingWindow, give_room
 from engine.model.static_cache import FullLayer, Snapshot, StepCache, forward
 from kernels.trunk.linear import MOST_TOKENS
 
@@ -146,8 +146,8 @@ class DynamicPrefix(Prefix):
 
     def _copy(self) -> Mark:
         if self._is_plain():
-            state = {i: copied(layer, "cpu") for i, layer in enumerate(self._cache.layers)
-                     if type(layer).__name__ not in _CUT_ANYWHERE}
+            state = {i: copied(layer.plain() if isinstance(layer, GrowingWindow) else layer, "cpu")
+                     for i, layer in enumerate(self._cache.layers) if type(layer).__name__ not in _CUT_ANYWHERE}
         else:
             state = copied(self._cache, "cpu")
         return Mark(len(self.ids), state, tensor_bytes(state))
@@ -159,6 +159,7 @@ class DynamicPrefix(Prefix):
         self._crop([layer for i, layer in enumerate(self._cache.layers) if i not in mark.state], mark.position)
         for i, layer in mark.state.items():
             self._cache.layers[i] = copied(layer, self._device)
+        give_room(self._cache)
 
     def _crop(self, layers: list, position: int) -> None:
         for layer in layers:
@@ -240,6 +241,6 @@ def _has_states(cache: Cache) -> bool:
 
 
 def _can_be_cut(layer) -> bool:
-    if type(layer).__name__ == "DynamicSlidingWindowLayer":  # nothing has left the window yet
+    if isinstance(layer, DynamicSlidingWindowLayer):  # nothing has left the window yet
         return layer.get_seq_length() < layer.sliding_window
     return type(layer).__name__ in _CUT_ANYWHERE

@@ -3,6 +3,8 @@ modules. The tensors are the model's own.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -15,15 +17,18 @@ from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
 KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3NextForCausalLM",
-         "Qwen3_5MoeForCausalLM"}
+         "Qwen3_5MoeForCausalLM", "GptOssForCausalLM"}
 CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}  # norms whose weights are kept less one
+WINDOWED = {"GptOssForCausalLM"}  # whose windows are those of their cache's layers
+HALVED = {"GptOssRotaryEmbedding"}  # which name the angle of both halves of a head once
 STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotation that do not depend on how long the text is
 
 
 def is_known(model: nn.Module) -> bool:
     """Whether `block_of` tells all that its layers compute."""
     config = model.config
-    return (type(model).__name__ in KNOWN and getattr(config, "sliding_window", None) is None
+    name, has_window = type(model).__name__, getattr(config, "sliding_window", None) is not None
+    return (name in KNOWN and (name in WINDOWED or not has_window)
             and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY
             and config.hidden_act == "silu" and any(hasattr(layer, "self_attn") for layer in model.model.layers))
 
@@ -42,7 +47,8 @@ def _heads(own: nn.Module, config: object) -> tuple[Heads, Matrices, Matrices]:
     norms = [norm(getattr(own, name)).weight if hasattr(own, name) else None for name in ("q_norm", "k_norm")]
     queries = config.num_attention_heads
     heads = Heads(queries, config.num_key_value_heads, own.head_dim, own.scaling, *norms, config.rms_norm_eps,
-                  gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim)
+                  gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim,
+                  window=getattr(own, "sliding_window", None) or 0, sinks=_floats(getattr(own, "sinks", None)))
     return heads, matrices(own.q_proj, own.k_proj, own.v_proj), matrices(own.o_proj)
 
 
@@ -50,7 +56,7 @@ def _mixer(own: nn.Module) -> tuple[Mixer, Matrices, Matrices]:
     """As `_heads`, of a gated delta-net."""
     by_head = hasattr(own, "in_proj_qkvz")
     names = ("in_proj_qkvz", "in_proj_ba") if by_head else ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    convolution, rate, bias, weight = (tensor.detach().float().contiguous() for tensor in (
+    convolution, rate, bias, weight = map(_floats, (
         own.conv1d.weight[:, 0], -own.A_log.float().exp(), own.dt_bias, own.norm.weight))
     mixer = Mixer(own.num_k_heads, own.num_v_heads, own.head_k_dim, own.head_v_dim, by_head, convolution, rate, bias,
                   weight, own.norm.variance_epsilon)
@@ -59,10 +65,20 @@ def _mixer(own: nn.Module) -> tuple[Mixer, Matrices, Matrices]:
 
 def _routed(mlp: nn.Module) -> tuple[Matrices, int, int, bool, Matrices | None]:
     """Router, E, k, whether shares are renormalised, and a shared expert's way back."""
-    gate, own = mlp.gate, getattr(mlp, "shared_expert", None)
+    gate, own = mlp.router if hasattr(mlp, "router") else mlp.gate, getattr(mlp, "shared_expert", None)
     more = () if own is None else (mlp.shared_expert_gate, own.gate_proj, own.up_proj)
     return (matrices(gate, *more), len(gate.weight), gate.top_k, getattr(gate, "norm_topk_prob", True),
             None if own is None else matrices(own.down_proj))
+
+
+def rotation_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """-> a function of a tensor of the wanted dtype and device, and of positions [T]: cosines and sines [2, T, D]."""
+    own = model.model.rotary_emb
+
+    def turn(x: Tensor, positions: Tensor) -> Tensor:
+        found = torch.cat(own(x, positions[None]))
+        return torch.cat((found, found), -1) if type(own).__name__ in HALVED else found
+    return turn
 
 
 def norm(module: nn.Module) -> Norm:
@@ -79,3 +95,7 @@ def matrices(*modules: nn.Module) -> Matrices:
         bias = None if bias is None else bias.detach()
         return (weight.codes, weight.scales, bias) if isinstance(weight, Packed) else (weight.detach(), None, bias)
     return Matrices(tuple(part(module) for module in modules))
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().float().contiguous()

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
-from engine.model.blocks import block_of, is_known, matrices, norm
-from engine.model.growing_cache import GrowingLayer
+from engine.model.blocks import block_of, is_known, matrices, norm, rotation_of
+from engine.model.growing_cache import GrowingLayer, GrowingWindow
 from engine.model.host_token import HostToken
-from engine.model.static_cache import FullLayer, RecurrentLayer, StepCache
+from engine.model.static_cache import FullLayer, RecurrentLayer, RingLayer, StepCache
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
@@ -29,6 +29,7 @@ from kernels.trunk.route import route
 from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
+Rows = GrowingLayer | GrowingWindow | FullLayer | RingLayer | LinearAttentionLayer | RecurrentLayer
 TURNS = 1024  # positions whose rotation is computed at once
 
 
@@ -39,15 +40,15 @@ class Layer:
     block: Block
     mlp: nn.Module
 
-    def __call__(self, x: Tensor, turn: Tensor, cache: GrowingLayer | FullLayer | LinearAttentionLayer | RecurrentLayer,
-                 ) -> Tensor:
+    def __call__(self, x: Tensor, turn: Tensor, cache: Rows) -> Tensor:
         """x float32 [T, H] -> the same."""
         own = self.block
         projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
         x, _ = linears(self._mixed(projected, turn, cache), own.output, None, 0.0, x)
         if own.router is None:
             normed = _normed(x, own.between).to(own.between.weight.dtype)
-            return x + self.mlp(normed[None])[0]
+            found = self.mlp(normed[None])
+            return x + (found[0] if isinstance(found, tuple) else found)[0]     # some tell what their router said, too
         logits, normed = linears(x, own.router, own.between.weight, own.between.epsilon)
         ids, weights = route(logits[:, :own.n_experts], own.top_k, own.renormalised)
         if own.shared is not None:
@@ -68,7 +69,7 @@ class FusedStep:
 
     def __init__(self, model: nn.Module) -> None:
         base, config = model.model, model.config
-        self._embed, self._rotation = base.embed_tokens, base.rotary_emb
+        self._embed, self._turned = base.embed_tokens, rotation_of(model)
         self._layers = [Layer(block_of(layer, config), layer.mlp) for layer in base.layers]
         self._norm, self._head = norm(base.norm), matrices(model.lm_head)
 
@@ -99,7 +100,7 @@ class HostStep(FusedStep):
 
     def __call__(self, ids: list[int], cache: DynamicCache) -> Tensor:
         """Read up to MOST_TOKENS more tokens behind what the cache holds -> logits [V] after the last."""
-        position = cache.layers[self._attends].keys.shape[2]
+        position = cache.layers[self._attends].get_seq_length()
         turn, x = self._turn(position, position + len(ids)), self._embed(torch.tensor(ids))
         if len(ids) == 1 and self.in_one_call(cache):
             return self._token(x, turn, cache, position)
@@ -108,8 +109,7 @@ class HostStep(FusedStep):
     def _turn(self, first: int, end: int) -> Tensor:
         """Cosines and sines of positions [2, T, D]."""
         if end > self._turns.shape[1]:
-            positions = torch.arange(-(-end // TURNS) * TURNS)[None]
-            self._turns = torch.cat(self._rotation(self._turns, positions))
+            self._turns = self._turned(self._turns, torch.arange(-(-end // TURNS) * TURNS))
         return self._turns[:, first:end].contiguous()
 
 
@@ -123,8 +123,7 @@ class DeviceStep(FusedStep):
         for layer, own in zip(cache.layers, self._layers, strict=True):
             _initialise(layer, own.block.mixing, x)
         x = x.float()
-        turn = torch.cat(self._rotation(x, cache.clock.positions[None]))
-        logits = self._logits(x, turn, cache)
+        logits = self._logits(x, self._turned(x, cache.clock.positions), cache)
         cache.clock.advance(len(ids))
         return logits
 
@@ -137,7 +136,7 @@ def host_step(model: nn.Module) -> HostStep | None:
 
 def device_step(model: nn.Module, cache: StepCache) -> DeviceStep | None:
     """As `host_step`, behind this cache."""
-    is_full = all(type(layer) in (FullLayer, RecurrentLayer) for layer in cache.layers)
+    is_full = all(type(layer) in (FullLayer, RingLayer, RecurrentLayer) for layer in cache.layers)
     return DeviceStep(model) if is_full and is_known(model) else None
 
 
@@ -145,10 +144,10 @@ def _goes_on(layer: object) -> bool:
     """Whether few tokens can be read behind what the layer of a growing cache holds."""
     if type(layer) is LinearAttentionLayer:
         return layer.has_previous_state[0] and not layer.record_past
-    return type(layer) is GrowingLayer
+    return type(layer) in (GrowingLayer, GrowingWindow)
 
 
-def _initialise(layer: FullLayer | RecurrentLayer, mixing: Heads | Mixer, x: Tensor) -> None:
+def _initialise(layer: FullLayer | RingLayer | RecurrentLayer, mixing: Heads | Mixer, x: Tensor) -> None:
     """As the layer's first update would, from what it would be given; x: of the cache's type and device."""
     if isinstance(mixing, Heads):
         if not layer.is_initialized:

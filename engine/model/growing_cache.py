@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kernels.trunk.attend import Heads, attend
 
@@ -24,8 +24,7 @@ class GrowingLayer(DynamicLayer):
         then."""
         length = self.keys.shape[2]
         if length + n > self._rooms[0].shape[2]:
-            self._rooms = tuple(self._longer(rows, length + n + max(ROOM, length // 2))
-                                for rows in (self.keys, self.values))
+            self._rooms = tuple(_longer(rows, length + n + max(ROOM, length // 2)) for rows in (self.keys, self.values))
         return self._rooms
 
     def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
@@ -34,12 +33,6 @@ class GrowingLayer(DynamicLayer):
         out = attend(projected, turn, *self.with_room(n), length, heads)
         self.end(length + n)
         return out
-
-    @staticmethod
-    def _longer(rows: Tensor, n: int) -> Tensor:
-        found = rows.new_empty(*rows.shape[:2], n, rows.shape[3])
-        found[:, :, :rows.shape[2]] = rows
-        return found
 
     def end(self, length: int) -> None:
         self.keys, self.values = (rows[:, :, :length] for rows in self._rooms)
@@ -52,7 +45,55 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class GrowingWindow(DynamicSlidingWindowLayer):
+    """As DynamicSlidingWindowLayer, of which it takes the rows over: the last W - 1. keys and values are views of what
+    has room; tokens written by `attend` move on in it."""
+
+    def __init__(self, layer: DynamicSlidingWindowLayer) -> None:
+        super().__init__(layer.sliding_window)
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values, self.cumulative_length = layer.keys, layer.values, layer.cumulative_length
+        self._rooms, self._first = (self.keys, self.values), 0
+
+    def plain(self) -> DynamicSlidingWindowLayer:
+        """transformers' own layer of the same rows."""
+        layer = DynamicSlidingWindowLayer(self.sliding_window)
+        layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
+        layer.keys, layer.values, layer.cumulative_length = self.keys, self.values, self.cumulative_length
+        return layer
+
+    def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
+        """As kernels.trunk.attend, behind what is held; in place of `update` and all that reads it."""
+        held, n = self.keys.shape[2], len(projected)
+        if self._first + held + n > self._rooms[0].shape[2]:
+            self._rooms = tuple(_longer(rows, held + n + max(ROOM, held // 2)) for rows in (self.keys, self.values))
+            self._first = 0
+        out = attend(projected, turn, *(rows[:, :, self._first:] for rows in self._rooms), held, heads)
+        end, kept = self._first + held + n, min(held + n, self.sliding_window - 1)
+        self._first, self.cumulative_length = end - kept, self.cumulative_length + n
+        self.keys, self.values = (rows[:, :, self._first:end] for rows in self._rooms)
+        return out
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        seen = super().update(key_states, value_states)
+        self._rooms, self._first = (self.keys, self.values), 0
+        return seen
+
+
 def give_room(cache: DynamicCache) -> None:
-    """Let every layer of plain attention grow without copies."""
-    cache.layers = [GrowingLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
-                    for layer in cache.layers]
+    """Let every layer of plain attention, or of attention in a window, grow without copies."""
+    cache.layers = [_with_room(layer) for layer in cache.layers]
+
+
+def _with_room(layer: object) -> object:
+    if type(layer) is DynamicLayer and layer.is_initialized:
+        return GrowingLayer(layer)
+    if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not layer.record_past:
+        return GrowingWindow(layer)
+    return layer
+
+
+def _longer(rows: Tensor, n: int) -> Tensor:
+    found = rows.new_empty(*rows.shape[:2], n, rows.shape[3])
+    found[:, :, :rows.shape[2]] = rows
+    return found

@@ -2,7 +2,7 @@
 
 transformers' static sliding-window layer counts in Python, so a captured step repeats the position it was captured at.
 Here nothing is counted in Python: every layer reads one position tensor. A full layer writes at the position, a ring at
-the position modulo its window, a recurrent layer in place. Each has one row more than it needs: what a finished
+the position modulo its length, a recurrent layer in place. Each has one row more than it needs: what a finished
 sequence (`done`), or one at the end of its context, still writes goes there, where nobody reads. So a step that was
 launched ahead of the end of an answer changes nothing.
 
@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from engine.core import UserError
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import Mixer, delta
+from kernels.trunk.linear import MOST_TOKENS
 
 Tensor = torch.Tensor
 OWN_CACHE = {"minimax"}  # model types that refuse every cache class but their own (transformers 5.23)
@@ -60,9 +61,10 @@ class Clock:
 
 
 class _KeysAndValues(CacheLayerMixin):
-    """Keys and values float [1, heads, length + 1, D]; made at the first update."""
+    """Keys and values float [1, heads, length + 1, D]; made at the first update. wraps: whether its rows turn round."""
 
     is_compileable = True
+    wraps = False
 
     def __init__(self, clock: Clock, length: int) -> None:
         super().__init__()
@@ -79,6 +81,11 @@ class _KeysAndValues(CacheLayerMixin):
 
     def _read(self) -> tuple[Tensor, Tensor]:
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+    def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
+        """As kernels.trunk.attend, behind the position; in place of `update` and all that reads it."""
+        rows = self.clock.rows(self.length, self.wraps)
+        return attend(projected, turn, self.keys, self.values, self.clock.pos, heads, rows)
 
     def get_seq_length(self) -> Tensor:
         return self.clock.pos
@@ -100,11 +107,6 @@ class FullLayer(_KeysAndValues):
         self._write(self.clock.rows(self.length, wraps=False), key_states, value_states)
         return self._read()
 
-    def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
-        """As kernels.trunk.attend, behind the position; in place of `update` and all that reads it."""
-        rows = self.clock.rows(self.length, wraps=False)
-        return attend(projected, turn, self.keys, self.values, self.clock.pos, heads, rows)
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length, 0
 
@@ -119,9 +121,10 @@ class FullLayer(_KeysAndValues):
 
 
 class RingLayer(_KeysAndValues):
-    """The last W tokens; row = position modulo W. Several tokens at once see the ring as it was, then each other."""
+    """The last W tokens and some more, so that a step of few tokens overwrites nothing that its first one sees; row =
+    position modulo length. Several tokens at once see the ring as it was, then each other."""
 
-    is_sliding = True
+    is_sliding, wraps = True, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -259,9 +262,9 @@ class StepCache(Cache):
         if kind == "full_attention":
             return FullLayer(self.clock)
         if kind == "sliding_attention":
-            window = given["sliding_window"]
-            ring = window < self.clock.context
-            return RingLayer(self.clock, window) if ring else FullLayer(self.clock, is_sliding=True)
+            length = given["sliding_window"] + MOST_TOKENS - 1
+            ring = length < self.clock.context
+            return RingLayer(self.clock, length) if ring else FullLayer(self.clock, is_sliding=True)
         if kind == "linear_attention":
             return RecurrentLayer(self.clock, **given)
         raise NotCapturable(f"Layers of kind {kind} have no cache of fixed shape; this model runs step by step.")

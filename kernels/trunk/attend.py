@@ -16,7 +16,9 @@ Tensor = torch.Tensor
 
 class Heads(NamedTuple):
     """How one layer attends. norms float32 of queries and keys: [D], over each head; [Q * D] and [C * D], over all
-    heads at once; or None. gated: behind a head's query stand as many numbers again, its gate."""
+    heads at once; or None; of values [D] or None. gated: behind a head's query stand as many numbers again, its gate.
+    window: how many tokens one sees, itself among them; 0: all. sinks [Q]: a score of each head's that takes its share
+    and gives nothing. in_one: keys and values are projected once, and only then told apart by norms and rotation."""
 
     queries: int
     cached: int
@@ -26,11 +28,15 @@ class Heads(NamedTuple):
     key_norm: Tensor | None = None
     epsilon: float = 0.0
     gated: bool = False
+    window: int = 0
+    sinks: Tensor | None = None
+    value_norm: Tensor | None = None
+    in_one: bool = False
 
     @property
     def width(self) -> int:
         """Of a row of projections: queries, keys and values one behind the other."""
-        return (self.queries * (1 + self.gated) + 2 * self.cached) * self.size
+        return (self.queries * (1 + self.gated) + (2 - self.in_one) * self.cached) * self.size
 
 
 @twin("kernels.gpu.trunk.attend", "kernels.cpu.trunk.attend")
@@ -40,28 +46,44 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
 
     turn float32 [2, T, R]: cosines and sines of the tokens' positions, for the first R numbers of a head, whose halves
     turn against each other.
-    keys, values float [1, C, N, D], any stride between heads: token t sees rows 0 .. position - 1, then the new ones
-    up to its own, as the cache keeps them. They are written to rows position .. position + T - 1, or where `rows` int64
-    [T] says: then the position is an int64 of the device, too, so that a recorded step goes on with both.
+    keys, values float [1, C, N, D], any stride between heads: token t sees the rows of the positions before `position`,
+    then the new ones up to its own, as the cache keeps them, and of both what is in its window. Row = position; they
+    are written to rows position .. position + T - 1. With `rows` int64 [T] they are written where it says, the position
+    is an int64 of the device, too, so that a recorded step goes on with both, and row = position modulo N - 1: in the
+    last one nobody reads. Where that turns round, N > window + T.
     """
-    n, size, (queries, cached) = len(projected), heads.size, (heads.queries, heads.cached)
-    q, k, v = projected.split((heads.width - 2 * cached * size, cached * size, cached * size), -1)
-    gate = None
-    if heads.gated:
-        q, gate = (part.flatten(1) for part in q.unflatten(1, (queries, 2, size)).unbind(2))
-    q, k = (_turned(_normed(part, norm, heads).view(n, -1, size), turn)
-            for part, norm in ((q, heads.query_norm), (k, heads.key_norm)))
-    start = int(position)
+    n, size = len(projected), heads.size
+    q, k, v, gate = _parts(projected, heads)
+    start, length = int(position), keys.shape[2] - (rows is not None)
     at = torch.arange(start, start + n) if rows is None else rows
-    new = [part.transpose(0, 1).to(keys.dtype) for part in (k, v.view(n, -1, size))]
-    both = [torch.cat((kept[:, :, :start], own[None]), 2).float()
+    new = [_turned(_normed(k, heads.key_norm, heads).view(n, -1, size), turn),
+           _normed(v, heads.value_norm, heads).view(n, -1, size)]
+    new = [part.transpose(0, 1).to(keys.dtype) for part in new]
+    seen = torch.arange(max(0, start - length, start + 1 - heads.window if heads.window else 0), start + n)
+    both = [torch.cat((kept[:, :, seen[:-n] % length], own[None]), 2).float()
             for kept, own in zip((keys, values), new, strict=True)]
     keys[0, :, at], values[0, :, at] = new
-    seen = torch.arange(start + n)[None] <= torch.arange(start, start + n)[:, None]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], *both, attn_mask=seen, scale=heads.scale,
+    own = torch.arange(start, start + n)[:, None]
+    hidden = seen > own if not heads.window else (seen > own) | (seen <= own - heads.window)
+    mask = torch.zeros(n, len(seen)).masked_fill(hidden, -torch.inf)
+    if heads.sinks is not None:     # a key of zeros, whose score is the sink, and a value of zeros
+        both = [F.pad(part, (0, 0, 0, 1)) for part in both]
+        mask = torch.cat((mask.expand(heads.queries, -1, -1), heads.sinks.float()[:, None, None].expand(-1, n, 1)), -1)
+    q = _turned(_normed(q, heads.query_norm, heads).view(n, -1, size), turn)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], *both, attn_mask=mask, scale=heads.scale,
                                          enable_gqa=True)
     out = out[0].transpose(0, 1).reshape(n, -1)
     return out if gate is None else out * gate.sigmoid()
+
+
+def _parts(projected: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """-> queries, keys, values and gates [T, heads * D]."""
+    kept = heads.cached * heads.size
+    q, *rest = projected.split((heads.width - (2 - heads.in_one) * kept, *[kept] * (2 - heads.in_one)), -1)
+    if not heads.gated:
+        return q, rest[0], rest[-1], None
+    q, gate = (part.flatten(1) for part in q.unflatten(1, (heads.queries, 2, heads.size)).unbind(2))
+    return q, rest[0], rest[-1], gate
 
 
 def _normed(x: Tensor, norm: Tensor | None, heads: Heads) -> Tensor:

@@ -37,6 +37,28 @@ def test_attend(monkeypatch, n_tokens, queries, cached, size, normed, position, 
         torch.testing.assert_close(caches[1], caches[0], rtol=0 if exact else 8e-3, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("n_tokens, position, window, rows, sunk, in_one", [
+    (1, 3, 8, 12, True, False), (4, 37, 8, 11, True, False), (2, 8, 8, 11, False, True), (3, 70, 50, 80, True, True),
+    (4, 0, 5, 8, False, False)])
+def test_attend_in_a_window(monkeypatch, n_tokens, position, window, rows, sunk, in_one):
+    """What has left the window is never read, wherever the rows turned round."""
+    monkeypatch.setattr(gpu_attend, "BLOCKS", 4)
+    norms = [torch.rand(32) + 0.5 for _ in range(3)]
+    heads = Heads(6, 2, 32, 0.2, *norms[:2], 1e-6, window=window, sinks=torch.randn(6) if sunk else None,
+                  value_norm=norms[2] if in_one else None, in_one=in_one)
+    projected, angles = torch.randn(n_tokens, heads.width), torch.randn(n_tokens, 32)
+    turn, at = torch.stack((angles.cos(), angles.sin())), torch.arange(position, position + n_tokens) % rows
+    kept = torch.full((2, 1, 2, rows + 1, 32), torch.nan)
+    for before in range(max(0, position + 1 - window), position):
+        kept[:, :, :, before % rows] = torch.randn(2, 1, 2, 32)
+    made, caches = [], [kept.clone(), kept.clone()]
+    for function, (keys, values) in zip((attend.reference, gpu_attend.attend), caches, strict=True):
+        made.append(function(projected, turn, keys, values, torch.tensor(position), heads, at))
+    assert made[0].isfinite().all()
+    torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(caches[1], caches[0], rtol=0, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("n_tokens, n_experts, top_k", [(3, 128, 8), (4, 6, 2), (1, 5, 5)])
 @pytest.mark.parametrize("renormalised", [True, False])
 def test_route(n_tokens, n_experts, top_k, renormalised):

@@ -115,10 +115,10 @@ def linears_call(columns: int, kinds: tuple, normed: bool) -> Callable:
 
 
 def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int = 0, turned: int | None = None,
-                ) -> Callable:
+                **rest) -> Callable:
     """norm: numbers of a head's, or of all heads at once. turned: of a head, where it is a part; then it is gated."""
     norms = (torch.zeros(norm), torch.zeros(norm if norm == size else cached * size)) if norm else (None, None)
-    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6, turned is not None)
+    heads = Heads(queries, cached, size, size ** -0.5, *norms, 1e-6, turned is not None, **rest)
     rows = torch.zeros(2, 1, cached, 65, size, dtype=torch.bfloat16)
     at = torch.zeros(n_tokens, dtype=torch.int64)
     return lambda: gpu_attend.attend(torch.zeros(n_tokens, heads.width),
@@ -205,6 +205,8 @@ CALLS = {
     "attend norm of all": attend_call(16, 16, 128, 4, 2048),  # OLMoE
     "attend gated": attend_call(16, 2, 256, 1, 256, 64),  # Qwen3.6 35B and Qwen3 Next 80B
     "attend gated, four tokens": attend_call(16, 2, 256, 4, 256, 64),
+    "attend in a window": attend_call(64, 8, 64, 4, window=128, sinks=torch.zeros(64)),     # gpt-oss
+    "attend in a window, 256": attend_call(16, 8, 256, 4, 256, window=1024, value_norm=torch.zeros(256)),   # Gemma 4
     "route": lambda: gpu_route.route(torch.zeros(4, 128), 8, True),
     "delta": delta_call(16, 2, 128, False, 1),            # Qwen3.6 35B
     "delta by head": delta_call(16, 2, 128, True, 4),     # Qwen3 Next 80B
@@ -219,12 +221,12 @@ SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "ta
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
-              "attend gated, four tokens",
+              "attend gated, four tokens", "attend in a window, 256",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 
 
 # Heads of 256 numbers on a card whose matrix products are made of additions (Triton 3.7): loads and stores, at most.
-SPILLED = {("attend gated", 75): 140, ("attend gated, four tokens", 75): 140}
+SPILLED = {("attend gated", 75): 140, ("attend gated, four tokens", 75): 140, ("attend in a window, 256", 75): 110}
 
 
 @pytest.mark.parametrize("card", cards())

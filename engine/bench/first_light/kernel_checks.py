@@ -231,21 +231,26 @@ def _there(parts: tuple, device: str) -> tuple:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, parts)
 
 
-def _attended(case: Case, heads: Heads, turned: int) -> Compared:
-    """Behind 70 rows of a 16-bit cache whose further rows are no numbers; what it leaves in the cache."""
-    draw, position = torch.Generator().manual_seed(7), 70
+def _attended(case: Case, heads: Heads, turned: int, position: int = 70) -> Compared:
+    """In a 16-bit cache of 80 rows, of which those that may not be read are no numbers; what it leaves there."""
+    draw, first = torch.Generator().manual_seed(7), max(0, position + 1 - heads.window) if heads.window else 0
     projected = torch.randn(case.n_tokens, heads.width, generator=draw)
     angles = torch.randn(case.n_tokens, turned, generator=draw)
-    kept = torch.randn(2, 1, 2, 80, 128, generator=draw).bfloat16()
-    kept[:, :, :, position:] = torch.nan
-    rows, made = torch.arange(position, position + case.n_tokens), []
+    kept = torch.full((2, 1, 2, 81, 128), torch.nan).bfloat16()
+    kept[:, :, :, torch.arange(first, position) % 80] = torch.randn(2, 1, 2, position - first, 128,
+                                                                    generator=draw).bfloat16()
+    rows, made = torch.arange(position, position + case.n_tokens) % 80, []
     for function, device in ((partial(case.call, attend), case.device), (attend.reference, "cpu")):
         keys, values = kept.clone().to(device)
         out = function(projected.to(device), torch.stack((angles.cos(), angles.sin())).to(device), keys, values,
                        torch.tensor(position, device=device), _there(heads, device), rows.to(device))
-        end = position + case.n_tokens
-        made.append((out, keys[:, :, :end], values[:, :, :end]))
+        made.append((out, keys.nan_to_num(), values.nan_to_num()))
     return *made, SIXTEEN_BITS
+
+
+def _attend_windowed(case: Case) -> Compared:
+    """With sinks, where the rows have turned round."""
+    return _attended(case, Heads(16, 2, 128, 128 ** -0.5, window=60, sinks=torch.ones(16)), 128, 130)
 
 
 def _attend_gated(case: Case) -> Compared:
@@ -285,7 +290,7 @@ CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
           "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route,
-          "attend gated": _attend_gated, "delta": _delta, "gated": _gated}
+          "attend gated": _attend_gated, "attend windowed": _attend_windowed, "delta": _delta, "gated": _gated}
 
 
 def kernels() -> Iterator[Row]:

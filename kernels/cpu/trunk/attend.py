@@ -20,8 +20,8 @@ Tensor = torch.Tensor
 
 TOGETHER = 4    # lines of a row of values: so many sums are under way at once
 VALUES = 64     # rows of values that all queries of a head read before the next ones: 16 to 32 KiB
-RECORD = fields("tokens queries cached size turned projected turn keys values key_head value_head position query_norm "
-                "key_norm query_span key_span out", floats="scale epsilon")
+RECORD = fields("tokens queries cached size turned width value projected turn keys values key_head value_head position "
+                "query_norm key_norm value_norm query_span key_span window sinks out", floats="scale epsilon")
 
 
 @in_vectors("void(i64, i64, i64, i64, i64) 1")
@@ -90,25 +90,27 @@ def _turn(row, size, cosines, sines):
 
 @task
 def _enter(table):
-    """Norms and rotation, in place; the new rows of the cache."""
+    """Norms and rotation, in place; the new rows of the cache. width: of a row, value: where its values begin."""
     a = carray(pointer(table), 1, RECORD)[0]
     n_queries, n_cached = a.queries * a.size, a.cached * a.size
-    projected = carray(pointer(a.projected), (a.tokens, n_queries + 2 * n_cached), float32)
+    projected = carray(pointer(a.projected), (a.tokens, a.width), float32)
     turn = carray(pointer(a.turn), (2, a.tokens, a.turned), float32)
     for t in range(a.tokens):
         query, key = projected[t, :n_queries], projected[t, n_queries:n_queries + n_cached]
+        at = (a.position + t) * a.size * 4
+        for head in range(a.cached):    # before the keys, which may be made of the same numbers
+            row, first = carray(pointer(a.values + head * a.value_head + at), a.size, float32), a.value + head * a.size
+            row[:] = projected[t, first:first + a.size]
+            if a.value_norm:
+                _norm(row, a.size, carray(pointer(a.value_norm), a.size, float32), a.epsilon)
         if a.query_norm:
             _norm(query, a.query_span, carray(pointer(a.query_norm), a.query_span, float32), a.epsilon)
             _norm(key, a.key_span, carray(pointer(a.key_norm), a.key_span, float32), a.epsilon)
         _turn(query, a.size, turn[0, t], turn[1, t])
         _turn(key, a.size, turn[0, t], turn[1, t])
-        at = (a.position + t) * a.size * 4
         for head in range(a.cached):
             carray(pointer(a.keys + head * a.key_head + at), a.size, float32)[:] = key[head * a.size:
                                                                                        (head + 1) * a.size]
-            first = n_queries + n_cached + head * a.size
-            carray(pointer(a.values + head * a.value_head + at), a.size, float32)[:] = projected[t, first:
-                                                                                                 first + a.size]
 
 
 @njit(cache=True, nogil=True)
@@ -138,20 +140,32 @@ def _attend(table):
     """Some rows at a time for all queries of a head, which find them in the cache."""
     a = carray(pointer(table), 1, RECORD)[0]
     n_lines, per, row_bytes = a.size // LANES, a.queries // a.cached, 4 * a.size
-    shares = np.empty((per, (a.position + a.tokens + LANES - 1) // LANES * LANES), np.float32)
+    shares = np.empty((per, (a.position + a.tokens + LANES) // LANES * LANES), np.float32)
     lines = np.empty(LANES * LINE, np.int8)
+    sinks = carray(pointer(a.sinks), a.queries, float32)
     head = claim(table)
     while head < a.n_pieces:
-        keys, values = a.keys + head * a.key_head, a.values + head * a.value_head
         for t in range(a.tokens):
-            query = a.projected + (t * (a.queries + 2 * a.cached) + head * per) * row_bytes
-            out, n = a.out + (t * a.queries + head * per) * row_bytes, a.position + t + 1
+            query = a.projected + 4 * t * a.width + head * per * row_bytes
+            out, n, first = a.out + (t * a.queries + head * per) * row_bytes, a.position + t + 1, 0
+            if a.window:
+                first = max(0, n - a.window)
+                n -= first
+            keys, values = (a.keys + head * a.key_head + first * row_bytes,
+                            a.values + head * a.value_head + first * row_bytes)
             for row in range(0, n, LANES):
                 for i in range(per):
                     _scores(query + i * row_bytes, keys + row * row_bytes, min(LANES, n - row), row_bytes, n_lines,
                             a.scale, lines.ctypes.data, shares[i, row:row + LANES])
+            n_scores = n
+            if a.sinks:         # one score more, of no value
+                n_scores += 1
+                for i in range(per):
+                    if n % LANES == 0:
+                        shares[i, n:n + LANES] = -np.inf
+                    shares[i, n] = sinks[head * per + i]
             for i in range(per):
-                _softmax(shares[i].ctypes.data, (n + LANES - 1) // LANES)
+                _softmax(shares[i].ctypes.data, (n_scores + LANES - 1) // LANES)
             carray(pointer(out), per * a.size, float32)[:] = 0
             for row in range(0, n, VALUES):
                 for i in range(per):
@@ -190,10 +204,12 @@ def attending(projected: Tensor, turn: Tensor, heads: Heads, out: Tensor, n_byte
     `of_cache`, or later."""
     spans = {f"{name}_span": 0 if norm is None else norm.numel()
              for name, norm in (("query", heads.query_norm), ("key", heads.key_norm))}
+    width = (heads.queries + (2 - heads.in_one) * heads.cached) * heads.size
     packed = pack(RECORD, heads.cached, n_bytes, tokens=len(projected), queries=heads.queries, cached=heads.cached,
-                  size=heads.size, turned=turn.shape[-1], projected=address(projected), turn=address(turn),
-                  query_norm=address(heads.query_norm), key_norm=address(heads.key_norm), out=address(out),
-                  scale=heads.scale, epsilon=heads.epsilon, **spans,
+                  size=heads.size, turned=turn.shape[-1], width=width, value=width - heads.cached * heads.size,
+                  projected=address(projected), turn=address(turn), query_norm=address(heads.query_norm),
+                  key_norm=address(heads.key_norm), value_norm=address(heads.value_norm), window=heads.window,
+                  sinks=address(heads.sinks), out=address(out), scale=heads.scale, epsilon=heads.epsilon, **spans,
                   **dict.fromkeys(("keys", "values", "key_head", "value_head", "position"), 0) | cache)
     alive = (projected, turn, heads, out)
     return [Step(_enter, packed, alive, whole=True), Step(_attend, packed, alive)]

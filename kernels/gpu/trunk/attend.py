@@ -91,16 +91,18 @@ def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out
 
 
 @triton.jit
-def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, out, stats, n_tokens, head_stride,
-            scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-            STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr,
+def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, value_norm, out, stats, n_tokens,
+            length, head_stride, scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
+            HALF: tl.constexpr, STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
+            VALUE_NORM: tl.constexpr, IN_ONE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
             OPERAND: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, NORM_STEP: tl.constexpr):
     """Grid: C * TILES, SPLITS. -> out [C, SPLITS, TILES * M, D], sums of values; stats [2, C, SPLITS, TILES * M]:
-    largest score, sum."""
+    largest score, sum. length: of the cache's rows, where its positions turn round."""
     cached, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
     per: tl.constexpr = QUERIES // CACHED
     before: tl.constexpr = QUERIES * STRIDE  # columns of queries
-    width: tl.constexpr = before + 2 * CACHED * SIZE
+    first_value: tl.constexpr = before if IN_ONE else before + CACHED * SIZE
+    width: tl.constexpr = first_value + CACHED * SIZE
     row, side = tile * M + tl.arange(0, M), tl.arange(0, HALF)
     token, inside = row // per, (side < SIZE // 2)[None]
     low, high = _heads_of(projected, query_norm, turn, token, cached * per + row % per, 0, token < n_tokens, n_tokens,
@@ -109,24 +111,30 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
     out_low, out_high = tl.zeros((M, HALF), tl.float32), tl.zeros((M, HALF), tl.float32)
     keys += cached.to(tl.int64) * head_stride
     values += cached.to(tl.int64) * head_stride
-    end = tl.load(position).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(end, SPLITS), N) * N
-    begin = split * share
-    end = tl.minimum(begin + share, end)
+    now = tl.load(position).to(tl.int32)
+    oldest = tl.maximum(now - (WINDOW - 1), 0) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(now - oldest, SPLITS), N) * N
+    begin = oldest + split * share
+    end = tl.minimum(begin + share, now)
     for start in range(begin, end, N):
         index = start + tl.arange(0, N)
-        at, there = index[:, None] * SIZE + side[None], (index < end)[:, None] & inside
+        there, seen = (index < end)[:, None] & inside, (index < end)[None]
+        if WINDOW > 0:
+            at = (index % length)[:, None] * SIZE + side[None]
+            seen = seen & (index[None] > (now + token)[:, None] - WINDOW)
+        else:
+            at = index[:, None] * SIZE + side[None]
         most, total, out_low, out_high = _fold(
             low, high, tl.load(keys + at, mask=there, other=0), tl.load(keys + at + SIZE // 2, mask=there, other=0),
             tl.load(values + at, mask=there, other=0), tl.load(values + at + SIZE // 2, mask=there, other=0),
-            (index < end)[None], scale, most, total, out_low, out_high, OPERAND)
+            seen, scale, most, total, out_low, out_high, OPERAND)
     if split == 0:
         new, here = tl.arange(0, 16), tl.arange(0, 16) < n_tokens
         head = tl.zeros_like(new) + cached
         k_low, k_high = _heads_of(projected, key_norm, turn, new, head, before, here, n_tokens, width, epsilon,
                                   CACHED, SIZE, SIZE, HALF, NORM, TURNED, 16, NORM_STEP)
-        v_low, v_high = _heads_of(projected, key_norm, turn, new, head, before + CACHED * SIZE, here, n_tokens, width,
-                                  epsilon, CACHED, SIZE, SIZE, HALF, 0, 0, 16, NORM_STEP)
+        v_low, v_high = _heads_of(projected, value_norm, turn, new, head, first_value, here, n_tokens, width, epsilon,
+                                  CACHED, SIZE, SIZE, HALF, VALUE_NORM, 0, 16, NORM_STEP)
         kept: tl.constexpr = keys.dtype.element_ty
         k_low, k_high, v_low, v_high = k_low.to(kept), k_high.to(kept), v_low.to(kept), v_high.to(kept)
         at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
@@ -136,6 +144,8 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
         tl.store(values + at, v_low, mask=there)
         tl.store(values + at + SIZE // 2, v_high, mask=there)
         seen = here[None] & (new[None] <= token[:, None])
+        if WINDOW > 0:
+            seen = seen & (new[None] > token[:, None] - WINDOW)
         most, total, out_low, out_high = _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total,
                                                out_low, out_high, OPERAND)
     at = (cached * SPLITS + split) * (TILES * M) + row
@@ -146,16 +156,22 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
 
 
 @triton.jit
-def _join(parts, stats, projected, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
-          BLOCK: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr):
+def _join(parts, stats, projected, sinks, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
+          BLOCK: tl.constexpr, GATED: tl.constexpr, SUNK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr):
     """Grid: T * Q. The splits of one head in order -> out [T, Q * D]."""
     per: tl.constexpr = QUERIES // CACHED
     token, head = tl.program_id(0) // QUERIES, tl.program_id(0) % QUERIES
     split, side = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
     at = (head // per * SPLITS + split) * M + token * per + head % per
     most = tl.load(stats + at)
-    weight = tl.exp(most - tl.max(most, axis=0))
+    largest = tl.max(most, axis=0)
+    if SUNK:
+        sink = tl.load(sinks + head).to(tl.float32)
+        largest = tl.maximum(largest, sink)
+    weight = tl.exp(most - largest)
     total = tl.sum(weight * tl.load(stats + CACHED * SPLITS * M + at), axis=0)
+    if SUNK:
+        total += tl.exp(sink - largest)
     part = tl.load(parts + at[:, None] * SIZE + side[None], mask=(side < SIZE)[None], other=0)
     value = tl.sum(part * weight[:, None], axis=0) / total
     if GATED:
@@ -167,6 +183,7 @@ def _join(parts, stats, projected, out, QUERIES: tl.constexpr, CACHED: tl.conste
 def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
            rows: Tensor | None = None) -> Tensor:
     """As kernels.trunk.attend.attend."""
+    length = keys.shape[2] - (rows is not None)
     if rows is None:
         rows = torch.arange(position, position + len(projected), device=keys.device)
         position = rows[0]
@@ -183,17 +200,18 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     parts = torch.empty(cached, splits, tile, size, dtype=torch.float32, device=projected.device)
     stats = torch.empty(2, cached, splits, tile, dtype=torch.float32, device=projected.device)
     out = torch.empty(n_tokens, queries * size, dtype=torch.float32, device=projected.device)
-    norms = [projected if norm is None else norm for norm in (heads.query_norm, heads.key_norm)]
+    norms = [projected if norm is None else norm for norm in (heads.query_norm, heads.key_norm, heads.value_norm)]
     _attend[(cached * tiles, splits)](
-        projected, turn, keys, values, position, rows, *norms, parts, stats, n_tokens, keys.stride(1), heads.scale,
-        heads.epsilon, QUERIES=queries, CACHED=cached, SIZE=size,
+        projected, turn, keys, values, position, rows, *norms, parts, stats, n_tokens, length, keys.stride(1),
+        heads.scale, heads.epsilon, QUERIES=queries, CACHED=cached, SIZE=size,
         HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), STRIDE=size * (1 + heads.gated), TURNED=turned,
-        NORM=norm, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16, TILES=tiles,
-        M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
+        NORM=norm, VALUE_NORM=NO_NORM if heads.value_norm is None else OF_HEAD, IN_ONE=heads.in_one,
+        WINDOW=heads.window, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16,
+        TILES=tiles, M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
         num_warps=8)  # with four it spills on sm_75, whose matrix products are made of additions (Triton 3.7)
-    _join[(n_tokens * queries,)](parts, stats, projected, out, QUERIES=queries, CACHED=cached, SIZE=size,
-                                 BLOCK=triton.next_power_of_2(size), GATED=heads.gated, SPLITS=splits, M=tile,
-                                 num_warps=4)
+    _join[(n_tokens * queries,)](parts, stats, projected, projected if heads.sinks is None else heads.sinks, out,
+                                 QUERIES=queries, CACHED=cached, SIZE=size, BLOCK=triton.next_power_of_2(size),
+                                 GATED=heads.gated, SUNK=heads.sinks is not None, SPLITS=splits, M=tile, num_warps=4)
     return out
 
 

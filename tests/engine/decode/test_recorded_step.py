@@ -20,7 +20,7 @@ from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 from tests.support.recorded import Recording, asks_the_host, device_nodes, record
 
-FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next")
+FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss")
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
 N_TOKENS, CONTEXT = 200, 224
 PROMPT = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(6))

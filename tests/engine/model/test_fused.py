@@ -18,7 +18,8 @@ Tensor = torch.Tensor
 WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=512)  # matrices that are large enough to be packed
 CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_topk_prob=True)), ("qwen3_moe", 16, {}),
          ("qwen3_moe", 8, dict(mlp_only_layers=[0])), ("olmoe", 4, {}), ("mixtral", 8, {}),
-         ("qwen3_5_moe_text", 8, {}), ("qwen3_next", 4, {}), ("qwen3_next", 16, {})]
+         ("qwen3_5_moe_text", 8, {}), ("qwen3_next", 4, {}), ("qwen3_next", 16, {}),
+         ("gpt_oss", 8, {}), ("gpt_oss", 16, dict(sliding_window=64))]
 
 
 @pytest.mark.parametrize(("name", "bits", "changes"), CASES)

@@ -75,6 +75,29 @@ def test_attend(tokens, shape, per, normed, position, of_turned, gated, seed):
 
 
 @tries
+@given(tokens, st.sampled_from((1, 3, 8)), st.integers(0, 70), st.sampled_from((0, 1, 8, 33)), st.booleans(),
+       st.booleans(), seeds)
+def test_attend_in_a_window(tokens, per, position, window, sunk, in_one, seed):
+    """With sinks, and with keys and values in one; what has left the window is not read."""
+    draw, size = torch.Generator().manual_seed(seed), 32
+    norms, cached = torch.rand(3, size, generator=draw), 2
+    heads = Heads(per * cached, cached, size, size ** -0.5, norms[0], norms[1], 1e-6, window=window, in_one=in_one,
+                  sinks=torch.randn(per * cached, generator=draw) if sunk else None,
+                  value_norm=norms[2] if in_one else None)
+    projected = torch.randn(tokens, heads.width, generator=draw)
+    turn = torch.randn(2, tokens, size, generator=draw)
+    cache = torch.randn(2, 1, cached, position + tokens, size, generator=draw)
+    if window:
+        cache[..., :max(0, position + 1 - window), :] = torch.nan
+    given, theirs = cache.clone(), cache.clone()
+    found = cpu_attend.attend(projected.clone(), turn, *given, position, heads)
+    expected = attend.reference(projected, turn, *theirs, position, heads)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@tries
 @given(tokens, st.sampled_from(((1, 2, 16, 16), (2, 2, 12, 20), (3, 1, 8, 40))), st.booleans(), seeds)
 def test_delta(tokens, shape, by_head, seed):
     mixer = random_mixer(*shape, by_head, seed=seed)
