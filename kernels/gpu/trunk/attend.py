@@ -3,7 +3,8 @@
 The grid is fixed, so a recorded step serves every position, and what is read are the rows that are seen, whatever the
 planned context. The heads of queries that share a cached head are, token by token, the rows of a tile of matrix
 products, whose operands are 16-bit where the cache is; all else is float32. Norms and rotation are done by every block
-for itself. The new rows are folded in from where they were projected, rounded as the cache keeps them, by the split
+for itself. Of a wide head each warp multiplies a piece, and the scores are added: so none keeps all of the queries in
+its registers. The new rows are folded in from where they were projected, rounded as the cache keeps them, by the split
 that writes them: nothing is read that another block writes.
 
 Legend as there; M rows of a tile, of T * Q/C and padding (for heads above WIDE a part of them, as no more fits the
@@ -22,7 +23,8 @@ Tensor = torch.Tensor
 
 BLOCKS = 64             # of the cached heads times splits: twice the multiprocessors of the smallest cards
 LEAST_TILE = 16         # rows and depth of a matrix product
-WIDE = 128              # numbers of a head, above which a tile has LEAST_TILE rows
+WIDE = 128              # numbers of a head, above which a tile has LEAST_TILE rows, and a warp a piece of the head
+WARPS = 8               # with four it spills on sm_75, whose matrix products are made of additions (Triton 3.7)
 ROWS = 32               # of the cache, under way at a time
 NORM_STEP = 64          # numbers of a norm over all heads, at a time
 NO_NORM, OF_HEAD, OF_ALL = 0, 1, 2
@@ -44,7 +46,7 @@ def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width
     if NORM > 0:
         if NORM == 1:
             squares, n = tl.sum(low * low + high * high, axis=1), SIZE
-            weight = norm + side[None] + tl.zeros_like(at.to(tl.int64))
+            weight = norm + side[None]
         else:
             squares, n = tl.zeros((M,), tl.float32), HEADS * SIZE
             for start in range(0, HEADS * SIZE, NORM_STEP):
@@ -54,8 +56,9 @@ def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width
                 squares += tl.sum(value * value, axis=1)
             weight = norm + head[:, None].to(tl.int64) * SIZE + side[None]
         factor = (1.0 / tl.sqrt_rn(squares / n + epsilon))[:, None]
-        low = tl.load(weight, mask=inside, other=0).to(tl.float32) * (low * factor)
-        high = tl.load(weight + SIZE // 2, mask=inside, other=0).to(tl.float32) * (high * factor)
+        weighed = inside if NORM == 2 else (side < SIZE // 2)[None]
+        low = tl.load(weight, mask=weighed, other=0).to(tl.float32) * (low * factor)
+        high = tl.load(weight + SIZE // 2, mask=weighed, other=0).to(tl.float32) * (high * factor)
     angle = turn + token[:, None] * TURNED + side[None]
     sines = angle + n_tokens * TURNED
     if TURNED == SIZE:
@@ -68,7 +71,8 @@ def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width
         to_other = tl.where(side < TURNED // 2, TURNED // 2, -(TURNED // 2))[None]
         other = tl.load(at + to_other, mask=turning, other=0)
         if NORM > 0:
-            other = tl.load(weight + to_other, mask=turning, other=0).to(tl.float32) * (other * factor)
+            weighed = turning if NORM == 2 else (side < TURNED)[None]
+            other = tl.load(weight + to_other, mask=weighed, other=0).to(tl.float32) * (other * factor)
         other = tl.where((side < TURNED // 2)[None], -other, other)
         low = (low * tl.load(angle, mask=turning, other=1)
                + other * tl.load(sines, mask=turning, other=0))
@@ -76,10 +80,24 @@ def _heads_of(projected, norm, turn, token, head, first, is_row, n_tokens, width
 
 
 @triton.jit
-def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out_low, out_high, OPERAND: tl.constexpr):
-    """Rows of the cache [N, HALF] into what M queries have so far: the largest score, the sum of shares, the values."""
-    score = tl.dot(low.to(OPERAND), tl.trans(k_low.to(OPERAND)), input_precision="ieee")
-    score = tl.dot(high.to(OPERAND), tl.trans(k_high.to(OPERAND)), score, input_precision="ieee") * scale
+def _pieces(x, PIECES: tl.constexpr):
+    """[n, HALF] -> [PIECES, n, HALF / PIECES]"""
+    return x.reshape(x.shape[0], PIECES, x.shape[1] // PIECES).permute(1, 0, 2)
+
+
+@triton.jit
+def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out_low, out_high, OPERAND: tl.constexpr,
+          PIECES: tl.constexpr):
+    """Rows of the cache [N, HALF] into what M queries have so far: the largest score, the sum of shares, the values.
+    PIECES: of a half, each in a warp of its own; else every warp keeps all of the queries in its registers."""
+    k_low, k_high = k_low.to(OPERAND), k_high.to(OPERAND)
+    if PIECES > 1:
+        score = tl.dot(_pieces(low, PIECES), _pieces(k_low, PIECES).permute(0, 2, 1), input_precision="ieee")
+        score = tl.dot(_pieces(high, PIECES), _pieces(k_high, PIECES).permute(0, 2, 1), score, input_precision="ieee")
+        score = tl.sum(score, axis=0) * scale
+    else:
+        score = tl.dot(low, tl.trans(k_low), input_precision="ieee")
+        score = tl.dot(high, tl.trans(k_high), score, input_precision="ieee") * scale
     score = tl.where(seen, score, float("-inf"))
     largest = tl.maximum(most, tl.maximum(tl.max(score, axis=1), NOTHING))
     share, before = tl.exp(score - largest[:, None]), tl.exp(most - largest)
@@ -95,7 +113,8 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
             length, head_stride, scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
             HALF: tl.constexpr, STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
             VALUE_NORM: tl.constexpr, IN_ONE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-            OPERAND: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, NORM_STEP: tl.constexpr):
+            OPERAND: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+            NORM_STEP: tl.constexpr):
     """Grid: C * TILES, SPLITS. -> out [C, SPLITS, TILES * M, D], sums of values; stats [2, C, SPLITS, TILES * M]:
     largest score, sum. length: of the cache's rows, where its positions turn round."""
     cached, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
@@ -107,6 +126,7 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
     token, inside = row // per, (side < SIZE // 2)[None]
     low, high = _heads_of(projected, query_norm, turn, token, cached * per + row % per, 0, token < n_tokens, n_tokens,
                           width, epsilon, QUERIES, STRIDE, SIZE, HALF, NORM, TURNED, M, NORM_STEP)
+    low, high = low.to(OPERAND), high.to(OPERAND)
     most, total = tl.full((M,), NOTHING, tl.float32), tl.zeros((M,), tl.float32)
     out_low, out_high = tl.zeros((M, HALF), tl.float32), tl.zeros((M, HALF), tl.float32)
     keys += cached.to(tl.int64) * head_stride
@@ -127,16 +147,17 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
         most, total, out_low, out_high = _fold(
             low, high, tl.load(keys + at, mask=there, other=0), tl.load(keys + at + SIZE // 2, mask=there, other=0),
             tl.load(values + at, mask=there, other=0), tl.load(values + at + SIZE // 2, mask=there, other=0),
-            seen, scale, most, total, out_low, out_high, OPERAND)
+            seen, scale, most, total, out_low, out_high, OPERAND, PIECES)
     if split == 0:
         new, here = tl.arange(0, 16), tl.arange(0, 16) < n_tokens
         head = tl.zeros_like(new) + cached
         k_low, k_high = _heads_of(projected, key_norm, turn, new, head, before, here, n_tokens, width, epsilon,
                                   CACHED, SIZE, SIZE, HALF, NORM, TURNED, 16, NORM_STEP)
+        kept: tl.constexpr = keys.dtype.element_ty
+        k_low, k_high = k_low.to(kept), k_high.to(kept)
         v_low, v_high = _heads_of(projected, value_norm, turn, new, head, first_value, here, n_tokens, width, epsilon,
                                   CACHED, SIZE, SIZE, HALF, VALUE_NORM, 0, 16, NORM_STEP)
-        kept: tl.constexpr = keys.dtype.element_ty
-        k_low, k_high, v_low, v_high = k_low.to(kept), k_high.to(kept), v_low.to(kept), v_high.to(kept)
+        v_low, v_high = v_low.to(kept), v_high.to(kept)
         at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
         there = here[:, None] & inside & (tile == 0)
         tl.store(keys + at, k_low, mask=there)
@@ -147,7 +168,7 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
         if WINDOW > 0:
             seen = seen & (new[None] > token[:, None] - WINDOW)
         most, total, out_low, out_high = _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total,
-                                               out_low, out_high, OPERAND)
+                                               out_low, out_high, OPERAND, PIECES)
     at = (cached * SPLITS + split) * (TILES * M) + row
     tl.store(stats + at, most)
     tl.store(stats + CACHED * SPLITS * TILES * M + at, total)
@@ -207,8 +228,8 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
         HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), STRIDE=size * (1 + heads.gated), TURNED=turned,
         NORM=norm, VALUE_NORM=NO_NORM if heads.value_norm is None else OF_HEAD, IN_ONE=heads.in_one,
         WINDOW=heads.window, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16,
-        TILES=tiles, M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
-        num_warps=8)  # with four it spills on sm_75, whose matrix products are made of additions (Triton 3.7)
+        PIECES=WARPS if size > WIDE else 1, TILES=tiles, M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
+        num_stages=2 if size > WIDE else 3, num_warps=WARPS)
     _join[(n_tokens * queries,)](parts, stats, projected, projected if heads.sinks is None else heads.sinks, out,
                                  QUERIES=queries, CACHED=cached, SIZE=size, BLOCK=triton.next_power_of_2(size),
                                  GATED=heads.gated, SUNK=heads.sinks is not None, SPLITS=splits, M=tile, num_warps=4)
