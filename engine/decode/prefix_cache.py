@@ -241,6 +241,6 @@ def _has_states(cache: Cache) -> bool:
 
 
 def _can_be_cut(layer) -> bool:
-    if isinstance(layer, DynamicSlidingWindowLayer):  # nothing has left the window yet
+    if type(layer) in (DynamicSlidingWindowLayer, GrowingWindow):  # nothing has left the window yet
         return layer.get_seq_length() < layer.sliding_window
     return type(layer).__name__ in _CUT_ANYWHERE
