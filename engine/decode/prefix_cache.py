@@ -146,8 +146,8 @@ class DynamicPrefix(Prefix):
 
     def _copy(self) -> Mark:
         if self._is_plain():
-            state = {i: copied(layer.plain() if isinstance(layer, GrowingWindow) else layer, "cpu")
-                     for i, layer in enumerate(self._cache.layers) if type(layer).__name__ not in _CUT_ANYWHERE}
+            state = {i: copied(layer, "cpu") for i, layer in enumerate(self._cache.layers)
+                     if type(layer).__name__ not in _CUT_ANYWHERE}
         else:
             state = copied(self._cache, "cpu")
         return Mark(len(self.ids), state, tensor_bytes(state))
@@ -202,7 +202,10 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 
 def copied(value, device):
-    """A copy of a cache, a layer or a container whose tensors are new and on `device`."""
+    """A copy of a cache, a layer or a container whose tensors are new and on `device`; the room of a window stays
+    behind."""
+    if isinstance(value, GrowingWindow):
+        return copied(value.plain(), device)
     if isinstance(value, torch.Tensor):
         return value.to(device, copy=True)
     if isinstance(value, dict):
@@ -224,6 +227,8 @@ def tensor_bytes(value) -> int:
         return sum(map(tensor_bytes, value))
     if isinstance(value, dict):
         return sum(map(tensor_bytes, value.values()))
+    if isinstance(value, GrowingWindow):
+        return tensor_bytes(value.plain())
     if _is_part(value):
         return tensor_bytes(vars(value))
     return 0

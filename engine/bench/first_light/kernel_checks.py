@@ -236,9 +236,9 @@ def _attended(case: Case, heads: Heads, turned: int, position: int = 70) -> Comp
     draw, first = torch.Generator().manual_seed(7), max(0, position + 1 - heads.window) if heads.window else 0
     projected = torch.randn(case.n_tokens, heads.width, generator=draw)
     angles = torch.randn(case.n_tokens, turned, generator=draw)
+    numbers, readable = torch.randn(2, 1, 2, 80, 128, generator=draw), torch.arange(first, position) % 80
     kept = torch.full((2, 1, 2, 81, 128), torch.nan).bfloat16()
-    kept[:, :, :, torch.arange(first, position) % 80] = torch.randn(2, 1, 2, position - first, 128,
-                                                                    generator=draw).bfloat16()
+    kept[:, :, :, readable] = numbers[:, :, :, readable].bfloat16()
     rows, made = torch.arange(position, position + case.n_tokens) % 80, []
     for function, device in ((partial(case.call, attend), case.device), (attend.reference, "cpu")):
         keys, values = kept.clone().to(device)
@@ -250,7 +250,8 @@ def _attended(case: Case, heads: Heads, turned: int, position: int = 70) -> Comp
 
 def _attend_windowed(case: Case) -> Compared:
     """With sinks, where the rows have turned round."""
-    return _attended(case, Heads(16, 2, 128, 128 ** -0.5, window=60, sinks=torch.ones(16)), 128, 130)
+    norms = torch.ones(128), torch.ones(128), 1e-6
+    return _attended(case, Heads(16, 2, 128, 128 ** -0.5, *norms, window=60, sinks=torch.ones(16)), 128, 130)
 
 
 def _attend_gated(case: Case) -> Compared:
