@@ -5,6 +5,7 @@ shards arrive (engine/library/compress_stream.py) does each as soon as its keys 
 """
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from engine.files.checkpoint import Checkpoint, ExpertLayer
-from engine.files.folder_writer import FolderWriter, encoded
+from engine.files.folder_writer import FolderWriter, encoded, is_sealed
 from engine.files.key_map import Group
 from engine.files.manifest import MTP, TRUNK, Manifest, experts_name
 from engine.library.transfer import CompressOptions
@@ -22,6 +23,8 @@ from engine.progress import Progress, Report, said, unheard
 from engine.quality.loss_probe import Documents
 from engine.quality.requantize import NO_TEXT, Requantizer, Text, digest, expected
 
+PLAIN = "plain"     # in a folder that is made over a text: the same without one, until it is whole
+
 
 def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits: int = 16,
              device: str | None = None, report: Report = unheard, check: Callable[[], None] = lambda: None,
@@ -29,6 +32,7 @@ def compress(source: Path, dest: Path, group_size: int | None = None, trunk_bits
     """Make the compressed folder `dest` from the checkpoint folder `source`.
 
     text: what the model's own inputs are taken from, for codes that err less on them (engine/quality/requantize.py).
+    Where it names no model, one is made first, without a text, in `dest`.
     report: hears where it is, and what a user should know besides (parts of the checkpoint that are left out). check:
     is called within every expert and may raise.
     UserError: not a MoE checkpoint, a group size that does not divide hidden, weights that are not finite, a dest that
@@ -50,23 +54,43 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
     if checkpoint.warning:
         report(said(checkpoint.warning))
     spec, device, documents = checkpoint.spec, errors.device_for(device)[0], text.documents(source)
-    with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents, text.model) as writer:
-        units = list(units_of(writer, checkpoint, device, check, documents, text.model))
-        clock = _Clock(sum(bool(unit.layer) for unit in units), spec.experts * spec.expert_params, report)
-        if documents:
-            report(said(expected(spec, documents, device)))
-        for unit in units:
-            worked = not unit.done
-            if worked:
-                unit.work()
-                unit.done = True
-            if unit.layer:
-                writer.save()
-                clock.report(unit.layer, worked)
-        manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source,
-                               calibration=noted(documents, text.model))
-    clock.report(clock.layers + 1)
+    if documents:
+        report(said(expected(spec, documents, device, bool(text.model))))
+    model = text.model or dest / PLAIN
+    with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents, model) as writer:
+        units = list(units_of(writer, checkpoint, device, check, documents, model))
+        if documents and not text.model and not all(unit.done for unit in units):
+            _plain(checkpoint, source, model, origin, group_size, trunk_bits, device, report, check)
+        _work(units, writer, report)
+        shutil.rmtree(dest / PLAIN, ignore_errors=True)
+        manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source, calibration=noted(documents, model))
+    n_layers = sum(bool(unit.layer) for unit in units)
+    report(Progress(n_layers + 1, n_layers + 1, 0.0, 0.0, "Compressed"))
     return manifest
+
+
+def _plain(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_size: int | None, trunk_bits: int,
+           device: str, report: Report, check: Callable[[], None]) -> None:
+    """The same folder without a text, whose gradients say which errors an answer feels."""
+    if is_sealed(dest):
+        return
+    report(said("First without the text, for a model that can be asked"))
+    with writer_for(checkpoint, dest, origin, group_size, trunk_bits) as writer:
+        _work(list(units_of(writer, checkpoint, device, check)), writer, report)
+        writer.seal(checkpoint.text_config, checkpoint.skeleton, source)
+
+
+def _work(units: list[Unit], writer: FolderWriter, report: Report) -> None:
+    """What an earlier run has left of them."""
+    clock = _Clock(sum(bool(unit.layer) for unit in units), writer.spec.experts * writer.spec.expert_params, report)
+    for unit in units:
+        worked = not unit.done
+        if worked:
+            unit.work()
+            unit.done = True
+        if unit.layer:
+            writer.save()
+            clock.report(unit.layer, worked)
 
 
 def left_out(checkpoint: Checkpoint) -> str:
@@ -183,6 +207,5 @@ class _Clock:
         self.n_worked += worked
         per_layer = (time.monotonic() - self.start) / self.n_worked if self.n_worked else 0.0
         rate = self.weights / per_layer if per_layer else 0.0
-        text = (f"Compressing layer {done + 1} of {self.layers}" if done < self.layers else
-                "Compressing the rest" if done == self.layers else "Compressed")
+        text = f"Compressing layer {done + 1} of {self.layers}" if done < self.layers else "Compressing the rest"
         self.tell(Progress(done, self.layers + 1, rate, per_layer * (self.layers + 1 - done), text))

@@ -4,7 +4,8 @@ Shards arrive in the order of their names, one ahead of the work. As soon as all
 are there it is compressed; a shard that nothing needs any more is deleted, if the user agreed to that. Stopped or
 killed at any point it goes on behind the last finished layer: experts files are noted in floe.partial.json, the trunk
 grows in a file of its own whose end is noted beside it. Vision and audio parts are not even fetched, unless the
-original is to be kept.
+original is to be kept. Over a text there are two passes, as in `compress`: the first makes the model that is asked
+which errors an answer feels; an original that is not kept is fetched twice.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -25,11 +27,12 @@ from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
 from engine.files.manifest import INDEX
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors, read_index
-from engine.library.compress import Unit, left_out, noted, settled, text_of, units_of, writer_for
+from engine.library.compress import PLAIN, Unit, left_out, noted, settled, text_of, units_of, writer_for
 from engine.library.hub import Hub, RemoteFile
 from engine.library.installed import Source, partial_share, unfinished
 from engine.library.transfer import MADE, CompressOptions, arrived, begin, fetch_all, finish
 from engine.progress import Meter, Report, check, unless
+from engine.quality.requantize import expected
 
 Tensor = torch.Tensor
 MOST_SHARDS = 3                 # on disk at a time, where the layers of the checkpoint allow it
@@ -63,8 +66,13 @@ def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: CompressOpt
         raise UserError(f"{original} exists already; move it away, or let the original be deleted.")
     if not is_sealed(made):
         begin(work, source)
+        passes = [(made, choice)]
+        if choice.texts and not choice.felt_by:
+            passes = [(work / PLAIN, replace(choice, texts=())), (made, replace(choice, felt_by=work / PLAIN))]
         with ThreadPoolExecutor(1) as ahead:
-            Stream(hub, source, work, choice, report, stop, ahead).run()
+            for n, (folder, how) in enumerate(passes):
+                if not is_sealed(folder):
+                    Stream(hub, source, folder, how, report, stop, ahead, (n, len(passes))).run()
     if choice.keep_original and shards.is_dir():
         source.save(shards)
         os.replace(shards, original)
@@ -72,15 +80,18 @@ def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: CompressOpt
 
 
 class Stream:
-    """One run over all shards that are still needed."""
+    """One run over all shards that are still needed. made: the folder to make, beside which they lie in `source`;
+    passes: the how manieth of how many this is."""
 
-    def __init__(self, hub: Hub, source: Source, work: Path, choice: CompressOptions,
-                 report: Report, stop: Event, ahead: ThreadPoolExecutor) -> None:
+    def __init__(self, hub: Hub, source: Source, made: Path, choice: CompressOptions, report: Report, stop: Event,
+                 ahead: ThreadPoolExecutor, passes: tuple[int, int]) -> None:
         self.hub, self.source, self.choice, self.stop, self.ahead = hub, source, choice, stop, ahead
-        self.folder, self.made = work / "source", work / MADE
+        self.folder, self.made, self.passes = made.with_name("source"), made, passes
         self.ended = Event()        # what is fetched ahead is wanted no more
         self.weights = {file.name: file for file in source.files if file.name.endswith(".safetensors")}
-        self.report = report
+        self.report = lambda progress: report(replace(
+            progress, done_bytes=progress.done_bytes + passes[0] * progress.total_bytes,
+            total_bytes=passes[1] * progress.total_bytes))
         self.seconds_per_unit = 0.0
 
     def run(self) -> None:
@@ -99,6 +110,8 @@ class Stream:
         writer = writer_for(checkpoint, self.made, origin, self.choice.group_size, bits, documents, text.model)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
+        if documents:
+            self.meter.add(0, expected(checkpoint.spec, documents, device, bool(text.model)))
         try:
             with writer:
                 units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents, text.model))
@@ -138,7 +151,8 @@ class Stream:
             next_one = self._fetch(order, n + 1) if len(here) < MOST_SHARDS else None
             self._compress(units, set(order[n + 1:]), writer)
             writer.save()
-            write_text_atomically(partial_share(self.folder.parent), str(self.meter.done / max(1, self.meter.total)))
+            share = (self.passes[0] + self.meter.done / max(1, self.meter.total)) / self.passes[1]
+            write_text_atomically(partial_share(self.folder.parent), str(share))
             self._release(units, here)
             self.tensors.close(name)
 
@@ -187,10 +201,10 @@ class Stream:
     def _check_room(self, units: list[Unit], order: list[str], writer: FolderWriter) -> None:
         files = [self.weights[name] for name in order]
         shards = sum(file.bytes for file in files) if self.choice.keep_original else most_held(units, files)
-        result = result_bytes(writer.spec, writer.trunk_bits)
+        results = (self.passes[1] - self.passes[0]) * result_bytes(writer.spec, writer.trunk_bits)
         there = sum(path.stat().st_size for path in self.made.iterdir() if path.is_file())
         hint = ", let each part of the original be deleted once it is compressed" if self.choice.keep_original else ""
-        check_room(self.folder, max(0, result - there) + shards - arrived(self.folder, files), hint)
+        check_room(self.folder, max(0, results - there) + shards - arrived(self.folder, files), hint)
 
 
 def copies_last(units: list[Unit], checkpoint: Checkpoint) -> list[Unit]:

@@ -44,6 +44,7 @@ PRIOR = 64      # tokens that the layer's own mean counts as beside an expert's 
 SAMPLE = 1024   # tokens of a layer that stand for all of them where an expert's activations are asked for
 AT_ONCE = 1 << 24       # weights of down of the experts that are compensated together
 FELT_TOKENS = 8192      # whose gradients are asked for
+PASSES = 3      # of a layer over each token; as much is a forward with its gradients
 FELT_DAMPING = 0.1      # of the mean of their second moments' diagonal, added to it; more where tokens are few
 
 
@@ -101,8 +102,9 @@ def digest(documents: Documents, model: Path | None = None) -> str:
     return f"{own}, felt" if model else own
 
 
-def expected(spec: ModelSpec, documents: Documents, device: str) -> str:
-    """How long it is likely to take here: one made-up expert of the model's shape is tried."""
+def expected(spec: ModelSpec, documents: Documents, device: str, has_model: bool) -> str:
+    """How long it is likely to take here, with the model to ask where there is none yet: one made-up expert of the
+    model's shape is tried."""
     draw, layout = torch.Generator().manual_seed(0), Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden))
     gate_up, down = (torch.randn(n, spec.hidden, generator=draw).to(device) for n in (2 * spec.neurons, spec.neurons))
     n_tokens = sum(ids.numel() for ids in documents)
@@ -110,11 +112,14 @@ def expected(spec: ModelSpec, documents: Documents, device: str) -> str:
     begun = time.monotonic()
     over_inputs(gate_up, x.T @ x, layout.group)
     over_neurons(down[None], ((x @ down.T).T @ (x @ down.T))[None], down.T @ down, layout.group)[0].cpu()
+    for matrix in () if has_model else (*gate_up.chunk(2), down):
+        nested(matrix, layout)
     seconds = (time.monotonic() - begun) * spec.layers * spec.experts
-    per_token = 3 * 2 * (spec.trunk_params + spec.layers * spec.top_k * spec.neurons * spec.hidden)
+    per_token = 2 * (spec.trunk_params + spec.layers * spec.top_k * spec.neurons * spec.hidden)
     begun = time.monotonic()
     (down @ down.T @ down).cpu()
-    seconds += n_tokens * per_token * (time.monotonic() - begun) / (4 * spec.neurons ** 2 * spec.hidden)
+    seconds += (PASSES * per_token * (n_tokens + min(n_tokens, FELT_TOKENS)) * (time.monotonic() - begun)
+                / (4 * spec.neurons ** 2 * spec.hidden))
     return (f"{n_tokens:,} tokens go through {spec.decoder_layers} layers and {spec.layers * spec.experts:,} experts: "
             f"about {duration(seconds)} on this {'card' if device != 'cpu' else 'processor'}.")
 

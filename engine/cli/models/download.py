@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "Hub's own from which files may come, as a company's store; repeatable (also FLOECHAT_HOSTS)")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), help="bits outside the experts (4 on a card, 8)")
     parser.add_argument("--delete-original", action="store_true",
-                        help="remove each part of the original once it is compressed (least disk)")
+                        help="remove each part of the original once it is compressed (least disk; with --quality it "
+                        "is fetched twice)")
     parser.add_argument("--quality", action="store_true", help="make codes that err less, which takes several times as "
                         "long: minutes on a card, hours on a processor")
     parser.add_argument("--text", type=typed, action="append", metavar="FILE", help="what --quality reads (.txt or "
