@@ -28,8 +28,9 @@ from kernels.select import histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
+from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
-from kernels.trunk.route import route
+from kernels.trunk.route import Choice, route
 from kernels.weigh import weigh
 
 Tensor = torch.Tensor
@@ -89,7 +90,8 @@ def cases() -> Iterator[Case]:
         yield linear, (torch.randn(2, 256, generator=draw), codes, scales)
         yield dequantize_rows, (codes, scales, torch.zeros(96, 256))
     yield linears, (torch.randn(2, 256, generator=draw), Matrices(((codes, scales, torch.ones(96)),)), torch.ones(256))
-    yield route, (torch.randn(2, 8, generator=draw), 3, True)
+    yield route, (torch.randn(2, 8, generator=draw), Choice(3, True))
+    yield route, (torch.randn(2, 8, generator=draw), Choice(3, True, True, torch.rand(8, generator=draw), 4, 2, 2, 2.5))
     cache = [torch.randn(1, 2, 9, 16, generator=draw) for _ in range(2)]
     for rest in ({}, dict(window=4, sinks=torch.ones(2))):
         yield attend, (torch.randn(2, 96, generator=draw), torch.randn(2, 2, 16, generator=draw), *cache, 5,
@@ -98,7 +100,13 @@ def cases() -> Iterator[Case]:
     mixer = Mixer(2, 4, 16, 16, False, tensors[0], -tensors[1], *tensors[2:], 1e-6)
     yield delta, (torch.randn(2, mixer.width, generator=draw), torch.randn(1, 128, 4, generator=draw),
                   torch.randn(1, 4, 16, 16, generator=draw), mixer)
+    expand = Matrices(((codes[:80, :32].contiguous(), scales[:80, :1].contiguous(), None),))
+    latent = Latent(2, 64, 16, 16, 24, 0.2, torch.ones(64), 1e-6, expand, True)
+    yield attend_latent, (torch.randn(2, 64, generator=draw), torch.randn(2, 80, generator=draw),
+                          torch.randn(2, 2, 8, generator=draw), torch.randn(1, 1, 9, 64, generator=draw),
+                          torch.randn(1, 1, 9, 16, generator=draw), 5, latent)
     yield gated, (torch.randn(2, 65, generator=draw),)
+    yield gated, (torch.randn(2, 64, generator=draw),)
 
 
 def _products(draw: torch.Generator) -> Iterator[Case]:

@@ -26,7 +26,8 @@ from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
+CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe",
+            "glm4_moe_lite", "deepseek_v2"]
 N_TOKENS = 300
 
 

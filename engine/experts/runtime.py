@@ -25,7 +25,7 @@ from engine.experts.hook import Hook
 from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
 from engine.experts.store import Far, offered
-from engine.experts.window import Window
+from engine.experts.window import Window, chosen
 from engine.machine.pinned_memory import HostMemory
 from engine.planning.arena import ArenaSizes
 from engine.policies.prefetch import next_experts
@@ -37,7 +37,7 @@ from kernels.fill import fill, fill_through_host
 from kernels.pool import new_pool, take
 from kernels.resolve import Resolved, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
-from kernels.select import BINS, select, select_above
+from kernels.select import BINS, select_above
 from kernels.weigh import weigh
 
 Tensor = torch.Tensor
@@ -68,7 +68,7 @@ class Runtime(ABC):
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.thresholds = torch.zeros(far.layers, far.experts, dtype=torch.float32, device=device)
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)  # refined, and all that are kept
-        self.histogram: Tensor | None = torch.zeros(tokens, BINS, dtype=torch.int32, device=device)
+        self.histogram: Tensor | None = torch.zeros(1, BINS, dtype=torch.int32, device=device)
         self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self._side = SideStream(device)
         self._picked: dict[int, Tensor] = {}  # of this step, by layer
@@ -334,9 +334,9 @@ class Runtime(ABC):
             scores = score_up(codes, scales, sketches, place, layout, biases[1])
             limits = self.thresholds[layer.index][ids.long()]
             return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
-        histogram = None if self.histogram is None else self.histogram[:len(x)]
+        histogram = self.histogram if len(x) == 1 else None
         scores = score(codes, scales, sketches, place, weights, layout, layer.gate, *biases, histogram)
-        return select(scores, *self._budget(layer.index), capacity, histogram)
+        return chosen(scores, ids, self._budget(layer.index), capacity, histogram)
 
     def _budget(self, layer: int) -> tuple[int | Tensor, ...]:
         """Neurons refined, and all that are kept: tensors, so that a recorded step can be told another level."""

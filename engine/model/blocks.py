@@ -12,12 +12,15 @@ from engine.model.packed import Packed
 from engine.model.registration import FloeExperts
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer
+from kernels.trunk.latent import Latent
 from kernels.trunk.linear import Matrices
+from kernels.trunk.route import Choice
 from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
 KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3NextForCausalLM",
-         "Qwen3_5MoeForCausalLM", "GptOssForCausalLM"}
+         "Qwen3_5MoeForCausalLM", "GptOssForCausalLM", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM",
+         "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}
 CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}  # norms whose weights are kept less one
 WINDOWED = {"GptOssForCausalLM"}  # whose windows are those of their cache's layers
 HALVED = {"GptOssRotaryEmbedding"}  # which name the angle of both halves of a head once
@@ -28,18 +31,26 @@ def is_known(model: nn.Module) -> bool:
     """Whether `block_of` tells all that its layers compute."""
     config = model.config
     name, has_window = type(model).__name__, getattr(config, "sliding_window", None) is not None
-    return (name in KNOWN and (name in WINDOWED or not has_window)
+    return (name in KNOWN and _has_our_experts(model) and (name in WINDOWED or not has_window)
             and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY
             and config.hidden_act == "silu" and any(hasattr(layer, "self_attn") for layer in model.model.layers))
 
 
+def _has_our_experts(model: nn.Module) -> bool:
+    parts = [part for layer in model.model.layers for part in (layer, layer.mlp) if hasattr(part, "experts")]
+    return all(isinstance(part.experts, FloeExperts) for part in parts)
+
+
 def block_of(layer: nn.Module, config: object) -> Block:
     """Of one decoder layer."""
-    mixing, projections, output = (_heads(layer.self_attn, config) if hasattr(layer, "self_attn")
-                                   else _mixer(layer.linear_attn))
-    has_router = isinstance(getattr(layer.mlp, "experts", None), FloeExperts)
+    own, queries = getattr(layer, "self_attn", None), None
+    if hasattr(own, "kv_b_proj"):
+        mixing, projections, output = _latent(own, config)
+        queries = None if own.q_lora_rank is None else (norm(own.q_a_layernorm), matrices(own.q_b_proj))
+    else:
+        mixing, projections, output = _mixer(layer.linear_attn) if own is None else _heads(own, config)
     return Block(mixing, norm(layer.input_layernorm), projections, output, norm(layer.post_attention_layernorm),
-                 *_routed(layer.mlp) if has_router else (None,))
+                 *_experts(layer.mlp), queries)
 
 
 def _heads(own: nn.Module, config: object) -> tuple[Heads, Matrices, Matrices]:
@@ -50,6 +61,18 @@ def _heads(own: nn.Module, config: object) -> tuple[Heads, Matrices, Matrices]:
                   gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim,
                   window=getattr(own, "sliding_window", None) or 0, sinks=_floats(getattr(own, "sinks", None)))
     return heads, matrices(own.q_proj, own.k_proj, own.v_proj), matrices(own.o_proj)
+
+
+def _latent(own: nn.Module, config: object) -> tuple[Latent, Matrices, Matrices]:
+    """As `_heads`, over rows that all heads share. DeepSeek's second turns neighbours where they stand; after it a
+    configuration says whether they are neighbours before they are turned, to halves."""
+    is_second = type(own).__name__ == "DeepseekV2Attention"
+    own_norm = norm(own.kv_a_layernorm)
+    latent = Latent(own.num_heads, own.kv_lora_rank, own.qk_nope_head_dim, own.qk_rope_head_dim, own.v_head_dim,
+                    own.scaling, own_norm.weight, own_norm.epsilon, matrices(own.kv_b_proj),
+                    is_second or config.rope_interleave, is_second)
+    query = own.q_proj if own.q_lora_rank is None else own.q_a_proj
+    return latent, matrices(query, own.kv_a_proj_with_mqa), matrices(own.o_proj)
 
 
 def _mixer(own: nn.Module) -> tuple[Mixer, Matrices, Matrices]:
@@ -63,20 +86,44 @@ def _mixer(own: nn.Module) -> tuple[Mixer, Matrices, Matrices]:
     return mixer, matrices(*(getattr(own, name) for name in names)), matrices(own.out_proj)
 
 
-def _routed(mlp: nn.Module) -> tuple[Matrices, int, int, bool, Matrices | None]:
-    """Router, E, k, whether shares are renormalised, and a shared expert's way back."""
-    gate, own = mlp.router if hasattr(mlp, "router") else mlp.gate, getattr(mlp, "shared_expert", None)
-    more = () if own is None else (mlp.shared_expert_gate, own.gate_proj, own.up_proj)
-    return (matrices(gate, *more), len(gate.weight), gate.top_k, getattr(gate, "norm_topk_prob", True),
+def _experts(mlp: nn.Module) -> tuple[Matrices, int, Choice | None, Matrices | None]:
+    """Router, E, how it chooses, and the way back of a shared expert, or of the only one."""
+    if not isinstance(getattr(mlp, "experts", None), FloeExperts):
+        return matrices(mlp.gate_proj, mlp.up_proj), 0, None, matrices(mlp.down_proj)
+    own = getattr(mlp, "shared_expert", getattr(mlp, "shared_experts", None))
+    logit = (mlp.shared_expert_gate,) if hasattr(mlp, "shared_expert_gate") else ()
+    more = () if own is None else (*logit, own.gate_proj, own.up_proj)
+    gate = mlp.router if hasattr(mlp, "router") else mlp.gate
+    return (matrices(gate, *more), len(gate.weight), _choice(gate),
             None if own is None else matrices(own.down_proj))
 
 
+def _choice(gate: nn.Module) -> Choice:
+    """Of a router: of sigmoids with a correction, as DeepSeek's third; of groups by their best, its second; plain."""
+    if hasattr(gate, "e_score_correction_bias"):
+        correction = gate.e_score_correction_bias.detach().float()
+        return Choice(gate.top_k, gate.norm_topk_prob, True, correction, *_groups(gate), 2, gate.routed_scaling_factor)
+    if hasattr(gate, "topk_method"):
+        groups = _groups(gate) if gate.topk_method == "group_limited_greedy" else (1, 1)
+        return Choice(gate.top_k, False, False, None, *groups, 1, gate.routed_scaling_factor)
+    return Choice(gate.top_k, getattr(gate, "norm_topk_prob", True))
+
+
+def _groups(gate: nn.Module) -> tuple[int, int]:
+    """How many, and how many are kept; one where all are."""
+    return (gate.num_group, gate.topk_group) if gate.topk_group < gate.num_group else (1, 1)
+
+
 def rotation_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> a function of a tensor of the wanted dtype and device, and of positions [T]: cosines and sines [2, T, D]."""
+    """-> a function of a tensor of the wanted dtype and device, and of positions [T]: cosines and sines [2, T, D], or
+    [2, T, D/2] where pairs are turned."""
     own = model.model.rotary_emb
 
     def turn(x: Tensor, positions: Tensor) -> Tensor:
-        found = torch.cat(own(x, positions[None]))
+        found = own(x, positions[None])
+        if isinstance(found, Tensor):   # complex numbers [1, T, D/2]: of pairs, each turned once
+            return torch.cat((found.real, found.imag))
+        found = torch.cat(found)
         return torch.cat((found, found), -1) if type(own).__name__ in HALVED else found
     return turn
 

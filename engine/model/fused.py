@@ -24,9 +24,10 @@ from engine.model.static_cache import FullLayer, RecurrentLayer, RingLayer, Step
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
+from kernels.trunk.latent import Latent
 from kernels.trunk.linear import MOST_TOKENS, linears
 from kernels.trunk.route import route
-from kernels.trunk.token import Block, Norm
+from kernels.trunk.token import Block
 
 Tensor = torch.Tensor
 Rows = GrowingLayer | GrowingWindow | FullLayer | RingLayer | LinearAttentionLayer | RecurrentLayer
@@ -35,7 +36,7 @@ TURNS = 1024  # positions whose rotation is computed at once
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. mlp: behind its own norm where the block has no router."""
+    """One decoder layer. mlp: its `experts`, where the block chooses some."""
 
     block: Block
     mlp: nn.Module
@@ -45,23 +46,31 @@ class Layer:
         own = self.block
         projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
         x, _ = linears(self._mixed(projected, turn, cache), own.output, None, 0.0, x)
-        if own.router is None:
-            normed = _normed(x, own.between).to(own.between.weight.dtype)
-            found = self.mlp(normed[None])
-            return x + (found[0] if isinstance(found, tuple) else found)[0]     # some tell what their router said, too
         logits, normed = linears(x, own.router, own.between.weight, own.between.epsilon)
-        ids, weights = route(logits[:, :own.n_experts], own.top_k, own.renormalised)
         if own.shared is not None:
             x, _ = linears(gated(logits[:, own.n_experts:]), own.shared, None, 0.0, x)
-        return x + self.mlp.experts(normed, ids, weights)
+        if own.choice is None:
+            return x
+        return x + self.mlp.experts(normed, *route(logits[:, :own.n_experts], own.choice))
 
     def _mixed(self, projected: Tensor, turn: Tensor, cache: object) -> Tensor:
         mixing = self.block.mixing
         if isinstance(mixing, Heads):
             return cache.attend(projected, turn, mixing)
+        if isinstance(mixing, Latent):
+            return self._looked_up(projected, turn, cache, mixing)
         if isinstance(cache, RecurrentLayer):
             return cache.mix(projected, mixing)
         return delta(projected, cache.conv_states[0], cache.recurrent_states[0], mixing)
+
+    def _looked_up(self, projected: Tensor, turn: Tensor, cache: GrowingLayer | FullLayer, latent: Latent) -> Tensor:
+        """In a cache of rows that all heads share."""
+        n_new = latent.rank + latent.turning
+        query, new = (part.contiguous() for part in projected.split((projected.shape[1] - n_new, n_new), -1))
+        if self.block.queries is not None:
+            before, more = self.block.queries
+            query, _ = linears(query, more, before.weight, before.epsilon)
+        return cache.attend_latent(query, new, turn, latent)
 
 
 class FusedStep:
@@ -89,7 +98,7 @@ class HostStep(FusedStep):
         blocks, mlps = ([getattr(layer, part) for layer in self._layers] for part in ("block", "mlp"))
         self._token = HostToken(blocks, mlps, self._norm, self._head)
         self._turns = torch.empty(2, 0, 0, dtype=torch.float32)
-        self._attends = [isinstance(block.mixing, Heads) for block in blocks].index(True)
+        self._attends = [isinstance(block.mixing, Mixer) for block in blocks].index(False)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
         return len(ids) <= MOST_TOKENS and all(_goes_on(layer) for layer in cache.layers)
@@ -147,17 +156,16 @@ def _goes_on(layer: object) -> bool:
     return type(layer) in (GrowingLayer, GrowingWindow)
 
 
-def _initialise(layer: FullLayer | RingLayer | RecurrentLayer, mixing: Heads | Mixer, x: Tensor) -> None:
+def _initialise(layer: FullLayer | RingLayer | RecurrentLayer, mixing: Heads | Latent | Mixer, x: Tensor) -> None:
     """As the layer's first update would, from what it would be given; x: of the cache's type and device."""
     if isinstance(mixing, Heads):
         if not layer.is_initialized:
             layer.lazy_initialization(*[x.new_empty(1, mixing.cached, 0, mixing.size)] * 2)
+    elif isinstance(mixing, Latent):
+        if not layer.is_initialized:
+            layer.lazy_initialization(*[x.new_empty(1, 1, 0, size) for size in (mixing.rank, mixing.turning)])
     elif not layer.is_recurrent_states_initialized[0]:
         channels, width = mixing.convolution.shape
         layer.lazy_initialization(x.new_empty(1, channels, width), width=width)
         shape = 1, mixing.value_heads, mixing.key_size, mixing.value_size
         layer.lazy_initialization(recurrent_states=x.new_empty(shape, dtype=torch.float32))
-
-
-def _normed(x: Tensor, norm: Norm) -> Tensor:
-    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.epsilon))

@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.latent import Latent, attend_latent
 
 Tensor = torch.Tensor
 ROOM = 256  # rows ahead, at least; then half of what is there
@@ -31,6 +32,13 @@ class GrowingLayer(DynamicLayer):
         """As kernels.trunk.attend, behind what is held; in place of `update` and all that reads it."""
         length, n = self.keys.shape[2], len(projected)
         out = attend(projected, turn, *self.with_room(n), length, heads)
+        self.end(length + n)
+        return out
+
+    def attend_latent(self, query: Tensor, new: Tensor, turn: Tensor, latent: Latent) -> Tensor:
+        """As kernels.trunk.latent.attend_latent, likewise; keys are its rows, values its keys."""
+        length, n = self.keys.shape[2], len(query)
+        out = attend_latent(query, new, turn, *self.with_room(n), length, latent)
         self.end(length + n)
         return out
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from engine.core import UserError
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import Mixer, delta
+from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import MOST_TOKENS
 
 Tensor = torch.Tensor
@@ -106,6 +107,11 @@ class FullLayer(_KeysAndValues):
             self.lazy_initialization(key_states, value_states)
         self._write(self.clock.rows(self.length, wraps=False), key_states, value_states)
         return self._read()
+
+    def attend_latent(self, query: Tensor, new: Tensor, turn: Tensor, latent: Latent) -> Tensor:
+        """As kernels.trunk.latent.attend_latent, likewise; keys are its rows, values its keys."""
+        places = self.clock.rows(self.length, wraps=False)
+        return attend_latent(query, new, turn, self.keys, self.values, self.clock.pos, latent, places)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length, 0

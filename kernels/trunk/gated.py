@@ -1,4 +1,4 @@
-"""What a shared expert makes of its two projections, and how much of it counts for a token."""
+"""What a shared expert, or a layer's only one, makes of its two projections, and how much of it counts for a token."""
 from __future__ import annotations
 
 import torch
@@ -11,6 +11,9 @@ Tensor = torch.Tensor
 
 @twin("kernels.gpu.trunk.gated")
 def gated(x: Tensor) -> Tensor:
-    """x float32 [T, 1 + 2S], any stride between rows: logit, gate, up -> sigmoid(logit) * silu(gate) * up, [T, S]."""
-    logit, gate, up = x.split((1, x.shape[1] // 2, x.shape[1] // 2), 1)
-    return logit.sigmoid() * F.silu(gate) * up
+    """x float32 [T, 2S], any stride between rows: gate, up -> silu(gate) * up, [T, S]; of an odd number of columns the
+    first is a logit, whose sigmoid all is times."""
+    size = x.shape[1] // 2
+    logit, gate, up = x.split((x.shape[1] % 2, size, size), 1)
+    product = F.silu(gate) * up
+    return logit.sigmoid() * product if logit.shape[1] else product

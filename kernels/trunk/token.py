@@ -19,7 +19,9 @@ from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer
+from kernels.trunk.latent import Latent
 from kernels.trunk.linear import Matrices
+from kernels.trunk.route import Choice
 
 Tensor = torch.Tensor
 
@@ -46,20 +48,21 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer but its experts: attention or what stands for it behind a norm, their router behind another;
-    None: it has none. Behind the router's E rows stand those of a shared expert: how much of it, gate, up; `shared` is
-    that one's way back, if there is one."""
+    """One decoder layer but its routed experts: attention or what stands for it behind a norm, their router behind
+    another. Behind the router's E rows stand those of a shared expert: how much of it where that is asked, gate, up;
+    `shared` is that one's way back, if there is one. A layer that has but one expert has no `choice`, and E is 0.
+    queries: where `projections` have but few numbers for them, the norm and matrices that make the queries of these."""
 
-    mixing: Heads | Mixer
+    mixing: Heads | Latent | Mixer
     before: Norm
     projections: Matrices  # of queries, keys and values, or what else `mixing` takes
     output: Matrices
     between: Norm
-    router: Matrices | None
-    n_experts: int = 0
-    top_k: int = 0
-    renormalised: bool = False
+    router: Matrices
+    n_experts: int
+    choice: Choice | None
     shared: Matrices | None = None
+    queries: tuple[Norm, Matrices] | None = None
 
 
 class Token(Protocol):

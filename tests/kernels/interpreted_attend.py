@@ -7,7 +7,7 @@ import torch
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import route as gpu_route
 from kernels.trunk.attend import Heads, attend
-from kernels.trunk.route import route
+from kernels.trunk.route import Choice, route
 
 CASES = [  # T, Q, C, D, norms, rows that are seen, cache, numbers of a head that turn, gated
     (1, 4, 2, 32, "head", 40, torch.float32, 32, False), (3, 4, 1, 12, "all", 7, torch.float32, 12, False),
@@ -59,18 +59,21 @@ def test_attend_in_a_window(monkeypatch, n_tokens, position, window, rows, sunk,
     torch.testing.assert_close(caches[1], caches[0], rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("n_tokens, n_experts, top_k", [(3, 128, 8), (4, 6, 2), (1, 5, 5)])
-@pytest.mark.parametrize("renormalised", [True, False])
-def test_route(n_tokens, n_experts, top_k, renormalised):
+@pytest.mark.parametrize("n_tokens, n_experts, choice", [
+    (3, 128, Choice(8, True)), (4, 6, Choice(2, False)), (1, 5, Choice(5, True)), (1, 5, Choice(5, False)),
+    (4, 32, Choice(3, True, True, torch.rand(32), 4, 2, 2, 2.5)), (2, 12, Choice(2, False, True, torch.rand(12))),
+    (3, 60, Choice(6, False, False, None, 3, 2, 1, 16.0)), (2, 6, Choice(2, True, True))])
+def test_route(n_tokens, n_experts, choice):
     logits = 3 * torch.randn(n_tokens, n_experts + 7)[:, :n_experts]
-    for expected, found in zip(route.reference(logits, top_k, renormalised),
-                               gpu_route.route(logits, top_k, renormalised), strict=True):
+    for expected, found in zip(route.reference(logits, choice), gpu_route.route(logits, choice), strict=True):
         torch.testing.assert_close(found, expected)
 
 
 def test_what_is_no_number_makes_no_share():
     logits = torch.tensor([[1.0, torch.nan, 2.0], [-torch.inf, -torch.inf, 0.5], [1.0, 1.0, 1.0]])
-    ids, shares = gpu_route.route(logits, 2, True)
-    assert ids[0, 0] == 1 and shares[0].isnan().all()
+    ids, shares = gpu_route.route(logits, Choice(2, True))
+    assert shares[0].isnan().all()
     assert ids[1].tolist() == [2, 0] and shares[1].tolist() == [1, 0]
     assert ids[2].tolist() == [0, 1] and shares[2].tolist() == [0.5, 0.5]
+    ids, shares = gpu_route.route(logits, Choice(2, True, True))
+    assert ids[0, 0] == 1 and shares[0].isnan().all() and ids[1].tolist() == [2, 0] and shares[1].tolist() == [1, 0]

@@ -1,4 +1,4 @@
-"""Cases for Triton's interpreter (run by test_interpreted.py): a step of a gated delta-net, a shared expert's gate."""
+"""Cases for Triton's interpreter (run by test_interpreted.py): delta-nets, shared experts, latent attention."""
 from __future__ import annotations
 
 import pytest
@@ -6,9 +6,11 @@ import torch
 
 from kernels.gpu.trunk import delta as gpu_delta
 from kernels.gpu.trunk import gated as gpu_gated
+from kernels.gpu.trunk import latent as gpu_latent
 from kernels.trunk.delta import delta
 from kernels.trunk.gated import gated
-from tests.support.random_experts import random_mixer, random_step
+from kernels.trunk.latent import attend_latent
+from tests.support.random_experts import random_latent, random_mixer, random_step
 
 
 @pytest.mark.parametrize("shape, by_head, n_tokens, dtype", [
@@ -39,4 +41,34 @@ def test_what_is_no_number_stays_in_its_head():
 @pytest.mark.parametrize("n_tokens, size", [(1, 40), (3, 300)])
 def test_gated(n_tokens, size):
     rows = torch.randn(n_tokens, 7 + 1 + 2 * size)
-    torch.testing.assert_close(gpu_gated.gated(rows[:, 7:]), gated.reference(rows[:, 7:]))
+    for own in (rows[:, 7:], rows[:, 8:]):      # with its logit, and without
+        torch.testing.assert_close(gpu_gated.gated(own), gated.reference(own))
+
+
+N = 80     # rows of a cache
+LATENT = [  # T, heads, R, still, P, values, bits of the matrix, pairs before and after, rows that are seen, cache
+    (1, 4, 64, 16, 16, 16, 8, True, False, 40, torch.float32), (3, 6, 128, 24, 8, 40, 4, True, True, 0, torch.float32),
+    (4, 5, 192, 33, 32, 20, 4, False, False, 7, torch.bfloat16),
+    (2, 2, 40, 8, 4, 8, 16, True, False, 70, torch.float32)]
+
+
+@pytest.mark.parametrize("n_tokens, heads, rank, still, turning, values, bits, first, cached, position, dtype", LATENT)
+def test_attend_latent(monkeypatch, n_tokens, heads, rank, still, turning, values, bits, first, cached, position,
+                       dtype):
+    """The new rows go where they are told, and to nowhere else; what lies behind the position is never read."""
+    monkeypatch.setattr(gpu_latent, "BLOCKS", 8)
+    latent = random_latent(heads, rank, still, turning, values, bits, first, cached)
+    query, new = torch.randn(n_tokens, heads * (still + turning)), torch.randn(n_tokens, rank + turning)
+    angles = torch.randn(n_tokens, turning)
+    turn = torch.stack((angles.cos(), angles.sin()))
+    kept = [torch.randn(1, 1, N, width).to(dtype) for width in (rank, turning)]
+    for part in kept:
+        part[:, :, position:] = torch.nan
+    for places in (torch.arange(position, position + n_tokens), torch.full((n_tokens,), N - 1)[:1].expand(n_tokens)):
+        places, caches, made = places.contiguous(), [[part.clone() for part in kept] for _ in range(2)], []
+        for function, cache in zip((attend_latent.reference, gpu_latent.attend_latent), caches, strict=True):
+            made.append(function(query, new, turn, *cache, torch.tensor(position), latent, places))
+        exact = dtype == torch.float32
+        torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4 if exact else 2e-2)
+        for mine, theirs in zip(caches[1], caches[0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0 if exact else 8e-3, atol=1e-5, equal_nan=True)

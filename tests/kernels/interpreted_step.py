@@ -15,6 +15,7 @@ import torch
 
 from engine.core import Options
 from engine.experts import runtime as experts_runtime
+from engine.experts import window
 from engine.experts.layer import LevelPlan
 from engine.model import load
 from kernels.gpu import apply as gpu_apply
@@ -76,7 +77,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, folders, monkeypatch):
     expected = run(folders[name], level, tokens)
     for kernel, module in OF.items():
-        monkeypatch.setattr(experts_runtime, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
+        user = window if kernel == "select" else experts_runtime
+        monkeypatch.setattr(user, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
     found = run(folders[name], level, tokens)
     for a, b in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -26,13 +26,15 @@ from kernels.gpu import weigh as gpu_weigh
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import delta as gpu_delta
 from kernels.gpu.trunk import gated as gpu_gated
+from kernels.gpu.trunk import latent as gpu_latent
 from kernels.gpu.trunk import route as gpu_route
 from kernels.layout import Layout, default_group_size
 from kernels.pool import new_pool
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import Matrices
+from kernels.trunk.route import Choice
 from tests.support import aot
-from tests.support.random_experts import random_mixer, random_step
+from tests.support.random_experts import random_latent, random_mixer, random_step
 
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and
@@ -131,6 +133,15 @@ def delta_call(key_heads: int, per: int, size: int, by_head: bool, n_tokens: int
     return lambda: gpu_delta.delta(projected, *states, mixer, torch.zeros(1, dtype=torch.int64))
 
 
+def latent_call(heads: int, still: int, values: int, bits: int, n_tokens: int, neighbours: bool = True,
+                cached: bool = False) -> Callable:
+    """Rows of 512 numbers, 64 of which turn beside them, as all that have them."""
+    latent = random_latent(heads, 512, still, 64, values, bits, neighbours, cached)
+    cache, at = [torch.zeros(1, 1, 65, n, dtype=torch.bfloat16) for n in (512, 64)], torch.zeros(4, dtype=torch.int64)
+    return lambda: gpu_latent.attend_latent(torch.zeros(n_tokens, heads * (still + 64)), torch.zeros(n_tokens, 576),
+                                            torch.zeros(2, n_tokens, 64), *cache, at[0], latent, at[:n_tokens])
+
+
 def dequantize_rows_call(bits: int) -> Callable:
     return lambda: gpu_linear.dequantize_rows(*matrix(64, 2048, bits), torch.zeros(64, 2048, dtype=torch.bfloat16))
 
@@ -208,10 +219,15 @@ CALLS = {
     "attend in a window": attend_call(64, 8, 64, 4, window=128, sinks=torch.zeros(64)),     # gpt-oss
     "attend in a window, 256": attend_call(16, 8, 256, 4, 256, window=1024, value_norm=torch.zeros(256)),   # Gemma 4
     "attend in one": attend_call(16, 2, 512, 4, 512, value_norm=torch.zeros(512), in_one=True),
-    "route": lambda: gpu_route.route(torch.zeros(4, 128), 8, True),
+    "latent": latent_call(20, 192, 256, 4, 1),            # GLM-4.7-Flash
+    "latent, four tokens": latent_call(16, 128, 128, 8, 4, cached=True),    # DeepSeek-V2-Lite
+    "latent, many heads": latent_call(128, 128, 128, 4, 4),   # DeepSeek-V3
+    "route": lambda: gpu_route.route(torch.zeros(4, 128), Choice(8, True)),
+    "route of groups": lambda: gpu_route.route(torch.zeros(4, 256), Choice(8, True, True, torch.zeros(256), 8, 4)),
     "delta": delta_call(16, 2, 128, False, 1),            # Qwen3.6 35B
     "delta by head": delta_call(16, 2, 128, True, 4),     # Qwen3 Next 80B
     "gated": lambda: gpu_gated.gated(torch.zeros(4, 1025)),
+    "gated, no logit": lambda: gpu_gated.gated(torch.zeros(4, 3072)),
     "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 3072), torch.zeros(4, 8), 2880),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),
@@ -223,6 +239,7 @@ SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "ta
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
               "attend gated, four tokens", "attend in a window, 256", "attend in one",
+              "latent, four tokens", "latent, many heads",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 
 

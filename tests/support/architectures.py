@@ -109,4 +109,7 @@ def build(name: str, seed: int = 0, **changes) -> torch.nn.Module:
                 value.normal_(0, 1.5 / value.shape[-1] ** 0.5)
             elif "norm" not in key:
                 value.add_(torch.randn_like(value), alpha=0.1)
+        for key, value in model.named_buffers():
+            if "correction" in key:     # of a router's choice
+                value.normal_(0, 0.2)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Compressed experts, trunk matrices and gated delta-nets of random codes or numbers, without the quantiser."""
+"""Compressed experts, trunk matrices, delta-nets, latent attention of random numbers, without the quantiser."""
 from __future__ import annotations
 
 import random
@@ -8,6 +8,8 @@ import torch
 from kernels.layout import Layout
 from kernels.planes import Nested, record_rows, sketch_rows
 from kernels.trunk.delta import Mixer
+from kernels.trunk.latent import Latent
+from kernels.trunk.linear import Matrices
 
 Tensor = torch.Tensor
 
@@ -84,3 +86,14 @@ def random_step(mixer: Mixer, n_tokens: int, rows: int = 1, dtype: torch.dtype =
     return (torch.randn(n_tokens, mixer.width, generator=draw),
             torch.randn(rows, *mixer.convolution.shape, generator=draw).to(dtype),
             torch.randn(rows, mixer.value_heads, mixer.key_size, mixer.value_size, generator=draw))
+
+
+def random_latent(heads: int, rank: int, still: int, turning: int, values: int, bits: int, neighbours: bool = False,
+                  cached: bool = False, seed: int = 0) -> Latent:
+    """bits of the expanding matrix: 8, 4, or more for plain numbers."""
+    draw, n_rows = torch.Generator().manual_seed(seed), heads * (still + values)
+    codes, scales = (random_matrix(n_rows, rank, bits, seed) if bits <= 8 else
+                     (torch.randn(n_rows, rank, generator=draw) / rank ** 0.5, None))
+    norm = torch.rand(rank, generator=draw) + 0.5
+    return Latent(heads, rank, still, turning, values, (still + turning) ** -0.5, norm, 1e-6,
+                  Matrices(((codes, scales, None),)), neighbours, cached)

@@ -13,12 +13,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.experts import runtime
+from engine.experts import runtime, window
 from engine.model import fused, host_embedding, packed, static_cache
 
-KERNELS = ("age", "apply", "attend", "dense", "dequantize_rows", "fill", "linear", "linears", "quantize_activation",
-           "resolve_experts", "resolve_neurons", "route", "score", "score_up", "select", "select_above", "weigh")
-LAUNCHES = {"apply": 4, "dense": 4, "age": 3, "attend": 2}  # kernels of a function on a card, where not one
+KERNELS = ("age", "apply", "attend", "attend_latent", "dense", "dequantize_rows", "fill", "linear", "linears",
+           "quantize_activation", "resolve_experts", "resolve_neurons", "route", "score", "score_up", "select",
+           "select_above", "weigh")
+LAUNCHES = {"apply": 4, "dense": 4, "age": 3, "attend": 2, "attend_latent": 3}  # kernels on a card, where not one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
          "empty", "detach", "alias")  # nothing for a device to do
 # The last: a tensor made of Python numbers, which a device copies from pageable memory and waits for.
@@ -55,7 +56,7 @@ def as_node(function: Callable) -> Callable:
 def kernels_as_nodes():
     """Inside, the kernels that the device's runtime, the packed trunk, the embedding and the fused step imported are
     nodes: what a compiled one writes is seen by no recorder."""
-    modules = runtime, packed, host_embedding, fused, static_cache
+    modules = runtime, window, packed, host_embedding, fused, static_cache
     before = [(module, name, getattr(module, name)) for name in KERNELS for module in modules if hasattr(module, name)]
     assert {name for _, name, _ in before} == set(KERNELS)
     try:

@@ -26,8 +26,9 @@ from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, selec
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
+from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
-from kernels.trunk.route import route
+from kernels.trunk.route import Choice, route
 
 Tensor = torch.Tensor
 VALUES, SIXTEEN_BITS = 1e-3, 1e-2   # of the largest value; SIXTEEN_BITS where the result itself is rounded to 16 bits
@@ -259,6 +260,29 @@ def _attend_gated(case: Case) -> Compared:
     return _attended(case, Heads(8, 2, 128, 128 ** -0.5, torch.ones(128), torch.ones(128), 1e-6, gated=True), 32)
 
 
+def _attend_latent(case: Case) -> Compared:
+    """GLM-4.7-Flash's heads, fewer of them, and DeepSeek-V2's, behind 70 rows of a 16-bit cache whose further rows are
+    no numbers."""
+    draw, position, made = torch.Generator().manual_seed(19), 70, [[], []]
+    for (still, values), bits, is_second in (((192, 256), 4, False), ((128, 128), 8, True)):
+        expand = Matrices(((*random_matrix(5 * (still + values), 512, bits, draw), None),))
+        latent = Latent(5, 512, still, 64, values, 0.06, torch.rand(512, generator=draw), 1e-6, expand, True, is_second)
+        given = [torch.randn(shape, generator=draw) for shape in (
+            (case.n_tokens, 5 * (still + 64)), (case.n_tokens, 576), (2, case.n_tokens, 64))]
+        kept = [torch.randn(1, 1, 80, size, generator=draw).bfloat16() for size in (512, 64)]
+        for part in kept:
+            part[:, :, position:] = torch.nan
+        places, end = torch.arange(position, position + case.n_tokens), position + case.n_tokens
+        for found, function, device in ((made[0], partial(case.call, attend_latent), case.device),
+                                        (made[1], attend_latent.reference, "cpu")):
+            cache = [part.clone().to(device) for part in kept]
+            own = latent._replace(norm=latent.norm.to(device), expand=Matrices(_there(expand.parts, device)))
+            out = function(*_there(tuple(given), device), *cache, torch.tensor(position, device=device), own,
+                           places.to(device))
+            found += out, *(part[:, :, :end] for part in cache)
+    return tuple(made[0]), tuple(made[1]), SIXTEEN_BITS
+
+
 def _delta(case: Case) -> Compared:
     """Qwen3.5's heads, fewer of them; the state goes to a second row, and the first stays as it was."""
     draw, made = torch.Generator().manual_seed(13), []
@@ -275,23 +299,28 @@ def _delta(case: Case) -> Compared:
 
 
 def _gated(case: Case) -> Compared:
+    """A shared expert with its logit, and one without."""
     rows = torch.randn(case.n_tokens, 1 + 2 * 512, generator=torch.Generator().manual_seed(17))
-    return (case.call(gated, rows.to(case.device)),), (gated.reference(rows),), VALUES
+    both = rows, rows[:, 1:]
+    return (tuple(case.call(gated, part.to(case.device)) for part in both), tuple(map(gated.reference, both)), VALUES)
 
 
 def _route(case: Case) -> Compared:
-    """The best 8 of 128; an id that is another one is further off than VALUES."""
-    logits = torch.randn(case.n_tokens, 128, generator=torch.Generator().manual_seed(11))
-    ids, shares = case.call(route, logits.to(case.device), 8, True)
-    expected = route.reference(logits, 8, True)
-    return (ids, shares), expected, VALUES
+    """The best 8 of 128, Qwen3's and DeepSeek's; an id that is another one is further off than VALUES."""
+    draw, found, expected = torch.Generator().manual_seed(11), [], []
+    logits = torch.randn(case.n_tokens, 128, generator=draw)
+    for choice in (Choice(8, True), Choice(8, True, True, torch.rand(128, generator=draw), 8, 4, 2, 2.5)):
+        found += case.call(route, logits.to(case.device), _there(choice, case.device))
+        expected += route.reference(logits, choice)
+    return tuple(found), tuple(expected), VALUES
 
 
 CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
           "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route,
-          "attend gated": _attend_gated, "attend windowed": _attend_windowed, "delta": _delta, "gated": _gated}
+          "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
+          "delta": _delta, "gated": _gated}
 
 
 def kernels() -> Iterator[Row]:

@@ -8,67 +8,121 @@ import torch
 from numba import carray, float32, int8, int32, int64, njit
 
 from kernels.cpu.program import STOP
-from kernels.cpu.threads import Step, address, fields, pack, pointer, task
+from kernels.cpu.threads import Step, address, fields, pack, pointer, run, task
+from kernels.trunk.route import LEAST, Choice
 
 Tensor = torch.Tensor
+TOLD = "experts routed tokens renormalised sigmoid correction groups kept of_group logits ids shares"
+RECORD, NEAR = fields(TOLD, "scaling"), fields(f"{TOLD} there", "scaling")
 
 
 @njit(cache=True, nogil=True)
-def _route_one(row, renormalised, ids, shares):
-    largest, total, taken = row[0], float32(0), float32(0)
+def _is_better(value, best):
+    """What is no number is better than any."""
+    return value > best or (value != value and best == best)
+
+
+@njit(cache=True, nogil=True)
+def _best(wanted, is_left):
+    """The first of the best that are left; taken."""
+    best = -1
+    for i in range(len(wanted)):
+        if is_left[i] and (best < 0 or _is_better(wanted[i], wanted[best])):
+            best = i
+    is_left[best] = False
+    return best
+
+
+@njit(cache=True, nogil=True)
+def _shares(row, sigmoid, shares):
+    if sigmoid:
+        for i in range(len(row)):
+            shares[i] = float32(1) / (float32(1) + math.exp(-row[i]))
+        return
+    largest, total = row[0], float32(0)
     for value in row:
         largest = value if value > largest else largest
-    for value in row:
-        total += math.exp(value - largest)
+    for i in range(len(row)):
+        shares[i] = math.exp(row[i] - largest)
+        total += shares[i]
+    for i in range(len(row)):
+        shares[i] /= total
+
+
+@njit(cache=True, nogil=True)
+def _leave_groups_out(wanted, groups, kept, of_group, is_left):
+    size = len(wanted) // groups
+    best, is_free = np.zeros(groups, np.float32), np.ones(groups, np.bool_)
+    for group in range(groups):
+        for _ in range(of_group):
+            best[group] += wanted[group * size + _best(wanted[group * size:(group + 1) * size],
+                                                       is_left[group * size:(group + 1) * size])]
+    is_left[:] = False
+    for _ in range(kept):
+        group = _best(best, is_free)
+        is_left[group * size:(group + 1) * size] = True
+
+
+@njit(cache=True, nogil=True)
+def _route_one(row, a, ids, shares):
+    """a: the record, of this and all other tokens."""
+    n = len(row)
+    every, is_left = np.empty(n, np.float32), np.ones(n, np.bool_)
+    _shares(row, a.sigmoid, every)
+    wanted = every
+    if a.correction:
+        wanted = every + carray(pointer(a.correction), n, float32)
+    if a.groups > 1:
+        _leave_groups_out(wanted, a.groups, a.kept, a.of_group, is_left)
+    taken = float32(LEAST) if a.sigmoid else float32(0)
     for k in range(len(ids)):
-        best = -1
-        for expert, value in enumerate(row):
-            if best >= 0 and not value > row[best]:
-                continue
-            is_free = True
-            for before in range(k):
-                is_free = is_free and ids[before] != expert
-            if is_free:
-                best = expert
-        ids[k], shares[k] = best, math.exp(row[best] - largest) / total
-        taken += shares[k]
-    if renormalised:
-        for k in range(len(ids)):
-            shares[k] /= taken
+        best = _best(wanted, is_left)
+        ids[k], shares[k] = best, every[best]
+        taken += every[best]
+    for k in range(len(ids)):
+        share = shares[k] / taken if a.renormalised else shares[k]
+        shares[k] = share * a.scaling
 
 
-@njit("void(float32[:,::1], boolean, int64[:,::1], float32[:,::1])", cache=True, nogil=True)
-def _route(logits, renormalised, ids, shares):
-    for t in range(len(logits)):
-        _route_one(logits[t], renormalised, ids[t], shares[t])
+@task
+def _route(table):
+    a = carray(pointer(table), 1, RECORD)[0]
+    logits = carray(pointer(a.logits), (a.tokens, a.experts), float32)
+    ids = carray(pointer(a.ids), (a.tokens, a.routed), int64)
+    shares = carray(pointer(a.shares), (a.tokens, a.routed), float32)
+    for t in range(a.tokens):
+        _route_one(logits[t], a, ids[t], shares[t])
 
 
-def route(logits: Tensor, top_k: int, renormalised: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """As kernels.trunk.route.route."""
-    ids = torch.empty(len(logits), top_k, dtype=torch.int64)
-    shares = torch.empty(len(logits), top_k, dtype=torch.float32)
-    _route(logits.contiguous().numpy(), renormalised, ids.numpy(), shares.numpy())
+    logits = logits.contiguous()
+    ids = torch.empty(len(logits), choice.top_k, dtype=torch.int64)
+    shares = torch.empty(len(logits), choice.top_k, dtype=torch.float32)
+    run(_route, RECORD, 1, 0, **_told(logits, choice, ids, shares))
     return ids, shares
 
 
-RECORD = fields("experts routed renormalised logits ids shares there")
+def _told(logits: Tensor, choice: Choice, ids: Tensor, shares: Tensor) -> dict[str, float]:
+    top_k, renormalised, sigmoid, correction, groups, kept, of_group, scaling = choice
+    return dict(experts=logits.shape[1], routed=top_k, tokens=len(logits), renormalised=renormalised, sigmoid=sigmoid,
+                correction=address(correction), groups=groups, kept=kept, of_group=of_group, scaling=scaling,
+                logits=address(logits), ids=address(ids), shares=address(shares))
 
 
 @task
 def _route_near(table):
     """One token's; stops the program where one of the experts is not there."""
-    a = carray(pointer(table), 1, RECORD)[0]
+    a = carray(pointer(table), 1, NEAR)[0]
     ids, there = carray(pointer(a.ids), a.routed, int32), carray(pointer(a.there), a.experts, int8)
-    _route_one(carray(pointer(a.logits), a.experts, float32), a.renormalised != 0, ids,
-               carray(pointer(a.shares), a.routed, float32))
+    _route_one(carray(pointer(a.logits), a.experts, float32), a, ids, carray(pointer(a.shares), a.routed, float32))
     for expert in ids:
         if not there[expert]:
             carray(pointer(table), 1, int64)[0] = STOP
 
 
-def routing(logits: Tensor, renormalised: bool, ids: Tensor, shares: Tensor, there: np.ndarray) -> Step:
+def routing(logits: Tensor, choice: Choice, ids: Tensor, shares: Tensor, there: np.ndarray) -> Step:
     """The step of `route` for logits float32 [1, E], into ids int32 and shares float32 [1, k]. there: bool [E], which
     experts are near; where one is not, the program stops here, and goes on from here once it is."""
-    record = pack(RECORD, 1, experts=logits.shape[1], routed=ids.shape[1], renormalised=renormalised,
-                  logits=address(logits), ids=address(ids), shares=address(shares), there=there.ctypes.data)
-    return Step(_route_near, record, (logits, ids, shares, there), whole=True)
+    record = pack(NEAR, 1, **_told(logits, choice, ids, shares), there=there.ctypes.data)
+    return Step(_route_near, record, (logits, choice, ids, shares, there), whole=True)

@@ -36,7 +36,7 @@ def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Mat
                and block.shared is None for block in blocks):
         return NotImplemented
     used = [head, *(part for block in blocks for part in (block.projections, block.output, block.router))]
-    if None in used or not all(map(linear.takes, used)) or any(own.gate.kind not in KINDS for own in experts):
+    if not all(map(linear.takes, used)) or any(own.gate.kind not in KINDS for own in experts):
         return NotImplemented
     return Token(blocks, experts, norm, head)
 
@@ -45,10 +45,10 @@ class Token:
     """As kernels.trunk.token.Token."""
 
     def __init__(self, blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> None:
-        first, n = blocks[0], len(blocks)
+        first, n, top_k = blocks[0], len(blocks), blocks[0].choice.top_k
         self._blocks, self._rooms = blocks, [None] * n
         self.x, self.turn = _room(head.columns), torch.empty(2, 1, first.mixing.size)
-        self.ids, self._shares = torch.empty(n, first.top_k, dtype=torch.int32), torch.empty(n, first.top_k)
+        self.ids, self._shares = torch.empty(n, top_k, dtype=torch.int32), torch.empty(n, top_k)
         self._behind = _room(head.columns)      # attention
         self._normed = torch.zeros(1, experts[0].layout.padded)
         self._projected, self._attended = _room(first.projections.rows), _room(first.output.columns)
@@ -77,7 +77,7 @@ class Token:
 
     def _experts(self, block: Block, own: Mapped, ids: Tensor, shares: Tensor) -> list[Step]:
         enter, eight, sixteen = entering(self._normed, own.layout.group, own.budget is not None)
-        steps, chosen = [routing(self._routed, block.renormalised, ids, shares, own.there), enter], None
+        steps, chosen = [routing(self._routed, block.choice, ids, shares, own.there), enter], None
         if own.budget is not None:
             refined, total = own.budget
             scores = _room(ids.numel() * own.layout.neurons)

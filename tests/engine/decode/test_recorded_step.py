@@ -20,8 +20,10 @@ from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 from tests.support.recorded import Recording, asks_the_host, device_nodes, record
 
-FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss")
-CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe"]
+FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "glm4_moe", "glm4_moe_lite",
+         "deepseek_v2")
+CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe",
+            "glm4_moe_lite"]
 N_TOKENS, CONTEXT = 200, 224
 PROMPT = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(6))
 SAMPLING = Sampling(4.0, 60, 0.98, 0.001, 1.5, seed=3)  # the small models repeat themselves otherwise
@@ -56,7 +58,7 @@ def from_here(step: Step, once) -> tuple[list[list[int]], list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name, trunk_bits", [*((name, 16) for name in CAPTURED), ("qwen3_5_moe_text", 4),
-                                              ("gpt_oss", 4), ("olmoe", 4),
+                                              ("gpt_oss", 4), ("olmoe", 4), ("deepseek_v2", 4),
                                               pytest.param("gemma4_text", 8, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):

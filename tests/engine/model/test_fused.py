@@ -16,10 +16,16 @@ from tests.support import architectures, folders
 
 Tensor = torch.Tensor
 WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=512)  # matrices that are large enough to be packed
+LATENT = dict(q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=24, head_dim=16)
 CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_topk_prob=True)), ("qwen3_moe", 16, {}),
          ("qwen3_moe", 8, dict(mlp_only_layers=[0])), ("olmoe", 4, {}), ("mixtral", 8, {}),
          ("qwen3_5_moe_text", 8, {}), ("qwen3_next", 4, {}), ("qwen3_next", 16, {}),
-         ("gpt_oss", 8, {}), ("gpt_oss", 16, dict(sliding_window=64))]
+         ("gpt_oss", 8, {}), ("gpt_oss", 16, dict(sliding_window=64)),
+         ("glm4_moe", 8, dict(topk_group=1, routed_scaling_factor=2.5)),
+         ("glm4_moe", 4, dict(use_qk_norm=True, attention_bias=True)),
+         ("glm4_moe_lite", 8, LATENT), ("deepseek_v3", 4, dict(rope_interleave=False, topk_group=1) | LATENT),
+         ("deepseek_v3", 16, dict(q_lora_rank=None, head_dim=16)),
+         ("deepseek_v2", 4, dict(topk_method="group_limited_greedy", n_group=2, topk_group=1) | LATENT)]
 
 
 @pytest.mark.parametrize(("name", "bits", "changes"), CASES)
@@ -78,3 +84,38 @@ def test_room_is_no_part_of_a_cache() -> None:
         layer.crop(-600)
         layer.update(*rows[..., 5:7, :])
     assert torch.equal(ours.keys, theirs.keys) and ours.get_seq_length() == 102
+
+
+@pytest.mark.parametrize(("name", "changes"), [("qwen3_moe", {}), ("qwen3_next", {}), ("deepseek_v2", LATENT)])
+def test_a_text_at_exact_is_the_same_however_it_is_cut(name: str, changes: dict, tmp_path) -> None:
+    """Written token by token, then read in windows of several: every one of them is followed by what was written."""
+    folders.checkpoint(name, tmp_path / "checkpoint", **WIDE | changes)
+    compress(tmp_path / "checkpoint", tmp_path / "compressed", device="cpu", trunk_bits=8)
+    loaded = load(tmp_path / "compressed", Options(level="exact", device="cpu"))
+    prompt, model = torch.randint(128, (9,), generator=torch.Generator().manual_seed(1)).tolist(), loaded.model
+    n_sure = 0
+    with torch.inference_mode():
+        for made in (lambda: DynamicPrefix(model), lambda: StepPrefix(model, StepCache(model.config, 64))):
+            prefix = made()
+            loaded.runtime.phase = "prefill"
+            logits, text, seen = prefix.feed(prompt), [], []
+            loaded.runtime.phase = "decode"
+            for _ in range(24):
+                text.append(int(logits.argmax()))
+                logits = prefix.feed(text[-1:])
+                seen.append(logits)
+            for cut in ((2,), (3,), (4,), (1, 4, 2, 3)):
+                prefix, at = made(), 0
+                loaded.runtime.phase = "prefill"
+                prefix.feed(prompt)
+                loaded.runtime.phase = "decode"
+                for n in cut * (24 // sum(cut)):
+                    logits = prefix.feed(text[at:at + n])
+                    at += n
+                    expected = seen[at - 1]
+                    same(logits, expected)
+                    best, second = expected.topk(2).values
+                    if best - second > 4e-3 * expected.abs().max():     # else rounding may decide, as anywhere
+                        assert logits.argmax() == expected.argmax()
+                        n_sure += 1
+        assert len(set(text)) > 4 and n_sure > 50

@@ -11,14 +11,16 @@ pytest.importorskip("numba", reason="needs numba, which compiles these functions
 from kernels.cpu import threads
 from kernels.cpu.trunk import attend as cpu_attend
 from kernels.cpu.trunk import delta as cpu_delta
+from kernels.cpu.trunk import latent as cpu_latent
 from kernels.cpu.trunk import linear as cpu_linear
 from kernels.cpu.trunk import route as cpu_route
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import delta
+from kernels.trunk.latent import attend_latent
 from kernels.trunk.linear import Matrices, linears
-from kernels.trunk.route import route
+from kernels.trunk.route import Choice, route
 from tests.kernels.cpu.test_linear_twin import matrix
-from tests.support.random_experts import random_mixer, random_step
+from tests.support.random_experts import random_latent, random_mixer, random_step
 
 Tensor = torch.Tensor
 tries = settings(max_examples=30, deadline=None)
@@ -109,11 +111,35 @@ def test_delta(tokens, shape, by_head, seed):
 
 
 @tries
-@given(tokens, st.sampled_from((2, 8, 128)), st.integers(1, 8), st.booleans(), seeds)
-def test_route(tokens, experts, top_k, renormalised, seed):
-    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
-    (ids, shares), expected = (run(logits, min(top_k, experts), renormalised)
-                               for run in (cpu_route.route, route.reference))
+@given(tokens, st.sampled_from(((1, 64, 16, 16), (9, 128, 24, 40))), st.sampled_from((4, 8, 32)), st.integers(0, 40),
+       st.sampled_from(((False, False), (True, False), (True, True))), seeds)
+def test_attend_latent(tokens, shape, bits, position, pairs, seed):
+    (heads, rank, still, values), draw = shape, torch.Generator().manual_seed(seed)
+    latent = random_latent(heads, rank, still, 16, values, bits, *pairs, seed)
+    given = [torch.randn(size, generator=draw) for size in ((tokens, heads * (still + 16)), (tokens, rank + 16),
+                                                            (2, tokens, 16))]
+    kept = [torch.randn(1, 1, position + tokens + 3, size, generator=draw) for size in (rank, 16)]
+    caches = [[rows.clone() for rows in kept] for _ in range(2)]
+    found, expected = (run(*given, *cache, position, latent) for run, cache in zip(
+        (cpu_latent.attend_latent, attend_latent.reference), caches, strict=True))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-5)
+    for mine, theirs, before in zip(*caches, kept, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        changed = (mine != before).any(-1)[0, 0].nonzero().flatten().tolist()
+        assert changed == list(range(position, position + tokens))
+
+
+@tries
+@given(tokens, st.sampled_from((2, 8, 128)), st.integers(1, 8), st.booleans(), st.booleans(), st.booleans(),
+       st.sampled_from(((1, 1, 2), (2, 1, 1), (4, 2, 2))), seeds)
+def test_route(tokens, experts, top_k, renormalised, sigmoid, corrected, groups, seed):
+    draw = torch.Generator().manual_seed(seed)
+    logits, correction = torch.randn(tokens, experts, generator=draw), torch.rand(experts, generator=draw)
+    if groups[0] * groups[2] > experts:
+        groups = 1, 1, 2
+    of_kept = experts // groups[0] * groups[1]
+    choice = Choice(min(top_k, of_kept), renormalised, sigmoid, correction if corrected else None, *groups, 2.5)
+    (ids, shares), expected = (run(logits, choice) for run in (cpu_route.route, route.reference))
     assert torch.equal(ids, expected[0])
     torch.testing.assert_close(shares, expected[1])
 
@@ -124,8 +150,9 @@ def test_what_is_no_number_stays_none(value):
     x[1, 50] = value
     found, _ = cpu_linear.linears(x, mixed(64, [4, 8, 32], 0), torch.ones(64), 1e-6)
     assert found[0].isfinite().all() and found[1].isnan().all()
-    _, shares = cpu_route.route(found[1:, :8].contiguous(), 2, True)
-    assert shares.isnan().all()
+    for sigmoid in (False, True):
+        _, shares = cpu_route.route(found[1:, :8].contiguous(), Choice(2, True, sigmoid))
+        assert shares.isnan().all()
     cache = torch.zeros(2, 1, 1, 8, 16)
     projected = torch.full((1, 48), value)
     out = cpu_attend.attend(projected, torch.ones(2, 1, 16), *cache, 3, Heads(1, 1, 16, 0.25))
@@ -140,12 +167,16 @@ def test_any_number_of_threads_makes_the_same_bits(monkeypatch):
                               for shape in ((3, 256), (2, 3, 16), (2, 1, 4, 40, 16)))
     mixer = random_mixer(3, 2, 16, 16, True)
     entering, *states = random_step(mixer, 3)
+    latent = random_latent(20, 64, 16, 16, 16, 8)
+    looking = [torch.randn(shape, generator=draw) for shape in ((3, 640), (3, 80), (2, 3, 16))]
+    kept = [torch.randn(1, 1, 40, size, generator=draw) for size in (64, 16)]
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             found.append((cpu_linear.linears(x, matrices, torch.ones(256), 1e-6)[0],
                           cpu_attend.attend(projected.clone(), turn, *cache.clone(), 30, heads),
-                          cpu_delta.delta(entering, *(state.clone() for state in states), mixer)))
+                          cpu_delta.delta(entering, *(state.clone() for state in states), mixer),
+                          cpu_latent.attend_latent(*looking, *(rows.clone() for rows in kept), 30, latent)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
