@@ -10,6 +10,7 @@ from engine.quality.evidence.beforehand import GENERAL_TOKENS, ROUNDS, Made, Sha
 from engine.quality.evidence.claims import SYSTEMS
 from engine.quality.evidence.live import Live
 from engine.quality.evidence.svg import COLOURS, EDGE, HEIGHT, WIDTH, drawing, words
+from engine.quality.evidence.tested import TESTED
 from engine.quality.simulate import Replay
 
 
@@ -44,13 +45,16 @@ def page(found: Found, plots: Sequence[str]) -> str:
             f"    {found.command}", "",
             f"Traces are the model's own answers: {trained:,} tokens to learn from, {tested:,} other ones to measure "
             "on. A share of near memory counts whole 4-bit experts. *Gap closed*: between LRU (0 %) and Belady's "
-            "optimum (100 %), in bytes fetched on demand; *with ahead*: in all bytes that cross the link. *Gain*: "
+            "optimum (100 %), in bytes fetched on demand; *with ahead*: in all bytes that cross the link; with "
+            "`miss=place` it may be more than all, since what is computed where it lies is not fetched. *Gain*: "
             "demand bytes less than the row above. Recall is of the layers from the third on.", "",
             "Rows that change the output are read from few tokens: a perplexity that moves by a percent is chance, KL "
             "is the surer figure.", ""]
     said += ["## Held to", "", "| asked for | found | |", "|---|---|---|"]
     said += [f"| {line.asked} | {line.found} | {'holds' if line.holds else 'does **not** hold'} |"
              for line in found.judged]
+    said += ["", "## Held by tests", "", "| claim | |", "|---|---|"]
+    said += [f"| {line.claim} | {line.found} |" for line in TESTED]
     for share, rows in found.replayed.items():
         said += ["", f"## Output unchanged, {share:.0%} near", "", *_replayed(rows)]
     said += ["", f"![Gap between LRU and the optimum that each rule closes]({plots[0]})"]

@@ -17,6 +17,7 @@ from engine.quality.evidence.first_tokens import START, restored, warm_up, while
 from engine.quality.evidence.live import Live
 from engine.quality.evidence.replayed import coverage, lossless_rows, on_demand
 from engine.quality.evidence.report import Found, Judged, bars, costs, gap_closed, page, scatter
+from engine.quality.evidence.tested import TESTED
 from engine.quality.simulate import Simulator, baselines, optimum, recalls, sizes_of, taught
 from engine.quality.specialists.make import Losses
 
@@ -118,6 +119,14 @@ def test_the_page_holds_every_row_and_every_system(rows):
     assert Cost(**told["prefer_cached"][0]).kl == 0.01
     for drawn in (bars(found.replayed, [row.name for row in rows]), scatter(found.live)):
         assert ElementTree.fromstring(drawn).tag.endswith("svg") and "NaN" not in drawn
+
+
+def test_every_test_that_the_page_names_is_there(repository):
+    for line in TESTED:
+        assert bool(line.test) != bool(line.note), line.claim
+        if line.test:
+            file, name = line.test.split("::")
+            assert f"\ndef {name}(" in (repository / "tests" / file).read_text(encoding="utf-8"), line.test
 
 
 def test_too_little_near_memory_is_one_sentence(traces):
