@@ -1,4 +1,5 @@
-"""The line before the engine: the page's answers and programs' requests, one at a time, the nearest deadline first.
+"""The line before the engine: the page's answers and programs' requests, one at a time, the nearest deadline first;
+before it who is expected to take less, where that makes nobody late (the rule of eMoE, arXiv 2503.06823).
 
 A person does not wait for a program's answer to end: where it lets over, the engine sets it aside meanwhile.
 """
@@ -6,17 +7,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import NamedTuple
 
 from engine import Stopped
 
 LOOK_SECONDS = 0.1  # how often a stop is looked for
+DOUBT = 2.0  # an answer may take so many times as long as is expected
 
 
 class Late(Exception):
     """The deadline passed before the turn came."""
+
+
+class Place(NamedTuple):
+    """Of one who waits. deadline: by time.monotonic(); number: of those with one deadline the first comes first;
+    seconds: that it is expected to take, 0 where nobody knows."""
+
+    deadline: float
+    number: int
+    seconds: float
 
 
 class Line:
@@ -25,8 +37,8 @@ class Line:
     def __init__(self, on_come: Callable[[], None] = lambda: None):
         self._on_come = on_come
         self._changed = threading.Condition()
-        self._numbers = count()  # of those with one deadline the first comes first
-        self._waiting: set[tuple[float, int]] = set()
+        self._numbers = count()
+        self._waiting: set[Place] = set()
         self._inside = 0  # two where one has been let over another
         self._lets_over = False
 
@@ -41,10 +53,10 @@ class Line:
 
     @contextmanager
     def turn(self, deadline: float, stopped: Callable[[], bool], patient: bool = False, over: bool = False,
-             ) -> Iterator[None]:
+             seconds: float = 0.0) -> Iterator[None]:
         """The engine is the caller's inside. deadline: by time.monotonic(). Late once it has passed, except for who is
-        patient; Stopped soon after `stopped` says so. over: goes in beside one who lets over."""
-        place = (deadline, next(self._numbers))
+        patient; Stopped soon after `stopped` says so. over: goes in beside one who lets over. seconds: as of Place."""
+        place = Place(deadline, next(self._numbers), seconds)
         with self._changed:
             self._waiting.add(place)
         self._on_come()
@@ -75,14 +87,30 @@ class Line:
             self._lets_over = over
             self._changed.notify_all()
 
-    def _wait(self, place: tuple[float, int], stopped: Callable[[], bool], patient: bool, over: bool) -> None:
+    def _wait(self, place: Place, stopped: Callable[[], bool], patient: bool, over: bool) -> None:
         with self._changed:
             while True:
                 if stopped():
                     raise Stopped
-                if not patient and time.monotonic() > place[0]:
+                if not patient and time.monotonic() > place.deadline:
                     raise Late
-                if not self._inside and min(self._waiting) == place or over and self._lets_over and self._inside == 1:
+                is_next = not self._inside and following(self._waiting, time.monotonic()) == place
+                if is_next or over and self._lets_over and self._inside == 1:
                     self._inside += 1
                     return
                 self._changed.wait(LOOK_SECONDS)
+
+
+def following(waiting: Iterable[Place], now: float) -> Place:
+    """Whose turn is next: who takes least, where all others, by deadline behind it, can still begin in time; else the
+    nearest deadline."""
+    by_deadline = sorted(waiting)
+    for place in sorted(by_deadline, key=lambda place: place.seconds):
+        begins, in_time = now + DOUBT * place.seconds, True
+        for other in by_deadline:
+            if other is not place:
+                in_time = in_time and begins <= other.deadline
+                begins += DOUBT * other.seconds
+        if in_time:
+            return place
+    return by_deadline[0]

@@ -65,7 +65,8 @@ class Asking:
     def _run(self) -> None:
         try:
             self._served.check(self._order.model)
-            with self._line.turn(self._deadline, self.stop.is_set):
+            seconds = self._served.expected(self._order.model, self._order.characters, self._order.sampling.max_tokens)
+            with self._line.turn(self._deadline, self.stop.is_set, seconds=seconds):
                 self._ask()
             self._hand(None)
         except Late:

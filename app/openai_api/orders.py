@@ -27,6 +27,12 @@ class Order:
     stream: bool = False
     usage: bool = False
 
+    @property
+    def characters(self) -> int:
+        """Of the prompt, as far as it is text."""
+        return len(self.prompt) if isinstance(self.prompt, str) else sum(
+            len(message["content"]) for message in self.prompt if isinstance(message.get("content"), str))
+
 
 def of_chat(body: ChatBody, owner: str) -> Order:
     """owner: the id of the key. UserError, ApiError for what cannot be."""

@@ -10,6 +10,10 @@ from app.library.open_model import Models
 from app.openai_api.errors import ApiError
 from engine import Stopped, UserError
 
+OPENING_SECONDS = 30.0  # that another model may take to be opened
+TOKEN_CHARACTERS = 4
+USUAL_TOKENS = 256  # of an answer, whatever a request allows
+
 
 class Served:
     def __init__(self, models: Models, shelf: Shelf):
@@ -23,6 +27,17 @@ class Served:
         if name not in self.names():
             raise ApiError(404, f"There is no model {name[:100]!r} on this computer; ask for the list of models.",
                            "model_not_found", "model")
+
+    def expected(self, name: str, characters: int, most_tokens: int | None) -> float:
+        """Seconds that an answer will take, by the speeds of the last one; 0 where there was none: opening, reading,
+        writing."""
+        now = self.models.snapshot()
+        speed, read = now.get("tokens_per_second", 0.0), now.get("prompt", {})
+        if not speed:
+            return 0.0
+        reading = characters / TOKEN_CHARACTERS * read.get("seconds", 0.0) / max(1, read.get("tokens", 0))
+        opening = 0.0 if self.names()[0] == name else OPENING_SECONDS
+        return opening + reading + min(most_tokens or USUAL_TOKENS, USUAL_TOKENS) / speed
 
     def engine(self, name: str, stop: threading.Event, deadline: float):
         """For the one whose turn it is. Late, Stopped; ApiError where it cannot be opened."""

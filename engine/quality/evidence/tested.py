@@ -41,6 +41,8 @@ TESTED = (
            "title_comes_later"),
     Tested("who waits for the engine goes by deadline", "app/openai_api/test_parts.py::test_the_nearest_deadline_"
            "comes_next_and_nobody_together"),
+    Tested("a job that is expected to take less goes before where nobody is late by it (eMoE)", "app/openai_api/"
+           "test_parts.py::test_a_short_job_goes_before_a_long_one_where_nobody_is_late_by_it"),
     Tested("LongCat-Flash: an identity expert moves no byte and adds w x; joined late as eager",
            note="does **not** hold: not built, its experts do not come through transformers' interface"),
     Tested("MoLE: logits of the training form are those of the tables",

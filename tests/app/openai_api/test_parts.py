@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from app.chat.line import Late, Line
+from app.chat.line import DOUBT, Late, Line, Place, following
 from app.openai_api import errors
 from app.openai_api.asking import Begun
 from app.openai_api.bodies import ChatBody
@@ -43,6 +43,19 @@ def test_the_nearest_deadline_comes_next_and_nobody_together():
     for thread in threads:
         thread.join()
     assert order == ["soon", "middle", "late"] and len(line) == 0 and line.is_free
+
+
+def test_a_short_job_goes_before_a_long_one_where_nobody_is_late_by_it():
+    long, short, person = Place(100.0, 0, 60.0), Place(300.0, 1, 2.0), Place(120.0, 2, 0.0)
+    assert following([long, short], 0.0) == short
+    assert following([long, short], 100.0 - DOUBT * 2) == short and following([long, short], 97.0) == long
+    assert following([long, short, person], 0.0) == person, "what a person waits for is never behind a guess"
+    assert following([long], 1000.0) == long
+    two = Place(50.0, 3, 40.0)
+    assert following([long, two, short], 0.0) == short
+    assert following([long, two], 0.0) == two, "in turn by deadline where the other way makes one late"
+    unknown = [Place(seconds, at, 0.0) for at, seconds in enumerate((30.0, 10.0, 20.0))]
+    assert following(unknown, 0.0) == unknown[1]
 
 
 def test_a_person_goes_over_a_program_that_lets_over_and_nobody_else_does():
