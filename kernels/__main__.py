@@ -31,6 +31,7 @@ from kernels.trunk.gated import gated
 from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import Choice, route
+from kernels.trunk.settle import Settling, settle
 from kernels.weigh import weigh
 
 Tensor = torch.Tensor
@@ -105,6 +106,9 @@ def cases() -> Iterator[Case]:
     yield attend_latent, (torch.randn(2, 64, generator=draw), torch.randn(2, 80, generator=draw),
                           torch.randn(2, 2, 8, generator=draw), torch.randn(1, 1, 9, 64, generator=draw),
                           torch.randn(1, 1, 9, 16, generator=draw), 5, latent)
+    norms = torch.rand(5, 100, generator=draw)
+    yield settle, (torch.randn(2, 100, generator=draw), torch.randn(2, 100, generator=draw),
+                   Settling(norms[0], 1e-6, (norms[1], norms[2]), norms[3, :1], norms[4]), torch.ones(2, 100))
     yield gated, (torch.randn(2, 65, generator=draw),)
     yield gated, (torch.randn(2, 64, generator=draw),)
 

@@ -1,4 +1,4 @@
-"""Cases for Triton's interpreter (run by test_interpreted.py): attention of a step, and the choice of experts."""
+"""Cases for Triton's interpreter (run by test_interpreted.py): attention of a step, choice of experts, norms."""
 from __future__ import annotations
 
 import pytest
@@ -6,8 +6,11 @@ import torch
 
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import route as gpu_route
+from kernels.gpu.trunk import settle as gpu_settle
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.route import Choice, route
+from kernels.trunk.settle import settle
+from tests.support.random_experts import random_settling
 
 CASES = [  # T, Q, C, D, norms, rows that are seen, cache, numbers of a head that turn, gated
     (1, 4, 2, 32, "head", 40, torch.float32, 32, False), (3, 4, 1, 12, "all", 7, torch.float32, 12, False),
@@ -77,3 +80,11 @@ def test_what_is_no_number_makes_no_share():
     assert ids[2].tolist() == [0, 1] and shares[2].tolist() == [0.5, 0.5]
     ids, shares = gpu_route.route(logits, Choice(2, True, True))
     assert ids[0, 0] == 1 and shares[0].isnan().all() and ids[1].tolist() == [2, 0] and shares[1].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("n_tokens, hidden, two, then", [(1, 100, True, False), (4, 64, False, True),
+                                                         (2, 70, True, True), (1, 16, False, False)])
+def test_settle(n_tokens, hidden, two, then):
+    given = random_settling(n_tokens, hidden, two, then)
+    for found, expected in zip(gpu_settle.settle(*given), settle.reference(*given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

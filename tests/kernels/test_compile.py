@@ -28,13 +28,14 @@ from kernels.gpu.trunk import delta as gpu_delta
 from kernels.gpu.trunk import gated as gpu_gated
 from kernels.gpu.trunk import latent as gpu_latent
 from kernels.gpu.trunk import route as gpu_route
+from kernels.gpu.trunk import settle as gpu_settle
 from kernels.layout import Layout, default_group_size
 from kernels.pool import new_pool
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import Matrices
 from kernels.trunk.route import Choice
 from tests.support import aot
-from tests.support.random_experts import random_latent, random_mixer, random_step
+from tests.support.random_experts import random_latent, random_mixer, random_settling, random_step
 
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and
@@ -228,6 +229,8 @@ CALLS = {
     "delta by head": delta_call(16, 2, 128, True, 4),     # Qwen3 Next 80B
     "gated": lambda: gpu_gated.gated(torch.zeros(4, 1025)),
     "gated, no logit": lambda: gpu_gated.gated(torch.zeros(4, 3072)),
+    "settle": lambda: gpu_settle.settle(*random_settling(4, 2816, True, True)),     # Gemma 4
+    "settle one": lambda: gpu_settle.settle(*random_settling(1, 2816, False, True)),
     "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 3072), torch.zeros(4, 8), 2880),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),

@@ -10,6 +10,7 @@ from kernels.planes import Nested, record_rows, sketch_rows
 from kernels.trunk.delta import Mixer
 from kernels.trunk.latent import Latent
 from kernels.trunk.linear import Matrices
+from kernels.trunk.settle import Settling
 
 Tensor = torch.Tensor
 
@@ -97,3 +98,13 @@ def random_latent(heads: int, rank: int, still: int, turning: int, values: int, 
     norm = torch.rand(rank, generator=draw) + 0.5
     return Latent(heads, rank, still, turning, values, (still + turning) ** -0.5, norm, 1e-6,
                   Matrices(((codes, scales, None),)), neighbours, cached)
+
+
+def random_settling(n_tokens: int, hidden: int, two: bool, then: bool, seed: int = 0) -> tuple:
+    """What `settle` is given: a second summand and a scale, or neither; what is read next, or nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    residual, added, beside = torch.randn(3, n_tokens, hidden, generator=draw)
+    norms = torch.rand(4, hidden, generator=draw) + 0.5
+    own, scale = ((norms[1], norms[2]), torch.rand(1, generator=draw)) if two else (None, None)
+    how = Settling(norms[0], 1e-6, own, scale, norms[3] if then else None)
+    return residual, added, how, beside if two else None

@@ -14,13 +14,15 @@ from kernels.cpu.trunk import delta as cpu_delta
 from kernels.cpu.trunk import latent as cpu_latent
 from kernels.cpu.trunk import linear as cpu_linear
 from kernels.cpu.trunk import route as cpu_route
+from kernels.cpu.trunk import settle as cpu_settle
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import delta
 from kernels.trunk.latent import attend_latent
 from kernels.trunk.linear import Matrices, linears
 from kernels.trunk.route import Choice, route
+from kernels.trunk.settle import settle
 from tests.kernels.cpu.test_linear_twin import matrix
-from tests.support.random_experts import random_latent, random_mixer, random_step
+from tests.support.random_experts import random_latent, random_mixer, random_settling, random_step
 
 Tensor = torch.Tensor
 tries = settings(max_examples=30, deadline=None)
@@ -142,6 +144,14 @@ def test_route(tokens, experts, top_k, renormalised, sigmoid, corrected, groups,
     (ids, shares), expected = (run(logits, choice) for run in (cpu_route.route, route.reference))
     assert torch.equal(ids, expected[0])
     torch.testing.assert_close(shares, expected[1])
+
+
+@tries
+@given(tokens, st.sampled_from((16, 100, 2816)), st.booleans(), st.booleans(), seeds)
+def test_settle(tokens, hidden, two, then, seed):
+    given = random_settling(tokens, hidden, two, then, seed)
+    for found, expected in zip(cpu_settle.settle(*given), settle.reference(*given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
