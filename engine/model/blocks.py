@@ -4,6 +4,7 @@ modules. The tensors are the model's own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from kernels.trunk.delta import Mixer
 from kernels.trunk.latent import Latent
 from kernels.trunk.linear import Matrices
 from kernels.trunk.route import Choice
+from kernels.trunk.settle import Settling
 from kernels.trunk.token import Block, Norm
 
 Tensor = torch.Tensor
@@ -27,9 +29,29 @@ HALVED = {"GptOssRotaryEmbedding"}  # which name the angle of both halves of a h
 STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotation that do not depend on how long the text is
 
 
+@dataclass(frozen=True)
+class Flanked:
+    """One decoder layer whose parts stand between two norms each, a dense part beside the experts (Gemma 4)."""
+
+    mixing: Heads
+    before: Norm
+    projections: Matrices
+    output: Matrices
+    settled: Settling       # attention's, and what the experts are given
+    inside: Norm            # before the dense part
+    inner: Matrices         # its gate and up
+    back: Matrices
+    routing: Norm
+    router: Matrices
+    choice: Choice
+    joined: Settling        # the dense part's and the experts'
+
+
 def is_known(model: nn.Module) -> bool:
     """Whether `block_of` tells all that its layers compute."""
     config = model.config
+    if type(model).__name__ == "Gemma4ForCausalLM":
+        return _is_plain_gemma(model)
     name, has_window = type(model).__name__, getattr(config, "sliding_window", None) is not None
     return (name in KNOWN and _has_our_experts(model) and (name in WINDOWED or not has_window)
             and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY
@@ -41,8 +63,19 @@ def _has_our_experts(model: nn.Module) -> bool:
     return all(isinstance(part.experts, FloeExperts) for part in parts)
 
 
-def block_of(layer: nn.Module, config: object) -> Block:
+def _is_plain_gemma(model: nn.Module) -> bool:
+    """One of experts, whose layers share no cache and get nothing of their own from an embedding."""
+    config, turns = model.config, set(model.model.rotary_emb.rope_type.values())
+    return (all(isinstance(getattr(layer, "experts", None), FloeExperts) for layer in model.model.layers)
+            and not config.num_kv_shared_layers and not config.hidden_size_per_layer_input
+            and config.use_bidirectional_attention != "all" and turns <= STEADY | {"proportional"}
+            and config.hidden_activation == "gelu_pytorch_tanh")
+
+
+def block_of(layer: nn.Module, config: object) -> Block | Flanked:
     """Of one decoder layer."""
+    if hasattr(layer, "pre_feedforward_layernorm_2"):
+        return _flanked(layer, config)
     own, queries = getattr(layer, "self_attn", None), None
     if hasattr(own, "kv_b_proj"):
         mixing, projections, output = _latent(own, config)
@@ -56,11 +89,27 @@ def block_of(layer: nn.Module, config: object) -> Block:
 def _heads(own: nn.Module, config: object) -> tuple[Heads, Matrices, Matrices]:
     """How it attends, what leads there, and back."""
     norms = [norm(getattr(own, name)).weight if hasattr(own, name) else None for name in ("q_norm", "k_norm")]
-    queries = config.num_attention_heads
-    heads = Heads(queries, config.num_key_value_heads, own.head_dim, own.scaling, *norms, config.rms_norm_eps,
-                  gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim,
-                  window=getattr(own, "sliding_window", None) or 0, sinks=_floats(getattr(own, "sinks", None)))
-    return heads, matrices(own.q_proj, own.k_proj, own.v_proj), matrices(own.o_proj)
+    queries, in_one = config.num_attention_heads, own.v_proj is None
+    heads = Heads(queries, own.k_proj.weight.shape[0] // own.head_dim, own.head_dim, own.scaling, *norms,
+                  config.rms_norm_eps, gated=own.q_proj.weight.shape[0] == 2 * queries * own.head_dim,
+                  window=getattr(own, "sliding_window", None) or 0, sinks=_floats(getattr(own, "sinks", None)),
+                  value_norm=_floats(torch.ones_like(norms[0])) if hasattr(own, "v_norm") else None, in_one=in_one)
+    values = () if in_one else (own.v_proj,)
+    return heads, matrices(own.q_proj, own.k_proj, *values), matrices(own.o_proj)
+
+
+def _flanked(layer: nn.Module, config: object) -> Flanked:
+    mixing, projections, output = _heads(layer.self_attn, config)
+    router, dense, epsilon = layer.router, layer.mlp, config.rms_norm_eps
+    after, first, second, both, then = (norm(getattr(layer, f"{name}_layernorm{which}")).weight for name, which in (
+        ("post_attention", ""), ("post_feedforward", "_1"), ("post_feedforward", "_2"), ("post_feedforward", ""),
+        ("pre_feedforward", "_2")))
+    choice = Choice(config.top_k_experts, True, factors=_floats(router.per_expert_scale))
+    return Flanked(mixing, norm(layer.input_layernorm), projections, output, Settling(after, epsilon, then=then),
+                   norm(layer.pre_feedforward_layernorm), matrices(dense.gate_proj, dense.up_proj),
+                   matrices(dense.down_proj), Norm(_floats(router.scale) * router.scalar_root_size, router.eps),
+                   matrices(router.proj), choice,
+                   Settling(both, epsilon, (first, second), _floats(layer.layer_scalar)))
 
 
 def _latent(own: nn.Module, config: object) -> tuple[Latent, Matrices, Matrices]:
@@ -114,16 +163,20 @@ def _groups(gate: nn.Module) -> tuple[int, int]:
     return (gate.num_group, gate.topk_group) if gate.topk_group < gate.num_group else (1, 1)
 
 
-def rotation_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """-> a function of a tensor of the wanted dtype and device, and of positions [T]: cosines and sines [2, T, D], or
-    [2, T, D/2] where pairs are turned."""
+def kinds_of(model: nn.Module) -> list[str | None]:
+    """Of each layer, which rotation it has where there are several."""
+    layers, several = model.model.layers, isinstance(model.model.rotary_emb.rope_type, dict)
+    return [layer.self_attn.layer_type if several else None for layer in layers]
+
+
+def rotation_of(model: nn.Module) -> Callable[[Tensor, Tensor, str | None], Tensor]:
+    """-> a function of a tensor of the wanted dtype and device, positions [T] and a kind of `kinds_of`: cosines and
+    sines [2, T, D], or [2, T, D/2] where a model has complex numbers."""
     own = model.model.rotary_emb
 
-    def turn(x: Tensor, positions: Tensor) -> Tensor:
-        found = own(x, positions[None])
-        if isinstance(found, Tensor):   # complex numbers [1, T, D/2]: of pairs, each turned once
-            return torch.cat((found.real, found.imag))
-        found = torch.cat(found)
+    def turn(x: Tensor, positions: Tensor, kind: str | None) -> Tensor:
+        made = own(x, positions[None]) if kind is None else own(x, positions[None], kind)
+        found = torch.cat((made.real, made.imag) if isinstance(made, Tensor) else made)
         return torch.cat((found, found), -1) if type(own).__name__ in HALVED else found
     return turn
 
@@ -132,7 +185,7 @@ def norm(module: nn.Module) -> Norm:
     """Of a root-mean-square norm."""
     if type(module).__name__ in CENTRED:
         return Norm(1 + module.weight.detach().float(), module.eps)
-    return Norm(module.weight.detach(), module.variance_epsilon)
+    return Norm(module.weight.detach(), module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
 
 
 def matrices(*modules: nn.Module) -> Matrices:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
-from engine.model.blocks import block_of, is_known, matrices, norm, rotation_of
+from engine.model.blocks import Flanked, block_of, is_known, kinds_of, matrices, norm, rotation_of
 from engine.model.growing_cache import GrowingLayer, GrowingWindow
 from engine.model.host_token import HostToken
 from engine.model.static_cache import FullLayer, RecurrentLayer, RingLayer, StepCache
@@ -27,10 +27,12 @@ from kernels.trunk.gated import gated
 from kernels.trunk.latent import Latent
 from kernels.trunk.linear import MOST_TOKENS, linears
 from kernels.trunk.route import route
+from kernels.trunk.settle import settle
 from kernels.trunk.token import Block
 
 Tensor = torch.Tensor
 Rows = GrowingLayer | GrowingWindow | FullLayer | RingLayer | LinearAttentionLayer | RecurrentLayer
+Turns = dict[str | None, Tensor]    # by the layers' kind: cosines and sines of positions, float32 [2, T, D]
 TURNS = 1024  # positions whose rotation is computed at once
 
 
@@ -73,21 +75,45 @@ class Layer:
         return cache.attend_latent(query, new, turn, latent)
 
 
+@dataclass(frozen=True)
+class FlankedLayer:
+    """As Layer. mlp: whose `experts` it has."""
+
+    block: Flanked
+    mlp: nn.Module
+
+    def __call__(self, x: Tensor, turn: Tensor, cache: Rows) -> Tensor:
+        """x float32 [T, H] -> the same."""
+        own = self.block
+        projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
+        mixed, _ = linears(cache.attend(projected, turn, own.mixing), own.output)
+        x, normed = settle(x, mixed, own.settled)
+        inner, _ = linears(x, own.inner, own.inside.weight, own.inside.epsilon)
+        dense, _ = linears(gated(inner, "gelu_tanh"), own.back)
+        logits, _ = linears(x, own.router, own.routing.weight, own.routing.epsilon)
+        return settle(x, dense, own.joined, self.mlp.experts(normed, *route(logits, own.choice)))[0]
+
+
 class FusedStep:
     """Of one model; it holds the model's own tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         base, config = model.model, model.config
         self._embed, self._turned = base.embed_tokens, rotation_of(model)
-        self._layers = [Layer(block_of(layer, config), layer.mlp) for layer in base.layers]
+        self._kinds = kinds_of(model)
+        self._layers = [_of_block(block_of(layer, config), layer) for layer in base.layers]
         self._norm, self._head = norm(base.norm), matrices(model.lm_head)
+        self._cap = getattr(config, "final_logit_softcapping", None)
 
-    def _logits(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
-        """x float32 [T, H], turn float32 [2, T, D] -> logits float32 [V] after the last token."""
-        for layer, rows in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, turn, rows)
+    def _logits(self, x: Tensor, turns: Turns, cache: Cache) -> Tensor:
+        """x float32 [T, H] -> logits float32 [V] after the last token."""
+        for layer, kind, rows in zip(self._layers, self._kinds, cache.layers, strict=True):
+            x = layer(x, turns[kind], rows)
         logits, _ = linears(x[-1:].contiguous(), self._head, self._norm.weight, self._norm.epsilon)
-        return logits[0]
+        return logits[0] if self._cap is None else (logits[0] / self._cap).tanh() * self._cap
+
+    def _all_turned(self, x: Tensor, positions: Tensor) -> Turns:
+        return {kind: self._turned(x, positions, kind) for kind in dict.fromkeys(self._kinds)}
 
 
 class HostStep(FusedStep):
@@ -97,7 +123,7 @@ class HostStep(FusedStep):
         super().__init__(model)
         blocks, mlps = ([getattr(layer, part) for layer in self._layers] for part in ("block", "mlp"))
         self._token = HostToken(blocks, mlps, self._norm, self._head)
-        self._turns = torch.empty(2, 0, 0, dtype=torch.float32)
+        self._turns, self._known = {}, 0     # and how many positions
         self._attends = [isinstance(block.mixing, Mixer) for block in blocks].index(False)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
@@ -110,16 +136,16 @@ class HostStep(FusedStep):
     def __call__(self, ids: list[int], cache: DynamicCache) -> Tensor:
         """Read up to MOST_TOKENS more tokens behind what the cache holds -> logits [V] after the last."""
         position = cache.layers[self._attends].get_seq_length()
-        turn, x = self._turn(position, position + len(ids)), self._embed(torch.tensor(ids))
+        turns, x = self._between(position, position + len(ids)), self._embed(torch.tensor(ids))
         if len(ids) == 1 and self.in_one_call(cache):
-            return self._token(x, turn, cache, position)
-        return self._logits(x, turn, cache)
+            return self._token(x, turns[None], cache, position)
+        return self._logits(x, turns, cache)
 
-    def _turn(self, first: int, end: int) -> Tensor:
-        """Cosines and sines of positions [2, T, D]."""
-        if end > self._turns.shape[1]:
-            self._turns = self._turned(self._turns, torch.arange(-(-end // TURNS) * TURNS))
-        return self._turns[:, first:end].contiguous()
+    def _between(self, first: int, end: int) -> Turns:
+        if end > self._known:
+            self._known = -(-end // TURNS) * TURNS
+            self._turns = self._all_turned(torch.empty(0), torch.arange(self._known))
+        return {kind: turn[:, first:end].contiguous() for kind, turn in self._turns.items()}
 
 
 class DeviceStep(FusedStep):
@@ -132,7 +158,7 @@ class DeviceStep(FusedStep):
         for layer, own in zip(cache.layers, self._layers, strict=True):
             _initialise(layer, own.block.mixing, x)
         x = x.float()
-        logits = self._logits(x, self._turned(x, cache.clock.positions), cache)
+        logits = self._logits(x, self._all_turned(x, cache.clock.positions), cache)
         cache.clock.advance(len(ids))
         return logits
 
@@ -147,6 +173,10 @@ def device_step(model: nn.Module, cache: StepCache) -> DeviceStep | None:
     """As `host_step`, behind this cache."""
     is_full = all(type(layer) in (FullLayer, RingLayer, RecurrentLayer) for layer in cache.layers)
     return DeviceStep(model) if is_full and is_known(model) else None
+
+
+def _of_block(block: Block | Flanked, layer: nn.Module) -> Layer | FlankedLayer:
+    return FlankedLayer(block, layer) if isinstance(block, Flanked) else Layer(block, layer.mlp)
 
 
 def _goes_on(layer: object) -> bool:

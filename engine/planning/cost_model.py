@@ -21,7 +21,7 @@ Times = tuple[tuple[str, float], ...]
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES), which has more for five kinds. Of those with a
 # fused step (engine/model/fused.py) that card's count alone, look-ahead's included.
 LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 14, "qwen3_moe": 10, "olmoe": 10, "gpt_oss": 16, "mixtral": 10,
-               "gemma4": 137, "glm4_moe": 13, "glm4_moe_lite": 15, "deepseek_v2": 15,
+               "gemma4": 14, "glm4_moe": 13, "glm4_moe_lite": 15, "deepseek_v2": 15,
                "deepseek_v3": 15, "laguna": 78}
 OTHER_LAYER_NODES = 75
 WHOLE_NODES, SPARSE_NODES = 10, 15  # counted by tests/engine/decode/test_recorded_step.py

@@ -2,18 +2,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from kernels.activation import Gate
 from kernels.dispatch import twin
 
 Tensor = torch.Tensor
 
 
 @twin("kernels.gpu.trunk.gated")
-def gated(x: Tensor) -> Tensor:
-    """x float32 [T, 2S], any stride between rows: gate, up -> silu(gate) * up, [T, S]; of an odd number of columns the
-    first is a logit, whose sigmoid all is times."""
+def gated(x: Tensor, kind: str = "silu") -> Tensor:
+    """x float32 [T, 2S], any stride between rows: gate, up -> their product as a Gate of this kind makes it, [T, S]; of
+    an odd number of columns the first is a logit, whose sigmoid all is times."""
     size = x.shape[1] // 2
     logit, gate, up = x.split((x.shape[1] % 2, size, size), 1)
-    product = F.silu(gate) * up
+    product = Gate(kind)(gate, up)
     return logit.sigmoid() * product if logit.shape[1] else product

@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     """How a layer's router chooses. A share is an expert's part of the softmax over all, or its number's sigmoid; the
     best k by share plus `correction` (float32 [E] or None) are taken, out of `kept` of `groups` groups of neighbours
     where there are several: those whose `of_group` best (1 or 2) are best together. Their shares, renormalised to a sum
-    of one or not, come times `scaling`."""
+    of one or not, come times `scaling`, and times an expert's own of `factors`, float32 [E]."""
 
     top_k: int
     renormalised: bool
@@ -28,6 +28,7 @@ class Choice(NamedTuple):
     kept: int = 1
     of_group: int = 2
     scaling: float = 1.0
+    factors: Tensor | None = None
 
 
 @twin("kernels.gpu.trunk.route", "kernels.cpu.trunk.route")
@@ -45,4 +46,5 @@ def route(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     shares = shares.gather(1, ids)
     if choice.renormalised:
         shares = shares / (shares.sum(-1, keepdim=True) + (LEAST if choice.sigmoid else 0))
-    return ids, shares * choice.scaling
+    shares = shares * choice.scaling
+    return ids, shares if choice.factors is None else shares * choice.factors[ids]

@@ -65,7 +65,8 @@ def test_attend_in_a_window(monkeypatch, n_tokens, position, window, rows, sunk,
 @pytest.mark.parametrize("n_tokens, n_experts, choice", [
     (3, 128, Choice(8, True)), (4, 6, Choice(2, False)), (1, 5, Choice(5, True)), (1, 5, Choice(5, False)),
     (4, 32, Choice(3, True, True, torch.rand(32), 4, 2, 2, 2.5)), (2, 12, Choice(2, False, True, torch.rand(12))),
-    (3, 60, Choice(6, False, False, None, 3, 2, 1, 16.0)), (2, 6, Choice(2, True, True))])
+    (3, 60, Choice(6, False, False, None, 3, 2, 1, 16.0)), (2, 6, Choice(2, True, True)),
+    (3, 20, Choice(4, True, factors=torch.rand(20)))])
 def test_route(n_tokens, n_experts, choice):
     logits = 3 * torch.randn(n_tokens, n_experts + 7)[:, :n_experts]
     for expected, found in zip(route.reference(logits, choice), gpu_route.route(logits, choice), strict=True):

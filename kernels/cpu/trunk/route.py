@@ -12,7 +12,7 @@ from kernels.cpu.threads import Step, address, fields, pack, pointer, run, task
 from kernels.trunk.route import LEAST, Choice
 
 Tensor = torch.Tensor
-TOLD = "experts routed tokens renormalised sigmoid correction groups kept of_group logits ids shares"
+TOLD = "experts routed tokens renormalised sigmoid correction groups kept of_group factors logits ids shares"
 RECORD, NEAR = fields(TOLD, "scaling"), fields(f"{TOLD} there", "scaling")
 
 
@@ -82,6 +82,8 @@ def _route_one(row, a, ids, shares):
     for k in range(len(ids)):
         share = shares[k] / taken if a.renormalised else shares[k]
         shares[k] = share * a.scaling
+        if a.factors:
+            shares[k] *= carray(pointer(a.factors), n, float32)[ids[k]]
 
 
 @task
@@ -104,10 +106,10 @@ def route(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
 
 
 def _told(logits: Tensor, choice: Choice, ids: Tensor, shares: Tensor) -> dict[str, float]:
-    top_k, renormalised, sigmoid, correction, groups, kept, of_group, scaling = choice
+    top_k, renormalised, sigmoid, correction, groups, kept, of_group, scaling, factors = choice
     return dict(experts=logits.shape[1], routed=top_k, tokens=len(logits), renormalised=renormalised, sigmoid=sigmoid,
                 correction=address(correction), groups=groups, kept=kept, of_group=of_group, scaling=scaling,
-                logits=address(logits), ids=address(ids), shares=address(shares))
+                factors=address(factors), logits=address(logits), ids=address(ids), shares=address(shares))
 
 
 @task

@@ -32,8 +32,8 @@ Tensor = torch.Tensor
 
 def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> Token:
     """As kernels.trunk.token.token_step."""
-    if not all(isinstance(block.mixing, Heads) and not block.mixing.gated and not block.mixing.window
-               and block.shared is None for block in blocks):
+    if not all(isinstance(block, Block) and isinstance(block.mixing, Heads) and not block.mixing.gated
+               and not block.mixing.window and block.shared is None for block in blocks):
         return NotImplemented
     used = [head, *(part for block in blocks for part in (block.projections, block.output, block.router))]
     if not all(map(linear.takes, used)) or any(own.gate.kind not in KINDS for own in experts):

@@ -32,10 +32,10 @@ def _kept(order, expert, size, GROUPS: tl.constexpr, KEPT: tl.constexpr, OF_GROU
 
 
 @triton.jit
-def _route(logits, correction, ids, shares, n_experts, stride, scaling, K: tl.constexpr, RENORMALISED: tl.constexpr,
-           SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-           OF_GROUP: tl.constexpr, EXPERTS: tl.constexpr, PICKS: tl.constexpr, EACH: tl.constexpr,
-           LEAST: tl.constexpr):
+def _route(logits, correction, factors, ids, shares, n_experts, stride, scaling, K: tl.constexpr,
+           RENORMALISED: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, FACTORS: tl.constexpr,
+           GROUPS: tl.constexpr, KEPT: tl.constexpr, OF_GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+           PICKS: tl.constexpr, EACH: tl.constexpr, LEAST: tl.constexpr):
     """Grid: T. EXPERTS, PICKS, EACH: the next powers of two. Of equals the first comes first."""
     token = tl.program_id(0)
     expert, pick = tl.arange(0, EXPERTS), tl.arange(0, PICKS)
@@ -66,6 +66,8 @@ def _route(logits, correction, ids, shares, n_experts, stride, scaling, K: tl.co
         if SIGMOID:
             total += LEAST
         picked = picked / total
+    if FACTORS:
+        picked *= tl.load(factors + chosen)
     tl.store(ids + token * K + pick, chosen.to(tl.int64), mask=pick < K)
     tl.store(shares + token * K + pick, picked * scaling, mask=pick < K)
 
@@ -76,10 +78,11 @@ def route(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and top_k <= n_experts, (logits.shape, top_k)
     ids = torch.empty(n_tokens, top_k, dtype=torch.int64, device=logits.device)
     shares = torch.empty(n_tokens, top_k, dtype=torch.float32, device=logits.device)
-    corrected = choice.correction is not None
-    _route[(n_tokens,)](logits, choice.correction if corrected else logits, ids, shares, n_experts, logits.stride(0),
-                        choice.scaling, K=top_k, RENORMALISED=choice.renormalised, SIGMOID=choice.sigmoid,
-                        CORRECTED=corrected, GROUPS=choice.groups, KEPT=choice.kept, OF_GROUP=choice.of_group,
+    corrected, has_factors = choice.correction is not None, choice.factors is not None
+    _route[(n_tokens,)](logits, choice.correction if corrected else logits, choice.factors if has_factors else logits,
+                        ids, shares, n_experts, logits.stride(0), choice.scaling, K=top_k,
+                        RENORMALISED=choice.renormalised, SIGMOID=choice.sigmoid, CORRECTED=corrected,
+                        FACTORS=has_factors, GROUPS=choice.groups, KEPT=choice.kept, OF_GROUP=choice.of_group,
                         EXPERTS=triton.next_power_of_2(n_experts), PICKS=triton.next_power_of_2(top_k),
                         EACH=triton.next_power_of_2(choice.groups), LEAST=LEAST, num_warps=1)
     return ids, shares

@@ -21,7 +21,7 @@ from tests.support.folders import compressed
 from tests.support.recorded import Recording, asks_the_host, device_nodes, record
 
 FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "glm4_moe", "glm4_moe_lite",
-         "deepseek_v2")
+         "deepseek_v2", "gemma4_text")
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe",
             "glm4_moe_lite"]
 N_TOKENS, CONTEXT = 200, 224

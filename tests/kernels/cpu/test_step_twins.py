@@ -140,7 +140,8 @@ def test_route(tokens, experts, top_k, renormalised, sigmoid, corrected, groups,
     if groups[0] * groups[2] > experts:
         groups = 1, 1, 2
     of_kept = experts // groups[0] * groups[1]
-    choice = Choice(min(top_k, of_kept), renormalised, sigmoid, correction if corrected else None, *groups, 2.5)
+    choice = Choice(min(top_k, of_kept), renormalised, sigmoid, correction if corrected else None, *groups, 2.5,
+                    None if corrected else correction)
     (ids, shares), expected = (run(logits, choice) for run in (cpu_route.route, route.reference))
     assert torch.equal(ids, expected[0])
     torch.testing.assert_close(shares, expected[1])
