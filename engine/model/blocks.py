@@ -22,7 +22,7 @@ from kernels.trunk.token import Block, Norm
 Tensor = torch.Tensor
 KNOWN = {"Qwen3MoeForCausalLM", "OlmoeForCausalLM", "MixtralForCausalLM", "Qwen3NextForCausalLM",
          "Qwen3_5MoeForCausalLM", "GptOssForCausalLM", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM",
-         "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}
+         "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Gemma4ForCausalLM"}
 CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}  # norms whose weights are kept less one
 WINDOWED = {"GptOssForCausalLM"}  # whose windows are those of their cache's layers
 HALVED = {"GptOssRotaryEmbedding"}  # which name the angle of both halves of a head once
@@ -49,11 +49,12 @@ class Flanked:
 
 def is_known(model: nn.Module) -> bool:
     """Whether `block_of` tells all that its layers compute."""
-    config = model.config
-    if type(model).__name__ == "Gemma4ForCausalLM":
+    name, config = type(model).__name__, model.config
+    if name not in KNOWN or not _has_our_experts(model):
+        return False
+    if name == "Gemma4ForCausalLM":
         return _is_plain_gemma(model)
-    name, has_window = type(model).__name__, getattr(config, "sliding_window", None) is not None
-    return (name in KNOWN and _has_our_experts(model) and (name in WINDOWED or not has_window)
+    return ((name in WINDOWED or getattr(config, "sliding_window", None) is None)
             and getattr(config, "clip_qkv", None) is None and model.model.rotary_emb.rope_type in STEADY
             and config.hidden_act == "silu" and any(hasattr(layer, "self_attn") for layer in model.model.layers))
 
@@ -66,8 +67,7 @@ def _has_our_experts(model: nn.Module) -> bool:
 def _is_plain_gemma(model: nn.Module) -> bool:
     """One of experts, whose layers share no cache and get nothing of their own from an embedding."""
     config, turns = model.config, set(model.model.rotary_emb.rope_type.values())
-    return (all(isinstance(getattr(layer, "experts", None), FloeExperts) for layer in model.model.layers)
-            and not config.num_kv_shared_layers and not config.hidden_size_per_layer_input
+    return (config.enable_moe_block and not config.num_kv_shared_layers and not config.hidden_size_per_layer_input
             and config.use_bidirectional_attention != "all" and turns <= STEADY | {"proportional"}
             and config.hidden_activation == "gelu_pytorch_tanh")
 

@@ -38,11 +38,11 @@ def test_what_is_no_number_stays_in_its_head():
     assert out[1, :8].isnan().all() and not out[1, 8:].isnan().any() and not out[0].isnan().any()
 
 
-@pytest.mark.parametrize("n_tokens, size", [(1, 40), (3, 300)])
-def test_gated(n_tokens, size):
+@pytest.mark.parametrize("n_tokens, size, kind", [(1, 40, "silu"), (3, 300, "gelu_tanh")])
+def test_gated(n_tokens, size, kind):
     rows = torch.randn(n_tokens, 7 + 1 + 2 * size)
     for own in (rows[:, 7:], rows[:, 8:]):      # with its logit, and without
-        torch.testing.assert_close(gpu_gated.gated(own), gated.reference(own))
+        torch.testing.assert_close(gpu_gated.gated(own, kind), gated.reference(own, kind))
 
 
 N = 80     # rows of a cache

@@ -229,6 +229,8 @@ CALLS = {
     "delta by head": delta_call(16, 2, 128, True, 4),     # Qwen3 Next 80B
     "gated": lambda: gpu_gated.gated(torch.zeros(4, 1025)),
     "gated, no logit": lambda: gpu_gated.gated(torch.zeros(4, 3072)),
+    "gated of another kind": lambda: gpu_gated.gated(torch.zeros(4, 4224), "gelu_tanh"),    # Gemma 4
+    "route by factors": lambda: gpu_route.route(torch.zeros(4, 128), Choice(8, True, factors=torch.zeros(128))),
     "settle": lambda: gpu_settle.settle(*random_settling(4, 2816, True, True)),     # Gemma 4
     "settle one": lambda: gpu_settle.settle(*random_settling(1, 2816, False, True)),
     "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 3072), torch.zeros(4, 8), 2880),
@@ -242,6 +244,7 @@ SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "ta
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
               "attend gated, four tokens", "attend in a window, 256", "attend in one",
+              "gated of another kind", "route by factors",
               "latent, four tokens", "latent, many heads",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 

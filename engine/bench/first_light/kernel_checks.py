@@ -29,6 +29,7 @@ from kernels.trunk.gated import gated
 from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import Choice, route
+from kernels.trunk.settle import Settling, settle
 
 Tensor = torch.Tensor
 VALUES, SIXTEEN_BITS = 1e-3, 1e-2   # of the largest value; SIXTEEN_BITS where the result itself is rounded to 16 bits
@@ -305,6 +306,17 @@ def _gated(case: Case) -> Compared:
     return (tuple(case.call(gated, part.to(case.device)) for part in both), tuple(map(gated.reference, both)), VALUES)
 
 
+def _settle(case: Case) -> Compared:
+    """Gemma's two: behind attention, with what the experts are given; behind the dense part and the experts."""
+    draw, found, expected = torch.Generator().manual_seed(19), [], []
+    rows, norms = torch.randn(3, case.n_tokens, 2816, generator=draw), torch.rand(4, 2816, generator=draw)
+    for how in (Settling(norms[0], 1e-6, then=norms[3]), Settling(norms[0], 1e-6, (norms[1], norms[2]), torch.ones(1))):
+        given = rows[0], rows[1], how, rows[2]
+        found += case.call(settle, *_there(given, case.device))
+        expected += settle.reference(*given)
+    return tuple(found), tuple(expected), VALUES
+
+
 def _route(case: Case) -> Compared:
     """The best 8 of 128, Qwen3's and DeepSeek's; an id that is another one is further off than VALUES."""
     draw, found, expected = torch.Generator().manual_seed(11), [], []
@@ -320,7 +332,7 @@ CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
           "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route,
           "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
-          "delta": _delta, "gated": _gated}
+          "delta": _delta, "gated": _gated, "settle": _settle}
 
 
 def kernels() -> Iterator[Row]:

@@ -26,7 +26,6 @@ CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_t
          ("glm4_moe_lite", 8, LATENT), ("deepseek_v3", 4, dict(rope_interleave=False, topk_group=1) | LATENT),
          ("deepseek_v3", 16, dict(q_lora_rank=None, head_dim=16)),
          ("deepseek_v2", 4, dict(topk_method="group_limited_greedy", n_group=2, topk_group=1) | LATENT),
-
          ("gemma4_text", 8, GEMMA), ("gemma4_text", 4, GEMMA | dict(global_head_dim=64, attention_k_eq_v=True,
                                                                     num_global_key_value_heads=1))]
 
