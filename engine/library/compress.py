@@ -61,11 +61,10 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
         units = list(units_of(writer, checkpoint, device, check, documents, model))
         if documents and not text.model and not all(unit.done for unit in units):
             _plain(checkpoint, source, model, origin, group_size, trunk_bits, device, report, check)
-        _work(units, writer, report)
+        clock = _work(units, writer, report)
         shutil.rmtree(dest / PLAIN, ignore_errors=True)
         manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source, calibration=noted(documents, model))
-    n_layers = sum(bool(unit.layer) for unit in units)
-    report(Progress(n_layers + 1, n_layers + 1, 0.0, 0.0, "Compressed"))
+    clock.report(clock.layers + 1)
     return manifest
 
 
@@ -80,8 +79,8 @@ def _plain(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_
         writer.seal(checkpoint.text_config, checkpoint.skeleton, source)
 
 
-def _work(units: list[Unit], writer: FolderWriter, report: Report) -> None:
-    """What an earlier run has left of them."""
+def _work(units: list[Unit], writer: FolderWriter, report: Report) -> _Clock:
+    """What an earlier run has left of them; -> the clock, which has still to tell the end."""
     clock = _Clock(sum(bool(unit.layer) for unit in units), writer.spec.experts * writer.spec.expert_params, report)
     for unit in units:
         worked = not unit.done
@@ -91,6 +90,7 @@ def _work(units: list[Unit], writer: FolderWriter, report: Report) -> None:
         if unit.layer:
             writer.save()
             clock.report(unit.layer, worked)
+    return clock
 
 
 def left_out(checkpoint: Checkpoint) -> str:
@@ -207,5 +207,6 @@ class _Clock:
         self.n_worked += worked
         per_layer = (time.monotonic() - self.start) / self.n_worked if self.n_worked else 0.0
         rate = self.weights / per_layer if per_layer else 0.0
-        text = f"Compressing layer {done + 1} of {self.layers}" if done < self.layers else "Compressing the rest"
+        text = (f"Compressing layer {done + 1} of {self.layers}" if done < self.layers else
+                "Compressing the rest" if done == self.layers else "Compressed")
         self.tell(Progress(done, self.layers + 1, rate, per_layer * (self.layers + 1 - done), text))
