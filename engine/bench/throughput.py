@@ -2,7 +2,9 @@
 
 Random tokens as llama-bench does (prefill, then decode one at a time), and the model's own text from a cold and from a
 warm near memory. A device decodes as it does in a chat: alone, a step ahead of its reader, through its graph where it
-has one; there the random tokens are the model's own draws, nearly all alike likely. The comparison runs transformers'
+has one; there the random tokens are the model's own draws, nearly all alike likely. A synthetic model's picks are made up by a
+hook; where all lies in a processor's map no time depends on them, but a hook costs the one call of a token, so they are
+counted in a run of their own. The comparison runs transformers'
 own experts implementations on an uncompressed model of the same weights and dtype, with the same threads and kind of
 cache, interleaved with ours, and takes medians. Clocks are read only at the ends of a run, after the device has
 finished. Prints nothing.
@@ -30,6 +32,7 @@ from engine.core import Counters, Machine, Options, Sampling, UserError
 from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps
 from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
+from engine.experts.host import HostRuntime
 from engine.files.manifest import EXPERTS
 from engine.machine import benchmark
 from engine.model.load import Loaded
@@ -81,8 +84,11 @@ class Bench:
         self.device = loaded.model.device
         self.sizes = sizes or Sizes.of(getattr(loaded.model.config, "max_position_embeddings", None))
         self.synthetic = loaded.planner.calibration.get("synthetic")  # made-up weights: the picks are made up as well
-        if self.synthetic:
-            loaded.runtime.hook = synthetic_model.FollowPicks(loaded.runtime, self.synthetic["repeat"])
+        self._picks = synthetic_model.FollowPicks(loaded.runtime, self.synthetic["repeat"]) if self.synthetic else None
+        if self._counts_apart:
+            report("a synthetic model: times with the picks of its own router, bytes and hits with made-up ones")
+        elif self._picks:
+            loaded.runtime.hook = self._picks
         draw = torch.Generator().manual_seed(0)
         n_tokens = self.sizes.prefill + self.sizes.decode
         self.ids = torch.randint(loaded.model.config.vocab_size, (n_tokens,), generator=draw).tolist()
@@ -115,6 +121,11 @@ class Bench:
             **({"synthetic": True} if self.synthetic else {}),
         }
 
+    @property
+    def _counts_apart(self) -> bool:
+        runtime = self.loaded.runtime
+        return self._picks is not None and isinstance(runtime, HostRuntime) and runtime.is_mapped
+
     def _planned(self, rates: dict[str, float]) -> float:
         """What the plan expects of this level and near memory where the machine has these speeds."""
         planner = replace(self.loaded.planner, machine=benchmark.apply(self.loaded.planner.machine, rates))
@@ -130,7 +141,11 @@ class Bench:
     @cached_property
     def random(self) -> Run:
         """Medians of prefill and decode of random tokens, each time from an empty near memory; measured once."""
-        return self._median_of([self._random() for _ in range(3)])
+        if not self._counts_apart:
+            return self._median_of([self._random() for _ in range(3)])
+        with self.loaded.runtime.hooked(self._picks):
+            counted = self._random()
+        return replace(self._median_of([self._random() for _ in range(3)]), counters=counted.counters)
 
     @torch.inference_mode()
     def rows(self, speeds: Speeds, gpu: Machine | None = None) -> Iterator[Row]:
@@ -205,12 +220,21 @@ class Bench:
     def _own_text(self) -> tuple[dict, dict]:
         """Two answers in a row, drawn as the model recommends: the first from an empty near memory."""
         tokens = Tokens(self.loaded.tokenizer) if self.loaded.tokenizer.chat_template else None
-        self.loaded.runtime.reset()
         try:
-            return tuple(self._answer(self._question(tokens, text)) for text in QUESTIONS)
+            prompts = [self._question(tokens, text) for text in QUESTIONS]
         finally:
             if tokens:
                 tokens.close()
+        if not self._counts_apart:
+            return self._answers(prompts)
+        with self.loaded.runtime.hooked(self._picks):
+            counted = self._answers(prompts)
+        speed, timed = "decode_tokens_per_second", self._answers(prompts)
+        return tuple(count | {speed: own[speed]} for own, count in zip(timed, counted, strict=True))
+
+    def _answers(self, prompts: list[list[int]]) -> tuple[dict, ...]:
+        self.loaded.runtime.reset()
+        return tuple(self._answer(prompt) for prompt in prompts)
 
     def _question(self, tokens: Tokens | None, text: str) -> list[int]:
         plain = self.loaded.tokenizer

@@ -86,6 +86,24 @@ def test_the_verb_writes_and_measures_and_says_synthetic(tmp_path, monkeypatch, 
         assert capsys.readouterr().err.strip().endswith("choose the processor.")
 
 
+@pytest.mark.parametrize("near_bytes", [None, 100_000])
+def test_times_are_of_what_people_get_and_bytes_of_the_made_up_picks(near_bytes, tmp_path):
+    """Where all lies in the map no hook is there while time is taken; with less near memory the picks decide."""
+    synthetic.write(synthetic.shape_of(tiny("qwen3-30b-a3b")), tmp_path)
+    loaded, hooks = load.load(tmp_path, Options("exact", near_bytes, device="cpu")), []
+    bench, runtime = Bench(loaded, sizes=Sizes(6, 6)), loaded.runtime
+    answer, random = bench._answer, bench._random
+    bench._answer = lambda prompt: hooks.append(runtime.hook) or answer(prompt)
+    bench._random = lambda: hooks.append(runtime.hook) or random()
+    document, picks = bench.document(), bench._picks
+    assert document["needed_bytes_per_token"] == runtime.far.layers * runtime.top_k * runtime.far.expert_bytes
+    if runtime.is_mapped:
+        assert hooks == [picks, None, None, None, picks, picks, None, None] and document["hit_rate"] > 0
+        assert bench.decoder.prefix.fused.in_one_call(bench.decoder.prefix._cache)
+    else:
+        assert set(hooks) == {picks} and document["hit_rate"] < 1
+
+
 def test_a_device_computes_experts_made_up_in_locked_memory():
     """With a ledger in the driver's place; the memory goes back when the model is closed."""
     shape, ledger = synthetic.shape_of(tiny("qwen3-30b-a3b")), Ledger()
