@@ -2,9 +2,9 @@
 
 Random tokens as llama-bench does (prefill, then decode one at a time), and the model's own text from a cold and from a
 warm near memory. A device decodes as it does in a chat: alone, a step ahead of its reader, through its graph where it
-has one; there the random tokens are the model's own draws, nearly all alike likely. A synthetic model's picks are made up by a
-hook; where all lies in a processor's map no time depends on them, but a hook costs the one call of a token, so they are
-counted in a run of their own. The comparison runs transformers'
+has one; there the random tokens are the model's own draws, nearly all alike likely. A synthetic model's picks are made
+up by a hook; where all lies in a processor's map no time depends on them, but a hook costs the one call of a token, so
+they are counted in a run of their own. The comparison runs transformers'
 own experts implementations on an uncompressed model of the same weights and dtype, with the same threads and kind of
 cache, interleaved with ours, and takes medians. Clocks are read only at the ends of a run, after the device has
 finished. Prints nothing.
@@ -129,7 +129,10 @@ class Bench:
     def _planned(self, rates: dict[str, float]) -> float:
         """What the plan expects of this level and near memory where the machine has these speeds."""
         planner = replace(self.loaded.planner, machine=benchmark.apply(self.loaded.planner.machine, rates))
-        runtime, context = self.loaded.runtime, min(self.context, self.loaded.spec.context)
+        runtime, context = self.loaded.runtime, self.context
+        if isinstance(runtime, HostRuntime):    # whose cache is half full in the plan
+            context = 2 * self.sizes.prefill + self.sizes.decode
+        context = min(context, self.loaded.spec.context)
         made = planner.plan(runtime.level, Options(near_bytes=runtime.near_bytes, context=context))
         return made.decode_tokens_per_second
 

@@ -44,6 +44,7 @@ class Prefix:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model, self._device = model, next(model.parameters()).device
         accepted = inspect.signature(model.forward).parameters
+        self._one_by_one = model.config.model_type in ONE_BY_ONE    # a configuration is slow to ask
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._marks: list[Mark | Snapshot] = []
         self.ids: list[int] = []
@@ -72,8 +73,7 @@ class Prefix:
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Read more tokens; logits [V] after the last one."""
-        one_by_one = self.ids and self._model.config.model_type in ONE_BY_ONE
-        for part in ([[token] for token in ids] if one_by_one else [ids]):
+        for part in ([[token] for token in ids] if self._one_by_one and self.ids else [ids]):
             logits = self._forward(part)
             self.ids += part
         return logits

@@ -154,7 +154,10 @@ class HostRuntime(Runtime):
 
     def token_ended(self, ids: Tensor) -> None:
         """ids int32 [L, k], the experts that it was routed to."""
-        self._count_picks(ids)
+        picks, first = self.picks.numpy(), self._first_of_layer.numpy()     # as `_count_picks`, in a tenth of the time
+        picks *= self._kept.numpy()
+        picks[:, (first + ids.numpy()).ravel()] += 1
+        picks[:, -1] += 1
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

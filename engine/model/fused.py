@@ -20,12 +20,13 @@ from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 from engine.model.blocks import Flanked, block_of, is_known, kinds_of, matrices, norm, rotation_of
 from engine.model.growing_cache import GrowingLayer, GrowingWindow
 from engine.model.host_token import HostToken
+from engine.model.packed import Packed
 from engine.model.static_cache import FullLayer, RecurrentLayer, RingLayer, StepCache
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
 from kernels.trunk.latent import Latent
-from kernels.trunk.linear import MOST_TOKENS, linears
+from kernels.trunk.linear import MOST_TOKENS, columns, dequantize_rows, linears
 from kernels.trunk.route import route
 from kernels.trunk.settle import settle
 from kernels.trunk.token import Block
@@ -122,8 +123,9 @@ class HostStep(FusedStep):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         blocks, mlps = ([getattr(layer, part) for layer in self._layers] for part in ("block", "mlp"))
-        self._token = HostToken(blocks, mlps, self._norm, self._head)
         self._turns, self._known = {}, 0     # and how many positions
+        turn = self._between(0, 1).get(None)
+        self._token = HostToken(blocks, mlps, self._norm, self._head, 0 if turn is None else turn.shape[-1])
         self._attends = [isinstance(block.mixing, Mixer) for block in blocks].index(False)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
@@ -136,10 +138,19 @@ class HostStep(FusedStep):
     def __call__(self, ids: list[int], cache: DynamicCache) -> Tensor:
         """Read up to MOST_TOKENS more tokens behind what the cache holds -> logits [V] after the last."""
         position = cache.layers[self._attends].get_seq_length()
-        turns, x = self._between(position, position + len(ids)), self._embed(torch.tensor(ids))
+        turns, x = self._between(position, position + len(ids)), self._embedded(ids)
         if len(ids) == 1 and self.in_one_call(cache):
             return self._token(x, turns[None], cache, position)
         return self._logits(x, turns, cache)
+
+    def _embedded(self, ids: list[int]) -> Tensor:
+        """Rows [T, H]: of one packed token without the detours of torch's functions, which take some 50 us."""
+        weight, is_plain = self._embed.weight, type(self._embed) is nn.Embedding    # Gemma's scales its rows
+        if len(ids) > 1 or not is_plain or not isinstance(weight, Packed):
+            return self._embed(torch.tensor(ids))
+        at, row = slice(ids[0], ids[0] + 1), torch.empty(1, columns(weight.codes))
+        dequantize_rows(weight.codes[at], weight.scales[at], row)
+        return row
 
     def _between(self, first: int, end: int) -> Turns:
         if end > self._known:

@@ -12,25 +12,39 @@ ROOM = 256  # rows ahead, at least; then half of what is there
 
 
 class GrowingLayer(DynamicLayer):
-    """As DynamicLayer, of which it takes the rows over. keys and values [1, heads, N, D] are views of what has room."""
+    """As DynamicLayer, of which it takes the rows over. keys and values [1, heads, N, D] are views of what has room,
+    made when somebody asks: a token that is one call asks for none, in any layer."""
 
     def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()
-        self.keys, self.values, self.dtype, self.device = layer.keys, layer.values, layer.dtype, layer.device
-        self.is_initialized = True
-        self._rooms = self.keys, self.values
+        self._rooms, self._length = (layer.keys, layer.values), layer.keys.shape[2]
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+
+    @property
+    def keys(self) -> Tensor:
+        return self._rooms[0][:, :, :self._length]
+
+    @property
+    def values(self) -> Tensor:
+        return self._rooms[1][:, :, :self._length]
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """tokens_to_remove: minus their number, as transformers gives it."""
+        self.end(max(0, self._length - abs(tokens_to_remove)))
 
     def with_room(self, n: int) -> tuple[Tensor, Tensor]:
         """Keys and values [1, heads, more than N + n - 1, D]; rows from N on are free. `end` says how far they are used
         then."""
-        length = self.keys.shape[2]
-        if length + n > self._rooms[0].shape[2]:
-            self._rooms = tuple(_longer(rows, length + n + max(ROOM, length // 2)) for rows in (self.keys, self.values))
+        if self._length + n > self._rooms[0].shape[2]:
+            self._rooms = tuple(_longer(rows, self._length + n + max(ROOM, self._length // 2))
+                                for rows in (self.keys, self.values))
         return self._rooms
 
     def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
         """As kernels.trunk.attend, behind what is held; in place of `update` and all that reads it."""
-        length, n = self.keys.shape[2], len(projected)
+        length, n = self._length, len(projected)
         out = attend(projected, turn, *self.with_room(n), length, heads)
         self.end(length + n)
         return out
@@ -43,10 +57,10 @@ class GrowingLayer(DynamicLayer):
         return out
 
     def end(self, length: int) -> None:
-        self.keys, self.values = (rows[:, :, :length] for rows in self._rooms)
+        self._length = length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        length, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        length, end = self._length, self._length + key_states.shape[2]
         for rows, states in zip(self.with_room(key_states.shape[2]), (key_states, value_states), strict=True):
             rows[:, :, length:end] = states
         self.end(end)

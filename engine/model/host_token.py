@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from engine.experts.host import HostRuntime
+from engine.model.growing_cache import GrowingLayer
 from engine.model.registration import FloeExperts
 from kernels.trunk.linear import Matrices
 from kernels.trunk.token import Block, Norm, Token, token_step
@@ -19,10 +20,11 @@ Tensor = torch.Tensor
 
 
 class HostToken:
-    """Of one model's layers. mlps: theirs, whose `experts` are ours where the block has a router."""
+    """Of one model's layers. mlps: theirs, whose `experts` are ours where the block has a router. turned: as of
+    `token_step`."""
 
-    def __init__(self, blocks: list[Block], mlps: list[nn.Module], norm: Norm, head: Matrices) -> None:
-        self._blocks, self._norm, self._head = blocks, norm, head
+    def __init__(self, blocks: list[Block], mlps: list[nn.Module], norm: Norm, head: Matrices, turned: int) -> None:
+        self._blocks, self._norm, self._head, self._turned = blocks, norm, head, turned
         experts = [getattr(mlp, "experts", None) for mlp in mlps]
         self._experts = experts if all(isinstance(own, FloeExperts) for own in experts) else []
         self._made_of, self._token = (None, None), None
@@ -41,14 +43,15 @@ class HostToken:
         if any(now is not before for now, before in zip(made_of, self._made_of, strict=True)):
             self._made_of, self._token = made_of, self._made(runtime)
         token = self._token
-        return token is not None and all(token.takes(i, *rows.with_room(1)) for i, rows in enumerate(cache.layers))
+        return token is not None and all(token.takes(i, *_written(rows)) for i, rows in enumerate(cache.layers))
 
     def _made(self, runtime: HostRuntime) -> Token | None:
         experts = [runtime.mapped(own.layer) for own in self._experts]
-        return None if None in experts else token_step(self._blocks, experts, self._norm, self._head)
+        return None if None in experts else token_step(
+            self._blocks, experts, self._norm, self._head, self._turned)
 
     def __call__(self, x: Tensor, turn: Tensor, cache: DynamicCache, position: int) -> Tensor:
-        """x float32 [1, H], turn float32 [2, 1, D] -> logits float32 [V]."""
+        """x float32 [1, H], turn float32 [2, 1, turned] -> logits float32 [V]."""
         token, runtime = self._token, self._runtime
         token.x.copy_(x)
         token.turn.copy_(turn)
@@ -57,5 +60,11 @@ class HostToken:
         logits = token.run(lambda layer: runtime.fetch(layer, token.ids[layer].tolist()))
         runtime.token_ended(token.ids)
         for rows in cache.layers:
-            rows.end(position + 1)
+            if isinstance(rows, GrowingLayer):
+                rows.end(position + 1)
         return logits
+
+
+def _written(rows: GrowingLayer | LinearAttentionLayer) -> tuple[Tensor, Tensor]:
+    """What a token changes of a layer's cache."""
+    return rows.with_room(1) if isinstance(rows, GrowingLayer) else (rows.conv_states[0], rows.recurrent_states[0])

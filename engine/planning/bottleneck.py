@@ -60,7 +60,8 @@ def _parts(spec: ModelSpec, calibration: Mapping, machine: Machine, snapshot: Ma
     near = cost_model.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"])
     _, trunk = near_trunk_bytes(spec, snapshot["trunk_bits"], machine.device)
     if machine.device == "cpu":
-        return cost_model.token_on_cpu(spec, machine, layout, sparse, level, near, trunk, snapshot["context_used"],
+        read = snapshot["trunk_bits"], trunk
+        return cost_model.token_on_cpu(spec, machine, layout, sparse, level, near, read, snapshot["context_used"],
                                        cached=1.0)
     return cost_model.token_on_gpu(spec, machine, layout, sparse, level, near, trunk, each, snapshot["context"])
 

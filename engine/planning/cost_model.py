@@ -44,8 +44,14 @@ CPU_LAYER_OPERATIONS = 270
 CPU_WHOLE_OPERATIONS, CPU_SPARSE_OPERATIONS = 60, 115
 CPU_WHOLE_FAR_OPERATIONS, CPU_SPARSE_FAR_OPERATIONS = 450, 500
 # Where a token is one call as long as all is near (engine/model/host_token.py), and a layer six calls elsewhere.
-CPU_ONE_CALL = frozenset({"qwen3_moe", "olmoe", "mixtral"})
-CPU_TOKEN_OPERATIONS, CPU_ONE_CALL_OPERATIONS, CPU_CALLED_OPERATIONS = 80, 8, 60
+CPU_ONE_CALL = frozenset({"qwen3_moe", "olmoe", "mixtral", "qwen3_5_moe", "qwen3_next"})
+# Around the one call of the embedded model Python takes .23 ms a token, CPU time, which the operations of that machine
+# (1.4 us) measure; a layer's part of it is its cache's.
+CPU_TOKEN_OPERATIONS, CPU_ONE_CALL_OPERATIONS, CPU_CALLED_OPERATIONS = 130, 5, 60
+# What a compiled function reads a second, over `dense`, which is what `packed_bytes_per_second` measures: the newest
+# rows of tests/bench/cpu.csv, the mean of both kinds of instructions (tests/engine/planning/test_processor_costs.py).
+CPU_SHARES = {"dense": 1.0, "score": 0.74, "apply": 0.54, "linear8": 1.02, "linear4": 0.82}
+CPU_ATTENTION_SHARE = 0.6      # of the bandwidth of `gemv`: keys and values meet several queries (NOTES.md)
 FULL_FETCH_SHARE = 0.3         # of a plain copy's bandwidth: a checkpoint's weights are cast to float32
 ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
 
@@ -140,26 +146,48 @@ def _rate(machine: Machine, name: str) -> float:
 
 
 def token_on_cpu(spec: ModelSpec, machine: Machine, layout: Layout | None, sparsity: Sparsity, level: str,
-                 near: Residency, trunk_bytes: float, context: int, cached: float) -> Times:
-    """cached: share of the experts file that stays in memory beside near memory. Experts are computed from their packed
-    bytes, at `full` from float32."""
+                 near: Residency, trunk: tuple[int, float], context: int, cached: float) -> Times:
+    """trunk: its bits, and the bytes of it that a token reads. cached: share of the experts file that stays in memory
+    beside near memory. Experts are computed from their packed bytes, at `full` from float32."""
     gemv, copy = _rate(machine, "gemv_bytes_per_second"), _rate(machine, "copy_bytes_per_second")
-    packed, operation = _rate(machine, "packed_bytes_per_second"), _rate(machine, "operation_seconds")
     gathered = near.far_bytes / copy
     if level == "full":
         experts = spec.layers * spec.top_k * spec.expert_params * 4 / gemv
         gathered /= FULL_FETCH_SHARE
     elif level == "exact":
-        experts = near.needed_bytes / packed
+        experts = near.needed_bytes / _packed(machine, "dense")
     else:
-        experts = (near.needed_bytes + sparsity.budgets[level].refined * layout.sketch_row) / packed
+        experts = _sparse_seconds(spec, machine, layout, sparsity, level, near)
         gathered /= ROWS_SHARE
     misses = gathered + near.far_bytes * (1 - cached) / DISK_BYTES_PER_SECOND
-    attention = spec.kv_bytes_per_token * context / gemv
-    small = _operations(spec, level, near.far_bytes > 0) * operation
-    # A trunk in its codes is read no faster than experts in theirs (tests/bench/cpu.csv: `linear` beside `dense`).
-    return (("trunk", trunk_bytes / min(gemv, packed)), ("experts", experts), ("attention", attention),
+    attention = 2 * spec.kv_bytes_per_token * context / CPU_ATTENTION_SHARE     # in float32
+    attention += 2 * spec.state_bytes_at(context)                               # read and written
+    small = _operations(spec, level, near.far_bytes > 0) * _rate(machine, "operation_seconds")
+    return (("trunk", _trunk_seconds(spec, machine, *trunk)), ("experts", experts), ("attention", attention / gemv),
             ("small operations", small), ("misses", misses))
+
+
+def _packed(machine: Machine, function: str) -> float:
+    """Bytes a second of one of CPU_SHARES."""
+    return CPU_SHARES[function] * _rate(machine, "packed_bytes_per_second")
+
+
+def _sparse_seconds(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sparsity, level: str,
+                    near: Residency) -> float:
+    """Sketches scored; what was kept applied, which reads its sketch rows again."""
+    budget, sketches = sparsity.budgets[level], spec.layers * spec.top_k * layout.sketch_bytes
+    applied = max(0.0, near.needed_bytes - sketches) + (budget.refined + budget.down_only) * layout.sketch_row
+    return sketches / _packed(machine, "score") + applied / _packed(machine, "apply")
+
+
+def _trunk_seconds(spec: ModelSpec, machine: Machine, bits: int, n_bytes: float) -> float:
+    """Codes are read no faster than numbers are; the head keeps 8 bits beside 4."""
+    gemv = _rate(machine, "gemv_bytes_per_second")
+    if bits == 16:
+        return n_bytes / gemv
+    eight, four = (min(gemv, _packed(machine, f"linear{kind}")) for kind in (8, 4))
+    head = min(n_bytes, n_bytes if bits == 8 else 8.25 / 8 * spec.vocabulary * spec.hidden)
+    return head / eight + (n_bytes - head) / four
 
 
 def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:

@@ -215,7 +215,9 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     # Beside an arena of the plan's own choice less than a row is left, now more, now less: no share of the file.
     left = 0 if wishes.near_bytes is None else max(0, machine.ram_free_bytes - ram)
     cached = min(1.0, left / far)
-    token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, trunk, context, cached)
+    read = common["trunk_bits"], trunk
+    filled = context // 2       # a cache here grows, and a token reads what is in it: none of it, or all, or between
+    token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, read, filled, cached)
     prefill = cost_model.chunk_on_cpu(model, machine, chunk, level, far_each, stay, cached)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
     return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,

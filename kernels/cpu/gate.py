@@ -3,15 +3,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import carray, float32, njit
 
 from kernels.activation import KINDS, Gate
-from kernels.cpu.rows import FLOATS
+from kernels.cpu.rows import FLOATS, LINE
 from kernels.cpu.threads import pointer
 from kernels.cpu.vectors import LANES, Code, Value, in_vectors
 
 SILU, GELU, GELU_TANH, RELU, CLAMPED = (
     KINDS.index(kind) for kind in ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"))
+SIGMOID = len(KINDS)    # of what is gated by a sigmoid alone
 LOG2_E, LN2_HIGH, LN2_LOW = 1 / math.log(2), 0.693359375, -2.12194440e-4    # the two add up to ln 2
 # e**r for |r| <= ln 2 / 2, r**7 first (Cephes, expf.c)
 SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -71,3 +73,29 @@ def gated(gate, up, out, kind, alpha, limit):
             found[i] = float32(0.5) * g[i] * (float32(1) + math.erf(g[i] * float32(math.sqrt(0.5)))) * u[i]
     else:
         _gated(gate, up, out, alpha, limit, CLAMPED)
+
+
+@in_vectors("void(i64, i64, i64) 1")
+def _scale(code: Code, kind: int, gates: Value, values: Value, n_lines: Value) -> None:
+    """In place: values float32 times silu(gates), or sigmoid(gates)."""
+    with code.loop(n_lines) as line:
+        gate = code.load(gates + line * LINE, FLOATS)
+        share = _sigmoid(code, gate)
+        found = code.load(values + line * LINE, FLOATS) * (gate * share if kind == SILU else share)
+        code.store(found, values + line * LINE)
+
+
+@njit(cache=True, nogil=True)
+def scale(gates, values, n, is_silu):
+    """Addresses of float32 [n], which may be the same: values *= silu(gates), or sigmoid(gates)."""
+    whole, rest = n // LANES, n % LANES
+    last = np.zeros((2, LANES), np.float32)
+    ends = carray(pointer(gates + whole * LINE), rest, float32), carray(pointer(values + whole * LINE), rest, float32)
+    last[0, :rest], last[1, :rest] = ends[0], ends[1]
+    if is_silu:
+        _scale(gates, values, whole, SILU)
+        _scale(last.ctypes.data, last.ctypes.data + LINE, 1, SILU)
+    else:
+        _scale(gates, values, whole, SIGMOID)
+        _scale(last.ctypes.data, last.ctypes.data + LINE, 1, SIGMOID)
+    ends[1][:] = last[1, :rest]

@@ -9,7 +9,7 @@ from kernels.dispatch import twin
 Tensor = torch.Tensor
 
 
-@twin("kernels.gpu.trunk.gated")
+@twin("kernels.gpu.trunk.gated", "kernels.cpu.trunk.gated")
 def gated(x: Tensor, kind: str = "silu") -> Tensor:
     """x float32 [T, 2S], any stride between rows: gate, up -> their product as a Gate of this kind makes it, [T, S]; of
     an odd number of columns the first is a logit, whose sigmoid all is times."""

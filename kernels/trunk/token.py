@@ -69,20 +69,22 @@ class Token(Protocol):
     """What `token_step` makes. Its tensors are the caller's to fill before `run`, and to read behind it."""
 
     x: Tensor     # float32 [1, H], the embedded token; `run` changes it
-    turn: Tensor  # float32 [2, 1, D], cosines and sines of its position
+    turn: Tensor  # float32 [2, 1, turned], cosines and sines of its position
     ids: Tensor   # int32 [L, k], the experts that it was routed to
 
-    def takes(self, layer: int, keys: Tensor, values: Tensor) -> bool:
-        """Attend in these, float32 [1, C, N, D], from now on; False where their kind is left to others."""
+    def takes(self, layer: int, first: Tensor, second: Tensor) -> bool:
+        """Go on in these from now on: keys and values float32 [1, C, N, D], or a delta-net's columns and state as of
+        kernels.trunk.delta; False where their kind is left to others."""
 
     def at(self, position: int) -> None:
-        """The row of every layer's cache that the token writes: the first that is free."""
+        """The row of every cache of keys that the token writes: the first that is free."""
 
     def run(self, bring: Callable[[int], None]) -> Tensor:
         """-> logits float32 [V]. bring(layer): some expert that the token wants of it is not there yet."""
 
 
 @twin(None, "kernels.cpu.trunk.token")
-def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> Token | None:
-    """A step of one token through these layers; None where the separate functions have to do it."""
+def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices, turned: int) -> Token | None:
+    """A step of one token through these layers; None where the separate functions have to do it. turned: numbers of a
+    head whose position is told by turning them."""
     return None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import carray, float32, njit
 
-from kernels.cpu.gate import exponential
+from kernels.cpu.gate import exponential, scale
 from kernels.cpu.rows import FLOATS, LINE, add_lines
 from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
 from kernels.cpu.vectors import FLOAT, LANES, Code, Value, in_vectors, totals
@@ -180,10 +180,10 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     if rows is not None or not takes(heads, keys, values):
         return NotImplemented
     out = torch.empty(len(projected), heads.queries * heads.size, dtype=torch.float32)
-    projected, gate = _without_gates(projected, heads) if heads.gated else (projected.clone(), None)
-    for step in attending(projected, turn, heads, out, **of_cache(keys, values, position, len(projected))):
+    own = projected.contiguous() if heads.gated else projected.clone()
+    for step in attending(own, turn, heads, out, **of_cache(keys, values, position, len(projected))):
         call(step)
-    return out if gate is None else out.mul_(gate.sigmoid_())
+    return out
 
 
 def takes(heads: Heads, keys: Tensor, values: Tensor) -> bool:
@@ -200,8 +200,11 @@ def of_cache(keys: Tensor, values: Tensor, position: int, tokens: int) -> dict[s
 
 
 def attending(projected: Tensor, turn: Tensor, heads: Heads, out: Tensor, n_bytes: int = 0, **cache: int) -> list[Step]:
-    """The steps of `attend`, which change projected, without gates, into out float32 [T, Q * D]. cache: as of
-    `of_cache`, or later."""
+    """The steps of `attend` into out float32 [T, Q * D]; they change projected, where there are no gates. The last but
+    `heads.gated` has the record of the cache, which is as of `of_cache`, or set later."""
+    if heads.gated:
+        part, gate, projected = _gating(projected, heads, out)
+        return [part, *attending(projected, turn, heads._replace(gated=False), out, n_bytes, **cache), gate]
     spans = {f"{name}_span": 0 if norm is None else norm.numel()
              for name, norm in (("query", heads.query_norm), ("key", heads.key_norm))}
     width = (heads.queries + (2 - heads.in_one) * heads.cached) * heads.size
@@ -215,8 +218,37 @@ def attending(projected: Tensor, turn: Tensor, heads: Heads, out: Tensor, n_byte
     return [Step(_enter, packed, alive, whole=True), Step(_attend, packed, alive)]
 
 
-def _without_gates(projected: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """-> queries, keys and values; gates [T, Q * D]. Both are copies."""
-    n, end = len(projected), heads.queries * 2 * heads.size
-    query, gate = projected[:, :end].view(n, heads.queries, 2, heads.size).unbind(2)
-    return torch.cat((query.reshape(n, -1), projected[:, end:]), 1), gate.reshape(n, -1)
+GATE_RECORD = fields("tokens queries size rest projected plain gates out")
+
+
+@task
+def _part(table):
+    """Queries, keys and values as where there are no gates; gates [T, Q * D]."""
+    a = carray(pointer(table), 1, GATE_RECORD)[0]
+    n = a.queries * a.size
+    projected = carray(pointer(a.projected), (a.tokens, 2 * n + a.rest), float32)
+    plain, gates = carray(pointer(a.plain), (a.tokens, n + a.rest), float32), carray(pointer(a.gates), (a.tokens, n),
+                                                                                     float32)
+    for t in range(a.tokens):
+        for head in range(a.queries):
+            at, first = head * a.size, 2 * head * a.size
+            plain[t, at:at + a.size] = projected[t, first:first + a.size]
+            gates[t, at:at + a.size] = projected[t, first + a.size:first + 2 * a.size]
+        plain[t, n:] = projected[t, 2 * n:]
+
+
+@task
+def _gate(table):
+    a = carray(pointer(table), 1, GATE_RECORD)[0]
+    scale(a.gates, a.out, a.tokens * a.queries * a.size, False)
+
+
+def _gating(projected: Tensor, heads: Heads, out: Tensor) -> tuple[Step, Step, Tensor]:
+    """What takes the gates out, what brings them in, and what is between them."""
+    tokens, n = len(projected), heads.queries * heads.size
+    rest = heads.width - 2 * n
+    plain, gates = (torch.empty(tokens, width, dtype=torch.float32) for width in (n + rest, n))
+    record = pack(GATE_RECORD, 1, tokens=tokens, queries=heads.queries, size=heads.size, rest=rest,
+                  projected=address(projected), plain=address(plain), gates=address(gates), out=address(out))
+    part, gate = (Step(what, record, (projected, plain, gates, out), whole=True) for what in (_part, _gate))
+    return part, gate, plain

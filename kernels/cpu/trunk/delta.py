@@ -8,21 +8,21 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import carray, float32, njit
 
+from kernels.cpu.gate import scale
 from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
 from kernels.trunk.delta import LEAST, Mixer
 
 Tensor = torch.Tensor
 
-RECORD = fields("tokens channels width taps keys per key value heads q0 q1 k0 k1 v0 v1 b0 b1 a0 a1 projected columns "
-                "convolution mixed state rate bias norm out", floats="epsilon least scale")
+RECORD = fields("tokens channels width taps keys per key value heads q0 q1 k0 k1 v0 v1 z0 z1 b0 b1 a0 a1 projected "
+                "columns convolution mixed state rate bias norm out", floats="epsilon least scale")
 
 
 @task
 def _convolve(table):
-    """-> mixed [T, C], before its activation; the columns go on by T."""
+    """-> mixed [T, C]; the columns go on by T."""
     a = carray(pointer(table), 1, RECORD)[0]
     projected = carray(pointer(a.projected), (a.tokens, a.width), float32)
     columns = carray(pointer(a.columns), (a.channels, a.taps), float32)
@@ -43,6 +43,7 @@ def _convolve(table):
                 total += columns[channel, tap] * taps[channel, tap]
             columns[channel, a.taps - 1] = projected[t, at]
             mixed[t, channel] = total + projected[t, at] * taps[channel, a.taps - 1]
+    scale(a.mixed, a.mixed, a.tokens * a.channels, False)
 
 
 @njit(cache=True, nogil=True)
@@ -108,32 +109,42 @@ def _recur(table):
             one = float32(1) / math.sqrt(total / float32(a.value) + a.epsilon)
             for j in range(a.value):
                 row[j] = norm[j] * (row[j] * one)
+            scale(a.projected + 4 * (t * a.width + a.z0 + group * a.z1 + within * a.value),
+                  a.out + 4 * (t * a.heads + head) * a.value, a.value, True)
         head = claim(table)
 
 
 def delta(projected: Tensor, columns: Tensor, state: Tensor, mixer: Mixer, row: Tensor | None = None) -> Tensor:
     """As kernels.trunk.delta.delta; what a device would be told by a tensor is left to the reference."""
-    if row is not None or columns.dtype != torch.float32 or not (columns.is_contiguous() and state.is_contiguous()):
+    if row is not None or not takes(columns, state):
         return NotImplemented
-    n_tokens, projected = len(projected), projected.contiguous()
-    mixed = torch.empty(n_tokens, mixer.channels, dtype=torch.float32)
-    out = torch.empty(n_tokens, mixer.value_heads * mixer.value_size, dtype=torch.float32)
-    record = _record(mixer, projected, columns, state, mixed, out)
-    call(Step(_convolve, record, (), whole=True))
-    F.silu(mixed, inplace=True)
-    call(Step(_recur, record, ()))
-    first, stride = mixer.places[3]
-    gates = projected.as_strided((n_tokens, mixer.key_heads, mixer.sizes[3]), (mixer.width, stride, 1), first)
-    return out.mul_(F.silu(gates).reshape(n_tokens, -1))
+    out = torch.empty(len(projected), mixer.value_heads * mixer.value_size, dtype=torch.float32)
+    for step in mixing(projected.contiguous(), mixer, out, **of_state(columns, state)):
+        call(step)
+    return out
 
 
-def _record(mixer: Mixer, projected: Tensor, columns: Tensor, state: Tensor, mixed: Tensor, out: Tensor) -> bytearray:
-    """Of both tasks; whoever calls keeps the tensors."""
+def takes(columns: Tensor, state: Tensor) -> bool:
+    """Whether a layer's state is such as is changed here."""
+    return all(kept.dtype == torch.float32 and kept.is_contiguous() for kept in (columns, state))
+
+
+def of_state(columns: Tensor, state: Tensor) -> dict[str, int]:
+    """What a record says of a layer's state, whose tensors the caller keeps."""
+    return dict(columns=address(columns), state=address(state), n_bytes=state[0].nbytes)
+
+
+def mixing(projected: Tensor, mixer: Mixer, out: Tensor, n_bytes: int = 0, **state: int) -> list[Step]:
+    """The steps of `delta` into out float32 [T, Hv * Dv]. state: as of `of_state`, or set later."""
     heads, kinds = mixer.value_heads, dict(zip("qkvzba", mixer.places, strict=True))
-    places = {f"{kind}{i}": number for kind in "qkvba" for i, number in enumerate(kinds[kind])}
-    tensors = dict(projected=projected, columns=columns, convolution=mixer.convolution, mixed=mixed, state=state,
-                   rate=mixer.rate, bias=mixer.bias, norm=mixer.norm, out=out)
-    return pack(RECORD, heads, state[0].nbytes, tokens=len(projected), channels=mixer.channels, width=mixer.width,
-                taps=columns.shape[2], keys=mixer.key_heads * mixer.key_size, per=heads // mixer.key_heads,
-                key=mixer.key_size, value=mixer.value_size, heads=heads, **places, epsilon=mixer.epsilon, least=LEAST,
-                scale=mixer.key_size ** -0.5, **{name: address(tensor) for name, tensor in tensors.items()})
+    places = {f"{kind}{i}": number for kind, found in kinds.items() for i, number in enumerate(found)}
+    mixed = torch.empty(len(projected), mixer.channels, dtype=torch.float32)
+    tensors = dict(projected=projected, convolution=mixer.convolution, mixed=mixed, rate=mixer.rate, bias=mixer.bias,
+                   norm=mixer.norm, out=out)
+    packed = pack(RECORD, heads, n_bytes, tokens=len(projected), channels=mixer.channels, width=mixer.width,
+                  taps=mixer.convolution.shape[1], keys=mixer.key_heads * mixer.key_size, per=heads // mixer.key_heads,
+                  key=mixer.key_size, value=mixer.value_size, heads=heads, **places, epsilon=mixer.epsilon, least=LEAST,
+                  scale=mixer.key_size ** -0.5, **{name: address(tensor) for name, tensor in tensors.items()},
+                  **dict.fromkeys(("columns", "state"), 0) | state)
+    alive = (projected, mixer, mixed, out)
+    return [Step(_convolve, packed, alive, whole=True), Step(_recur, packed, alive)]

@@ -21,63 +21,78 @@ from kernels.cpu.program import Program
 from kernels.cpu.score import scoring
 from kernels.cpu.select import selecting
 from kernels.cpu.threads import Step
-from kernels.cpu.trunk import attend, linear
+from kernels.cpu.trunk import attend, delta, linear
+from kernels.cpu.trunk.gated import gating
 from kernels.cpu.trunk.route import routing
 from kernels.trunk.attend import Heads
+from kernels.trunk.latent import Latent
 from kernels.trunk.linear import Matrices
 from kernels.trunk.token import Block, Mapped, Norm
 
 Tensor = torch.Tensor
 
 
-def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> Token:
+def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices, turned: int) -> Token:
     """As kernels.trunk.token.token_step."""
-    if not all(isinstance(block, Block) and isinstance(block.mixing, Heads) and not block.mixing.gated
-               and not block.mixing.window and block.shared is None for block in blocks):
+    if any(not isinstance(block, Block) or isinstance(block.mixing, Latent)
+           or isinstance(block.mixing, Heads) and block.mixing.window for block in blocks):
         return NotImplemented
     used = [head, *(part for block in blocks for part in (block.projections, block.output, block.router))]
+    used += [block.shared for block in blocks if block.shared is not None]
     if not all(map(linear.takes, used)) or any(own.gate.kind not in KINDS for own in experts):
         return NotImplemented
-    return Token(blocks, experts, norm, head)
+    return Token(blocks, experts, norm, head, turned)
 
 
 class Token:
     """As kernels.trunk.token.Token."""
 
-    def __init__(self, blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices) -> None:
-        first, n, top_k = blocks[0], len(blocks), blocks[0].choice.top_k
-        self._blocks, self._rooms = blocks, [None] * n
-        self.x, self.turn = _room(head.columns), torch.empty(2, 1, first.mixing.size)
+    def __init__(self, blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices, turned: int) -> None:
+        n, top_k = len(blocks), blocks[0].choice.top_k
+        self._blocks, self._rooms = blocks, [(None, None)] * n
+        self.x, self.turn = _room(head.columns), torch.empty(2, 1, turned)
         self.ids, self._shares = torch.empty(n, top_k, dtype=torch.int32), torch.empty(n, top_k)
-        self._behind = _room(head.columns)      # attention
+        self._behind, self._beside = _room(head.columns), _room(head.columns)   # what mixes; a shared expert
         self._normed = torch.zeros(1, experts[0].layout.padded)
-        self._projected, self._attended = _room(first.projections.rows), _room(first.output.columns)
-        self._routed, self._out, self._given = _room(first.router.rows), _room(head.rows), _room(head.columns)
-        self._row_bytes = 8 * first.mixing.cached * first.mixing.size     # of keys and values
-        self._attends, self._layer_of, steps = [], {}, []
+        self._projected = _room(max(block.projections.rows for block in blocks))
+        self._mixed = _room(max(block.output.columns for block in blocks))
+        self._routed = _room(max(block.router.rows for block in blocks))
+        self._out, self._given = _room(head.rows), _room(head.columns)
+        self._records, self._layer_of, steps = [], {}, []
         for layer, (block, own) in enumerate(zip(blocks, experts, strict=True)):
-            steps += self._attention(block) + self._choice(block)
+            steps += self._mixing(block) + self._choice(block)
             self._layer_of[len(steps)] = layer
             steps += self._experts(block, own, self.ids[layer:layer + 1], self._shares[layer:layer + 1])
         steps += linear.multiplying(self.x, head, self._out, norm.weight, norm.epsilon, given=self._given)
         self._program = Program(steps)
 
-    def _attention(self, block: Block) -> list[Step]:
-        before = block.before
+    def _mixing(self, block: Block) -> list[Step]:
+        before, mixing, mixed = block.before, block.mixing, self._mixed[:, :block.output.columns]
         steps = linear.multiplying(self.x, block.projections, self._projected, before.weight, before.epsilon,
                                    given=self._given)
-        attends = attend.attending(self._projected, self.turn, block.mixing, self._attended)
-        self._attends.append(np.frombuffer(attends[0].record, attend.RECORD))
-        return steps + attends + linear.multiplying(self._attended, block.output, self._behind, residual=self.x)
+        if isinstance(mixing, Heads):
+            own = attend.attending(self._projected, self.turn, mixing, mixed)
+            self._records.append(np.frombuffer(own[mixing.gated].record, attend.RECORD))
+        else:
+            own = delta.mixing(self._projected, mixing, mixed)
+            self._records.append(np.frombuffer(own[0].record, delta.RECORD))
+        return steps + own + linear.multiplying(mixed, block.output, self._behind, residual=self.x)
 
     def _choice(self, block: Block) -> list[Step]:
-        between = block.between
-        return linear.multiplying(self._behind, block.router, self._routed, between.weight, between.epsilon,
-                                  given=self._normed)
+        """Router and shared expert, of one product."""
+        between, routed = block.between, self._routed[:, :block.router.rows]
+        steps = linear.multiplying(self._behind, block.router, routed, between.weight, between.epsilon,
+                                   given=self._normed)
+        if block.shared is None:
+            return steps
+        middle = _room(block.shared.columns)
+        return [*steps, gating(routed[:, block.n_experts:], middle),
+                *linear.multiplying(middle, block.shared, self._beside, residual=self._behind)]
 
     def _experts(self, block: Block, own: Mapped, ids: Tensor, shares: Tensor) -> list[Step]:
         enter, eight, sixteen = entering(self._normed, own.layout.group, own.budget is not None)
-        steps, chosen = [routing(self._routed, block.choice, ids, shares, own.there), enter], None
+        logits, before = self._routed[:, :block.n_experts], self._behind if block.shared is None else self._beside
+        steps, chosen = [routing(logits, block.choice, ids, shares, own.there), enter], None
         if own.budget is not None:
             refined, total = own.budget
             scores = _room(ids.numel() * own.layout.neurons)
@@ -85,22 +100,27 @@ class Token:
             steps += [scoring(eight, own.blobs, ids, shares, own.layout, kind_of(own.gate), own.gate, scores), select]
             chosen = apply.Chosen(*found)
         adding, sums = apply.adding(sixteen, own.blobs, ids, own.layout, own.gate, chosen)
-        return steps + adding + [apply.weighing(sums, shares, self._behind, self.x)]
+        return steps + adding + [apply.weighing(sums, shares, before, self.x)]
 
-    def takes(self, layer: int, keys: Tensor, values: Tensor) -> bool:
-        known = self._rooms[layer]
-        if known is not None and known() is keys:
+    def takes(self, layer: int, first: Tensor, second: Tensor) -> bool:
+        known, mixing = self._rooms[layer], self._blocks[layer].mixing
+        if all(known) and known[0]() is first and known[1]() is second:
             return True
-        if not attend.takes(self._blocks[layer].mixing, keys, values):
-            return False
-        for name, value in attend.of_cache(keys, values, 0, 1).items():
-            self._attends[layer][name] = value
-        self._rooms[layer] = ref(keys)      # the cache may go before the next token comes
-        return True
+        if isinstance(mixing, Heads):
+            taken, told = attend.takes(mixing, first, second), attend.of_cache(first, second, 0, 1)
+        else:
+            taken, told = delta.takes(first, second), delta.of_state(first, second)
+        if taken:
+            for name, value in told.items():
+                self._records[layer][name] = value
+            self._rooms[layer] = ref(first), ref(second)    # the cache may go before the next token comes
+        return taken
 
     def at(self, position: int) -> None:
-        for record in self._attends:
-            record["position"], record["n_bytes"] = position, (position + 1) * self._row_bytes
+        for record, block in zip(self._records, self._blocks, strict=True):
+            heads = block.mixing
+            if isinstance(heads, Heads):
+                record["position"], record["n_bytes"] = position, 8 * (position + 1) * heads.cached * heads.size
 
     def run(self, bring: Callable[[int], None]) -> Tensor:
         at = 0

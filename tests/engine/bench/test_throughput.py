@@ -52,7 +52,7 @@ def test_the_plan_stands_beside_what_was_measured(folders, monkeypatch) -> None:
         monkeypatch.setattr(benchmark, "measure", lambda device, rates=rates: rates)
         document = throughput.Bench(loaded, sizes=throughput.Sizes(24, 8)).document()
         planner = replace(loaded.planner, machine=benchmark.apply(loaded.planner.machine, rates))
-        wishes = Options(near_bytes=document["near_bytes"], context=33)
+        wishes = Options(near_bytes=document["near_bytes"], context=2 * 24 + 8)
         assert document["planned_tokens_per_second"] == planner.plan("exact", wishes).decode_tokens_per_second
         planned.append(document["planned_tokens_per_second"])
     assert planned[1] == pytest.approx(2 * planned[0])

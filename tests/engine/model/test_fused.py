@@ -11,15 +11,18 @@ from engine.library.compress import compress
 from engine.model.growing_cache import GrowingLayer, give_room
 from engine.model.load import load
 from engine.model.static_cache import StepCache
+from kernels import dispatch
 from tests.support import architectures, folders
 
 Tensor = torch.Tensor
 WIDE = dict(hidden_size=128, head_dim=32, max_position_embeddings=512)  # matrices that are large enough to be packed
+ONE_CALL = {"qwen3_moe", "olmoe", "mixtral", "qwen3_5_moe_text", "qwen3_next"}
+SHARED = dict(shared_expert_intermediate_size=64, linear_num_value_heads=4, linear_value_head_dim=32)
 LATENT = dict(q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=24, head_dim=16)
 GEMMA = dict(final_logit_softcapping=5.0, sliding_window=64)
 CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_topk_prob=True)), ("qwen3_moe", 16, {}),
          ("qwen3_moe", 8, dict(mlp_only_layers=[0])), ("olmoe", 4, {}), ("mixtral", 8, {}),
-         ("qwen3_5_moe_text", 8, {}), ("qwen3_next", 4, {}), ("qwen3_next", 16, {}),
+         ("qwen3_5_moe_text", 8, SHARED), ("qwen3_next", 4, SHARED), ("qwen3_next", 16, SHARED), ("qwen3_next", 8, {}),
          ("gpt_oss", 8, {}), ("gpt_oss", 16, dict(sliding_window=64)),
          ("glm4_moe", 8, dict(topk_group=1, routed_scaling_factor=2.5)),
          ("glm4_moe", 4, dict(use_qk_norm=True, attention_bias=True)),
@@ -33,7 +36,7 @@ CASES = [("qwen3_moe", 8, {}), ("qwen3_moe", 4, dict(attention_bias=True, norm_t
 @pytest.mark.parametrize(("name", "bits", "changes"), CASES)
 def test_a_step_is_transformers_own(name: str, bits: int, changes: dict, tmp_path) -> None:
     """Behind prompts, over the room's end, one token and several at once, and after going back; behind the cache of a
-    card's step, too."""
+    card's step, too. A token in one call has the bits of many calls."""
     folders.checkpoint(name, tmp_path / "checkpoint", **WIDE | changes)
     compress(tmp_path / "checkpoint", tmp_path / "compressed", device="cpu", trunk_bits=bits)
     model = load(tmp_path / "compressed", Options(level="exact", device="cpu")).model
@@ -43,22 +46,30 @@ def test_a_step_is_transformers_own(name: str, bits: int, changes: dict, tmp_pat
             if "norm" in key or "layer_scalar" in key:
                 value.uniform_(0.6, 1.4, generator=draw)
     fused, plain, fixed = DynamicPrefix(model), DynamicPrefix(model), StepPrefix(model, StepCache(model.config, 300))
+    apart = DynamicPrefix(model)
     assert fused.fused is not None and fixed.fused is not None
-    plain.fused = None
+    plain.fused, apart.fused.in_one_call = None, lambda cache: False
+    everything = fused, apart, plain, fixed
     ids = torch.randint(128, (330,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
         for at, n in [(0, 20), *((20 + i, 1) for i in range(5)), (25, 4), (29, 1), (30, 260), (290, 1), (291, 3)]:
             expected = plain.feed(ids[at:at + n])
-            for prefix in (fused, fixed):
-                same(prefix.feed(ids[at:at + n]), expected)
-            for prefix in (fused, plain, fixed):
+            found = [prefix.feed(ids[at:at + n]) for prefix in (fused, apart, fixed)]
+            assert torch.equal(found[0], found[1])
+            for one in found[1:]:
+                same(one, expected)
+            for prefix in everything:
                 if at + n == 24:
                     prefix.mark()    # recurrent states go back to where they were marked
-        for prefix in (fused, plain, fixed):
+        for prefix in everything:
             assert prefix.reuse(ids[:24] + [1, 2]) == 24
-        expected = plain.feed([1])
-        for prefix in (fused, fixed):
-            same(prefix.feed([1]), expected)
+        expected, *found = [prefix.feed([1]) for prefix in (plain, fused, apart, fixed)]
+        assert torch.equal(found[0], found[1])
+        for one in found[1:]:
+            same(one, expected)
+        # In many calls where a layer has no experts, biased ones, or a matrix of 32 columns, or nothing is compiled.
+        is_one = name in ONE_CALL and "mlp_only_layers" not in changes and (name != "qwen3_next" or changes)
+        assert fused.fused.in_one_call(fused._cache) == bool(is_one and not dispatch.why_not_compiled())
 
 
 def same(found: Tensor, expected: Tensor) -> None:

@@ -11,12 +11,14 @@ pytest.importorskip("numba", reason="needs numba, which compiles these functions
 from kernels.cpu import threads
 from kernels.cpu.trunk import attend as cpu_attend
 from kernels.cpu.trunk import delta as cpu_delta
+from kernels.cpu.trunk import gated as cpu_gated
 from kernels.cpu.trunk import latent as cpu_latent
 from kernels.cpu.trunk import linear as cpu_linear
 from kernels.cpu.trunk import route as cpu_route
 from kernels.cpu.trunk import settle as cpu_settle
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.delta import delta
+from kernels.trunk.gated import gated
 from kernels.trunk.latent import attend_latent
 from kernels.trunk.linear import Matrices, linears
 from kernels.trunk.route import Choice, route
@@ -62,11 +64,11 @@ def test_what_is_not_computed_here_is_left_to_the_reference():
 @tries
 @given(tokens, st.sampled_from(((1, 16), (2, 32), (4, 128))), st.sampled_from((1, 3, 8)),
        st.sampled_from(("none", "each", "all")), st.integers(0, 40), st.sampled_from((1, 2, 4)), st.booleans(), seeds)
-def test_attend(tokens, shape, per, normed, position, of_turned, gated, seed):
+def test_attend(tokens, shape, per, normed, position, of_turned, is_gated, seed):
     (cached, size), draw = shape, torch.Generator().manual_seed(seed)
     norms = {"none": (), "each": (size, size), "all": (per * cached * size, cached * size)}[normed]
     heads = Heads(per * cached, cached, size, size ** -0.5, *(torch.rand(n, generator=draw) for n in norms),
-                  gated=gated, **({"epsilon": 1e-6} if norms else {}))
+                  gated=is_gated, **({"epsilon": 1e-6} if norms else {}))
     projected = torch.randn(tokens, heads.width, generator=draw)
     turn = torch.randn(2, tokens, size // of_turned, generator=draw)
     cache = torch.randn(2, 1, cached, position + tokens + 3, size, generator=draw)
@@ -110,6 +112,13 @@ def test_delta(tokens, shape, by_head, seed):
                        ((run, [state.clone() for state in states]) for run in (cpu_delta.delta, delta.reference)))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@tries
+@given(tokens, st.sampled_from((1, 16, 37, 512)), st.booleans(), seeds)
+def test_gated(tokens, size, has_logit, seed):
+    rows = 5 * torch.randn(tokens, 7 + has_logit + 2 * size, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(cpu_gated.gated(rows[:, 7:]), gated.reference(rows[:, 7:]), rtol=1e-5, atol=1e-6)
 
 
 @tries
