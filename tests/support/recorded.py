@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from engine.experts import runtime, window
 from engine.model import fused, host_embedding, packed, static_cache
 
-KERNELS = ("age", "apply", "attend", "attend_latent", "dense", "dequantize_rows", "fill", "linear", "linears",
+KERNELS = ("age", "apply", "attend", "attend_latent", "dense", "dequantize_rows", "fill", "gated", "linear", "linears",
            "quantize_activation", "resolve_experts", "resolve_neurons", "route", "score", "score_up", "select",
            "select_above", "settle", "weigh")
 LAUNCHES = {"apply": 4, "dense": 4, "age": 3, "attend": 2, "attend_latent": 3}  # kernels on a card, where not one
