@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="also run transformers' own experts on the same weights, uncompressed")
     parser.add_argument("--compare-llama-cpp", action="store_true",
                         help="also run llama.cpp at Q4_K_M on the same weights (the first time it is built, with pip)")
+    parser.add_argument("--stream", action="store_true",
+                        help="also what an answer through the engine costs a token beside the bare decoder")
     parser.add_argument("--source", type=typed, metavar="CHECKPOINT",
                         help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
     parser.add_argument("--vram", type=parse_bytes, metavar="SIZE", help="on a card: occupy what it has above this")
@@ -64,6 +66,11 @@ def run(args: argparse.Namespace) -> dict:
         from engine.bench import llama_cpp
         document["compare_llama_cpp"] = llama_cpp.compare(loaded, data_dir(args.data), report)
         _print_rows(document["compare_llama_cpp"])
+    if args.stream:     # last: it closes the model
+        from engine.bench import stream
+        document["stream"] = found = stream.overhead(loaded, options, report)
+        report(f"through the engine {found['streamed_ms']:.2f} ms of processor time a token, bare "
+               f"{found['bare_ms']:.2f}: {found['overhead_ms']:.2f} more")
     del held
     return document
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from engine.__main__ import main
-from engine.bench import throughput
+from engine.bench import stream, throughput
 from engine.bench.gpu_kernels import Speeds
 from engine.bench.step_profile import gpu_named
 from engine.core import Options, UserError
-from engine.decode.decoder import DeviceDecoder
+from engine.decode.decoder import DeviceDecoder, HostDecoder
 from engine.experts.layer import LevelPlan
 from engine.library.compress import compress
 from engine.machine import benchmark
@@ -148,6 +148,17 @@ def test_a_device_is_compared_by_its_own_step(folders, monkeypatch) -> None:
     assert rows[0]["implementation"] == "floe" and len(rows) > 1 and ours == [DeviceDecoder] * 2
     n_bytes = small_model.LAYERS * small_model.TOP_K * loaded.runtime.far.layout.blob_bytes
     assert loaded.runtime.counters().needed_bytes == 2 * (4 + 1) * n_bytes  # every token a step of the device
+
+
+def test_the_stream_stands_beside_the_bare_decoder(folders, monkeypatch) -> None:
+    """The same number of tokens either way."""
+    loaded, drawn, told = load.load(folders[1], Options(level="exact", device="cpu")), [], []
+    tokens, streamed = HostDecoder.tokens, stream._streamed
+    monkeypatch.setattr(HostDecoder, "tokens", lambda *given: drawn.append(given[5]) or tokens(*given))
+    monkeypatch.setattr(stream, "_streamed", lambda *given: told.append(streamed(*given)) or told[-1])
+    found = stream.overhead(loaded, Options(level="exact", device="cpu"), rounds=1, sizes=throughput.Sizes(64, 6))
+    assert found["overhead_ms"] == found["streamed_ms"] - found["bare_ms"] and found["bare_ms"] > 0
+    assert [n for n, _ in told] == drawn[1::2] and len(told) == 2
 
 
 def test_sizes_follow_the_context() -> None:
