@@ -61,22 +61,24 @@ def over_inputs(weight: Tensor, hessian: Tensor, group: int, bits: int = 4) -> t
         fine[:, which] = _grids(left[block].T.contiguous(), upper.diagonal()[block].pow(-2), bits)
         scale, offset = fine[:, which].float().unbind(-1)
         codes[block] = _walk(left, upper, block, scale.expand(group, -1), offset.expand(group, -1), TOP[bits])
-    codes, damped = codes[order.argsort()].T.contiguous(), _damped(hessian)
+    codes, damped = codes[order.argsort()].T.contiguous(), damp(hessian)
     for _ in range(SWEEPS if bits == 4 else 0):
-        fine = _fitted(codes, weight, damped, group)
+        fine = fitted(codes, weight, damped, group)
         scale, offset = (side.repeat_interleave(group, 1).T for side in fine.float().unbind(-1))
         codes = _settled(codes.T, scale, offset, weight.T, damped).T.contiguous()
-    return codes, fine if bits == 8 else _fitted(codes, weight, damped, group)
+    return codes, fine if bits == 8 else fitted(codes, weight, damped, group)
 
 
-def _damped(hessian: Tensor) -> Tensor:
+def damp(hessian: Tensor) -> Tensor:
+    """Of full rank, whatever the inputs were."""
     damped = hessian.clone()
     damped.diagonal().add_(DAMPING * hessian.diagonal().mean().clamp_min(1e-30))
     return damped
 
 
-def _fitted(codes: Tensor, weight: Tensor, damped: Tensor, group: int) -> Tensor:
-    """The scales that err least over the inputs with these codes, all groups of a row together: float16 [R, C/g, 2].
+def fitted(codes: Tensor, weight: Tensor, damped: Tensor, group: int) -> Tensor:
+    """The scales that err least over the inputs with these codes uint8 [R, C] of any width, all groups of a row
+    together: (scale, offset) float16 [R, C/g, 2]. damped: the Hessian, of `damp`.
 
     A row is a sum of 2G known directions, group by group its codes and its ones; their products over the damped Hessian
     make the normal equations."""

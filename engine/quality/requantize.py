@@ -3,8 +3,9 @@
 A layer sees what the layers below it really give, quantised as they are. Its trunk's matrices are compensated over
 their inputs (engine/quality/compensate.py), gate and up over the inputs that are routed to their expert, down over the
 activations that gate and up then give; an expert of few tokens takes the layer's other tokens into account, one of
-none keeps the search without data. The 2-bit view is fitted to the codes that came out, so sketch and record stay
-nested. Where a compressed folder of the model is there, its gradients say which errors of down an answer feels.
+none keeps the search without data. The 2-bit view is of the codes that came out, so sketch and record stay nested; its
+scales are fitted over the same inputs. Where a compressed folder of the model is there, its gradients say which errors
+of down an answer feels.
 Memory: the walk's (layer_walk.py), the layer's inputs, a few experts with their Hessians, and of these gradients one
 matrix [H, H] a layer.
 """
@@ -26,13 +27,13 @@ from engine.files.compressed import ExpertsFile
 from engine.files.folder_writer import FolderWriter, biases_of, blob_of
 from engine.files.key_map import Group
 from engine.files.manifest import TRUNK, experts_name
-from engine.files.quantize import fit, nested, padded
+from engine.files.quantize import nested, padded
 from engine.files.trunk import CODES, GROUP, SCALES, bits_of, encode, stored_as
 from engine.model.gradients import felt
 from engine.model.load import load, load_tokenizer
 from engine.model.packed import Packed
 from engine.progress import duration
-from engine.quality.compensate import over_inputs, over_neurons
+from engine.quality.compensate import damp, fitted, over_inputs, over_neurons
 from engine.quality.layer_walk import Reached, Walk
 from engine.quality.loss_probe import Documents
 from engine.quality.texts import LONGEST, read_tokens
@@ -311,9 +312,7 @@ class Requantizer:
     def _views(self, gate: Tensor, up: Tensor, hessian: Tensor) -> list[Nested]:
         both, group = torch.cat((gate, up)), self.layout.group
         codes, fine = over_inputs(both, hessian, group)
-        importance = hessian.diagonal().clamp_min(1e-30).unflatten(0, (-1, group))
-        coarse = fit((codes >> 2).unflatten(1, (-1, group)).float(), both.unflatten(1, (-1, group)),
-                     importance / importance.sum(1, keepdim=True))
+        coarse = fitted(codes >> 2, both, damp(hessian), group)
         return [padded(*parts, self.layout) for parts in zip(codes.chunk(2), coarse.chunk(2), fine.chunk(2),
                                                              strict=True)]
 

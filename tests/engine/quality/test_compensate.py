@@ -4,9 +4,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.files.quantize import search
+from engine.files.quantize import fit, search
 from engine.files.trunk import encode, stored_as
-from engine.quality.compensate import BLOCKS, DAMPING, factor, over_inputs, over_neurons
+from engine.quality.compensate import BLOCKS, DAMPING, damp, factor, fitted, over_inputs, over_neurons
 from kernels.trunk.linear import decode
 
 GROUP, ROWS, COLUMNS = 64, 96, 192
@@ -58,6 +58,24 @@ def test_no_more_error_over_its_inputs_than_the_search_without_data(kind):
         assert error < 0.6 * before
     if kind == "none":                              # nothing is known: a rounding like any other
         assert (found - w).norm() <= 1.02 * (plain(w) - w).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sketch_fitted_over_the_whole_hessian_errs_no_more_than_over_its_diagonal(kind):
+    """Two bits of the codes that the compensation gave; beside it each group for itself, by its inputs' squares."""
+    x, w = inputs(kind), weight()
+    hessian = x.T @ x
+    codes = over_inputs(w, hessian, GROUP)[0] >> 2
+    importance = hessian.diagonal().clamp_min(1e-30).unflatten(0, (-1, GROUP))
+    alone = fit(codes.unflatten(1, (-1, GROUP)).float(), w.unflatten(1, (-1, GROUP)),
+                importance / importance.sum(1, keepdim=True))
+    found, before = values(codes, fitted(codes, w, damp(hessian), GROUP)), values(codes, alone)
+    error, was, whole = (float((x @ missed.T).square().sum()) for missed in (found - w, before - w, w))
+    assert torch.isfinite(found).all() and error <= was + 1e-4 * whole      # which scales in float16 cannot say better
+    if kind == "correlated":
+        assert error < 0.8 * was
+    if kind == "none":                              # nothing is known: a fit of the weights
+        assert (found - w).norm() <= 1.001 * (before - w).norm()
 
 
 def one_down(down: Tensor, hessian: Tensor, felt: Tensor | None = None) -> tuple[Tensor, Tensor]:
