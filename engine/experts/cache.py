@@ -147,9 +147,11 @@ class MappedCache(NearMemory):
         return (self._records if records else self._blobs)[layer]
 
     def record_places(self, ids: Tensor, neurons: Tensor) -> Tensor:
-        """ids [1, k], neurons [1, K] through the k experts one after the other -> int32 [1, K]; -1 gets any place."""
-        places = self._expert_at[ids[0].numpy()][:, None] + self._neuron_at
-        return torch.from_numpy(places.ravel()[neurons.numpy()])
+        """ids [T, k], neurons [T, K] through a token's k experts one after the other -> int32 [T, K]; -1 gets any
+        place."""
+        places = self._expert_at[ids.numpy()][..., None] + self._neuron_at      # [T, k, I]
+        first = np.arange(len(places))[:, None] * places[0].size
+        return torch.from_numpy(places.ravel()[neurons.numpy() + first])
 
     def new(self, layer: int, ids: list[int]) -> list[int]:
         """Those of the experts that are not near yet."""

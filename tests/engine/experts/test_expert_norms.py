@@ -21,6 +21,7 @@ def opened(folder, level: str, on_device: bool, norms: list[torch.nn.Module]):
     loaded = load.load(folder, Options("exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(((20, 30),) * loaded.runtime.far.layers)
     runtime = take_over(loaded, loaded.runtime.far, "cpu", tokens=3) if on_device else loaded.runtime
+    runtime.tokens = 3  # side by side, with one budget
     for layer, norm in zip(runtime.layers, norms, strict=True):
         layer.post_norm = norm
     runtime.set_level(level)
