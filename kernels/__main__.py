@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kernels.activation import Gate, quantize_activation
+from kernels.activation import Gate, quantize, quantize_activation
 from kernels.apply import apply
 from kernels.dense import dense, dequantize
 from kernels.dispatch import compile_all
@@ -32,7 +32,7 @@ from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import Choice, route
 from kernels.trunk.settle import Settling, settle
-from kernels.weigh import weigh
+from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
 Case = tuple[Callable, tuple]       # a function of kernels/, what it is given on the host
@@ -119,6 +119,7 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     place, weight = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), torch.rand(2, 2, generator=draw)
     codes, scales = quantize_activation.reference(x, LAYOUT.group)
     yield quantize_activation, (x, LAYOUT.group)
+    yield quantize, (x, LAYOUT.group)
     yield score, (codes, scales, blobs, place, weight, LAYOUT, gate, None, None)
     yield score_up, (codes, scales, blobs, place, LAYOUT)
     scores, budget = torch.rand(2, 2 * n, generator=draw), [torch.tensor([k], dtype=torch.int32) for k in (20, 50)]
@@ -127,9 +128,9 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     neurons, fidelity = select.reference(scores, *budget, 60)
     records = blobs[:, LAYOUT.sketch_bytes:].reshape(-1, LAYOUT.record)
     where = place.gather(1, (neurons.clamp_min(0) // n).long()) * n + neurons.clamp_min(0) % n
-    yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate)
+    mixture = Mixture(weight, LAYOUT.hidden - 5, torch.randn(2, LAYOUT.hidden - 5, generator=draw))
+    yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate, None, None, mixture)
     yield dense, (x, blobs, place, LAYOUT, gate)
-    yield weigh, (torch.randn(2, 2, LAYOUT.padded, generator=draw), weight, LAYOUT.hidden - 5)
     yield dequantize, (blobs, torch.zeros(3, 2 * n, LAYOUT.hidden), torch.zeros(3, n, LAYOUT.hidden), LAYOUT)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from kernels.dispatch import twin
 
 Tensor = torch.Tensor
 
+LARGEST = 127 * 256 + 127       # of 16 bits, so that both halves fit in int8
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 
 
@@ -50,6 +52,26 @@ class Gate:
         return act(gate) * up
 
 
+class FixedPoint(NamedTuple):
+    """x is about (256 * high + low) * scale, group by group: what the device computes values with."""
+
+    high: Tensor    # int8 [T, H]
+    low: Tensor     # int8 [T, H]
+    scale: Tensor   # float32 [T, G]
+    sums: Tensor    # float32 [T, G], sum of x over the group
+
+
+class Quantized(NamedTuple):
+    """An activation for scores, as of `quantize_activation`, and for values, as of FixedPoint."""
+
+    codes: Tensor
+    scales: Tensor
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+    sums: Tensor
+
+
 @twin("kernels.gpu.activation", "kernels.cpu.activation")
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group.
@@ -60,3 +82,14 @@ def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     scale = grouped.abs().amax(-1).clamp_min(1e-20) / 127
     codes = (grouped / scale[..., None]).round().clamp(-127, 127).nan_to_num(0)
     return codes.to(torch.int8).flatten(1), scale
+
+
+@twin("kernels.gpu.activation")
+def quantize(x: Tensor, group: int) -> Quantized:
+    """float [T, H] -> both of its forms, read once."""
+    grouped = x.float().unflatten(1, (-1, group))
+    scale = grouped.abs().amax(-1).clamp_min(1e-20) / LARGEST
+    code = (grouped * scale.reciprocal()[..., None]).round().clamp(-LARGEST, LARGEST).nan_to_num(0).int()
+    high = (code + 128) >> 8
+    return Quantized(*quantize_activation.reference(x, group), high.to(torch.int8).flatten(1),
+                     (code - high * 256).to(torch.int8).flatten(1), scale, code.sum(-1) * scale)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from kernels.activation import Gate
+from kernels.activation import FixedPoint, Gate
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from kernels.select import DOWN_ONLY, REFINED
+from kernels.weigh import Mixture, weigh
 
 Tensor = torch.Tensor
 
@@ -34,12 +35,14 @@ def neuron_products(x: Tensor, sketch: Tensor, records: Tensor, fidelity: Tensor
 @twin("kernels.gpu.apply", "kernels.cpu.apply")
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None) -> Tensor:
-    """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down.
+          up_bias: Tensor | None = None, mixture: Mixture | None = None,
+          fixed: FixedPoint | None = None) -> Tensor:
+    """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down; or what `mixture` makes
+    of them, [T, hidden].
 
     x float32 [T, H]; sketches uint8 [S, sketch_bytes], place int [T, k]; records uint8 [R, record],
     record_place int [T, K]; neurons int32 [T, K] in 0..k*I-1, -1 pads; fidelity int8 [T, K];
-    gate_bias, up_bias float32 [T, k, I].
+    gate_bias, up_bias float32 [T, k, I]; fixed: x as `quantize` gave it, which spares a device one launch.
     """
     t, k = place.shape
     out = torch.zeros(t, k, layout.padded, dtype=torch.float32, device=x.device)
@@ -53,4 +56,4 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
         bias = (None, None) if gate_bias is None else (gate_bias[i].flatten()[index], up_bias[i].flatten()[index])
         product = neuron_products(x[i], sketch, record, fidelity[i][chosen], layout, gate, *bias)
         out[i].index_add_(0, expert, product[:, None] * decode_down(record, layout))
-    return out
+    return out if mixture is None else weigh(out, mixture)

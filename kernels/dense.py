@@ -10,14 +10,16 @@ from kernels.activation import Gate
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_up
+from kernels.weigh import Mixture, weigh
 
 Tensor = torch.Tensor
 
 
 @twin("kernels.gpu.apply", "kernels.cpu.apply")
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None) -> Tensor:
-    """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down.
+          up_bias: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
+    """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down; or what `mixture` makes
+    of them, [T, hidden].
 
     x float32 [T, H]; blobs uint8 [S, blob_bytes], place int32 [T, k]; gate_bias, up_bias float32 [T, k, I] or None.
     """
@@ -29,7 +31,7 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
             if gate_bias is not None:
                 g, u = g + gate_bias[i, j], u + up_bias[i, j]
             out[i, j] = gate(g, u) @ down
-    return out
+    return out if mixture is None else weigh(out, mixture)
 
 
 @twin("kernels.gpu.dequantize", "kernels.cpu.dequantize")

@@ -39,6 +39,10 @@ class NearMemory:
         """What the kernels read, at the places that a layer's experts (or sketches), or records, were given."""
         raise NotImplementedError
 
+    def in_order(self, layer: int) -> Tensor | None:
+        """A layer's sketches at their experts' numbers, where all of them stay for good."""
+        return None
+
     def is_complete(self) -> bool:
         """Whether there is nothing left to fetch ahead, as far as can be told without waiting for a device."""
         return False
@@ -112,6 +116,10 @@ class SparseCache(_Divided):
 
     def rows(self, layer: int, records: bool) -> Tensor:
         return self.records if records else self.sketches
+
+    def in_order(self, layer: int) -> Tensor | None:
+        n = len(self.sketch_pool.slot_of) // self.layers  # a runtime brings them in order into an empty pool
+        return self.sketches[layer * n:(layer + 1) * n] if self.resident else None
 
     def is_complete(self) -> bool:
         return self.resident  # only sketches are fetched ahead

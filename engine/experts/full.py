@@ -38,13 +38,15 @@ class FullRuntime(Runtime):
         gate_up, down = self._matrices(row)
         self.far.decode(layer.index, expert, *layer.halves(gate_up), down)
 
-    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+               ) -> Tensor:
         """One token, one expert after the other."""
         place = self._bring_experts(layer.index, ids)
         self._look_ahead(layer, x)
         done = [layer.whole(x, *self._matrices(self.near.blobs[slot]), expert)
                 for expert, slot in zip(ids[0].tolist(), place[0].tolist(), strict=True)]
-        return weights @ torch.cat(done)
+        out = weights @ torch.cat(done)
+        return out if residual is None else residual + out
 
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return expert_by_expert(x, ids, weights, lambda expert, rows: layer.whole(

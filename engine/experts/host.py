@@ -18,6 +18,7 @@ from engine.experts.layer import LayerExperts
 from engine.experts.prefill import expert_by_expert
 from engine.experts.runtime import Runtime
 from engine.experts.side_stream import SideThread
+from kernels.activation import quantize_activation
 from kernels.dense import dense, dequantize
 from kernels.select import DOWN_ONLY
 from kernels.trunk.token import Mapped
@@ -58,17 +59,21 @@ class HostRuntime(Runtime):
         """Whether near memory is the file's map, of which the process holds nothing for itself."""
         return self.near is self._mapped
 
+    def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
+        return quantize_activation(x, self.far.layout.group)  # values are quantised by the product itself
+
     def _budget(self, layer: int) -> tuple[int, int]:
         return self.kept_neurons[layer]  # a step here is never recorded
 
-    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+               ) -> Tensor:
         """As in runtime.py; what a hook leaves far is computed where the file's map has it. An expert's sums do not
         depend on where it lies, nor on what is computed beside it."""
         far = None
         if self.hook is not None and not self.is_mapped:
             far = self.hook.stays_far(layer.index, torch.where(weights == 0, -1, ids))
         if far is None or not bool(far.any()):
-            return super()._whole(layer, x, ids, weights)
+            return super()._whole(layer, x, ids, weights, residual)
         far = far[0]
         here, padded = ids[:, far], self._padded(x)
         self._verify(layer.index, here[0].tolist())
@@ -82,7 +87,7 @@ class HostRuntime(Runtime):
             sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
                                   *layer.neuron_biases(rest))
         self._look_ahead(layer, x)
-        return self._weighted(layer, sums, ids, weights)
+        return layer.mixed(lambda: sums, ids, weights, self.far.hidden, residual, is_hooked=True)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
@@ -154,10 +159,7 @@ class HostRuntime(Runtime):
 
     def token_ended(self, ids: Tensor) -> None:
         """ids int32 [L, k], the experts that it was routed to."""
-        picks, first = self.picks.numpy(), self._first_of_layer.numpy()     # as `_count_picks`, in a tenth of the time
-        picks *= self._kept.numpy()
-        picks[:, (first + ids.numpy()).ravel()] += 1
-        picks[:, -1] += 1
+        self.busy.count_here(ids)
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One layer's experts as a runtime computes them, and what a calibrated level keeps of each layer.
+"""One layer's experts as a runtime computes them, what a calibrated level keeps of each layer, and which are busy.
 
 Legend: T tokens, k routed experts, E experts, I neurons, H hidden, L layers.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import KINDS, Gate
+from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
 Rows = tuple[Tensor, Tensor]  # gate_up [2I, H] in the module's own order, down [I, H]
@@ -79,6 +80,18 @@ class LayerExperts:
             y = y + self.biases["down_bias"][expert]
         return y if self.post_norm is None else self.post_norm(y)
 
+    def mixed(self, product: Callable[..., Tensor], ids: Tensor, weights: Tensor, hidden: int, residual: Tensor | None,
+              is_hooked: bool) -> Tensor:
+        """product: `dense` or `apply`, but for their mixture; weights [T, k] -> [T, hidden], which the kernel makes
+        where nothing stands between."""
+        if self.post_norm is None and not is_hooked:
+            bias = (self.biases["down_bias"], ids) if self.biases else ()
+            return product(mixture=Mixture(weights, hidden, residual, *bias))
+        y = self.finish(product()[..., :hidden], ids.long()) * weights[..., None]
+        # Where nothing was near and nothing may be fetched, what was multiplied is no expert at all.
+        out = (torch.where(weights[..., None] == 0, 0.0, y) if is_hooked else y).sum(1)
+        return out if residual is None else residual + out
+
     def combined(self, product: Tensor, downs: dict[int, Tensor], ids: Tensor, weights: Tensor) -> Tensor:
         """Products act(g)*u [T, k, I] and down rows [I, H] of every expert in ids [T, k] -> float32 [T, H]."""
         out = torch.zeros(len(ids), next(iter(downs.values())).shape[1], dtype=torch.float32,
@@ -88,6 +101,43 @@ class LayerExperts:
             y = self.finish(product[token, place] @ down, expert)
             out.index_add_(0, token, y * weights[token, place, None])
         return out
+
+
+class Activity:
+    """Which experts are busy: a few operations a token, at its last layer, instead of a few a layer."""
+
+    def __init__(self, layers: int, experts: int, device: str) -> None:
+        self.layers, self.experts = layers, experts
+        # Picks of each expert, decaying and all since the model was opened; last, their tokens.
+        self.picks = torch.zeros(2, layers * experts + 1, dtype=torch.float32, device=device)
+        self._kept = torch.tensor([[ACTIVITY_DECAY], [1.0]], device=device)
+        self._first = experts * torch.arange(layers, device=device)[:, None]
+        self._picked: dict[int, Tensor] = {}  # of this step, by layer
+
+    def step_begins(self) -> None:
+        self._picked = {}
+
+    def picked(self, layer: int, ids: Tensor) -> None:
+        self._picked[layer] = ids.flatten()
+        if layer + 1 == self.layers == len(self._picked):
+            self.count(torch.stack(list(self._picked.values())))
+
+    def count(self, ids: Tensor) -> None:
+        """ids [L, n], the routed experts of a step."""
+        picked = (ids.long() + self._first).flatten()
+        picked = torch.cat((picked, self._first[-1] + self.experts))  # and one token more
+        self.picks.mul_(self._kept).index_add_(1, picked, torch.ones_like(picked, dtype=torch.float32).expand(2, -1))
+
+    def count_here(self, ids: Tensor) -> None:
+        """The same on a processor, of one token, in a tenth of the time."""
+        picks, first = self.picks.numpy(), self._first.numpy()
+        picks *= self._kept.numpy()
+        picks[:, (first + ids.numpy()).ravel()] += 1
+        picks[:, -1] += 1
+
+    def shares(self) -> list[list[float]]:
+        picks = self.picks[0].cpu()
+        return (picks[:-1] / picks[-1].clamp_min(1)).view(self.layers, -1).numpy().round(3).tolist()
 
 
 def _joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:

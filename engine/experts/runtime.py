@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from engine.core import SPARSE_LEVELS, Counters, UserError
 from engine.experts.cache import NearMemory, SparseCache, WholeCache
 from engine.experts.hook import Hook
-from engine.experts.layer import ACTIVITY_DECAY, LayerExperts, LevelPlan
+from engine.experts.layer import Activity, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
 from engine.experts.store import Far, offered
 from engine.experts.window import Window, chosen
 from engine.machine.pinned_memory import HostMemory
 from engine.planning.arena import ArenaSizes
 from engine.policies.prefetch import next_experts
-from kernels.activation import quantize_activation
+from kernels.activation import FixedPoint, quantize
 from kernels.apply import apply
 from kernels.dense import dense
 from kernels.evict import age
@@ -38,7 +38,6 @@ from kernels.pool import new_pool, take
 from kernels.resolve import Resolved, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
 from kernels.select import BINS, select_above
-from kernels.weigh import weigh
 
 Tensor = torch.Tensor
 
@@ -60,9 +59,8 @@ class Runtime(ABC):
         self.headroom, self.link_bytes_per_second = True, float("inf")  # see engine/policies/prefetch.py
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)  # the fields of Counters but the last
         self.counted: list[int] | None = None  # `counts` as of the last token, where they came back with it
-        # Picks of each expert, decaying and all since the model was opened; last, their tokens.
-        self.picks = torch.zeros(2, far.layers * far.experts + 1, dtype=torch.float32, device=device)
-        self._kept = torch.tensor([[ACTIVITY_DECAY], [1.0]], device=device)
+        self.busy = Activity(far.layers, far.experts, device)
+        self.picks = self.busy.picks
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)  # the token under way, or the last one
         self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
@@ -71,8 +69,6 @@ class Runtime(ABC):
         self.histogram: Tensor | None = torch.zeros(1, BINS, dtype=torch.int32, device=device)
         self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self._side = SideStream(device)
-        self._picked: dict[int, Tensor] = {}  # of this step, by layer
-        self._first_of_layer = far.experts * torch.arange(far.layers, device=device)[:, None]
         self.level, self.near_wish = level, near_bytes
         self.set_level(level, near_bytes)
 
@@ -236,8 +232,7 @@ class Runtime(ABC):
     def activity(self) -> list[list[float]]:
         """Per layer and expert the share of the last tokens that were routed to it, newer ones counting more; decode
         only. Rows of E numbers, 0 to 1."""
-        picks = self.picks[0].cpu()
-        return (picks[:-1] / picks[-1].clamp_min(1)).view(self.far.layers, -1).numpy().round(3).tolist()
+        return self.busy.shares()
 
     def count_wasted(self, aged: Tensor, records: bool) -> None:
         """aged: what `age` returned; its second number are objects that were fetched ahead in vain."""
@@ -250,10 +245,12 @@ class Runtime(ABC):
         return self.far.layout.sketch_bytes if self.is_sparse else self.far.expert_bytes
 
     # --- the experts function -----------------------------------------------------------------------------------
-    def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], ids [T, k], weights [T, k] -> [T, H] in x's dtype, on its device."""
+    def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+                ) -> Tensor:
+        """x [T, H], ids and weights [T, k] -> [T, H] like x, on top of residual [T, H], like x, where there is one."""
         # A trunk on a card may have its experts computed on the processor.
         hidden, ids, weights = x.to(self.device), ids.to(self.device), weights.to(self.device)
+        residual = None if residual is None else residual.to(self.device)
         self._side.join()
         out, window = None, Window.of(self.phase, self.window, len(x))
         if layer.index == 0 and window.whole < window.length:
@@ -261,24 +258,28 @@ class Runtime(ABC):
         if self.hook is not None:
             ids, weights = self.hook.routed(layer, hidden, ids, weights)
             out = self.hook.instead(layer, hidden, ids, weights)
+        in_step = self.hook is None and window.whole == 0 and residual is not None  # the last kernel adds it
         if out is None:
-            out = window.computed(partial(self._prefill, layer), partial(self._decode, layer), hidden, ids, weights)
+            given = (hidden, ids, weights, residual) if in_step else (hidden, ids, weights)
+            out = window.computed(partial(self._prefill, layer), partial(self._decode, layer), *given)
         if self.hook is not None:
             out = self.hook.added(layer, hidden, out)
+        if residual is not None and not in_step:
+            out = residual + out
         return out.to(x.device, x.dtype)
 
-    def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, *residual: Tensor) -> Tensor:
         """A step; of more tokens than were planned for, one after the other -> float32 [T, H]."""
-        self._remember(layer.index, ids)
+        self.busy.picked(layer.index, ids)
         step, n = self._sparse if self.is_sparse else self._whole, self.tokens
-        given = x.float(), ids.contiguous(), weights.float().contiguous()
+        given = x.float(), ids.contiguous(), weights.float().contiguous(), *(rows.float() for rows in residual)
         if len(x) <= n:
             return step(layer, *given)
         return torch.cat([step(layer, *part) for part in zip(*(tensor.split(n) for tensor in given), strict=True)])
 
     def _begin_step(self) -> None:
         """The token before has ended: make room for this one."""
-        self._picked = {}
+        self.busy.step_begins()
         if self.hook is not None:
             self.hook.token_ended()
         for (pool, reserve), records in zip(self.near.pools(), (False, True), strict=False):
@@ -290,53 +291,48 @@ class Runtime(ABC):
         if self.hook is not None:
             self.hook.token_begins()
 
-    def _remember(self, layer: int, ids: Tensor) -> None:
-        """Which experts are busy: a few operations a token, at the last layer, instead of a few a layer."""
-        self._picked[layer] = ids.flatten()
-        if layer + 1 == self.far.layers == len(self._picked):
-            self._count_picks(torch.stack(list(self._picked.values())))
-
-    def _count_picks(self, ids: Tensor) -> None:
-        """ids [L, n], the routed experts of a step."""
-        picked = (ids.long() + self._first_of_layer).flatten()
-        picked = torch.cat((picked, self._first_of_layer[-1] + self.far.experts))  # and one token more
-        self.picks.mul_(self._kept).index_add_(1, picked, torch.ones_like(picked, dtype=torch.float32).expand(2, -1))
-
     # --- a step -------------------------------------------------------------------------------------------------
-    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k] -> [T, H]."""
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+               ) -> Tensor:
+        """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k], [T, H] -> [T, H]."""
         place = self._demand(layer.index, ids, weights)
         self._look_ahead(layer, x)
         blobs, biases = self.near.rows(layer.index, False), layer.neuron_biases(ids)
-        sums = dense(self._padded(x), blobs, place, self.far.layout, layer.gate, *biases)
-        return self._weighted(layer, sums, ids, weights)
+        product = partial(dense, self._padded(x), blobs, place, self.far.layout, layer.gate, *biases)
+        return layer.mixed(product, ids, weights, self.far.hidden, residual, self.hook is not None)
 
-    def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+                ) -> Tensor:
         """Sketches, scores, the layer's budget, the records behind it, the product. Shapes as of `_whole`."""
         biases, padded = layer.neuron_biases(ids), self._padded(x)
         place = self._demand(layer.index, ids, weights)
-        neurons, fidelity = self._choose(layer, padded, place, ids, weights, biases)
+        codes, scales, *fixed = self._quantized(padded)
+        neurons, fidelity = self._choose(layer, (codes, scales), place, ids, weights, biases)
         if self.hook is not None:
             neurons, fidelity = self.hook.selected(layer, ids, weights, neurons, fidelity)
         where = self._bring_neurons(layer.index, ids, neurons, fidelity)
         self._look_ahead(layer, x)
-        sketches, records = (self.near.rows(layer.index, records) for records in (False, True))
-        sums = apply(padded, sketches, place, records, where, neurons, fidelity, self.far.layout, layer.gate, *biases)
-        return self._weighted(layer, sums, ids, weights)
+        sketches, records = self._rows(layer.index), self.near.rows(layer.index, True)
+        product = partial(apply, padded, sketches, place, records, where, neurons, fidelity, self.far.layout,
+                          layer.gate, *biases, fixed=FixedPoint(*fixed) if fixed else None)
+        return layer.mixed(product, ids, weights, self.far.hidden, residual, self.hook is not None)
 
-    def _choose(self, layer: LayerExperts, x: Tensor, place: Tensor, ids: Tensor, weights: Tensor, biases: tuple,
-                ) -> tuple[Tensor, Tensor]:
-        """-> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
+    def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
+                biases: tuple) -> tuple[Tensor, Tensor]:
+        """x: codes and scales -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
         layout, capacity = self.far.layout, self.capacity[layer.index]
-        sketches = self.near.rows(layer.index, False)
-        codes, scales = quantize_activation(x, layout.group)
+        given = *x, self._rows(layer.index), place
         if self.level == "floe":
-            scores = score_up(codes, scales, sketches, place, layout, biases[1])
+            scores = score_up(*given, layout, biases[1])
             limits = self.thresholds[layer.index][ids.long()]
             return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
-        histogram = self.histogram if len(x) == 1 else None
-        scores = score(codes, scales, sketches, place, weights, layout, layer.gate, *biases, histogram)
+        histogram = self.histogram if len(place) == 1 else None
+        scores = score(*given, weights, layout, layer.gate, *biases, histogram)
         return chosen(scores, ids, self._budget(layer.index), capacity, histogram)
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, padded H] -> codes and scales for scores, then what there is of a FixedPoint."""
+        return quantize(x, self.far.layout.group)
 
     def _budget(self, layer: int) -> tuple[int | Tensor, ...]:
         """Neurons refined, and all that are kept: tensors, so that a recorded step can be told another level."""
@@ -345,14 +341,6 @@ class Runtime(ABC):
     def _padded(self, x: Tensor) -> Tensor:
         padding = self.far.layout.padded - x.shape[1]
         return F.pad(x, (0, padding)) if padding else x
-
-    def _weighted(self, layer: LayerExperts, sums: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Per-expert sums [T, k, padded H] -> [T, H]."""
-        if self.hook is None and not layer.biases and layer.post_norm is None:
-            return weigh(sums, weights, self.far.hidden)
-        y = layer.finish(sums[..., :self.far.hidden], ids.long()) * weights[..., None]
-        # Where nothing was near and nothing may be fetched, what was multiplied is no expert at all.
-        return (y if self.hook is None else torch.where(weights[..., None] == 0, 0.0, y)).sum(1)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _far(self, layer: int, records: bool) -> Tensor:
@@ -364,6 +352,10 @@ class Runtime(ABC):
     def _demand(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
         """Routed experts, or their sketches, near -> place int32 [T, k]. A hook leaves out an expert by weight 0:
         nothing of it is fetched, and the place of another stands there."""
+        if self._in_order(layer) is not None:
+            if layer == 0:  # counted for all layers at once
+                self.counts[:2].add_(self.far.layers * ids.numel() * self._object_bytes * self.done.logical_not())
+            return ids
         if self.hook is None:
             return self._bring_experts(layer, ids)
         left_out = weights == 0
@@ -371,6 +363,15 @@ class Runtime(ABC):
         self.hook.demanded(layer, wanted)
         place = self._bring_experts(layer, wanted)
         return torch.where(left_out, place.gather(1, weights.argmax(1, keepdim=True)), place).clamp(min=0)
+
+    def _in_order(self, layer: int) -> Tensor | None:
+        """Sketches at their experts' numbers, so that nothing has to be looked up; a hook decides by what is near."""
+        return None if self.hook is not None else self.near.in_order(layer)
+
+    def _rows(self, layer: int) -> Tensor:
+        """What the places of `_demand` are places in."""
+        rows = self._in_order(layer)
+        return self.near.rows(layer, False) if rows is None else rows
 
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
         """Experts or their sketches near -> place int32 [T, k]; with most_ahead ahead of demand, so many bytes."""
@@ -417,7 +418,7 @@ class Runtime(ABC):
         need = torch.full_like(ids, self.far.layout.record if records else self._object_bytes)
         place, have = take(pool, ids + layer * (len(pool.slot_of) // self.far.layers), need, self.clock, ahead)
         self._copy(layer, records, ids, place, have, need)
-        return (need - have)[place >= 0].sum()
+        return torch.where(place >= 0, need - have, 0).sum()
 
     def _is_kept(self, layer: int) -> bool:
         return layer >= self.far.layers - self.near.kept // self.far.experts

@@ -54,7 +54,7 @@ class Layer:
             x, _ = linears(gated(logits[:, own.n_experts:]), own.shared, None, 0.0, x)
         if own.choice is None:
             return x
-        return x + self.mlp.experts(normed, *route(logits[:, :own.n_experts], own.choice))
+        return self.mlp.experts(normed, *route(logits[:, :own.n_experts], own.choice), x)
 
     def _mixed(self, projected: Tensor, turn: Tensor, cache: object) -> Tensor:
         mixing = self.block.mixing

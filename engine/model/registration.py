@@ -58,11 +58,15 @@ def unbound() -> Iterator[None]:
         _bound.reset(token)
 
 
-def floe_experts(module: FloeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' experts interface: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
+def floe_experts(module: FloeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
+                 residual: Tensor | None = None) -> Tensor:
+    """transformers' experts interface: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]. And
+    ours: on top of residual [T, H], like hidden_states."""
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-        return Experts.apply(hidden_states, top_k_weights, top_k_index, module.runtime, module.layer)
-    return module.runtime.forward(module.layer, hidden_states, top_k_index, top_k_weights)
+        out = Experts.apply(hidden_states, top_k_weights, top_k_index, module.runtime, module.layer)
+        return out if residual is None else residual + out
+    last = () if residual is None else (residual,)
+    return module.runtime.forward(module.layer, hidden_states, top_k_index, top_k_weights, *last)
 
 
 ALL_EXPERTS_FUNCTIONS[EXPERTS] = floe_experts
@@ -81,9 +85,10 @@ class FloeExperts(nn.Module):
         if getattr(origin, "has_post_expert_norm", False):
             self.post_expert_norm = origin.post_expert_norm
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, residual: Tensor | None = None,
+                ) -> Tensor:
         _only_ours(self.origin.config)
-        return ALL_EXPERTS_FUNCTIONS[EXPERTS](self, hidden_states, top_k_index, top_k_weights)
+        return ALL_EXPERTS_FUNCTIONS[EXPERTS](self, hidden_states, top_k_index, top_k_weights, residual)
 
 
 def _only_ours(config) -> None:

@@ -20,11 +20,11 @@ Times = tuple[tuple[str, float], ...]
 # as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture,
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES), which has more for five kinds. Of those with a
 # fused step (engine/model/fused.py) that card's count alone, look-ahead's included.
-LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 14, "qwen3_moe": 10, "olmoe": 10, "gpt_oss": 16, "mixtral": 10,
-               "gemma4": 14, "glm4_moe": 13, "glm4_moe_lite": 15, "deepseek_v2": 15,
-               "deepseek_v3": 15, "laguna": 78}
+LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 12, "qwen3_moe": 7, "olmoe": 7, "gpt_oss": 12, "mixtral": 9,
+               "gemma4": 14, "glm4_moe": 12, "glm4_moe_lite": 12, "deepseek_v2": 14,
+               "deepseek_v3": 15, "laguna": 79}
 OTHER_LAYER_NODES = 75
-WHOLE_NODES, SPARSE_NODES = 10, 15  # counted by tests/engine/decode/test_recorded_step.py
+WHOLE_NODES, SPARSE_NODES = 9, 13  # counted by tests/engine/decode/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
 EAGER_NODE_SECONDS = 12e-6     # of the same, launched one by one from Python: an operation of torch, computed
 HOST_FETCH_SECONDS = 0.4e-3    # a layer whose misses the host looks up: it waits for the card twice, computed

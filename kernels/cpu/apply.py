@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import carray, float32, int8, int32, int64, njit
 
-from kernels.activation import KINDS, Gate
+from kernels.activation import KINDS, FixedPoint, Gate
 from kernels.cpu.activation import blocks16
 from kernels.cpu.down import NEURONS, TILE, add_rows, weigh_rows, weights_bytes
 from kernels.cpu.gate import gated, kind_of
@@ -24,6 +24,7 @@ from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointe
 from kernels.cpu.vectors import LANES
 from kernels.layout import Layout
 from kernels.select import DOWN_ONLY, REFINED
+from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
 
@@ -222,7 +223,7 @@ def _weigh(table):
 
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None) -> Tensor:
+          up_bias: Tensor | None = None, mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
     """As kernels.apply.apply."""
     if gate.kind not in KINDS:
         return NotImplemented
@@ -230,34 +231,37 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
     assert neurons.shape == record_place.shape == fidelity.shape and fidelity.dtype == torch.int8
     assert records.stride(1) == 1 and records.shape[1] >= layout.record, (records.shape, layout.record)
     chosen = Chosen(neurons, fidelity, record_place, records)
-    return _launch(x, sketches, place, layout, gate, chosen, gate_bias, up_bias)
+    return _launch(x, sketches, place, layout, gate, chosen, gate_bias, up_bias, mixture)
 
 
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None) -> Tensor:
+          up_bias: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
     """As kernels.dense.dense."""
     if gate.kind not in KINDS:
         return NotImplemented
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
-    return _launch(x, blobs, place, layout, gate, None, gate_bias, up_bias)
-
-
-def weigh(sums: Tensor, weights: Tensor, hidden: int) -> Tensor:
-    """As kernels.weigh.weigh."""
-    out = torch.empty(len(sums), hidden, dtype=torch.float32)
-    call(weighing(sums.contiguous(), weights.contiguous(), None, out))
-    return out
+    return _launch(x, blobs, place, layout, gate, None, gate_bias, up_bias, mixture)
 
 
 def _launch(x: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate: Gate, chosen: Chosen | None,
-            gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+            gate_bias: Tensor | None, up_bias: Tensor | None, mixture: Mixture | None) -> Tensor:
     assert x.shape == (len(place), layout.padded), x.shape
     place, gate_bias, up_bias = place.int().contiguous(), *(None if bias is None else bias.contiguous()
                                                             for bias in (gate_bias, up_bias))
     steps, sums = adding(blocks16(x, layout.group), sketches, place, layout, gate, chosen, gate_bias, up_bias)
     for step in steps:
         call(step)
-    return sums
+    return sums if mixture is None else _mixed(sums, mixture)
+
+
+def _mixed(sums: Tensor, mixture: Mixture) -> Tensor:
+    """As kernels.weigh.weigh; sums [T, k, H] are changed."""
+    weights, hidden, residual, bias, ids = mixture
+    if bias is not None:
+        sums[..., :hidden] += bias[ids.long()]
+    out = torch.empty(len(sums), hidden, dtype=torch.float32)
+    call(weighing(sums, weights.contiguous(), None if residual is None else residual.contiguous(), out))
+    return out
 
 
 class Chosen(NamedTuple):
@@ -300,7 +304,7 @@ def adding(blocks: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate
 
 
 def weighing(sums: Tensor, weights: Tensor, residual: Tensor | None, out: Tensor) -> Step:
-    """The step of `weigh` into out float32 [T, H], on top of residual where there is one."""
+    """The step of kernels/weigh.py, without a bias, into out float32 [T, H], on top of residual where there is one."""
     (tokens, routed, padded), hidden = sums.shape, out.shape[1]
     record = pack(WEIGH_RECORD, 1, tokens=tokens, routed=routed, padded=padded, hidden=hidden, sums=address(sums),
                   weights=address(weights), residual=address(residual), out=address(out))

@@ -1,30 +1,17 @@
-"""Device version of quantize_activation, and the finer one for values: 16-bit fixed point as two int8 halves.
+"""Device version of kernels/activation.py: 8 bits for scores, and 16-bit fixed point as two int8 halves for values.
 
 A group of 128 activations in 16 bits with its own scale is finer than bfloat16, and two four-way dot products take it.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.planes import groups_at_once
+from kernels.activation import LARGEST, FixedPoint, Quantized
+from kernels.gpu.planes import groups_at_once, product
 
 Tensor = torch.Tensor
-
-LARGEST = 127 * 256 + 127       # so that both halves fit in int8
-
-
-class FixedPoint(NamedTuple):
-    """x is about (256 * high + low) * scale, group by group."""
-
-    high: Tensor    # int8 [T, H]
-    low: Tensor     # int8 [T, H]
-    scale: Tensor   # float32 [T, G]
-    sums: Tensor    # float32 [T, G], sum of x over the group
-
 
 @triton.jit
 def _rounded(x):
@@ -41,7 +28,7 @@ def codes_of(values, LARGEST: tl.constexpr):
     largest = tl.max(tl.where(size <= 3.4028234663852886e38, size, float("inf")), axis=1)
     scale = tl.div_rn(tl.maximum(largest, 1e-20), LARGEST * 1.0)
     if LARGEST > 127:
-        code = _rounded(values * tl.div_rn(1.0, scale)[:, None])
+        code = _rounded(product(values, tl.broadcast_to(tl.div_rn(1.0, scale)[:, None], values.shape)))
     else:
         code = _rounded(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)))
     code = tl.minimum(tl.maximum(code, -LARGEST * 1.0), LARGEST * 1.0)
@@ -49,41 +36,58 @@ def codes_of(values, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, codes, low, scales, sums, GROUPS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-              HALVES: tl.constexpr, LARGEST: tl.constexpr):
-    """Grid: GROUPS/STEP, T."""
+def _quantize(x, codes, scales, high, low, scale, sums, GROUPS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+              SCORES: tl.constexpr, VALUES: tl.constexpr, LARGEST: tl.constexpr):
+    """Grid: GROUPS/STEP, T. Writes codes and scales for SCORES, the rest for VALUES."""
     group = tl.program_id(1) * GROUPS + tl.program_id(0) * STEP + tl.arange(0, STEP)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None]
-    code, scale = codes_of(tl.load(x + at).to(tl.float32), LARGEST)
-    tl.store(scales + group, scale)
-    if HALVES:
-        high = (code + 128) >> 8
-        tl.store(codes + at, high.to(tl.int8))
-        tl.store(low + at, (code - high * 256).to(tl.int8))
-        tl.store(sums + group, tl.sum(code, axis=1).to(tl.float32) * scale)
-    else:
+    values = tl.load(x + at).to(tl.float32)
+    if SCORES:
+        code, unit = codes_of(values, 127)
+        tl.store(scales + group, unit)
         tl.store(codes + at, code.to(tl.int8))
+    if VALUES:
+        code, unit = codes_of(values, LARGEST)
+        upper = (code + 128) >> 8
+        tl.store(high + at, upper.to(tl.int8))
+        tl.store(low + at, (code - upper * 256).to(tl.int8))
+        tl.store(scale + group, unit)
+        tl.store(sums + group, tl.sum(code, axis=1).to(tl.float32) * unit)
 
 
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
-    _launch(x, group, codes, codes, scales, scales, False)
-    return codes, scales
+    found = *_bytes(x, 1), *_numbers(x, group, 1)
+    _launch(x, group, found, None)
+    return found
 
 
 def fixed_point(x: Tensor, group: int) -> FixedPoint:
-    """float32 [T, H] -> 16 bits each."""
-    high, low = torch.empty(2, *x.shape, dtype=torch.int8, device=x.device)
-    scale, sums = torch.empty(2, x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
-    _launch(x, group, high, low, scale, sums, True)
-    return FixedPoint(high, low, scale, sums)
+    """float [T, H] -> 16 bits each."""
+    found = FixedPoint(*_bytes(x, 2), *_numbers(x, group, 2))
+    _launch(x, group, None, found)
+    return found
 
 
-def _launch(x: Tensor, group: int, codes: Tensor, low: Tensor, scales: Tensor, sums: Tensor, halves: bool) -> None:
+def quantize(x: Tensor, group: int) -> Quantized:
+    """As kernels.activation.quantize: one launch."""
+    (codes, *halves), (scales, *rest) = _bytes(x, 3), _numbers(x, group, 3)
+    _launch(x, group, (codes, scales), FixedPoint(*halves, *rest))
+    return Quantized(codes, scales, *halves, *rest)
+
+
+def _bytes(x: Tensor, n: int) -> Tensor:
+    return torch.empty(n, *x.shape, dtype=torch.int8, device=x.device)
+
+
+def _numbers(x: Tensor, group: int, n: int) -> Tensor:
+    return torch.empty(n, x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
+
+
+def _launch(x: Tensor, group: int, scores: tuple[Tensor, Tensor] | None, values: FixedPoint | None) -> None:
     assert x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous() and x.shape[1] % group == 0
     groups = x.shape[1] // group
     step = groups_at_once(groups, 8)
-    _quantize[(groups // step, x.shape[0])](x, codes, low, scales, sums, GROUPS=groups, GROUP=group, STEP=step,
-                                            HALVES=halves, LARGEST=LARGEST if halves else 127, num_warps=4)
+    _quantize[(groups // step, x.shape[0])](
+        x, *(scores or (x, x)), *(values or (x, x, x, x)), GROUPS=groups, GROUP=group, STEP=step,
+        SCORES=scores is not None, VALUES=values is not None, LARGEST=LARGEST, num_warps=4)

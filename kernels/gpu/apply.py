@@ -3,7 +3,7 @@
 First one number per chosen neuron, gate(g, u), from its sketch row and refinement with the activation in 16-bit fixed
 point; then the down rows, weighted by those numbers, summed per expert. Neither depends on where a record lies, and the
 second one's partition depends only on the list of neurons, so hits and misses give the same bits. Long lists are split
-over several blocks whose partial sums a third kernel adds in order.
+over several blocks whose partial sums a third kernel adds in order, together with all that follows (weigh.py).
 
 Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the list of neurons, G groups along H.
 Byte counts of kernels/layout.py are words (int32) here.
@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from kernels import select
-from kernels.activation import Gate
-from kernels.gpu.activation import FixedPoint, fixed_point
+from kernels.activation import FixedPoint, Gate
+from kernels.gpu.activation import fixed_point
 from kernels.gpu.gate import check_gate, gated, kind_of
 from kernels.gpu.planes import add_splits, dot2, groups_at_once, scale_offset, words_of, x_words
+from kernels.gpu.weigh import weigh
 from kernels.layout import Layout
+from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
 
@@ -132,8 +134,8 @@ def _nibble(words, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _down(products, starts, sketches, place, records, record_place, neurons, out, n_ranks, n_routed, sketch16,
-          record16, NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
+def _down(products, starts, sketches, place, records, record_place, out, n_ranks, n_routed, sketch16, record16,
+          NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
           GROUPS: tl.constexpr, WORDS4: tl.constexpr, STEP: tl.constexpr, RECORD_SCALES_AT: tl.constexpr,
           SPLITS: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr):
     """Grid: blocks of H, k*SPLITS, T. out float32 [T, k, SPLITS, H]. WORDS4: words of 4-bit codes of a group."""
@@ -154,21 +156,30 @@ def _down(products, starts, sketches, place, records, record_place, neurons, out
     t0 = tl.zeros((ROWS, STEP, WORDS4), tl.float32)
     t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
     offsets = tl.zeros((ROWS, STEP), tl.float32)
+    # Where the next rows lie is asked for beside these rows, so that only one trip to memory waits for another.
+    lane, ranks = tl.arange(0, ROWS), token * n_ranks
+    at, weight = lane, tl.zeros((ROWS,), tl.float32)
+    if not DENSE:
+        at = tl.load(record_place + ranks + begin + lane, mask=begin + lane < end, other=0)
+        weight = tl.load(products + ranks + begin + lane, mask=begin + lane < end, other=0)
     for start in range(begin, end, ROWS):
-        rank = start + tl.arange(0, ROWS)
+        rank = start + lane
         valid = rank < end
+        after = rank + ROWS
+        at_next, weight_next = at, weight
         if DENSE:
-            index = tl.where(valid, rank, -1)
+            weight = tl.load(products + ranks + rank, mask=valid, other=0)
+            _, record = _locate(tl.where(valid, rank, -1), rank, token, sketches, place, records, record_place, n_ranks,
+                                n_routed, sketch16, record16, NEURONS, ROW, RECORD, RECORDS_AT, True)
         else:
-            index = tl.load(neurons + token * n_ranks + rank, mask=valid, other=-1)
-        weight = tl.load(products + token * n_ranks + rank, mask=valid, other=0)[:, None]
-        _, record = _locate(index, rank, token, sketches, place, records, record_place, n_ranks, n_routed, sketch16,
-                            record16, NEURONS, ROW, RECORD, RECORDS_AT, DENSE)
+            record = records + at.to(tl.int64) * record16 * 4
+            at_next = tl.load(record_place + ranks + after, mask=after < end, other=0)
+            weight_next = tl.load(products + ranks + after, mask=after < end, other=0)
         words = tl.load(record[:, None, None] + word[None], mask=valid[:, None, None], other=0)
         pairs = tl.load(record[:, None] + (RECORD_SCALES_AT + group[None]), mask=valid[:, None], other=0)
         scale, offset = scale_offset(pairs)
-        factor = (weight * scale)[:, :, None]
-        offsets += weight * offset
+        factor = (weight[:, None] * scale)[:, :, None]
+        offsets += weight[:, None] * offset
         t0 += factor * _nibble(words, 0)
         t1 += factor * _nibble(words, 8)
         t2 += factor * _nibble(words, 16)
@@ -177,6 +188,8 @@ def _down(products, starts, sketches, place, records, record_place, neurons, out
         t5 += factor * _nibble(words, 12)
         t6 += factor * _nibble(words, 20)
         t7 += factor * _nibble(words, 28)
+        at = at_next
+        weight = weight_next
     constant = tl.sum(offsets, axis=0)[:, None]
     out += (token * n_routed * SPLITS + tl.program_id(1)) * (GROUPS * WORDS4 * 8)
     tl.store(out + word * 8, tl.sum(t0, axis=0) + constant)
@@ -191,29 +204,31 @@ def _down(products, starts, sketches, place, records, record_place, neurons, out
 
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
           fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None) -> Tensor:
+          up_bias: Tensor | None = None, mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
     """As kernels.apply.apply."""
     assert neurons.dtype == record_place.dtype == torch.int32 and fidelity.dtype == torch.int8
     for table in (record_place, neurons, fidelity):
         assert table.is_contiguous() and table.shape == neurons.shape
     assert records.dim() == 2 and records.shape[1] >= layout.record
     return _launch(x, sketches, place, (records, record_place, neurons, fidelity), neurons.shape[1], layout, gate,
-                   gate_bias, up_bias)
+                   gate_bias, up_bias, mixture, fixed)
 
 
 def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None) -> Tensor:
+          up_bias: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
     """As kernels.dense.dense."""
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
-    return _launch(x, blobs, place, None, place.shape[1] * layout.neurons, layout, gate, gate_bias, up_bias)
+    return _launch(x, blobs, place, None, place.shape[1] * layout.neurons, layout, gate, gate_bias, up_bias,
+                   mixture)
 
 
 def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ...] | None, n_ranks: int,
-            layout: Layout, gate: Gate, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+            layout: Layout, gate: Gate, gate_bias: Tensor | None, up_bias: Tensor | None,
+            mixture: Mixture | None, fixed: FixedPoint | None = None) -> Tensor:
     check_gate(gate)
     n_tokens, n_routed = place.shape
     assert x.shape == (n_tokens, layout.padded) and x.dtype == torch.float32, (x.shape, x.dtype)
-    assert place.dtype == torch.int32 and place.is_contiguous() and sketches.dim() == 2
+    assert place.dtype in (torch.int32, torch.int64) and place.is_contiguous() and sketches.dim() == 2
     for bias in (gate_bias, up_bias):
         assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     products = torch.empty(n_tokens, n_ranks, dtype=torch.float32, device=x.device)
@@ -224,7 +239,7 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
              "record16": records.stride(0) // 16, "NEURONS": layout.neurons, "ROW": layout.sketch_row // 4,
              "RECORD": layout.record // 4, "RECORDS_AT": layout.sketch_bytes // 4, "GROUPS": layout.groups,
              "RECORD_SCALES_AT": layout.record_scales_at // 4, "DENSE": sparse is None}
-    fixed: FixedPoint = fixed_point(x, layout.group)
+    fixed = fixed or fixed_point(x, layout.group)
     _products[(triton.cdiv(n_ranks + 1, PRODUCT_ROWS), n_tokens)](
         fixed.high.view(torch.int32), fixed.low.view(torch.int32), fixed.scale, fixed.sums, blob_words, place,
         record_words, record_place, neurons, fidelity, products if gate_bias is None else gate_bias,
@@ -235,8 +250,10 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
     splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK))))
     partial = torch.empty(n_tokens, n_routed, splits, layout.padded, dtype=torch.float32, device=x.device)
     _down[(layout.padded // DOWN_CODES, n_routed * splits, n_tokens)](
-        products, starts, blob_words, place, record_words, record_place, neurons, partial, WORDS4=layout.group // 8,
+        products, starts, blob_words, place, record_words, record_place, partial, WORDS4=layout.group // 8,
         STEP=DOWN_CODES // layout.group, SPLITS=splits, ROWS=DOWN_ROWS, num_warps=8, **sizes)
+    if mixture is not None:
+        return weigh(partial, mixture)
     if splits == 1:
         return partial[:, :, 0]
     out = torch.empty(n_tokens, n_routed, layout.padded, dtype=torch.float32, device=x.device)

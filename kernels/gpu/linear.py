@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.activation import LARGEST, codes_of
+from kernels.activation import LARGEST
+from kernels.gpu.activation import codes_of
 from kernels.gpu.planes import add_splits, dp4a, scale_offset, words_of
 from kernels.trunk.linear import MOST_TOKENS, Matrices, columns
 

@@ -31,6 +31,15 @@ def dp4a(codes, x, total):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded to float32 before anything is added: a compiler that joined both would round otherwise than
+    torch."""
+    if INTERPRETED:
+        return a * b
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def x_words(x, at, FIRST: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr):
     """Activation words for the code words of GROUPS groups -> four int32 [GROUPS, WORDS], one for each shift.
 

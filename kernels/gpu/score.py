@@ -94,7 +94,7 @@ def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weig
     n_tokens, n_routed = place.shape
     assert codes.dtype == torch.int8 and codes.shape == (n_tokens, layout.padded) and codes.is_contiguous()
     assert scales.dtype == torch.float32 and scales.shape == (n_tokens, layout.groups) and scales.is_contiguous()
-    assert place.dtype == torch.int32 and place.is_contiguous() and sketches.dim() == 2
+    assert place.dtype in (torch.int32, torch.int64) and place.is_contiguous() and sketches.dim() == 2
     for bias in (gate_bias, up_bias):
         assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     assert histogram is None or (histogram.dtype == torch.int32 and histogram.shape == (n_tokens, BINS))

@@ -1,9 +1,10 @@
 """Device version of kernels/select.py: find the key of the K-th best, then write the chosen in order of their index.
 
 `score` has counted the upper 12 bits of the keys, so the bin that holds the K-th key is known at once. Up to 4,096
-scores one block per token holds them all and finds the lower 12 bits by bisection. Above, one kernel counts the lower
-bits of that bin's keys and a second one chooses, several blocks each; a block counts what lies before it by itself.
-Both budgets (refined, total) are found together. Counts are integers, so the outcome depends on no order.
+scores, or twice as many in two tiles, one block per token holds them all and finds the lower 12 bits by bisection.
+Above, one kernel counts the lower bits of that bin's keys and a second one chooses, several blocks each; a block
+counts what lies before it by itself. Both budgets (refined, total) are found together. Counts are integers, so the
+outcome depends on no order.
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from kernels.select import BINS, FLOE, KEY_SHIFT, REFINED
 
 Tensor = torch.Tensor
 
-LARGEST_TILE = 4096     # scores of a block; twice as many spill registers and fill the shared memory of sm_75
+LARGEST_TILE = 4096     # scores of a tile; twice as many spill registers and fill the shared memory of sm_75
 SHIFT = tl.constexpr(KEY_SHIFT)
 BELOW = tl.constexpr(12)            # bits of a key below its bin
 
@@ -44,17 +45,27 @@ def _two_sums(a, b):
 
 
 @triton.jit
-def _bisect(keys, low, low2, n, n2, ROUNDS: tl.constexpr):
+def _counts(keys, more, low, low2, TWO: tl.constexpr):
+    """How many keys of one tile, or of TWO, are at least low, and low2: one reduction."""
+    flags = (keys >= low).to(tl.int32) + ((keys >= low2).to(tl.int32) << 16)
+    if TWO:
+        flags += (more >= low).to(tl.int32) + ((more >= low2).to(tl.int32) << 16)
+    both = tl.sum(flags, 0)
+    return both & 0xFFFF, both >> 16
+
+
+@triton.jit
+def _bisect(keys, more, low, low2, n, n2, ROUNDS: tl.constexpr, TWO: tl.constexpr):
     """Largest t >= low with at least n keys >= t, setting the lower ROUNDS bits of low, for two budgets at once.
 
     -> t and how many keys equal to it are wanted, twice.
     """
     for i in tl.static_range(ROUNDS):
         bit = 1 << (ROUNDS - 1 - i)
-        count, count2 = _two_sums(keys >= (low | bit), keys >= (low2 | bit))
+        count, count2 = _counts(keys, more, low | bit, low2 | bit, TWO)
         low = tl.where(count >= n, low | bit, low)
         low2 = tl.where(count2 >= n2, low2 | bit, low2)
-    count, count2 = _two_sums(keys > low, keys > low2)
+    count, count2 = _counts(keys, more, low + 1, low2 + 1, TWO)
     return low, n - count, low2, n2 - count2
 
 
@@ -107,8 +118,8 @@ def _lower(which: tl.constexpr, found, lower, BINS: tl.constexpr):
 
 
 @triton.jit
-def _thresholds(total, refined, keys, histogram, found, lower, BINS: tl.constexpr, MANY: tl.constexpr,
-                COUNTED: tl.constexpr):
+def _thresholds(total, refined, keys, more, histogram, found, lower, BINS: tl.constexpr, MANY: tl.constexpr,
+                COUNTED: tl.constexpr, TWO: tl.constexpr):
     """-> key of the last one wanted and how many equal to it are wanted; for the total, then for the refined."""
     if MANY:
         key, ties = _lower(0, found, lower, BINS)
@@ -118,21 +129,38 @@ def _thresholds(total, refined, keys, histogram, found, lower, BINS: tl.constexp
         counts = tl.load(histogram + tl.arange(0, BINS))
         bin, _ = bin_of(counts, total, BINS)
         bin2, _ = bin_of(counts, refined, BINS)
-        return _bisect(keys, bin << BELOW, bin2 << BELOW, total, refined, 12)
-    return _bisect(keys, total * 0, refined * 0, total, refined, 24)
+        return _bisect(keys, more, bin << BELOW, bin2 << BELOW, total, refined, 12, TWO)
+    return _bisect(keys, more, total * 0, refined * 0, total, refined, 24, TWO)
+
+
+@triton.jit
+def _list(keys, at, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity,
+          REFINED: tl.constexpr):
+    """Writes what is kept of a tile -> how many are kept up to its end."""
+    kept, position, end = _kept(keys, key, ties, n_above, n_equal)
+    better, _, _ = _kept(keys, key2, ties2, 0, n_equal2)
+    kept = kept & (position < capacity) & (at < n)
+    tl.store(neurons + position, at, mask=kept)
+    tl.store(fidelity + position, tl.where(better, REFINED, 0).to(tl.int8), mask=kept)
+    return end
 
 
 @triton.jit
 def _select(scores, n_refined, n_total, histogram, found, lower, neurons, fidelity, n, capacity, BINS: tl.constexpr,
-            MANY: tl.constexpr, COUNTED: tl.constexpr, REFINED: tl.constexpr, TILE: tl.constexpr):
+            MANY: tl.constexpr, COUNTED: tl.constexpr, TWO: tl.constexpr, REFINED: tl.constexpr, TILE: tl.constexpr):
     token = tl.program_id(0)
     scores += token * n
+    neurons += token * capacity
+    fidelity += token * capacity
     at = tl.program_id(1) * TILE + tl.arange(0, TILE)
     keys = _keys(scores, at, n)
+    more = keys
+    if TWO:
+        more = _keys(scores, at + TILE, n)
     total = tl.minimum(tl.load(n_total), n)
     refined = tl.minimum(tl.load(n_refined), n)
-    key, ties, key2, ties2 = _thresholds(total, refined, keys, histogram + token * BINS, found + token * 4,
-                                         lower + token * 2 * BINS, BINS, MANY, COUNTED)
+    key, ties, key2, ties2 = _thresholds(total, refined, keys, more, histogram + token * BINS, found + token * 4,
+                                         lower + token * 2 * BINS, BINS, MANY, COUNTED, TWO)
     n_above = total * 0
     n_equal = total * 0
     n_equal2 = total * 0
@@ -143,16 +171,17 @@ def _select(scores, n_refined, n_total, histogram, found, lower, neurons, fideli
             n_above += above
             n_equal += equal
             n_equal2 += tl.sum((earlier == key2).to(tl.int32), 0)
-    kept, position, end = _kept(keys, key, ties, n_above, n_equal)
-    better, _, _ = _kept(keys, key2, ties2, 0, n_equal2)
-    kept = kept & (position < capacity) & (at < n)
-    tl.store(neurons + token * capacity + position, at, mask=kept)
-    tl.store(fidelity + token * capacity + position, tl.where(better, REFINED, 0).to(tl.int8), mask=kept)
+    end = _list(keys, at, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity, REFINED)
+    if TWO:
+        n_above, n_equal = _two_sums(keys > key, keys == key)
+        n_equal2 = tl.sum((keys == key2).to(tl.int32), 0)
+        end = _list(more, at + TILE, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity,
+                    REFINED)
     if tl.program_id(1) == tl.num_programs(1) - 1:
         for start in range(end, capacity, TILE):  # not from `total` on: a stale histogram keeps another number
             rest = start + tl.arange(0, TILE)
-            tl.store(neurons + token * capacity + rest, -1, mask=rest < capacity)
-            tl.store(fidelity + token * capacity + rest, 0, mask=rest < capacity)
+            tl.store(neurons + rest, -1, mask=rest < capacity)
+            tl.store(fidelity + rest, 0, mask=rest < capacity)
         if COUNTED:
             tl.debug_barrier()
             tl.store(histogram + token * BINS + tl.arange(0, BINS), 0)
@@ -189,7 +218,8 @@ def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capac
     neurons = torch.empty(n_tokens, capacity, dtype=torch.int32, device=scores.device)
     fidelity = torch.empty(n_tokens, capacity, dtype=torch.int8, device=scores.device)
     tile = min(triton.next_power_of_2(max(n, 128)), LARGEST_TILE)
-    grid = (n_tokens, triton.cdiv(n, tile))
+    two = tile < n <= 2 * tile
+    grid = (n_tokens, 1 if two else triton.cdiv(n, tile))
     many = grid[1] > 1
     found = lower = neurons
     if many:
@@ -200,7 +230,7 @@ def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capac
         lower = torch.zeros(n_tokens, 2, BINS, dtype=torch.int32, device=scores.device)
         _count_lower[grid](scores, *budgets, histogram, found, lower, n, BINS=BINS, TILE=tile, num_warps=_warps(tile))
     _select[grid](scores, *budgets, neurons if histogram is None else histogram, found, lower, neurons, fidelity, n,
-                  capacity, BINS=BINS, MANY=many, COUNTED=histogram is not None, REFINED=REFINED, TILE=tile,
+                  capacity, BINS=BINS, MANY=many, COUNTED=histogram is not None, TWO=two, REFINED=REFINED, TILE=tile,
                   num_warps=_warps(tile))
     return neurons, fidelity
 

@@ -55,13 +55,14 @@ class OnFakeCard:
     plan: Plan
 
 
-def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str) -> OnFakeCard:
-    """Inside `fake_card`. Near memory for two thirds of the sketches, so that everything has to be looked up."""
+def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str, is_roomy: bool = False) -> OnFakeCard:
+    """Inside `fake_card`. Near memory for two thirds of the sketches, so that everything has to be looked up; or roomy,
+    for all of them and some records."""
     calibration = synthetic.calibration_of(shape)
     _onto_card(shape, model)
     small = table.described("rtx-3060-12gb")
     planner = Planner(shape.spec, small, DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
-    n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * 2 // 3
+    n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * (6 if is_roomy else 2) // 3
     with mock.patch.object(layer, "recognised", _recognised):
         runtime = bind(model, DeviceRuntime, FarNothing(shape), planner, level, n_near, device=CARD,
                        dtype=torch.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.activation import KINDS, Gate, quantize_activation
+from kernels.activation import KINDS, Gate, quantize, quantize_activation
 from kernels.gpu import activation as gpu_activation
 from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
@@ -77,17 +77,23 @@ def test_quantized_activation_bit_for_bit(hidden, n_tokens, dtype):
         for mine, theirs in zip(gpu_activation.quantize_activation(x, group),
                                 quantize_activation.reference(x, group), strict=True):
             assert torch.equal(mine, theirs)
+        for mine, theirs in zip(gpu_activation.quantize(x, group), quantize.reference(x, group), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("quantize", [gpu_activation.quantize_activation, quantize_activation.reference])
-def test_a_group_that_holds_no_numbers_has_no_scale(quantize, bad):
+@pytest.mark.parametrize("run", [gpu_activation.quantize_activation, quantize_activation.reference,
+                                 gpu_activation.quantize, quantize.reference])
+def test_a_group_that_holds_no_numbers_has_no_scale(run, bad):
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(1))
     x[1, 130] = bad
-    codes, scales = quantize(x, 64)
+    codes, scales, *fixed = run(x, 64)
     assert scales.isfinite().tolist() == [[True] * 4, [True, True, False, True]]
     assert not codes[1, 128:192].any() and codes[1, :128].any()
-    assert torch.equal(codes[:1], quantize(x[:1], 64)[0])
+    assert torch.equal(codes[:1], run(x[:1], 64)[0])
+    for numbers in fixed[2:]:
+        assert numbers.isfinite().tolist() == [[True] * 4, [True, True, False, True]]
+    assert not any(half[1, 128:192].any() for half in fixed[:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +144,9 @@ def test_select(n_tokens, n, kind, counted):
 
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
-@pytest.mark.parametrize("n_tokens,n,tile", [(2, 700, 256), pytest.param(1, 28_672, 4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_tokens,n,tile", [(2, 700, 256), (2, 500, 256),
+                                             pytest.param(1, 28_672, 4096, marks=pytest.mark.slow),
+                                             pytest.param(1, 6144, 4096, marks=pytest.mark.slow)])
 def test_select_with_several_blocks(monkeypatch, n_tokens, n, tile, kind, counted):
     monkeypatch.setattr(gpu_select, "LARGEST_TILE", tile)
     scores = scores_of(kind, n_tokens, n)
@@ -150,7 +158,7 @@ def test_select_with_several_blocks(monkeypatch, n_tokens, n, tile, kind, counte
         assert not counted or not histogram.any()
 
 
-@pytest.mark.parametrize("tile", [4096, 128])
+@pytest.mark.parametrize("tile", [4096, 512, 128])
 @pytest.mark.parametrize("counts", ["none", "twice", "another's", "all in one"])
 def test_a_stale_histogram_leaves_no_garbage(monkeypatch, counts, tile):
     """As a step that was broken off leaves it: what is chosen is wrong then, but every entry is a neuron or -1."""

@@ -13,6 +13,7 @@ from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
 from kernels.layout import Layout, default_group_size
 from kernels.select import DOWN_ONLY, FLOE, REFINED
+from kernels.weigh import Mixture
 from tests.support.random_experts import SEEDS, random_blobs, random_shape
 
 
@@ -86,6 +87,27 @@ def test_apply(hidden, neurons, k, n_tokens, n, biased):
     found = gpu_apply.apply(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
     assert bool(expected.any()) == (n > 0)
+
+
+@pytest.mark.parametrize("biased, added", [(False, True), (True, False)])
+@pytest.mark.parametrize("ranks", [20, 256])
+def test_what_becomes_of_the_sums(monkeypatch, biased, added, ranks):
+    """Of several tokens, in one part an expert and in several: weights, bias of down, residual."""
+    monkeypatch.setattr(gpu_apply, "RANKS_OF_BLOCK", ranks)
+    generator, layout = torch.Generator().manual_seed(ranks), Layout(192, 40, 64)
+    blobs, place = random_blobs(3, layout, generator), torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+    x, every = torch.randn(2, 256, generator=generator), torch.arange(80, dtype=torch.int32).expand(2, -1).contiguous()
+    where = (place.repeat_interleave(40, 1) * 40 + every % 40).int()
+    mixture = Mixture(torch.rand(2, 2, generator=generator), 192,
+                      torch.randn(2, 192, generator=generator) if added else None,
+                      *((torch.randn(5, 192, generator=generator), torch.tensor([[4, 0], [1, 4]])) if biased else ()))
+    rest = layout, Gate(), None, None, mixture
+    chosen = every, torch.full_like(every, REFINED, dtype=torch.int8)
+    expected = dense.reference(x, blobs, place, *rest)
+    for found in (gpu_apply.dense(x, blobs, place, *rest),
+                  gpu_apply.apply(x, blobs, place, records_of(blobs, layout), where, *chosen, *rest)):
+        assert found.shape == (2, 192)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
 
 
 def test_apply_of_nothing_is_zero():

@@ -24,7 +24,7 @@ from kernels.gpu import score as gpu_score
 from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
 
-OF = {"age": "evict", "apply": "apply", "dense": "apply", "fill": "fill", "quantize_activation": "activation",
+OF = {"age": "evict", "apply": "apply", "dense": "apply", "fill": "fill", "quantize": "activation",
       "score": "score", "score_up": "score", "select": "select", "select_above": "select", "resolve_experts": "pool",
       "resolve_neurons": "pool"}
 LEVELS = ("exact", "fast", "floe")

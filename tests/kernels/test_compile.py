@@ -34,13 +34,14 @@ from kernels.pool import new_pool
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import Matrices
 from kernels.trunk.route import Choice
+from kernels.weigh import Mixture
 from tests.support import aot
 from tests.support.random_experts import random_latent, random_mixer, random_settling, random_step
 
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and
 # another version may take twice as many (`_score` with four warps: 128 with Triton 3.7.1, 227 with 3.6.0).
-REGISTERS = {"_quantize": 40, "_score": 96, "_products": 128, "_down": 80, "_select": 96, "_take": 64}
+REGISTERS = {"_quantize": 40, "_score": 96, "_products": 128, "_down": 80, "_select": 128, "_take": 64}
 
 
 def cards() -> list:
@@ -178,12 +179,15 @@ LINEAR_SHAPES = [(8192, 2048), (512, 2048), (2048, 512), (256, 2880), (4096, 281
                  (151_936, 2048)]
 CALLS = {
     "quantize": lambda: gpu_activation.quantize_activation(torch.zeros(1, 2048), 128),
+    "quantize for both": lambda: gpu_activation.quantize(torch.zeros(1, 2048), 128),
     "score biased": score_call(2880, biased=True),
     "score up": score_up_call(2048),
     "select 4096": select_call(4096, True),
+    "select 6144": select_call(6144, True),
     "select 8192": select_call(8192, True),
     "select 28672": select_call(28_672, True),
     "select uncounted": select_call(28_672, False),
+    "select uncounted 8192": select_call(8192, False),
     "select above": lambda: gpu_select.select_above(torch.zeros(1, 9000), torch.zeros(1, 9000), 4096),
     "take": take_call(1229, False),
     "take four tokens": take_call(1229, False, rows=4),
@@ -233,13 +237,17 @@ CALLS = {
     "route by factors": lambda: gpu_route.route(torch.zeros(4, 128), Choice(8, True, factors=torch.zeros(128))),
     "settle": lambda: gpu_settle.settle(*random_settling(4, 2816, True, True)),     # Gemma 4
     "settle one": lambda: gpu_settle.settle(*random_settling(1, 2816, False, True)),
-    "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 3072), torch.zeros(4, 8), 2880),
+    "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 2, 2048),
+                                     Mixture(torch.zeros(4, 8), 2048, torch.zeros(4, 2048))),
+    "weigh biased": lambda: gpu_weigh.weigh(torch.zeros(1, 4, 1, 3072), Mixture(
+        torch.zeros(1, 4), 2880, None, torch.zeros(32, 2880), integers(1, 4).long())),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),
 }
 
 
-SLOW_CALLS = {"select 8192", "select uncounted", "score biased", "score up", "take four tokens", "take ahead",
+SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "score biased", "score up",
+              "take four tokens", "take ahead",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from engine.bench.blobs import random_blobs, random_matrix
 from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
-from kernels.activation import Gate, quantize_activation
+from kernels.activation import Gate, quantize, quantize_activation
 from kernels.apply import apply
 from kernels.dense import dense, dequantize
 from kernels.layout import Layout, default_group_size
@@ -30,6 +30,7 @@ from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import Choice, route
 from kernels.trunk.settle import Settling, settle
+from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
 VALUES, SIXTEEN_BITS = 1e-3, 1e-2   # of the largest value; SIXTEEN_BITS where the result itself is rounded to 16 bits
@@ -121,6 +122,11 @@ def _quantize(case: Case) -> Compared:
     return case.call(quantize_activation, *given), quantize_activation.reference(*on_cpu(given)), 0.0
 
 
+def _quantize_both(case: Case) -> Compared:
+    given = (case.x, case.layout.group)
+    return case.call(quantize, *given), quantize.reference(*on_cpu(given)), 0.0
+
+
 def _score(case: Case) -> Compared:
     given, found, _ = case.scored()
     return (found,), (score.reference(*on_cpu(given)),), VALUES
@@ -156,6 +162,17 @@ def _apply(case: Case) -> Compared:
     records = case.blobs[:, case.layout.sketch_bytes:].reshape(-1, case.layout.record)
     given = (case.x, case.blobs, case.place, records, where, neurons, fidelity, case.layout, case.gate, *case.bias)
     return (case.call(apply, *given),), (apply.reference(*on_cpu(given)),), VALUES
+
+
+def _mixed(case: Case) -> Compared:
+    """`dense` up to a layer's output: weights, bias of down where there are biases, residual."""
+    draw, shape = torch.Generator().manual_seed(21), case.shape
+    residual = torch.randn(case.n_tokens, shape.hidden, generator=draw)
+    bias = (torch.randn(shape.top_k, shape.hidden, generator=draw), torch.arange(shape.top_k).expand(case.n_tokens, -1))
+    mixture = Mixture(case.weight.cpu(), shape.hidden, residual, *(bias if shape.biased else ()))
+    given = (case.x, case.blobs, case.place, case.layout, case.gate, *case.bias)
+    there = Mixture(*_there(tuple(mixture), case.device))
+    return (case.call(dense, *given, there),), (dense.reference(*on_cpu(given), mixture),), VALUES
 
 
 def _dense(case: Case) -> Compared:
@@ -327,8 +344,9 @@ def _route(case: Case) -> Compared:
     return tuple(found), tuple(expected), VALUES
 
 
-CHECKS = {"quantize_activation": _quantize, "score": _score, "histogram of score": _histogram, "score_up": _score_up,
-          "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense,
+CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score": _score,
+          "histogram of score": _histogram, "score_up": _score_up,
+          "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense, "mixture": _mixed,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
           "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route,
           "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,

@@ -89,15 +89,20 @@ def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):
         assert bool((counts.diff(dim=0) >= 0).all()) and 0 < counts[-1, 2] < counts[-1, 0]
 
 
-@pytest.mark.parametrize("level, expected", [("exact", cost_model.WHOLE_NODES), ("fast", cost_model.SPARSE_NODES)])
+@pytest.mark.parametrize("level, is_roomy, expected", [
+    ("exact", True, cost_model.WHOLE_NODES), ("fast", False, cost_model.SPARSE_NODES),
+    ("fast", True, cost_model.SPARSE_NODES - 2)])
 @torch.no_grad()
-def test_a_layers_experts_are_the_nodes_that_the_plan_counts(level, expected, tmp_path):
-    """One layer more of the step, without look-ahead and without age, which comes once a token."""
+def test_a_layers_experts_are_the_nodes_that_the_plan_counts(level, is_roomy, expected, tmp_path):
+    """One layer more of the step, without look-ahead and without age, which comes once a token. Sketches that all stay
+    near are neither looked up nor filled."""
     folder = compressed("qwen3_moe", tmp_path, num_hidden_layers=3, hidden_size=256)[2]
     loaded = load.load(folder, Options("exact", device="cpu"))
     loaded.runtime.plans["fast"] = LevelPlan(((15, 20),) * 3)
     runtime = take_over(loaded)
     runtime.set_level(level)
+    if not is_roomy:
+        runtime.set_level(level, runtime.smallest_bytes())
     runtime.phase, runtime.headroom, counted = "decode", False, []
     x, ids, weights = torch.randn(1, 256).bfloat16(), torch.tensor([[0, 3]]), torch.rand(1, 2).bfloat16()
     for n in (1, 2):

@@ -63,7 +63,7 @@ def smallest(runtime: Runtime, level: str) -> int:
 @pytest.mark.parametrize("level", ["exact", "balanced"])
 def test_the_activity_is_the_share_of_tokens_that_chose_an_expert(loaded, level, monkeypatch):
     """Without fading it counts: every decode token chooses K experts of each layer, prefill does not count."""
-    monkeypatch.setattr(loaded.runtime, "_kept", torch.ones(2, 1))
+    monkeypatch.setattr(loaded.runtime.busy, "_kept", torch.ones(2, 1))
     loaded.runtime.set_level(level)
     before = loaded.runtime.picks[1].clone()
     assert sum(map(sum, loaded.runtime.activity())) == 0

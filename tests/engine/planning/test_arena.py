@@ -15,6 +15,7 @@ from engine.experts.runtime import Runtime
 from engine.library import catalogue
 from engine.machine import table
 from engine.planning.arena import ArenaSizes
+from engine.planning.cost_model import LAYER_NODES, SPARSE_NODES, WHOLE_NODES
 from engine.planning.explain import plan_text
 from engine.planning.plan import PlanRequest
 from engine.planning.planner import plan
@@ -46,8 +47,8 @@ def test_a_32_gb_windows_machine_records_its_step():
         # Where they do not fit, the host fetches, no step is recorded, and every kernel is launched by itself.
         small = plan(spec, locked, replace(wishes, near_bytes=1_300_000_000))
         assert small.pageable_layers == 3 and "the processor fetches from them" in plan_text(small)
-        own = {"exact": 10, "fast": 15}[level]
-        assert dict(small.token)["launches"] == pytest.approx(40 * (12 + own) * 12e-6 + 3 * 0.4e-3)
+        nodes = LAYER_NODES["qwen3_5_moe"] + {"exact": WHOLE_NODES, "fast": SPARSE_NODES}[level]
+        assert dict(small.token)["launches"] == pytest.approx(40 * nodes * 12e-6 + 3 * 0.4e-3)
 
 
 def test_a_prompt_is_read_in_pieces_that_attention_has_room_for():
