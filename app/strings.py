@@ -198,7 +198,6 @@ TEXT = {
                    "it, as your earlier answers tell. Answers stay the same. What is learned holds no text and stays "
                    "on this computer; deleting a chat does not delete it.",
     "habits_learned": "Learned so far",
-    "habits_size": "{size} MB",
     "habits_none": "Nothing",
     "habits_forgotten": "What was learned is deleted.",
     "preferences_programs": "API",

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event, Lock, Thread
 
 from engine.core import Stopped
@@ -49,6 +49,16 @@ def unheard(progress: Progress) -> None:
 def said(text: str) -> Progress:
     """A sentence about work that has not begun."""
     return Progress(0, 1, 0.0, None, text)
+
+
+def of_pass(report: Report, n: int, passes: int) -> Report:
+    """Of the n-th of several passes of the same work, as a part of all of them. How long those behind it take, nobody
+    knows."""
+    def told(progress: Progress) -> None:
+        left = progress.seconds_left if n + 1 == passes else None
+        report(replace(progress, done_bytes=progress.done_bytes + n * progress.total_bytes,
+                       total_bytes=passes * progress.total_bytes, seconds_left=left))
+    return told
 
 
 class Meter:

@@ -214,7 +214,8 @@ class Jobs:
 
     def _stream(self, answer: Message, live: Live) -> str:
         wishes = ChatSettings.of(self.chats.conversation(answer.conversation_id).settings)
-        messages = spoken(self._given(answer), wishes.system, wishes.keep_thinking)
+        above = self._given(answer)
+        messages = spoken(above, wishes.system, wishes.keep_thinking)
         ask = self._elsewhere if wishes.remote else self._here
         meter = _Meter(live)
         with closing(ask(answer, live, wishes, messages)) as events:
@@ -226,7 +227,7 @@ class Jobs:
                 if event.kind == "end":
                     if event.picks:
                         self.picks.keep(answer.conversation_id, event.picks)
-                        self.habits.answered(self._asked_in(answer), event.picks)
+                        self.habits.answered(above, event.picks)
                     return _ended(live, event)
         return "stopped" if live.stop.is_set() else "error"
 
@@ -270,10 +271,6 @@ class Jobs:
         """Everything above the answer, and the answer itself when it is to be continued."""
         path = self.chats.path(answer.conversation_id, answer.id)
         return path if answer.text else path[:-1]
-
-    def _asked_in(self, answer: Message) -> str:
-        """The words of the question above it."""
-        return next((above.text for above in reversed(self._given(answer)) if above.role == "user"), "")
 
     def _trouble(self, error: BaseException) -> None:
         """Said on the page until something has been saved."""

@@ -2,10 +2,12 @@
 next question is being written. One file a model, `habits/` in the data folder; no text is in it."""
 from __future__ import annotations
 
+import sqlite3
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
-from app.chat.chats import Chats
+from app.chat.chats import Chats, Message
 from app.library.open_model import Models
 from engine import Habits, Picks
 
@@ -31,9 +33,12 @@ class KeptHabits:
         if self.wanted and draft.strip():
             self._models.expect(draft, self._of_model())
 
-    def answered(self, asked: str, picks: Picks) -> None:
-        if self.wanted:
-            self._models.learn(asked, picks, self._of_model())
+    def answered(self, above: list[Message], picks: Picks) -> None:
+        """above: what was said before it. What cannot be learned is only missing the next time."""
+        with suppress(sqlite3.Error):
+            if self.wanted:
+                asked = next((message.text for message in reversed(above) if message.role == "user"), "")
+                self._models.learn(asked, picks, self._of_model())
 
     def size(self) -> int:
         """Bytes, of all models."""

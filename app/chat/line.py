@@ -16,6 +16,7 @@ from engine import Stopped
 
 LOOK_SECONDS = 0.1  # how often a stop is looked for
 DOUBT = 2.0  # an answer may take so many times as long as is expected
+UNKNOWN_SECONDS = 30.0  # that one takes of which nobody knows
 
 
 class Late(Exception):
@@ -106,11 +107,15 @@ def following(waiting: Iterable[Place], now: float) -> Place:
     nearest deadline."""
     by_deadline = sorted(waiting)
     for place in sorted(by_deadline, key=lambda place: place.seconds):
-        begins, in_time = now + DOUBT * place.seconds, True
+        begins, in_time = now + _most_seconds(place), True
         for other in by_deadline:
             if other is not place:
                 in_time = in_time and begins <= other.deadline
-                begins += DOUBT * other.seconds
+                begins += _most_seconds(other)
         if in_time:
             return place
     return by_deadline[0]
+
+
+def _most_seconds(place: Place) -> float:
+    return DOUBT * (place.seconds or UNKNOWN_SECONDS)

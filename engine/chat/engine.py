@@ -348,17 +348,17 @@ class Engine:
             while job := self._soon.get_nowait():
                 job[0](*job[1:])
 
-    def _warm(self, picks: Picks) -> None:
+    def _warm(self, picks: Picks, is_draft: bool = False) -> None:  # a draft's ends for another one, too
         runtime = self._turns.runtime
         if (picks.layers, picks.experts) == (runtime.far.layers, runtime.far.experts):
             for _ in bring_near(runtime, picks.busiest()):
-                if not self._jobs.empty():
+                if self._unfinished or self._changes or self._closed or is_draft and not self._jobs.empty():
                     break
             self._turns.show("idle")
 
     def _expect(self, draft: str, habits: Habits) -> None:
         if picks := expected(self._turns, draft, habits, lambda: not self._jobs.empty()):
-            self._warm(picks)
+            self._warm(picks, is_draft=True)
 
     def _failed(self, error: BaseException, channel: _Channel) -> Event:
         self._turns.live.phase = "idle"

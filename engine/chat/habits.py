@@ -34,7 +34,10 @@ class Habits:
         return len(self._keys)
 
     def add(self, key: np.ndarray, picks: Picks) -> None:
-        """key float32 [H]. Where there is no room the answer that was asked most alike makes it."""
+        """key float32 [H]. Where there is no room the answer that was asked most alike makes it. An answer that was
+        stopped before its first token picked nothing, and teaches nothing."""
+        if not any(picks.counts):
+            return
         counts = np.array(picks.counts, np.float32).reshape(picks.layers, picks.experts)
         key, found = _unit(key), np.ceil(counts * FULL / max(1, counts.max())).astype(np.uint8)
         with self._lock:

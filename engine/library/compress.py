@@ -19,7 +19,7 @@ from engine.files.manifest import MTP, TRUNK, Manifest, experts_name
 from engine.library.transfer import CompressOptions
 from engine.machine import errors
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
-from engine.progress import Progress, Report, said, unheard
+from engine.progress import Progress, Report, of_pass, said, unheard
 from engine.quality.loss_probe import Documents
 from engine.quality.requantize import NO_TEXT, Requantizer, Text, digest, expected
 
@@ -60,7 +60,8 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
     with writer_for(checkpoint, dest, origin, group_size, trunk_bits, documents, model) as writer:
         units = list(units_of(writer, checkpoint, device, check, documents, model))
         if documents and not text.model and not all(unit.done for unit in units):
-            _plain(checkpoint, source, model, origin, group_size, trunk_bits, device, report, check)
+            _plain(checkpoint, source, model, origin, group_size, trunk_bits, device, of_pass(report, 0, 2), check)
+            report = of_pass(report, 1, 2)
         clock = _work(units, writer, report)
         shutil.rmtree(dest / PLAIN, ignore_errors=True)
         manifest = writer.seal(checkpoint.text_config, checkpoint.skeleton, source, calibration=noted(documents, model))

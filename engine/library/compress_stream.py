@@ -31,7 +31,7 @@ from engine.library.compress import PLAIN, Unit, left_out, noted, settled, text_
 from engine.library.hub import Hub, RemoteFile
 from engine.library.installed import Source, partial_share, unfinished
 from engine.library.transfer import MADE, CompressOptions, arrived, begin, fetch_all, finish
-from engine.progress import Meter, Report, check, unless
+from engine.progress import Meter, Report, check, of_pass, unless
 from engine.quality.requantize import expected
 
 Tensor = torch.Tensor
@@ -68,7 +68,7 @@ def fetch_and_compress(hub: Hub, source: Source, dest: Path, choice: CompressOpt
         begin(work, source)
         passes = [(made, choice)]
         if choice.texts and not choice.felt_by:
-            passes = [(work / PLAIN, replace(choice, texts=())), (made, replace(choice, felt_by=work / PLAIN))]
+            passes = [(work / PLAIN, choice), (made, replace(choice, felt_by=work / PLAIN))]
         with ThreadPoolExecutor(1) as ahead:
             for n, (folder, how) in enumerate(passes):
                 if not is_sealed(folder):
@@ -89,9 +89,7 @@ class Stream:
         self.folder, self.made, self.passes = made.with_name("source"), made, passes
         self.ended = Event()        # what is fetched ahead is wanted no more
         self.weights = {file.name: file for file in source.files if file.name.endswith(".safetensors")}
-        self.report = lambda progress: report(replace(
-            progress, done_bytes=progress.done_bytes + passes[0] * progress.total_bytes,
-            total_bytes=passes[1] * progress.total_bytes))
+        self.report = of_pass(report, *passes)
         self.seconds_per_unit = 0.0
 
     def run(self) -> None:
@@ -106,12 +104,14 @@ class Stream:
         origin = f"{self.source.repository} at {self.source.commit}"
         device, bits = settled(self.choice)
         text = text_of(self.choice)
-        documents = text.documents(self.folder)
+        documents = text.documents(self.folder)     # also looked at before the pass that makes nothing of them
+        if documents and not self.passes[0]:
+            self.meter.add(0, expected(checkpoint.spec, documents, device, has_model=self.passes[1] == 1))
+        if self.passes[0] + 1 < self.passes[1]:
+            documents = []
         writer = writer_for(checkpoint, self.made, origin, self.choice.group_size, bits, documents, text.model)
         if checkpoint.left_out:
             self.meter.add(0, left_out(checkpoint))
-        if documents:
-            self.meter.add(0, expected(checkpoint.spec, documents, device, bool(text.model)))
         try:
             with writer:
                 units = list(units_of(writer, checkpoint, device, partial(check, self.stop), documents, text.model))

@@ -157,7 +157,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     if not is_sealed(work / MADE):
         device, bits = settled(choice)
         meter = Meter(source.bytes, arrived(work, source.files), report)
-        like = _prepare(hub, source, model, work, bits, meter, stop)
+        like = _prepare(hub, source, model, work, choice, meter, stop)
         fetch_all(hub, source, source.files, work, meter, stop)
 
         def heard(progress: Progress) -> None:
@@ -168,7 +168,7 @@ def fetch_and_import(hub: Hub, source: Source, model: Wanted, dest: Path, choice
     finish(work, source, dest)
 
 
-def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: int, meter: Meter,
+def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, choice: CompressOptions, meter: Meter,
              stop: Event) -> Path | None:
     """Configuration and tokenizer, the beginnings of the files, and whether they can be imported and stored at all; if
     not, nothing stays. -> the folder of the original, None where the files say all of it."""
@@ -177,12 +177,12 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
     try:
         original = _original(hub, source, model, work / "like", stop)
         if original:
-            _check_room(original, source, work, trunk_bits)
+            _check_room(original, source, work, choice)
         header = joined([_beginning(hub, source, file, work, meter, stop) for file in source.files])
         first = work / name if (work / name).is_file() else _arriving(work, name)
         with TemporaryDirectory(prefix="floe-", ignore_cleanup_errors=True) as scratch:
             folder, _ = _described(name, first, header, original, Path(scratch))
-            _check_room(folder, source, work, trunk_bits)
+            _check_room(folder, source, work, choice)
         return original
     except UserError:
         if not begun:
@@ -190,9 +190,10 @@ def _prepare(hub: Hub, source: Source, model: Wanted, work: Path, trunk_bits: in
         raise
 
 
-def _check_room(like: Path, source: Source, work: Path, trunk_bits: int) -> None:
-    result = result_bytes(spec_of(config_of(like), source.repository), trunk_bits)
-    made = sum(path.stat().st_size for path in (work / MADE).glob("*"))
+def _check_room(like: Path, source: Source, work: Path, choice: CompressOptions) -> None:
+    results = 2 if choice.texts and not choice.felt_by else 1   # over a text one without it comes first
+    result = results * result_bytes(spec_of(config_of(like), source.repository), settled(choice)[1])
+    made = sum(path.stat().st_size for path in (work / MADE).rglob("*") if path.is_file())
     check_room(work, source.bytes - arrived(work, source.files) + max(0, result - made))
 
 

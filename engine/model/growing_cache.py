@@ -51,7 +51,7 @@ class GrowingLayer(DynamicLayer):
 
     def attend_latent(self, query: Tensor, new: Tensor, turn: Tensor, latent: Latent) -> Tensor:
         """As kernels.trunk.latent.attend_latent, likewise; keys are its rows, values its keys."""
-        length, n = self.keys.shape[2], len(query)
+        length, n = self._length, len(query)
         out = attend_latent(query, new, turn, *self.with_room(n), length, latent)
         self.end(length + n)
         return out

@@ -96,7 +96,7 @@ class _KeysAndValues(CacheLayerMixin):
 
 
 class FullLayer(_KeysAndValues):
-    """Row = position. A window as long as the context is one of these, too."""
+    """Row = position. A window nearly as long as the context is one of these, too: its ring would be as long."""
 
     def __init__(self, clock: Clock, is_sliding: bool = False) -> None:
         super().__init__(clock, clock.context)

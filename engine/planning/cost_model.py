@@ -18,11 +18,11 @@ Times = tuple[tuple[str, float], ...]
 
 # Device-writing operations of one decoder layer when transformers' own one-token forward is captured with the experts
 # as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture,
-# and of the card that is not there (tests/fake_card, less SPARSE_NODES), which has more for five kinds. Of those with a
-# fused step (engine/model/fused.py) that card's count alone, look-ahead's included.
+# and of the card that is not there (tests/fake_card, less SPARSE_NODES). Of those with a fused step
+# (engine/model/fused.py) that card's count alone, look-ahead's included; deepseek_v3 as deepseek_v2, not counted.
 LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 12, "qwen3_moe": 7, "olmoe": 7, "gpt_oss": 12, "mixtral": 9,
-               "gemma4": 14, "glm4_moe": 12, "glm4_moe_lite": 12, "deepseek_v2": 14,
-               "deepseek_v3": 15, "laguna": 79}
+               "gemma4": 12, "glm4_moe": 12, "glm4_moe_lite": 12, "deepseek_v2": 14,
+               "deepseek_v3": 14, "laguna": 79}
 OTHER_LAYER_NODES = 75
 WHOLE_NODES, SPARSE_NODES = 9, 13  # counted by tests/engine/decode/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
@@ -43,8 +43,9 @@ DISK_BYTES_PER_SECOND = 0.5e9  # a SATA SSD: experts that do not fit in memory a
 CPU_LAYER_OPERATIONS = 270
 CPU_WHOLE_OPERATIONS, CPU_SPARSE_OPERATIONS = 60, 115
 CPU_WHOLE_FAR_OPERATIONS, CPU_SPARSE_FAR_OPERATIONS = 450, 500
-# Where a token is one call as long as all is near (engine/model/host_token.py), and a layer six calls elsewhere.
+# Where a layer is some six calls (engine/model/fused.py), and a token is one as long as all is near (host_token.py).
 CPU_ONE_CALL = frozenset({"qwen3_moe", "olmoe", "mixtral", "qwen3_5_moe", "qwen3_next"})
+CPU_CALLED = CPU_ONE_CALL | {"gpt_oss", "gemma4", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3"}
 # Around the one call of the embedded model Python takes .23 ms a token, CPU time, which the operations of that machine
 # (1.4 us) measure; a layer's part of it is its cache's.
 CPU_TOKEN_OPERATIONS, CPU_ONE_CALL_OPERATIONS, CPU_CALLED_OPERATIONS = 130, 5, 60
@@ -109,8 +110,9 @@ def _miss_rate(sparsity: Sparsity, kind: str, level: str, slots: int, kept: int,
 # --- on a card ------------------------------------------------------------------------------------------------
 def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sparsity, level: str, near: Residency,
                  trunk_bytes: float, expert_bytes: float, context: int, unlocked: int = 0) -> Times:
-    """trunk_bytes: read per token. expert_bytes: of one whole expert as it lies near. context: all of it is read,
-    however little is in it. unlocked: layers that the host fetches for, so that the step is not recorded."""
+    """trunk_bytes: read per token. expert_bytes: of one whole expert as it lies near. context: counted as if all of it
+    were read, which transformers' attention does; a fused step reads what is in it. unlocked: layers that the host
+    fetches for, so that the step is not recorded."""
     width = machine.vram_bytes_per_second
     if level in ("exact", "full"):
         experts, own = spec.layers * spec.top_k * expert_bytes, WHOLE_NODES
@@ -195,7 +197,7 @@ def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:
     whole = level in ("exact", "full")
     if spec.model_type in CPU_ONE_CALL and not is_far and level not in ("full", "floe"):
         return CPU_TOKEN_OPERATIONS + spec.layers * CPU_ONE_CALL_OPERATIONS
-    layer = CPU_CALLED_OPERATIONS if spec.model_type in CPU_ONE_CALL else CPU_LAYER_OPERATIONS
+    layer = CPU_CALLED_OPERATIONS if spec.model_type in CPU_CALLED else CPU_LAYER_OPERATIONS
     experts = CPU_WHOLE_OPERATIONS if whole else CPU_SPARSE_OPERATIONS
     if is_far:
         experts += CPU_WHOLE_FAR_OPERATIONS if whole else CPU_SPARSE_FAR_OPERATIONS

@@ -89,13 +89,17 @@ def _scale(code: Code, kind: int, gates: Value, values: Value, n_lines: Value) -
 def scale(gates, values, n, is_silu):
     """Addresses of float32 [n], which may be the same: values *= silu(gates), or sigmoid(gates)."""
     whole, rest = n // LANES, n % LANES
-    last = np.zeros((2, LANES), np.float32)
-    ends = carray(pointer(gates + whole * LINE), rest, float32), carray(pointer(values + whole * LINE), rest, float32)
-    last[0, :rest], last[1, :rest] = ends[0], ends[1]
+    if rest:
+        last = np.zeros((2, LANES), np.float32)
+        ends = (carray(pointer(gates + whole * LINE), rest, float32),
+                carray(pointer(values + whole * LINE), rest, float32))
+        last[0, :rest], last[1, :rest] = ends[0], ends[1]
+        if is_silu:
+            _scale(last.ctypes.data, last.ctypes.data + LINE, 1, SILU)
+        else:
+            _scale(last.ctypes.data, last.ctypes.data + LINE, 1, SIGMOID)
+        ends[1][:] = last[1, :rest]
     if is_silu:
         _scale(gates, values, whole, SILU)
-        _scale(last.ctypes.data, last.ctypes.data + LINE, 1, SILU)
     else:
         _scale(gates, values, whole, SIGMOID)
-        _scale(last.ctypes.data, last.ctypes.data + LINE, 1, SIGMOID)
-    ends[1][:] = last[1, :rest]

@@ -50,7 +50,7 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     then the new ones up to its own, as the cache keeps them, and of both what is in its window. Row = position; they
     are written to rows position .. position + T - 1. With `rows` int64 [T] they are written where it says, the position
     is an int64 of the device, too, so that a recorded step goes on with both, and row = position modulo N - 1: in the
-    last one nobody reads. Where that turns round, N > window + T.
+    last one nobody reads. Where that turns round, N >= window + T.
     """
     n, size = len(projected), heads.size
     q, k, v, gate = _parts(projected, heads)

@@ -35,9 +35,10 @@ def test_loading_ahead_is_off_until_it_is_wanted_and_what_was_learned_can_be_del
     open_settings(page)
     box = page.get_by_label("Load ahead while I type")
     expect(box).not_to_be_checked()
-    box.check()
+    with page.expect_response("**/api/preferences/habits"):
+        box.check()
     folder = app.data / "habits"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "a-00000000.npz").write_bytes(b"x" * 1_230_000)
     page.reload()
     expect(box).to_be_checked()
@@ -45,7 +46,8 @@ def test_loading_ahead_is_off_until_it_is_wanted_and_what_was_learned_can_be_del
     page.locator("#habits-forget").click()
     expect(page.locator("#habits-learned")).to_have_text("Nothing")
     assert list(folder.iterdir()) == []
-    box.uncheck()
+    with page.expect_response("**/api/preferences/habits"):
+        box.uncheck()
     with page.expect_response("**/api/draft") as answer:
         page.click("#new-chat")
         page.locator("#message").fill("Tell me")

@@ -1,5 +1,5 @@
 // Whether the program learns what to load while a question is being written, how much it has, and its end.
-import { TEXT, api, h, notice, say } from "/ui/floe.js";
+import { TEXT, api, bytes, h, notice } from "/ui/floe.js";
 import { line } from "/ui/preferences/page.js";
 
 export async function draw(place) {
@@ -7,7 +7,7 @@ export async function draw(place) {
   const box = h("input", { id: "habits-wanted", type: "checkbox", onchange: () =>
     api("PATCH", "/api/preferences/habits", { wanted: box.checked }).catch(() => draw(place)) });
   box.checked = now.wanted;
-  const size = now.n_bytes ? say("habits_size", { size: (now.n_bytes / 1e6).toFixed(2) }) : TEXT.habits_none;
+  const size = now.n_bytes ? bytes(now.n_bytes) : TEXT.habits_none;
   place.replaceChildren(line(TEXT.habits, box, TEXT.habits_info), line(TEXT.habits_learned, h("span", { class: "with-button", id: "habits-learned" },
     size, now.n_bytes > 0 && h("button", { type: "button", class: "quiet", id: "habits-forget", onclick: forget }, TEXT.delete))));
 

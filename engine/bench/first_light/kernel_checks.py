@@ -168,7 +168,7 @@ def _mixed(case: Case) -> Compared:
     """`dense` up to a layer's output: weights, bias of down where there are biases, residual."""
     draw, shape = torch.Generator().manual_seed(21), case.shape
     residual = torch.randn(case.n_tokens, shape.hidden, generator=draw)
-    bias = (torch.randn(shape.top_k, shape.hidden, generator=draw), torch.arange(shape.top_k).expand(case.n_tokens, -1))
+    bias = (torch.randn(shape.top_k, shape.hidden, generator=draw), torch.arange(shape.top_k).repeat(case.n_tokens, 1))
     mixture = Mixture(case.weight.cpu(), shape.hidden, residual, *(bias if shape.biased else ()))
     given = (case.x, case.blobs, case.place, case.layout, case.gate, *case.bias)
     there = Mixture(*_there(tuple(mixture), case.device))

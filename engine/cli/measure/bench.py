@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> dict:
     device, why = errors.device_for("cuda" if for_gpu else args.device)
     if why:
         report(why)
+    if device != "cpu" and (args.stream or args.compare_llama_cpp):
+        raise UserError("--stream and --compare-llama-cpp measure on the processor; add --device cpu.")
     speeds = gpu_kernels.speeds() if device == "cuda" else None     # while it is empty
     held = gpu_kernels.reserve_vram(args.vram) if device == "cuda" else None
     options = Options(level=args.level, near_bytes=args.near_bytes, device=device)
@@ -61,8 +63,6 @@ def run(args: argparse.Namespace) -> dict:
         document["compare"] = throughput.compare(loaded, source, report)
         _print_rows(document["compare"])
     if args.compare_llama_cpp:
-        if device != "cpu":
-            raise UserError("llama.cpp is compared on the processor; add --device cpu.")
         from engine.bench import llama_cpp
         document["compare_llama_cpp"] = llama_cpp.compare(loaded, data_dir(args.data), report)
         _print_rows(document["compare_llama_cpp"])

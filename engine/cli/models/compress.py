@@ -15,9 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", type=typed, help="folder to make")
     parser.add_argument("--group-size", type=int, choices=(64, 128), help="default: 128 where it divides hidden")
     parser.add_argument("--trunk-bits", type=int, choices=(16, 8, 4), default=16, help="bits outside the experts")
-    parser.add_argument("--text", type=typed, action="append", default=[], help="make codes that err less on texts of "
-                        "this kind, where an answer feels it (.txt or .jsonl chats, also .xz); may be given several "
-                        "times; the disk holds the result twice meanwhile")
+    parser.add_argument("--text", type=typed, action="append", default=[], help="fit the codes to texts of this "
+                        "kind, so that answers lose less at the same size (.txt or .jsonl chats, also .xz); may be "
+                        "given several times; takes several times as long, and the disk holds the result twice "
+                        "meanwhile")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of all texts together (default %(default)s)")
 
 

@@ -88,7 +88,8 @@ def _largest(values: np.ndarray) -> list[int]:
 def _brought(near: dict[int, None], wanted: Iterable[int], slots: int) -> dict[int, None]:
     """The most wanted leave last."""
     wanted = list(wanted)[:slots]
-    rest = [thing for thing in near if thing not in {*wanted}]
+    first = set(wanted)
+    rest = [thing for thing in near if thing not in first]
     return dict.fromkeys([*rest, *wanted[::-1]][-slots:] if slots else ())
 
 

@@ -43,7 +43,7 @@ def _convolve(table):
                 total += columns[channel, tap] * taps[channel, tap]
             columns[channel, a.taps - 1] = projected[t, at]
             mixed[t, channel] = total + projected[t, at] * taps[channel, a.taps - 1]
-    scale(a.mixed, a.mixed, a.tokens * a.channels, False)
+    scale(a.mixed, a.mixed, a.tokens * a.channels, False)   # by its own sigmoid: silu
 
 
 @njit(cache=True, nogil=True)

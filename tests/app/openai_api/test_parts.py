@@ -51,6 +51,8 @@ def test_a_short_job_goes_before_a_long_one_where_nobody_is_late_by_it():
     assert following([long, short], 100.0 - DOUBT * 2) == short and following([long, short], 97.0) == long
     assert following([long, short, person], 0.0) == person, "what a person waits for is never behind a guess"
     assert following([long], 1000.0) == long
+    late = Place(1.0, 4, 2.0)
+    assert following([late, Place(20.0, 5, 0.0)], 0.0) == late, "nor is anybody late by whom nobody knows about"
     two = Place(50.0, 3, 40.0)
     assert following([long, two, short], 0.0) == short
     assert following([long, two], 0.0) == two, "in turn by deadline where the other way makes one late"

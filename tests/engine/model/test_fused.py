@@ -105,12 +105,11 @@ def test_room_is_no_part_of_a_cache() -> None:
 
 @pytest.mark.parametrize(("name", "changes"), [("qwen3_moe", {}), ("qwen3_next", {}), ("deepseek_v2", LATENT)])
 def test_a_text_at_exact_is_the_same_however_it_is_cut(name: str, changes: dict, tmp_path) -> None:
-    """Written token by token, then read in windows of several: every one of them is followed by what was written."""
+    """Written token by token, then read in windows of several: what each is followed by is the same up to rounding."""
     folders.checkpoint(name, tmp_path / "checkpoint", **WIDE | changes)
     compress(tmp_path / "checkpoint", tmp_path / "compressed", device="cpu", trunk_bits=8)
     loaded = load(tmp_path / "compressed", Options(level="exact", device="cpu"))
     prompt, model = torch.randint(128, (9,), generator=torch.Generator().manual_seed(1)).tolist(), loaded.model
-    n_sure = 0
     with torch.inference_mode():
         for made in (lambda: DynamicPrefix(model), lambda: StepPrefix(model, StepCache(model.config, 64))):
             prefix = made()
@@ -129,10 +128,5 @@ def test_a_text_at_exact_is_the_same_however_it_is_cut(name: str, changes: dict,
                 for n in cut * (24 // sum(cut)):
                     logits = prefix.feed(text[at:at + n])
                     at += n
-                    expected = seen[at - 1]
-                    same(logits, expected)
-                    best, second = expected.topk(2).values
-                    if best - second > 4e-3 * expected.abs().max():     # else rounding may decide, as anywhere
-                        assert logits.argmax() == expected.argmax()
-                        n_sure += 1
-        assert len(set(text)) > 4 and n_sure > 50
+                    same(logits, seen[at - 1])
+        assert len(set(text)) > 4
