@@ -262,15 +262,16 @@ def test_habits_are_learned_only_where_they_are_wanted_and_are_gone_when_asked_t
     model = SimpleNamespace(folder="models/a", expect=lambda draft, habits: told.append((draft, habits.path)),
                             learn=lambda asked, picks, habits: habits.add(np.ones(2, np.float32), picks))
     kept, folder = KeptHabits(chats, model), chats.file.parent / "habits"
-    kept.answered("What?", PICKS)
+    above = chats.path(talk(chats, "What?")[0].id)
+    kept.answered(above, PICKS)
     kept.written("A dra")
     assert told == [] and kept.size() == 0 and not folder.exists() and not kept.wanted
     kept.want(True)
-    kept.answered("What?", PICKS)
+    kept.answered(above, PICKS)
     kept.written("A dra")
     kept.written(" ")
     model.folder = "other/a"
-    kept.answered("What?", PICKS)
+    kept.answered(above, PICKS)
     assert [draft for draft, _ in told] == ["A dra"] and len(list(folder.iterdir())) == 2
     again = KeptHabits(chats, model)
     assert again.wanted and again.size() == sum(file.stat().st_size for file in folder.iterdir()) > 0

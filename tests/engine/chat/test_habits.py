@@ -35,6 +35,7 @@ def test_of_several_each_answer_counts_alike_however_long(tmp_path):
     habits.add(ONE, Picks(1, 3, 4, (4, 0, 0)))
     habits.add(ONE, Picks(1, 3, 400, (0, 400, 0)))
     habits.add(ONE, Picks(1, 3, 2, (2, 0, 0)))
+    habits.add(ONE, Picks(1, 3, 0, (0, 0, 0)))      # stopped before its first token
     found = habits.likely(ONE, 1, 3)
     assert found.counts == (2 * FULL * FULL, FULL * FULL, 0) and found.tokens == 3
 
