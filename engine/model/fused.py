@@ -144,9 +144,10 @@ class HostStep(FusedStep):
         return self._logits(x, turns, cache)
 
     def _embedded(self, ids: list[int]) -> Tensor:
-        """Rows [T, H]: of one packed token without the detours of torch's functions, which take some 50 us."""
+        """Rows [T, H]: of one packed token without the detours of torch's functions, which take some 50 us, unless
+        somebody watches what is read."""
         weight, is_plain = self._embed.weight, type(self._embed) is nn.Embedding    # Gemma's scales its rows
-        if len(ids) > 1 or not is_plain or not isinstance(weight, Packed):
+        if len(ids) > 1 or not is_plain or not isinstance(weight, Packed) or self._embed._forward_hooks:
             return self._embed(torch.tensor(ids))
         at, row = slice(ids[0], ids[0] + 1), torch.empty(1, columns(weight.codes))
         dequantize_rows(weight.codes[at], weight.scales[at], row)
