@@ -126,7 +126,7 @@ class Fetching(Named):
     """file: which GGUF of several, "" for the only one or none. like: see `Adding`, "" what the repository names."""
 
     file: Place
-    like: Place = ""
+    like: Place
 
 
 class Adding(Body):

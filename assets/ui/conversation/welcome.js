@@ -40,7 +40,7 @@ export function welcome(chat) {
   }
 
   async function begin(model) {
-    await api("POST", "/api/models/download", { name: model.name, file: "" });
+    await api("POST", "/api/models/download", { name: model.name, file: "", like: "" });
     notice(say("welcome_begun", { name: model.title }));
     await done();
   }

@@ -35,7 +35,7 @@ export function progressTab(page) {
       h("div", { class: "card-head" }, h("h3", {}, model.title), h("span", { class: "verdict" }, TEXT.paused)),
       h("span", { class: "meter-bar" }), h("p", { class: "amount" }),
       h("div", { class: "model-buttons" }, quiet(TEXT.delete, () => remove(model), "quiet delete"),
-        model.source && quiet(TEXT.resume, () => api("POST", "/api/models/download", { name: model.source, file: "" }), "primary")));
+        model.source && quiet(TEXT.resume, () => api("POST", "/api/models/download", { name: model.source, file: "", like: "" }), "primary")));
   }
 
   function show(item, shown) {
