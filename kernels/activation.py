@@ -61,17 +61,6 @@ class FixedPoint(NamedTuple):
     sums: Tensor    # float32 [T, G], sum of x over the group
 
 
-class Quantized(NamedTuple):
-    """An activation for scores, as of `quantize_activation`, and for values, as of FixedPoint."""
-
-    codes: Tensor
-    scales: Tensor
-    high: Tensor
-    low: Tensor
-    scale: Tensor
-    sums: Tensor
-
-
 @twin("kernels.gpu.activation", "kernels.cpu.activation")
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group.
@@ -85,11 +74,11 @@ def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 @twin("kernels.gpu.activation")
-def quantize(x: Tensor, group: int) -> Quantized:
-    """float [T, H] -> both of its forms, read once."""
+def quantize(x: Tensor, group: int) -> tuple[Tensor, ...]:
+    """float [T, H], read once -> codes and scales, as of `quantize_activation`, then the four of FixedPoint."""
     grouped = x.float().unflatten(1, (-1, group))
     scale = grouped.abs().amax(-1).clamp_min(1e-20) / LARGEST
     code = (grouped * scale.reciprocal()[..., None]).round().clamp(-LARGEST, LARGEST).nan_to_num(0).int()
     high = (code + 128) >> 8
-    return Quantized(*quantize_activation.reference(x, group), high.to(torch.int8).flatten(1),
-                     (code - high * 256).to(torch.int8).flatten(1), scale, code.sum(-1) * scale)
+    return (*quantize_activation.reference(x, group), high.to(torch.int8).flatten(1),
+            (code - high * 256).to(torch.int8).flatten(1), scale, code.sum(-1) * scale)

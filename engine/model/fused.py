@@ -39,10 +39,10 @@ TURNS = 1024  # positions whose rotation is computed at once
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. mlp: its `experts`, where the block chooses some."""
+    """One decoder layer. experts: None where the block chooses none."""
 
     block: Block
-    mlp: nn.Module
+    experts: nn.Module | None
 
     def __call__(self, x: Tensor, turn: Tensor, cache: Rows) -> Tensor:
         """x float32 [T, H] -> the same."""
@@ -54,7 +54,7 @@ class Layer:
             x, _ = linears(gated(logits[:, own.n_experts:]), own.shared, None, 0.0, x)
         if own.choice is None:
             return x
-        return self.mlp.experts(normed, *route(logits[:, :own.n_experts], own.choice), x)
+        return self.experts(normed, *route(logits[:, :own.n_experts], own.choice), x)
 
     def _mixed(self, projected: Tensor, turn: Tensor, cache: object) -> Tensor:
         mixing = self.block.mixing
@@ -78,10 +78,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class FlankedLayer:
-    """As Layer. mlp: whose `experts` it has."""
+    """As Layer."""
 
     block: Flanked
-    mlp: nn.Module
+    experts: nn.Module
 
     def __call__(self, x: Tensor, turn: Tensor, cache: Rows) -> Tensor:
         """x float32 [T, H] -> the same."""
@@ -92,7 +92,7 @@ class FlankedLayer:
         inner, _ = linears(x, own.inner, own.inside.weight, own.inside.epsilon)
         dense, _ = linears(gated(inner, "gelu_tanh"), own.back)
         logits, _ = linears(x, own.router, own.routing.weight, own.routing.epsilon)
-        return settle(x, dense, own.joined, self.mlp.experts(normed, *route(logits, own.choice)))[0]
+        return settle(x, dense, own.joined, self.experts(normed, *route(logits, own.choice)))[0]
 
 
 class FusedStep:
@@ -122,10 +122,10 @@ class HostStep(FusedStep):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        blocks, mlps = ([getattr(layer, part) for layer in self._layers] for part in ("block", "mlp"))
+        blocks, experts = ([getattr(layer, part) for layer in self._layers] for part in ("block", "experts"))
         self._turns, self._known = {}, 0     # and how many positions
         turn = self._between(0, 1).get(None)
-        self._token = HostToken(blocks, mlps, self._norm, self._head, 0 if turn is None else turn.shape[-1])
+        self._token = HostToken(blocks, experts, self._norm, self._head, 0 if turn is None else turn.shape[-1])
         self._attends = [isinstance(block.mixing, Mixer) for block in blocks].index(False)
 
     def takes(self, ids: list[int], cache: DynamicCache) -> bool:
@@ -188,7 +188,9 @@ def device_step(model: nn.Module, cache: StepCache) -> DeviceStep | None:
 
 
 def _of_block(block: Block | Flanked, layer: nn.Module) -> Layer | FlankedLayer:
-    return FlankedLayer(block, layer) if isinstance(block, Flanked) else Layer(block, layer.mlp)
+    if isinstance(block, Flanked):
+        return FlankedLayer(block, layer.experts)
+    return Layer(block, getattr(layer.mlp, "experts", None))
 
 
 def _goes_on(layer: object) -> bool:

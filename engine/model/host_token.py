@@ -20,12 +20,12 @@ Tensor = torch.Tensor
 
 
 class HostToken:
-    """Of one model's layers. mlps: theirs, whose `experts` are ours where the block has a router. turned: as of
+    """Of one model's layers. experts: theirs, ours where the block chooses some, else None. turned: as of
     `token_step`."""
 
-    def __init__(self, blocks: list[Block], mlps: list[nn.Module], norm: Norm, head: Matrices, turned: int) -> None:
+    def __init__(self, blocks: list[Block], experts: list[nn.Module | None], norm: Norm, head: Matrices,
+                 turned: int) -> None:
         self._blocks, self._norm, self._head, self._turned = blocks, norm, head, turned
-        experts = [getattr(mlp, "experts", None) for mlp in mlps]
         self._experts = experts if all(isinstance(own, FloeExperts) for own in experts) else []
         self._made_of, self._token = (None, None), None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from numba import carray, njit
 
+from kernels.activation import LARGEST
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.threads import Step, address, fields, pack, pointer, task
@@ -14,7 +15,6 @@ from kernels.cpu.vectors import FLOAT, INT8, INT32, LANES, Code, Value, in_vecto
 
 Tensor = torch.Tensor
 
-LARGEST = 127 * 256 + 127   # so that both halves fit in int8
 
 
 def in_steps(code: Code, x: Value, n: int, largest: int) -> tuple[Value, list[Value]]:

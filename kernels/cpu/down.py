@@ -7,12 +7,12 @@ neurons alone, so sums do too.
 """
 from __future__ import annotations
 
+from kernels.activation import LARGEST
 from kernels.cpu.dots import ADDS, DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.vectors import FLOAT, INT8, INT16, INT64, LANES, Code, Value, in_vectors, vector
 
 NEURONS = 4 * ADDS          # at a time
-LARGEST = 127 * 256 + 127   # of a factor's whole number, so that both halves fit in int8
 TILE = 128                  # elements of H: a cache line of a row of 4-bit codes
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.activation import LARGEST, FixedPoint, Quantized
+from kernels.activation import LARGEST, FixedPoint
 from kernels.gpu.planes import groups_at_once, product
 
 Tensor = torch.Tensor
@@ -69,11 +69,11 @@ def fixed_point(x: Tensor, group: int) -> FixedPoint:
     return found
 
 
-def quantize(x: Tensor, group: int) -> Quantized:
+def quantize(x: Tensor, group: int) -> tuple[Tensor, ...]:
     """As kernels.activation.quantize: one launch."""
     (codes, *halves), (scales, *rest) = _bytes(x, 3), _numbers(x, group, 3)
     _launch(x, group, (codes, scales), FixedPoint(*halves, *rest))
-    return Quantized(codes, scales, *halves, *rest)
+    return codes, scales, *halves, *rest
 
 
 def _bytes(x: Tensor, n: int) -> Tensor:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numba import carray, float32, int8, int64, njit
 
-from kernels.cpu.activation import LARGEST, halves_of, in_steps
+from kernels.activation import LARGEST
+from kernels.cpu.activation import halves_of, in_steps
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
