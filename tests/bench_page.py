@@ -83,7 +83,8 @@ def speed_of_answer(client: httpx.Client, address: str) -> float:
     """Tokens per second of one greedy answer, as the engine counts them."""
     settings = {"temperature": 0.0, "max_tokens": 200}
     document = {"format": "floechat-conversations", "version": 1, "conversations": [
-        {"title": "Bench", "leaf": None, "settings": settings, "messages": []}]}
+        {"title": "Bench", "leaf": None, "settings": settings, "messages": [],
+         "created_at": time.time()}]}  # which tells it from the one before
     made = client.post(f"{address}/api/import", content=json.dumps(document)).json()["made"][0]["id"]
     client.post(f"{address}/api/conversations/{made}/send", json={"text": "Tell me a story about a dragon."})
     while client.get(f"{address}/api/state").json()["live"]:
