@@ -20,8 +20,8 @@ Times = tuple[tuple[str, float], ...]
 # as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture,
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES). Of those with a fused step
 # (engine/model/fused.py) that card's count alone, look-ahead's included; deepseek_v3 as deepseek_v2, not counted.
-LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 12, "qwen3_moe": 7, "olmoe": 7, "gpt_oss": 12, "mixtral": 9,
-               "gemma4": 12, "glm4_moe": 12, "glm4_moe_lite": 12, "deepseek_v2": 14,
+LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 12, "qwen3_moe": 6, "olmoe": 6, "gpt_oss": 11, "mixtral": 8,
+               "gemma4": 11, "glm4_moe": 11, "glm4_moe_lite": 12, "deepseek_v2": 14,
                "deepseek_v3": 14, "laguna": 79}
 OTHER_LAYER_NODES = 75
 WHOLE_NODES, SPARSE_NODES = 9, 13  # counted by tests/engine/decode/test_recorded_step.py

@@ -1,15 +1,19 @@
 """Cases for Triton's interpreter (run by test_interpreted.py): attention of a step, choice of experts, norms."""
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import route as gpu_route
 from kernels.gpu.trunk import settle as gpu_settle
+from kernels.gpu.trunk.last import counters
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.route import Choice, route
 from kernels.trunk.settle import settle
+from tests.kernels.interpreter import backwards
 from tests.support.random_experts import random_settling
 
 CASES = [  # T, Q, C, D, norms, rows that are seen, cache, numbers of a head that turn, gated
@@ -38,6 +42,20 @@ def test_attend(monkeypatch, n_tokens, queries, cached, size, normed, position, 
         exact = dtype == torch.float32
         torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4 if exact else 1e-2)
         torch.testing.assert_close(caches[1], caches[0], rtol=0 if exact else 8e-3, atol=1e-5, equal_nan=True)
+
+
+def test_which_split_ends_last_does_not_tell(monkeypatch):
+    """Which joins the others; and its counter is zero again for whoever comes next."""
+    monkeypatch.setattr(gpu_attend, "BLOCKS", 8)
+    heads = Heads(4, 2, 32, 0.2, gated=True, sinks=torch.randn(4))
+    projected, at = torch.randn(2, heads.width), torch.arange(71, 73)
+    turn, kept, found = torch.randn(2, 2, 16), torch.randn(2, 1, 2, N, 32), []
+    for order in (nullcontext, backwards):
+        with order():
+            found.append(gpu_attend.attend(projected, turn, *kept.clone(), at[0], heads, at))
+        assert not counters(projected.device).any()
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], attend.reference(projected, turn, *kept, at[0], heads, at), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_tokens, position, window, rows, sunk, in_one", [

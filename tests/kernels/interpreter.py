@@ -7,6 +7,9 @@ call of a device function patches the whole language anew although its kernel ha
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from triton.runtime import interpreter
 
 assert not interpreter.interpreter_builder.options.debug    # with it the assertions would be made
@@ -31,3 +34,18 @@ def _device_function(self, *arguments, **named):
 
 interpreter.GridExecutor.__call__ = _grid
 interpreter.InterpretedFunction.__call__ = _device_function
+
+
+@contextmanager
+def backwards() -> Iterator[None]:
+    """Inside, the blocks of a launch run in the opposite order: what is left to the last of them must not tell."""
+    builder = interpreter.interpreter_builder
+    plain = builder.set_grid_idx
+
+    def other_way(*place: int) -> None:
+        plain(*(n - 1 - i for n, i in zip(builder.grid_dim, place, strict=True)))
+    builder.set_grid_idx = other_way
+    try:
+        yield
+    finally:
+        del builder.set_grid_idx

@@ -19,7 +19,7 @@ from engine.model import fused, host_embedding, packed, static_cache
 KERNELS = ("age", "apply", "attend", "attend_latent", "dense", "dequantize_rows", "fill", "gated", "linear", "linears",
            "quantize", "resolve_experts", "resolve_neurons", "route", "score", "score_up", "select", "select_above",
            "settle")
-LAUNCHES = {"apply": 3, "dense": 4, "age": 3, "attend": 2, "attend_latent": 3}  # kernels on a card, where not one
+LAUNCHES = {"apply": 3, "dense": 4, "age": 3, "attend_latent": 3}  # kernels on a card, where not one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
          "empty", "detach", "alias")  # nothing for a device to do
 # The last: a tensor made of Python numbers, which a device copies from pageable memory and waits for.

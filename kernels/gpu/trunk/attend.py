@@ -1,4 +1,5 @@
-"""Device version of kernels/trunk/attend.py: the cache is read in splits of its rows up to the position, then joined.
+"""Device version of kernels/trunk/attend.py: the cache is read in splits of its rows up to the position, which the last
+of a head's splits to finish joins, in their order.
 
 The grid is fixed, so a recorded step serves every position, and what is read are the rows that are seen, whatever the
 planned context. The heads of queries that share a cached head are, token by token, the rows of a tile of matrix
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.trunk.last import MOST, counters, is_last
 from kernels.trunk.attend import Heads
 from kernels.trunk.linear import MOST_TOKENS
 
@@ -109,14 +111,51 @@ def _fold(low, high, k_low, k_high, v_low, v_high, seen, scale, most, total, out
 
 
 @triton.jit
-def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, value_norm, out, stats, n_tokens,
-            length, head_stride, scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
-            HALF: tl.constexpr, STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
-            VALUE_NORM: tl.constexpr, IN_ONE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-            OPERAND: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-            NORM_STEP: tl.constexpr):
-    """Grid: C * TILES, SPLITS. -> out [C, SPLITS, TILES * M, D], sums of values; stats [2, C, SPLITS, TILES * M]:
-    largest score, sum. length: of the cache's rows, where its positions turn round."""
+def _join(parts, stats, projected, sinks, out, cached, row, token, n_tokens, QUERIES: tl.constexpr,
+          CACHED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, GATED: tl.constexpr, SUNK: tl.constexpr,
+          SPLITS: tl.constexpr, M: tl.constexpr):
+    """The splits of rows [m] of one cached head's M, in order -> out [T, Q * D]."""
+    per: tl.constexpr = QUERIES // CACHED
+    side, there = tl.arange(0, HALF), token < n_tokens
+    head = cached * per + row % per
+    inside = there[:, None] & (side < SIZE // 2)[None]
+    at = cached * SPLITS * M + row
+    largest = tl.full(row.shape, NOTHING, tl.float32)
+    if SUNK:
+        sink = tl.load(sinks + head, mask=there, other=0).to(tl.float32)
+        largest = tl.maximum(largest, sink)
+    for split in range(SPLITS):
+        largest = tl.maximum(largest, tl.load(stats + at + split * M, mask=there, other=0, cache_modifier=".cg"))
+    total = tl.exp(sink - largest) if SUNK else tl.where(there, 0.0, 1.0)
+    low = tl.zeros((row.shape[0], HALF), tl.float32)
+    high = tl.zeros((row.shape[0], HALF), tl.float32)
+    for split in range(SPLITS):
+        own = at + split * M
+        weight = tl.exp(tl.load(stats + own, mask=there, other=0, cache_modifier=".cg") - largest)
+        total += weight * tl.load(stats + CACHED * SPLITS * M + own, mask=there, other=0, cache_modifier=".cg")
+        part = parts + own[:, None] * SIZE + side[None]
+        low += weight[:, None] * tl.load(part, mask=inside, other=0, cache_modifier=".cg")
+        high += weight[:, None] * tl.load(part + SIZE // 2, mask=inside, other=0, cache_modifier=".cg")
+    low, high = low / total[:, None], high / total[:, None]
+    if GATED:
+        gate = projected + (token * (2 * QUERIES + 2 * CACHED) + 2 * head + 1)[:, None] * SIZE + side[None]
+        low *= tl.sigmoid(tl.load(gate, mask=inside, other=0))
+        high *= tl.sigmoid(tl.load(gate + SIZE // 2, mask=inside, other=0))
+    to = out + (token * QUERIES + head)[:, None] * SIZE + side[None]
+    tl.store(to, low, mask=inside)
+    tl.store(to + SIZE // 2, high, mask=inside)
+
+
+@triton.jit
+def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, value_norm, sinks, parts, stats, out,
+            counters, n_tokens, length, head_stride, scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr,
+            SIZE: tl.constexpr, HALF: tl.constexpr, STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
+            VALUE_NORM: tl.constexpr, IN_ONE: tl.constexpr, WINDOW: tl.constexpr, SUNK: tl.constexpr,
+            SPLITS: tl.constexpr, OPERAND: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr,
+            N: tl.constexpr, NORM_STEP: tl.constexpr):
+    """Grid: C * TILES, SPLITS. parts [C, SPLITS, TILES * M, D], sums of values; stats [2, C, SPLITS, TILES * M]:
+    largest score, sum; the last of the splits joins them. length: of the cache's rows, where its positions turn
+    round."""
     cached, tile, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1)
     per: tl.constexpr = QUERIES // CACHED
     before: tl.constexpr = QUERIES * STRIDE  # columns of queries
@@ -172,33 +211,11 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
     at = (cached * SPLITS + split) * (TILES * M) + row
     tl.store(stats + at, most)
     tl.store(stats + CACHED * SPLITS * TILES * M + at, total)
-    tl.store(out + at[:, None] * SIZE + side[None], out_low, mask=inside)
-    tl.store(out + at[:, None] * SIZE + SIZE // 2 + side[None], out_high, mask=inside)
-
-
-@triton.jit
-def _join(parts, stats, projected, sinks, out, QUERIES: tl.constexpr, CACHED: tl.constexpr, SIZE: tl.constexpr,
-          BLOCK: tl.constexpr, GATED: tl.constexpr, SUNK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr):
-    """Grid: T * Q. The splits of one head in order -> out [T, Q * D]."""
-    per: tl.constexpr = QUERIES // CACHED
-    token, head = tl.program_id(0) // QUERIES, tl.program_id(0) % QUERIES
-    split, side = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
-    at = (head // per * SPLITS + split) * M + token * per + head % per
-    most = tl.load(stats + at)
-    largest = tl.max(most, axis=0)
-    if SUNK:
-        sink = tl.load(sinks + head).to(tl.float32)
-        largest = tl.maximum(largest, sink)
-    weight = tl.exp(most - largest)
-    total = tl.sum(weight * tl.load(stats + CACHED * SPLITS * M + at), axis=0)
-    if SUNK:
-        total += tl.exp(sink - largest)
-    part = tl.load(parts + at[:, None] * SIZE + side[None], mask=(side < SIZE)[None], other=0)
-    value = tl.sum(part * weight[:, None], axis=0) / total
-    if GATED:
-        gate = projected + token * (2 * QUERIES + 2 * CACHED) * SIZE + (2 * head + 1) * SIZE + side
-        value *= tl.sigmoid(tl.load(gate, mask=side < SIZE, other=0))
-    tl.store(out + tl.program_id(0) * SIZE + side, value, mask=side < SIZE)
+    tl.store(parts + at[:, None] * SIZE + side[None], out_low, mask=inside)
+    tl.store(parts + at[:, None] * SIZE + SIZE // 2 + side[None], out_high, mask=inside)
+    if is_last(counters + tl.program_id(0), SPLITS):
+        _join(parts, stats, projected, sinks, out, cached, row, token, n_tokens, QUERIES, CACHED, SIZE, HALF,
+              STRIDE > SIZE, SUNK, SPLITS, TILES * M)
 
 
 def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
@@ -218,21 +235,20 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     tile = max(LEAST_TILE, triton.next_power_of_2(n_tokens * queries // cached))
     tiles = tile // LEAST_TILE if size > WIDE else 1
     splits = max(1, triton.next_power_of_2(BLOCKS // cached))
+    assert cached * tiles <= MOST, (cached, tiles)
     parts = torch.empty(cached, splits, tile, size, dtype=torch.float32, device=projected.device)
     stats = torch.empty(2, cached, splits, tile, dtype=torch.float32, device=projected.device)
     out = torch.empty(n_tokens, queries * size, dtype=torch.float32, device=projected.device)
     norms = [projected if norm is None else norm for norm in (heads.query_norm, heads.key_norm, heads.value_norm)]
     _attend[(cached * tiles, splits)](
-        projected, turn, keys, values, position, rows, *norms, parts, stats, n_tokens, length, keys.stride(1),
-        heads.scale, heads.epsilon, QUERIES=queries, CACHED=cached, SIZE=size,
-        HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)), STRIDE=size * (1 + heads.gated), TURNED=turned,
-        NORM=norm, VALUE_NORM=NO_NORM if heads.value_norm is None else OF_HEAD, IN_ONE=heads.in_one,
-        WINDOW=heads.window, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16,
+        projected, turn, keys, values, position, rows, *norms, projected if heads.sinks is None else heads.sinks, parts,
+        stats, out, counters(projected.device), n_tokens, length, keys.stride(1), heads.scale, heads.epsilon,
+        QUERIES=queries, CACHED=cached, SIZE=size, HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)),
+        STRIDE=size * (1 + heads.gated), TURNED=turned, NORM=norm,
+        VALUE_NORM=NO_NORM if heads.value_norm is None else OF_HEAD, IN_ONE=heads.in_one, WINDOW=heads.window,
+        SUNK=heads.sinks is not None, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16,
         PIECES=WARPS if size > WIDE else 1, TILES=tiles, M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
         num_stages=2 if size > WIDE else 3, num_warps=WARPS)
-    _join[(n_tokens * queries,)](parts, stats, projected, projected if heads.sinks is None else heads.sinks, out,
-                                 QUERIES=queries, CACHED=cached, SIZE=size, BLOCK=triton.next_power_of_2(size),
-                                 GATED=heads.gated, SUNK=heads.sinks is not None, SPLITS=splits, M=tile, num_warps=4)
     return out
 
 
