@@ -1,6 +1,7 @@
-"""Level `exact`: every neuron of the routed experts at 4 bits, from whole blobs. No scoring, no selection.
+"""Level `exact`, and prefill: every neuron of the routed experts at 4 bits, from whole blobs. No scoring, no selection.
 
-Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs, n experts of prefill's tile.
+Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs; of prefill n experts of
+a tile, or n picks: tokens, once for each expert that they go to.
 """
 from __future__ import annotations
 
@@ -34,7 +35,26 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
     return out if mixture is None else weigh(out, mixture)
 
 
-@twin("kernels.gpu.dequantize", "kernels.cpu.dequantize")
+@twin(None, "kernels.cpu.prefill.grouped")
+def grouped(x: Tensor, blobs: list[Tensor], counts: list[int], layout: Layout, gate: Gate,
+            gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """Prefill on a processor: each expert over its own tokens, which follow one another -> its sums, float32 [n, H], as
+    of `dense`.
+
+    x float32 [n, H]; blobs: an expert each, uint8 [blob_bytes]; counts: of its tokens; gate_bias, up_bias: a row an
+    expert, float32 [.., I], or None.
+    """
+    out = []
+    for i, (blob, rows) in enumerate(zip(blobs, x.split(counts), strict=True)):
+        gate_rows, up_rows, down = decode_blob(blob, layout)
+        g, u = rows @ gate_rows.T, rows @ up_rows.T
+        if gate_bias is not None:
+            g, u = g + gate_bias[i], u + up_bias[i]
+        out.append(gate(g, u) @ down)
+    return torch.cat(out)
+
+
+@twin("kernels.gpu.dequantize", "kernels.cpu.prefill.dequantize")
 def dequantize(blobs: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> None:
     """Into 16-bit matrices, for the matrix products of prefill: blobs uint8 [n, blob_bytes] -> gate_up [n, 2I, hidden]
     (rows of gate, then of up) and down [n, I, hidden], in their dtype and without the padding of hidden."""

@@ -2,11 +2,12 @@
 
 With near memory for everything nothing is copied: the map is near memory, which the system is asked to read ahead, and
 an expert becomes near at its first use, when its checksum is looked at. With less there is an arena as on a card; what
-is missing is copied from the map, what the next layer is likely to want beside the computing. Prefill goes expert by
-expert: few tokens are computed as in a step, for many it is decoded into float32 for torch's products.
+is missing is copied from the map, what the next layer is likely to want beside the computing. Prefill takes a few
+experts at a time, each code once for all tokens that it meets.
 """
 from __future__ import annotations
 
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -15,16 +16,16 @@ import torch
 
 from engine.experts.cache import MappedCache, NearMemory
 from engine.experts.layer import LayerExperts
-from engine.experts.prefill import expert_by_expert
+from engine.experts.prefill import by_experts
 from engine.experts.runtime import Runtime
 from engine.experts.side_stream import SideThread
 from kernels.activation import quantize_activation
-from kernels.dense import dense, dequantize
+from kernels.dense import dense, grouped
 from kernels.select import DOWN_ONLY
 from kernels.trunk.token import Mapped
 
 Tensor = torch.Tensor
-FEW = 16  # tokens of an expert in prefill: so many read its codes quicker one by one than it is decoded
+PICKS = 512  # of prefill, at least, that are computed in one call: work for 16 threads; each takes 20 bytes of H
 
 
 class HostRuntime(Runtime):
@@ -163,28 +164,13 @@ class HostRuntime(Runtime):
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        scratch = self._scratch()
-        return expert_by_expert(x, ids, weights, lambda expert, rows: self._product(layer, expert, rows, scratch))
+        return by_experts(x, ids, weights, partial(self._products, layer), PICKS)
 
-    def _scratch(self) -> tuple[Tensor, Tensor]:
-        """Room for one decoded expert: rows of gate, then of up [1, 2I, H], and of down [1, I, H]."""
-        return (torch.empty(1, 2 * self.far.neurons, self.far.hidden, dtype=torch.float32),
-                torch.empty(1, self.far.neurons, self.far.hidden, dtype=torch.float32))
-
-    def _product(self, layer: LayerExperts, expert: int, x: Tensor, scratch: tuple[Tensor, Tensor]) -> Tensor:
-        """One whole expert at its 4-bit values: x [n, H] -> [n, H]."""
-        blob, biases = self._blob(layer.index, expert), layer.neuron_biases(torch.full((len(x), 1), expert))
-        if len(x) <= FEW:
-            place = torch.zeros(len(x), 1, dtype=torch.int32)
-            y = dense(self._padded(x), blob[None], place, self.far.layout, layer.gate, *biases)[:, 0, :self.far.hidden]
-        else:
-            gate_up, down = scratch
-            dequantize(blob[None], gate_up, down, self.far.layout)
-            g, u = (x @ gate_up[0].T).chunk(2, -1)
-            if layer.biases:
-                g, u = g + biases[0][:, 0], u + biases[1][:, 0]
-            y = layer.gate(g, u) @ down[0]
-        return layer.finish(y, expert)
+    def _products(self, layer: LayerExperts, experts: list[int], counts: list[int], x: Tensor) -> Tensor:
+        """Whole experts at their 4-bit values, each over its own of x [n, H], which follow one another -> [n, H]."""
+        blobs, ids = [self._blob(layer.index, expert) for expert in experts], torch.tensor(experts)
+        y = grouped(self._padded(x), blobs, counts, self.far.layout, layer.gate, *layer.neuron_biases(ids))
+        return layer.finish(y[:, :self.far.hidden], ids.repeat_interleave(torch.tensor(counts)))
 
     def _blob(self, layer: int, expert: int) -> Tensor:
         """uint8 [blob_bytes]: from near, or read."""

@@ -1,4 +1,4 @@
-"""Whole experts for many tokens: on a processor one after the other, on a card tile by tile.
+"""Whole experts for many tokens: on a processor a few at a time from their codes, on a card tile by tile.
 
 On a card packed blobs cross the link ahead of the compute. A tile is a few consecutive experts of one layer, never a
 layer: two of them take 128 MB where two layers would take most of a gigabyte. While one is decoded by one kernel into
@@ -95,13 +95,31 @@ def product(x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, kind: Gate, 
 def expert_by_expert(x: Tensor, ids: Tensor, weights: Tensor, whole: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Every routed expert once, in order, over the tokens that chose it: x [T, H], ids and weights [T, k] -> float32
     [T, H]. whole(expert, x [n, H]) -> [n, H], before the router's weight."""
-    x, weights, picks = x.float(), weights.float(), ids.flatten()
-    order = picks.argsort(stable=True)
+    return by_experts(x, ids, weights, lambda experts, _, rows: whole(experts[0], rows), picks=1)
+
+
+def by_experts(x: Tensor, ids: Tensor, weights: Tensor, whole: Callable[[list[int], list[int], Tensor], Tensor],
+               picks: int) -> Tensor:
+    """The same for a few consecutive experts at a time, which is enough of them for so many picks:
+    whole(experts, how many tokens of each, x [n, H]) -> [n, H]."""
+    x, weights, flat = x.float(), weights.float(), ids.flatten()
+    order = flat.argsort(stable=True)
     tokens, share = order // ids.shape[1], weights.flatten()[order, None]
     out, at = torch.zeros_like(x), 0
-    for expert, count in enumerate(torch.bincount(picks).tolist()):
-        rows = tokens[at:at + count]
-        if count:
-            out.index_add_(0, rows, whole(expert, x[rows]) * share[at:at + count])
-        at += count
+    for experts, counts in _in_groups(torch.bincount(flat).tolist(), picks):
+        end = at + sum(counts)
+        rows = tokens[at:end]
+        out.index_add_(0, rows, whole(experts, counts, x[rows]) * share[at:end])
+        at = end
     return out
+
+
+def _in_groups(counts: list[int], picks: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Experts that somebody chose, and how often, until they make so many picks."""
+    experts: list[int] = []
+    for expert, count in enumerate(counts):
+        experts += [expert] if count else []
+        chosen = [counts[i] for i in experts]
+        if experts and (sum(chosen) >= picks or expert + 1 == len(counts)):
+            yield experts, chosen
+            experts = []

@@ -7,6 +7,8 @@ neurons alone, so sums do too.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kernels.activation import LARGEST
 from kernels.cpu.dots import ADDS, DOTS
 from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
@@ -98,22 +100,53 @@ def _in_order(low: list[Value], high: list[Value]) -> list[Value]:
     return found
 
 
+def _codes_of_four(code: Code, records: Value, four: int, tile: Value) -> list[Value]:
+    """Four neurons' codes of a tile: eight vectors of words that hold the same element of all four."""
+    rows = [code.load(code.load(records + (4 * four + i) * 8, INT64) + tile * LINE, WORDS) for i in range(4)]
+    return [words >> shift & 15 * EVERY_BYTE for words in _words_of_four(rows) for shift in (0, 4)]
+
+
+def _add_tile(code: Code, group: int, codes: Callable[[int], list[Value]], weights: Value, tile: Value,
+              out: Value) -> None:
+    """out float32 [128] += a tile of 32 down rows, of whose neurons codes(four) has those of four."""
+    first = tile * (TILE // group)          # group
+    step = weights + (first >> 4) * STEP_BYTES + (first & 15) * 4
+    sums = [[DOTS.zero(code) for _ in range(8)] for _ in range(2)]
+    for four in range(ADDS):
+        words = codes(four)
+        for half in range(2):
+            factors = _of_group(code, step + (2 + half * ADDS + four) * LINE, WORDS.element, group)
+            sums[half] = [DOTS.add(total, word, factors) for total, word in zip(sums[half], words, strict=True)]
+    one, offset = (_of_group(code, step + at, FLOAT, group) for at in (0, LINE))
+    whole = [(DOTS.sums(high) << 8) + DOTS.sums(low) for high, low in zip(*sums, strict=True)]
+    values = [code.multiply_add(total.to_float(), one, offset) for total in whole]
+    for i, value in enumerate(_in_order(values[::2], values[1::2])):
+        code.store(code.load(out + i * LINE, FLOATS) + value, out + i * LINE)
+
+
 @in_vectors("void(i64, i64, i64, i64) 1")
 def add_rows(code: Code, group: int, records: Value, weights: Value, n_tiles: Value, out: Value) -> None:
     """out float32 [128 * n_tiles] += the 32 down rows, each times its product."""
     with code.loop(n_tiles) as tile:
-        first = tile * (TILE // group)          # group
-        step = weights + (first >> 4) * STEP_BYTES + (first & 15) * 4
-        sums = [[DOTS.zero(code) for _ in range(8)] for _ in range(2)]
-        for four in range(ADDS):
-            rows = [code.load(code.load(records + (4 * four + i) * 8, INT64) + tile * LINE, WORDS) for i in range(4)]
-            codes = [words >> shift & 15 * EVERY_BYTE for words in _words_of_four(rows) for shift in (0, 4)]
-            for half in range(2):
-                factors = _of_group(code, step + (2 + half * ADDS + four) * LINE, WORDS.element, group)
-                sums[half] = [DOTS.add(total, words, factors) for total, words in zip(sums[half], codes, strict=True)]
-        one, offset = (_of_group(code, step + at, FLOAT, group) for at in (0, LINE))
-        whole = [(DOTS.sums(high) << 8) + DOTS.sums(low) for high, low in zip(*sums, strict=True)]
-        values = [code.multiply_add(total.to_float(), one, offset) for total in whole]
-        for i, value in enumerate(_in_order(values[::2], values[1::2])):
-            place = out + tile * (4 * TILE) + i * LINE
-            code.store(code.load(place, FLOATS) + value, place)
+        _add_tile(code, group, lambda four: _codes_of_four(code, records, four, tile), weights, tile,
+                  out + tile * (4 * TILE))
+
+
+@in_vectors("void(i64, i64, i64)")
+def rows_into_words(code: Code, records: Value, tile: Value, words: Value) -> None:
+    """A tile of the 32 down rows as `words_times` takes it, 4 KiB."""
+    for four in range(ADDS):
+        for i, line in enumerate(_codes_of_four(code, records, four, tile)):
+            code.store(line, words + (8 * four + i) * LINE)
+
+
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 1")
+def words_times(code: Code, group: int, words: Value, weights: Value, weights_bytes: Value, tile: Value,
+                n_tokens: Value, out: Value, out_bytes: Value) -> None:
+    """As `add_rows` for one tile of n tokens, whose weights and sums [.., H] lie so many bytes apart."""
+    def codes(four: int) -> list[Value]:
+        return [code.load(words + (8 * four + i) * LINE, WORDS) for i in range(8)]
+
+    with code.loop(n_tokens) as token:
+        place = out + token * out_bytes + tile * (4 * TILE)
+        _add_tile(code, group, codes, weights + token * weights_bytes, tile, place)

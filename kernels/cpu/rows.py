@@ -115,3 +115,19 @@ def fine_rows(code: Code, group: int, n: int, plane: Value, refine: Value, pairs
     """n rows of nested 4-bit codes times 16-bit activations."""
     codes = _fine(code, plane, refine, n_blocks)
     _rows(code, group, n, x, SIZES16, n_blocks, codes, (pairs, pair_bytes), (out, out_bytes))
+
+
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 2")
+def fine_tokens(code: Code, group: int, n: int, plane: Value, refine: Value, pairs: Value, x: Value, x_bytes: Value,
+                n_blocks: Value, out: Value, out_bytes: Value) -> None:
+    """One row of nested 4-bit codes times n 16-bit activations; each one's sum is that of `fine_rows`."""
+    codes, sums = _fine(code, plane, refine, n_blocks), [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
+    with code.loop(n_blocks) as block:
+        words, step = codes(0, block), pairs + block * (4 * CODES // group)
+        for token, total in enumerate(sums):
+            at = x + x_bytes * token + block * BLOCK16
+            lines = [code.load(at + i * LINE, WORDS) for i in range(8)]
+            found = DOTS.of_halves(code, list(zip(words, lines[:4], lines[4:], strict=True)))
+            total.set(add_block(code, total.get(), found, step, at + 8 * LINE, group))
+    for token, total in enumerate(sums):
+        code.store(total.get(), out + out_bytes * token)

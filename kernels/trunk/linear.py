@@ -83,7 +83,7 @@ def linears(x: Tensor, matrices: Matrices, norm: Tensor | None = None, epsilon: 
     return found if residual is None else residual + found, given
 
 
-@twin("kernels.gpu.linear", "kernels.cpu.dequantize")
+@twin("kernels.gpu.linear", "kernels.cpu.prefill.dequantize")
 def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """Rows of codes and scales -> out [R, K], contiguous, in its dtype: tiles of prefill, rows of an embedding."""
     out.copy_(decode(codes, scales))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="needs numba, which compiles these functions")
 
-from kernels.cpu import dequantize as cpu_dequantize
 from kernels.cpu import pool as cpu_pool
+from kernels.cpu.prefill import dequantize as cpu_dequantize
 from kernels.dense import dequantize
 from kernels.evict import age
 from kernels.layout import Layout, default_group_size
