@@ -56,8 +56,15 @@ class HostDecoder:
     def tokens(self, ids: list[int], sampling: Sampling, recommended, ends: frozenset[int], limit: int,
                around: Around | None = None) -> Iterator[Drawn]:
         """At most `limit` tokens behind the prompt `ids`, whose beginning `prefix` holds. around: the sampler's."""
-        sampler = Sampler(sampling, recommended, self._model.device)
-        return steps(self.prefix, ids[len(self.prefix.ids):], around(sampler) if around else sampler, limit, ends)
+        sampler, fused = Sampler(sampling, recommended, self._model.device), self.prefix.fused
+        if fused and not around:
+            fused.n_best = sampler.n_best
+        try:
+            draw = around(sampler) if around else sampler
+            yield from steps(self.prefix, ids[len(self.prefix.ids):], draw, limit, ends)
+        finally:
+            if fused:
+                fused.n_best = 0
 
     def prepare(self, recommended) -> Iterator[Part]:
         """As DeviceDecoder's; here nothing is recorded, and the processor was prepared before the weights came."""

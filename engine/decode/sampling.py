@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from engine.core import MachineError, Sampling, UserError
+from kernels.trunk.head import MOST_BEST
 
 NOT_NUMBERS = "The model computed values that are not numbers; open it again, and check its files if this comes back."
 COLDEST = 1e-4         # below it float32 overflows; there a logit .01 better is already e^100 times as likely: greedy
@@ -75,6 +76,12 @@ class Sampler:
         if self._greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+    @property
+    def n_best(self) -> int:
+        """How many of the largest logits decide, up to MOST_BEST; 0: all."""
+        top_k = 1 if self._greedy else self.settings["top_k"]
+        return 0 if self._needs_history or top_k > MOST_BEST else top_k
 
     @property
     def _needs_history(self) -> bool:

@@ -25,6 +25,7 @@ from engine.model.static_cache import FullLayer, RecurrentLayer, RingLayer, Step
 from kernels.trunk.attend import Heads
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated
+from kernels.trunk.head import best_rows
 from kernels.trunk.latent import Latent
 from kernels.trunk.linear import MOST_TOKENS, columns, dequantize_rows, linears
 from kernels.trunk.route import route
@@ -105,13 +106,16 @@ class FusedStep:
         self._layers = [_of_block(block_of(layer, config), layer) for layer in base.layers]
         self._norm, self._head = norm(base.norm), matrices(model.lm_head)
         self._cap = getattr(config, "final_logit_softcapping", None)
+        self.n_best = 0   # how many of the largest logits are asked for, the others may be -inf; 0: all
 
     def _logits(self, x: Tensor, turns: Turns, cache: Cache) -> Tensor:
         """x float32 [T, H] -> logits float32 [V] after the last token."""
         for layer, kind, rows in zip(self._layers, self._kinds, cache.layers, strict=True):
             x = layer(x, turns[kind], rows)
-        logits, _ = linears(x[-1:].contiguous(), self._head, self._norm.weight, self._norm.epsilon)
-        return logits[0] if self._cap is None else (logits[0] / self._cap).tanh() * self._cap
+        x, normed = x[-1:].contiguous(), (self._norm.weight, self._norm.epsilon)
+        logits = (best_rows(x, self._head, self.n_best, *normed) if self._head.is_nested else
+                  linears(x, self._head, *normed)[0][0])
+        return logits if self._cap is None else (logits / self._cap).tanh() * self._cap
 
     def _all_turned(self, x: Tensor, positions: Tensor) -> Turns:
         return {kind: self._turned(x, positions, kind) for kind in dict.fromkeys(self._kinds)}
@@ -140,7 +144,7 @@ class HostStep(FusedStep):
         position = cache.layers[self._attends].get_seq_length()
         turns, x = self._between(position, position + len(ids)), self._embedded(ids)
         if len(ids) == 1 and self.in_one_call(cache):
-            return self._token(x, turns[None], cache, position)
+            return self._token(x, turns[None], cache, position, self.n_best)
         return self._logits(x, turns, cache)
 
     def _embedded(self, ids: list[int]) -> Tensor:

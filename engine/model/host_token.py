@@ -50,12 +50,12 @@ class HostToken:
         return None if None in experts else token_step(
             self._blocks, experts, self._norm, self._head, self._turned)
 
-    def __call__(self, x: Tensor, turn: Tensor, cache: DynamicCache, position: int) -> Tensor:
-        """x float32 [1, H], turn float32 [2, 1, turned] -> logits float32 [V]."""
+    def __call__(self, x: Tensor, turn: Tensor, cache: DynamicCache, position: int, n_best: int) -> Tensor:
+        """x float32 [1, H], turn float32 [2, 1, turned] -> logits float32 [V]. n_best: as of `at`."""
         token, runtime = self._token, self._runtime
         token.x.copy_(x)
         token.turn.copy_(turn)
-        token.at(position)
+        token.at(position, n_best)
         runtime.token_began()
         logits = token.run(lambda layer: runtime.fetch(layer, token.ids[layer].tolist()))
         runtime.token_ended(token.ids)

@@ -33,7 +33,8 @@ from engine.files.proof import proving
 from engine.machine import detect, errors
 from engine.machine.pinned_memory import CudaDriver
 from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
-from engine.model.packed import Packed
+from engine.model.blocks import is_known
+from engine.model.packed import Packed, nest_head
 from engine.model.placement import onto_gpu, prepare_processor, side_of, trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind, blobs_of, level_plans, unbound
 from engine.model.tokenizer_trial import what_is_wrong
@@ -113,6 +114,8 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
         runtime = bind(model, side_of(far), far, planner, level, planner.near_bytes(level, options), options.predict)
         runtime.reason = " ".join((why_not_the_card, why_slow)).strip()
         choose_policies(runtime, model, options.policies)
+        if is_known(model):     # others compute the whole head, and gain nothing
+            nest_head(model)
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     return_freed()
@@ -132,7 +135,7 @@ def _level(options: Options, levels: tuple[str, ...], planner: Planner) -> str:
 def _taken_bytes(model: nn.Module, runtime: Runtime, before: int) -> int:
     """What opening took of main memory. Rows of near memory that are still empty count: they are this model's. So do
     the trunk's codes, which lie where the file is mapped."""
-    codes = sum(p.packed_bytes for p in model.parameters() if isinstance(p, Packed))
+    codes = sum(p.mapped_bytes for p in model.parameters() if isinstance(p, Packed))
     return codes + own_bytes() - before + runtime.near_bytes - runtime.near_used_bytes()
 
 

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from kernels.trunk.head import best_rows, split
 from kernels.trunk.linear import MOST_TOKENS, Matrices, columns, decode, dequantize_rows, linear, linears
 
 Tensor = torch.Tensor
 
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}  # of scratch: what a processor's cache holds; few launches of a card
+NESTED_FROM = 32 << 20  # bytes of a head's codes: half of fewer is soon read, and a processor's cache may hold them
 _aten = torch.ops.aten
 _COPIES = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten._to_copy.default}
 
@@ -38,6 +40,11 @@ class Packed(Tensor):
     @property
     def packed_bytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of these, what may lie where a file is mapped: a nested head's codes were copied."""
+        return self.scales.nbytes if self.alone.is_nested else self.packed_bytes
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -61,6 +68,20 @@ class Packed(Tensor):
 
 def packed_parameter(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(Packed(codes, scales, dtype), requires_grad=False)
+
+
+def nest_head(model: nn.Module) -> None:
+    """Bring the 8-bit codes of a large head into two planes, as of kernels/trunk/head.py, in memory of their own: what
+    was mapped of them is read no more."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = head.weight
+    if not isinstance(weight, Packed) or weight.codes.dtype != torch.int8 or getattr(head, "bias", None) is not None:
+        return
+    if weight.codes.nbytes >= NESTED_FROM and weight.codes.is_contiguous():
+        is_tied = embedding.weight is weight
+        head.weight = packed_parameter(split(weight.codes), weight.scales, weight.dtype)
+        if is_tied:
+            embedding.weight = head.weight
 
 
 def stored_bytes(parameter: Tensor) -> int:
@@ -108,7 +129,10 @@ class _Linear(torch.autograd.Function):
 @torch.no_grad()
 def _product(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > MOST_TOKENS:
+    if weight.alone.is_nested and len(rows) <= MOST_TOKENS:
+        out = torch.stack([best_rows(row[None].float().contiguous(), weight.alone, 0) for row in rows]).to(x.dtype)
+        out = out if bias is None else out.add_(bias)
+    elif len(rows) > MOST_TOKENS:
         out = _by_tiles(rows, weight, bias)
     elif rows.is_cpu and rows.dtype == torch.float32:
         out, _ = linears(rows.contiguous(), weight.alone)

@@ -18,7 +18,7 @@ import triton.language as tl
 from kernels.activation import LARGEST
 from kernels.gpu.activation import codes_of
 from kernels.gpu.planes import add_splits, dp4a, scale_offset, words_of
-from kernels.trunk.linear import MOST_TOKENS, Matrices, columns
+from kernels.trunk.linear import MOST_TOKENS, Matrices, columns, joined
 
 Tensor = torch.Tensor
 Part = tuple[Tensor, Tensor | None, Tensor | None]
@@ -222,6 +222,7 @@ def _dequantize(codes, scales, out, COLUMNS: tl.constexpr, GROUP: tl.constexpr, 
 
 def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """As kernels.trunk.linear.dequantize_rows."""
+    codes = joined(codes)
     n_rows, n_columns = len(codes), columns(codes)
     four, groups = codes.dtype == torch.uint8, scales.shape[1]
     assert out.shape == (n_rows, n_columns) and out.is_contiguous() and codes.is_contiguous()

@@ -6,6 +6,9 @@ The order is that of the file. Of a row, K columns in groups of g (64), G = K/g:
   4 bits   codes uint8 [R, K/2], scales float16 [R, G, 2]:     value = scale * code + offset, code 0..15;
            byte j holds column 2j in its lower and column 2j+1 in its upper half
 
+A matrix whose 8-bit codes lie in two planes of 4 is nested: uint8 [R, 2, K/2], as of kernels/trunk/head.py, which
+computes with it; here its rows are only decoded.
+
 So a group of 4-bit codes is 32 bytes whose lower halves meet the even columns of the activation and whose upper halves
 meet the odd ones: who brings the activation into that order once needs two masks and no shuffle for the weights.
 
@@ -61,6 +64,11 @@ class Matrices:
         return codes.shape[1] if scales is None else columns(codes)
 
     @cached_property
+    def is_nested(self) -> bool:
+        """Whether kernels/trunk/head.py computes with it."""
+        return self.parts[0][0].dim() == 3
+
+    @cached_property
     def rows(self) -> int:
         return sum(len(codes) for codes, _, _ in self.parts)
 
@@ -94,8 +102,18 @@ def columns(codes: Tensor) -> int:
     return codes.shape[-1] * (1 if codes.dtype == torch.int8 else 2)
 
 
+def joined(codes: Tensor) -> Tensor:
+    """Nested codes [R, 2, K/2] as int8 [R, K]; others as they are."""
+    if codes.dim() == 2:
+        return codes
+    upper, lower = codes.unbind(1)
+    both = torch.stack((upper << 4 | lower & 15, upper & 240 | lower >> 4), -1).flatten(-2)
+    return (both ^ 128).view(torch.int8)
+
+
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """-> the weights, float32 [..., K]."""
+    codes = joined(codes)
     if codes.dtype == torch.int8:
         grouped = codes.unflatten(-1, (scales.shape[-1], -1)).float()
         return grouped.mul_(scales.float()[..., None]).flatten(-2)

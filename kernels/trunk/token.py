@@ -76,8 +76,9 @@ class Token(Protocol):
         """Go on in these from now on: keys and values float32 [1, C, N, D], or a delta-net's columns and state as of
         kernels.trunk.delta; False where their kind is left to others."""
 
-    def at(self, position: int) -> None:
-        """The row of every cache of keys that the token writes: the first that is free."""
+    def at(self, position: int, n_best: int = 0) -> None:
+        """The row of every cache of keys that the token writes: the first that is free. n_best: as of best_rows, where
+        the head is nested."""
 
     def run(self, bring: Callable[[int], None]) -> Tensor:
         """-> logits float32 [V]. bring(layer): some expert that the token wants of it is not there yet."""

@@ -13,6 +13,7 @@ from kernels.cpu.rows import CODES, EVERY_BYTE, LINE, WORDS, two_bits
 from kernels.cpu.threads import address, claim, fields, pointer, run, task
 from kernels.cpu.vectors import HALF, INT8, INT32, LANES, Code, Value, in_vectors, vector
 from kernels.layout import Layout
+from kernels.trunk.linear import joined
 
 Tensor = torch.Tensor
 
@@ -117,7 +118,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     if n % GROUP or scales.shape[1] * GROUP != n or not (out.dtype == torch.float32 and scales.dtype == torch.float16):
         return NotImplemented
     assert out.is_contiguous() and len(codes) == rows, (out.stride(), codes.shape)
-    codes, scales = codes.contiguous(), scales.contiguous()
+    codes, scales = joined(codes).contiguous(), scales.contiguous()
     run(_rows, ROWS_RECORD, -(-rows // ROWS), WRITTEN * codes.nbytes, rows=rows, columns=n,
         eight_bits=codes.dtype == torch.int8, codes=address(codes), code_bytes=codes.stride(0),
         scales=address(scales), scale_bytes=2 * scales[0].numel() if rows else 0, out=address(out))

@@ -36,7 +36,7 @@ NIBBLES = 15 * EVERY_BYTE
 PLUS_128 = (128 * EVERY_BYTE) - 2**32   # the sign of each byte turned
 
 
-def _halves(code: Code, x: Value) -> tuple[Value, Value]:
+def high_and_low(code: Code, x: Value) -> tuple[Value, Value]:
     """High and low bytes, which lie a line apart."""
     return code.load(x, WORDS), code.load(x + LINE, WORDS)
 
@@ -48,7 +48,7 @@ def rows8(code: Code, n: int, codes: Value, code_bytes: Value, scales: Value, sc
     rows = [code.variable(code.constant(FLOATS, 0.0)) for _ in range(n)]
     with code.loop(n_lines) as line:
         at = x + line * BLOCK
-        halves, step, less = _halves(code, at), code.load(at + 4 * LINE, FLOATS), code.load(at + 5 * LINE, WORDS)
+        halves, step, less = high_and_low(code, at), code.load(at + 4 * LINE, FLOATS), code.load(at + 5 * LINE, WORDS)
         for row, total in enumerate(rows):
             place = codes + code_bytes * row + line * LINE
             code.prefetch(place + code_bytes * n)
@@ -80,7 +80,7 @@ def rows4(code: Code, n: int, codes: Value, code_bytes: Value, pairs: Value, pai
 
     def add(line: Value, read: Callable[[Value, Value], tuple[Value, Value]]) -> None:
         at = x + line * BLOCK
-        even, odd, step, sums = _halves(code, at), _halves(code, at + 2 * LINE), *(
+        even, odd, step, sums = high_and_low(code, at), high_and_low(code, at + 2 * LINE), *(
             code.load(at + part * LINE, FLOATS) for part in (4, 5))
         for row, total in enumerate(rows):
             place = codes + code_bytes * row + line * LINE
@@ -250,7 +250,7 @@ def _table(matrices: Matrices) -> tuple[np.ndarray, int, frozenset[int]]:
 def takes(matrices: Matrices) -> bool:
     """Whether every matrix is one that is computed here."""
     n = matrices.columns
-    return n % GROUP == 0 and all(
+    return n % GROUP == 0 and not matrices.is_nested and all(
         (codes.dtype == torch.float32 and codes.shape[1] == n and codes.is_contiguous()) if scales is None else
         (scales.dtype == torch.float16 and scales.shape[1] * GROUP == n and codes.is_contiguous()
          and scales.is_contiguous()) for codes, scales, _ in matrices.parts)
@@ -291,6 +291,16 @@ def multiplying(x: Tensor, matrices: Matrices, out: Tensor, norm: Tensor | None 
                   out_row=matrices.rows, residual=address(residual), epsilon=epsilon)
     alive = (x, matrices, out, norm, residual, given, blocks8, blocks4, table)
     return [Step(_prepare, packed, alive, whole=True), Step(_multiply, packed, alive)]
+
+
+def entering(x: Tensor, n: int, norm: Tensor | None, epsilon: float, given: Tensor | None) -> tuple[Step, Tensor]:
+    """The step that brings x float32 [1, n], or its norm, into the order of 4-bit codes, and where it lies then."""
+    lines = -(-n // (2 * GROUP))
+    blocks = torch.empty(lines * BLOCK, dtype=torch.int8)
+    packed = pack(RECORD, 1, 0, tokens=1, columns=n, x=address(x), norm=address(norm), given=address(given), blocks8=0,
+                  bytes8=0, blocks4=address(blocks), bytes4=lines * BLOCK, matrices=0, n_matrices=0, out=0, out_row=0,
+                  residual=0, epsilon=epsilon)
+    return Step(_prepare, packed, (x, norm, given, blocks), whole=True), blocks
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from kernels.cpu.score import scoring
 from kernels.cpu.select import selecting
 from kernels.cpu.threads import Step
 from kernels.cpu.trunk import attend, delta, linear
+from kernels.cpu.trunk import head as nested
 from kernels.cpu.trunk.gated import gating
 from kernels.cpu.trunk.route import routing
 from kernels.trunk.attend import Heads
@@ -37,9 +38,10 @@ def token_step(blocks: list[Block], experts: list[Mapped], norm: Norm, head: Mat
     if any(not isinstance(block, Block) or isinstance(block.mixing, Latent)
            or isinstance(block.mixing, Heads) and block.mixing.window for block in blocks):
         return NotImplemented
-    used = [head, *(part for block in blocks for part in (block.projections, block.output, block.router))]
+    used = [*(part for block in blocks for part in (block.projections, block.output, block.router))]
     used += [block.shared for block in blocks if block.shared is not None]
-    if not all(map(linear.takes, used)) or any(own.gate.kind not in KINDS for own in experts):
+    is_taken = (linear.takes(head) or nested.takes(head)) and all(map(linear.takes, used))
+    if not is_taken or any(own.gate.kind not in KINDS for own in experts):
         return NotImplemented
     return Token(blocks, experts, norm, head, turned)
 
@@ -58,13 +60,20 @@ class Token:
         self._mixed = _room(max(block.output.columns for block in blocks))
         self._routed = _room(max(block.router.rows for block in blocks))
         self._out, self._given = _room(head.rows), _room(head.columns)
-        self._records, self._layer_of, steps = [], {}, []
+        self._records, self._layer_of, self._best, steps = [], {}, None, []
         for layer, (block, own) in enumerate(zip(blocks, experts, strict=True)):
             steps += self._mixing(block) + self._choice(block)
             self._layer_of[len(steps)] = layer
             steps += self._experts(block, own, self.ids[layer:layer + 1], self._shares[layer:layer + 1])
-        steps += linear.multiplying(self.x, head, self._out, norm.weight, norm.epsilon, given=self._given)
+        steps += self._head(head, norm)
         self._program = Program(steps)
+
+    def _head(self, head: Matrices, norm: Norm) -> list[Step]:
+        if not head.is_nested:
+            return linear.multiplying(self.x, head, self._out, norm.weight, norm.epsilon, given=self._given)
+        own = nested.finding(self.x, head, self._out[0], 0, norm.weight, norm.epsilon, self._given)
+        self._best = np.frombuffer(own[-1].record, nested.RECORD)
+        return own
 
     def _mixing(self, block: Block) -> list[Step]:
         before, mixing, mixed = block.before, block.mixing, self._mixed[:, :block.output.columns]
@@ -116,7 +125,9 @@ class Token:
             self._rooms[layer] = ref(first), ref(second)    # the cache may go before the next token comes
         return taken
 
-    def at(self, position: int) -> None:
+    def at(self, position: int, n_best: int = 0) -> None:
+        if self._best is not None:
+            self._best["n_best"] = n_best
         for record, block in zip(self._records, self._blocks, strict=True):
             heads = block.mixing
             if isinstance(heads, Heads):

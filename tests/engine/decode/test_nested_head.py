@@ -1,0 +1,76 @@
+"""A large head in two planes: an answer is the same, and whoever needs all logits gets all."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.core import Options, Sampling
+from engine.decode.decoder import HostDecoder
+from engine.decode.sampling import Sampler
+from engine.library.compress import compress
+from engine.model import packed
+from engine.model.load import load
+from kernels import dispatch
+from tests.support import folders
+
+SETTINGS = [Sampling(0.0, 0, 1.0, 0.0, 1.0), Sampling(0.9, 5, 0.9, 0.02, 1.0, seed=1),
+            Sampling(0.9, 0, 0.9, 0.0, 1.0, seed=2), Sampling(0.0, 0, 1.0, 0.0, 1.2)]
+
+
+@pytest.fixture(scope="module", params=[("qwen3_moe", False), ("qwen3_moe", True), ("gemma4_text", True)])
+def opened(request, tmp_path_factory):
+    """The same folder opened with a head of one plane and of two; tied to its embedding or not."""
+    (name, is_tied), folder = request.param, tmp_path_factory.mktemp("nested")
+    folders.checkpoint(name, folder / "checkpoint", hidden_size=128, head_dim=32, max_position_embeddings=512,
+                       tie_word_embeddings=is_tied)
+    compress(folder / "checkpoint", folder / "compressed", device="cpu", trunk_bits=8)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = load(folder / "compressed", Options(level="exact", device="cpu"))
+        patch.setattr(packed, "NESTED_FROM", 0)
+        return plain, load(folder / "compressed", Options(level="exact", device="cpu"))
+
+
+def answer(loaded, sampling, around=None):
+    decoder = HostDecoder(loaded.model)
+    drawn = list(decoder.tokens(list(range(10)), sampling, None, frozenset(), 30, around))
+    assert not decoder.prefix.fused.n_best
+    return [one.token for one in drawn], torch.stack([one.logits for one in drawn[1:]])
+
+
+@torch.inference_mode()
+def test_an_answer_is_that_of_the_whole_head(opened):
+    plain, nested = opened
+    head, embedding = nested.model.get_output_embeddings(), nested.model.get_input_embeddings()
+    is_tied = plain.model.get_input_embeddings().weight is plain.model.get_output_embeddings().weight
+    assert head.weight.alone.is_nested and (embedding.weight is head.weight) == is_tied
+    for sampling in SETTINGS:
+        (expected, logits), (found, few) = (answer(loaded, sampling) for loaded in opened)
+        best = Sampler(sampling, None).n_best
+        assert found == expected and bool(few.isfinite().all()) == (not best or plain.model.config.vocab_size < 2)
+        torch.testing.assert_close(few[few.isfinite()], logits[few.isfinite()], rtol=0,
+                                   atol=1e-4 * float(logits.abs().max()))
+        _, every = answer(nested, sampling, around=lambda draw: draw)
+        torch.testing.assert_close(every, logits, rtol=0, atol=1e-4 * float(logits.abs().max()))
+
+
+@torch.inference_mode()
+def test_a_token_in_one_call_has_the_bits_of_many(opened):
+    model, found = opened[1].model, []
+    for in_one in (True, False):
+        decoder = HostDecoder(model)
+        if not in_one:
+            decoder.prefix.fused.in_one_call = lambda cache: False
+        drawn = list(decoder.tokens(list(range(10)), SETTINGS[0], None, frozenset(), 8))
+        found.append(torch.stack([one.logits for one in drawn]))
+        is_one = in_one and model.config.model_type == "qwen3_moe" and not dispatch.why_not_compiled()
+        assert decoder.prefix.fused.in_one_call(decoder.prefix._cache) == is_one
+    assert torch.equal(*found)
+
+
+def test_how_many_logits_decide():
+    found = [Sampler(sampling, None).n_best for sampling in (*SETTINGS, Sampling(1.0, 257, 1.0, 0.0, 1.0))]
+    assert found == [1, 5, 0, 0, 0]
+
+
+def test_a_small_head_stays_in_one_plane(opened):
+    assert not opened[0].model.get_output_embeddings().weight.alone.is_nested
