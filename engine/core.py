@@ -256,13 +256,14 @@ class Event:
 class ModelSpec:
     """The numbers of a Mixture-of-Experts model that planning and storage need.
 
-    layers: MoE layers (not all decoder layers). experts, top_k: routed ones. neurons: intermediate channels of one
-    expert. trunk_params: weights outside the routed experts; embedding_params: those of them that a token does not
-    read (the input embedding, where it is not also the head). kv_bytes_per_token and state_bytes: 16-bit cache of all
-    attention layers per token, and recurrent or sliding-window state that does not grow; recurrent_bytes: the part of
-    that which recurrent layers hold; windows: (tokens, bytes of one) of each kind of sliding window in it. prefill:
-    what one layer's mixer takes while a chunk of a prompt is read, for each kind of mixer (bytes for each token of the
-    chunk, for each of the context, for each pair of both).
+    layers: MoE layers (not all decoder layers). experts, top_k: routed ones; identities: more of them, without weights,
+    that give back what they are given. neurons: intermediate channels of one expert. trunk_params: weights outside the
+    routed experts; embedding_params: those of them that a token does not read (the input embedding, where it is not
+    also the head). kv_bytes_per_token and state_bytes: 16-bit cache of all attention layers per token, and recurrent or
+    sliding-window state that does not grow; recurrent_bytes: the part of that which recurrent layers hold; windows:
+    (tokens, bytes of one) of each kind of sliding window in it. prefill: what one layer's mixer takes while a chunk of
+    a prompt is read, for each kind of mixer (bytes for each token of the chunk, for each of the context, for each pair
+    of both).
     """
 
     name: str
@@ -282,6 +283,7 @@ class ModelSpec:
     recurrent_bytes: int = 0
     prefill: tuple[tuple[int, int, int], ...] = ()
     windows: tuple[tuple[int, int], ...] = ()
+    identities: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prefill", "windows"):
@@ -306,9 +308,15 @@ class ModelSpec:
         return self.layers * self.experts
 
     @property
+    def picks(self) -> float:
+        """Experts with weights that a token takes of a layer, where all that a router knows are picked alike."""
+        return self.top_k * self.experts / (self.experts + self.identities)
+
+    @property
     def active_params(self) -> int:
         """Weights that one token multiplies with."""
-        return self.trunk_params - self.embedding_params + self.layers * self.top_k * self.expert_params
+        experts = round(self.layers * self.picks * self.expert_params)
+        return self.trunk_params - self.embedding_params + experts
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,12 @@ def new_pool(n_objects: int, n_slots: int, device: torch.device | str = "cpu") -
                 stack, table(1, n_slots))
 
 
+def forget(pool: Pool) -> None:
+    """Nothing is near any more, in the same tensors."""
+    for table, empty in zip(pool, new_pool(len(pool.slot_of), len(pool.object_of), pool.stamp.device), strict=True):
+        table.copy_(empty)
+
+
 def pin(pool: Pool, objects: Tensor, clock: int | Tensor) -> None:
     """Those of `objects` (int [n]) that are near stay so until the next call; what was pinned before counts as used
     at `clock`. Between tokens only."""

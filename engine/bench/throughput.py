@@ -34,6 +34,7 @@ from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
 from engine.experts.host import HostRuntime
 from engine.files.manifest import EXPERTS
+from engine.files.skeleton import experts_modules
 from engine.machine import benchmark
 from engine.model.load import Loaded
 from engine.model.packed import plain
@@ -286,9 +287,8 @@ def uncompressed(loaded: Loaded) -> nn.Module:
     model = AutoModelForCausalLM.from_config(config, dtype=ours.dtype)
     trunk = {name: plain(value) for name, value in ours.state_dict(keep_vars=True).items()}
     model.load_state_dict(trunk, strict=False)
-    for path, module in ours.named_modules():
-        if isinstance(module, FloeExperts):
-            _fill(model.get_submodule(path), module, far)
+    for path, module in experts_modules(model, loaded.spec.name).items():
+        _fill(module, ours.get_submodule(path), far)
     return model.to(ours.device).eval()
 
 

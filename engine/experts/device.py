@@ -91,11 +91,11 @@ class DeviceRuntime(Runtime):
         """Every routed expert once, in order, over the tokens that chose it. Waits for the routing. x: any float; a
         fused step reads few tokens in float32."""
         x = x.to(self.staging.dtype)
-        picks, top_k = ids.flatten(), ids.shape[1]
+        picks, top_k = torch.where(ids < 0, self.far.experts, ids).flatten(), ids.shape[1]  # none: behind all others
         order = picks.argsort(stable=True)
-        counts = torch.bincount(picks, minlength=self.far.experts).tolist()
+        counts = torch.bincount(picks, minlength=self.far.experts).tolist()[:self.far.experts]
         first, slots = list(accumulate(counts, initial=0)), self._near_slots(layer.index)
-        out = torch.empty(len(picks), x.shape[1], dtype=x.dtype, device=x.device)  # a row for each pick of a token
+        out = x.new_zeros(len(picks), x.shape[1])  # a row for each pick of a token
         wanted = [expert for expert, n in enumerate(counts) if n]
         ends = torch.tensor([first[expert + 1] for expert in wanted], dtype=torch.int32, pin_memory=x.is_cuda)
         ends, done = ends.to(x.device, non_blocking=True), 0

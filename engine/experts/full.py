@@ -3,6 +3,8 @@ torch on the processor. The naive baseline; near memory holds rows of one expert
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.experts.layer import LayerExperts, Rows
@@ -39,14 +41,18 @@ class FullRuntime(Runtime):
         self.far.decode(layer.index, expert, *layer.halves(gate_up), down)
 
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
-               ) -> Tensor:
+               ) -> Callable[[], Tensor]:
         """One token, one expert after the other."""
         place = self._bring_experts(layer.index, ids)
-        self._look_ahead(layer, x)
-        done = [layer.whole(x, *self._matrices(self.near.blobs[slot]), expert)
-                for expert, slot in zip(ids[0].tolist(), place[0].tolist(), strict=True)]
-        out = weights @ torch.cat(done)
-        return out if residual is None else residual + out
+
+        def rest() -> Tensor:
+            self._look_ahead(layer, x)
+            done = [layer.whole(x, *self._matrices(self.near.blobs[slot]), expert) if expert >= 0 else zeros
+                    for expert, slot in zip(ids[0].tolist(), place[0].tolist(), strict=True)]
+            out = weights @ torch.cat(done)
+            return out if residual is None else residual + out
+        zeros = torch.zeros_like(x)
+        return rest
 
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return expert_by_expert(x, ids, weights, lambda expert, rows: layer.whole(

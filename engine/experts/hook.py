@@ -1,6 +1,9 @@
 """What a test, a bench or a policy puts into a running model: see `Runtime.hook`."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from engine.experts.layer import LayerExperts
@@ -60,3 +63,25 @@ class Hook:
         """Behind the selection of a sparse level's step, before records are fetched: neurons int32 [T, K], ascending,
         numbered through the k experts, then -1; fidelity int8 [T, K] (kernels/select.py) -> those that count."""
         return neurons, fidelity
+
+
+class Hooked:
+    """What has a hook; unset, it costs a comparison a layer. has_gaps: whether a pick may be of an expert without
+    weights."""
+
+    hook: Hook | None = None
+    has_gaps = False
+
+    @contextmanager
+    def hooked(self, hook: Hook) -> Iterator[None]:
+        """Inside, `hook` is the hook, in place of any other."""
+        before, self.hook = self.hook, hook
+        try:
+            yield
+        finally:
+            self.hook = before
+
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether a pick of a step may have weight 0, of which nothing is fetched."""
+        return self.hook is not None or self.has_gaps

@@ -7,6 +7,7 @@ experts at a time, each code once for all tokens that it meets.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -67,7 +68,7 @@ class HostRuntime(Runtime):
         return self.kept_neurons[layer]  # a step here is never recorded
 
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
-               ) -> Tensor:
+               ) -> Callable[[], Tensor]:
         """As in runtime.py; what a hook leaves far is computed where the file's map has it. An expert's sums do not
         depend on where it lies, nor on what is computed beside it."""
         far = None
@@ -87,8 +88,7 @@ class HostRuntime(Runtime):
             place = self._demand(layer.index, rest, weights[:, ~far])
             sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
                                   *layer.neuron_biases(rest))
-        self._look_ahead(layer, x)
-        return layer.mixed(lambda: sums, ids, weights, self.far.hidden, residual, is_hooked=True)
+        return partial(self._mixed, layer, x, lambda: sums, ids, weights, residual)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
@@ -97,7 +97,10 @@ class HostRuntime(Runtime):
             self._verify(layer, chosen)
             return super()._bring_experts(layer, ids, most_ahead)
         self._count(self._object_bytes * len(chosen))
-        self.fetch(layer, chosen)
+        if self.predict and self.has_gaps and self.near.new(layer, chosen):
+            self._side.run(partial(self.fetch, layer, chosen))
+        else:
+            self.fetch(layer, chosen)
         return ids.int()
 
     def _bring_neurons(self, layer: int, ids: Tensor, neurons: Tensor, fidelity: Tensor) -> Tensor:

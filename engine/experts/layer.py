@@ -34,7 +34,8 @@ class LevelPlan:
 class LayerExperts:
     """What one experts module needs to compute, on its runtime's device; lives as long as the open model.
 
-    join: gate, up [.., I] -> gate_up in the module's own order; apply_gate: gate_up -> product [.., I].
+    join: gate, up [.., I] -> gate_up in the module's own order; apply_gate: gate_up -> product [.., I]. is_shortcut:
+    chosen early in a block and added at its end; a pick of an identity has weight 0, and nothing of it is fetched.
     """
 
     index: int
@@ -43,6 +44,7 @@ class LayerExperts:
     biases: dict[str, Tensor]  # float32 gate_bias, up_bias [E, I], down_bias [E, H], or nothing
     post_norm: Callable[[Tensor], Tensor] | None = None
     router_weight: Tensor | None = None  # float32 [E, H], for prediction
+    is_shortcut: bool = False
     gate: Gate = field(init=False)  # one that the kernels know, else the module's own function
 
     def __post_init__(self) -> None:
@@ -51,6 +53,11 @@ class LayerExperts:
         self.gate = recognised(self.apply_gate, self.join) or own
         if self.biases:
             self.gate_up_bias = self.join(self.biases["gate_bias"], self.biases["up_bias"])
+
+    @property
+    def can_be_guessed(self) -> bool:
+        """Whether the layer before has to guess what this one will want: a shortcut's own router speaks early."""
+        return self.router_weight is not None and not self.is_shortcut
 
     def __deepcopy__(self, memo: dict) -> LayerExperts:
         return self  # nothing of it ever changes
@@ -80,16 +87,16 @@ class LayerExperts:
             y = y + self.biases["down_bias"][expert]
         return y if self.post_norm is None else self.post_norm(y)
 
-    def mixed(self, product: Callable[..., Tensor], ids: Tensor, weights: Tensor, hidden: int, residual: Tensor | None,
-              is_hooked: bool) -> Tensor:
+    def mixed(self, product: Callable[..., Tensor], ids: Tensor, weights: Tensor, residual: Tensor | None, hidden: int,
+              leaves_out: bool) -> Tensor:
         """product: `dense` or `apply`, but for their mixture; weights [T, k] -> [T, hidden], which the kernel makes
         where nothing stands between."""
-        if self.post_norm is None and not is_hooked:
+        if self.post_norm is None and not leaves_out:
             bias = (self.biases["down_bias"], ids) if self.biases else ()
             return product(mixture=Mixture(weights, hidden, residual, *bias))
         y = self.finish(product()[..., :hidden], ids.long()) * weights[..., None]
         # Where nothing was near and nothing may be fetched, what was multiplied is no expert at all.
-        out = (torch.where(weights[..., None] == 0, 0.0, y) if is_hooked else y).sum(1)
+        out = (torch.where(weights[..., None] == 0, 0.0, y) if leaves_out else y).sum(1)
         return out if residual is None else residual + out
 
     def combined(self, product: Tensor, downs: dict[int, Tensor], ids: Tensor, weights: Tensor) -> Tensor:
@@ -106,8 +113,9 @@ class LayerExperts:
 class Activity:
     """Which experts are busy: a few operations a token, at its last layer, instead of a few a layer."""
 
-    def __init__(self, layers: int, experts: int, device: str) -> None:
-        self.layers, self.experts = layers, experts
+    def __init__(self, layers: int, experts: int, device: str, has_gaps: bool = False) -> None:
+        """has_gaps: an id may be -1, for none."""
+        self.layers, self.experts, self.has_gaps = layers, experts, has_gaps
         # Picks of each expert, decaying and all since the model was opened; last, their tokens.
         self.picks = torch.zeros(2, layers * experts + 1, dtype=torch.float32, device=device)
         self._kept = torch.tensor([[ACTIVITY_DECAY], [1.0]], device=device)
@@ -124,9 +132,12 @@ class Activity:
 
     def count(self, ids: Tensor) -> None:
         """ids [L, n], the routed experts of a step."""
-        picked = (ids.long() + self._first).flatten()
+        picked = ((ids.clamp(min=0) if self.has_gaps else ids).long() + self._first).flatten()
         picked = torch.cat((picked, self._first[-1] + self.experts))  # and one token more
-        self.picks.mul_(self._kept).index_add_(1, picked, torch.ones_like(picked, dtype=torch.float32).expand(2, -1))
+        ones = torch.ones_like(picked, dtype=torch.float32)
+        if self.has_gaps:
+            ones[:-1] = ids.flatten() >= 0
+        self.picks.mul_(self._kept).index_add_(1, picked, ones.expand(2, -1))
 
     def count_here(self, ids: Tensor) -> None:
         """The same on a processor, of one token, in a tenth of the time."""

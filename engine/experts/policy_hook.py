@@ -198,8 +198,7 @@ class PolicyHook(Hook):
                  ) -> tuple[Tensor, Tensor]:
         far, pools = self.runtime.far, self.runtime.near.pools()
         if self.choice.route.name != "exact":
-            silent = weights.gather(1, (neurons.clamp(min=0) // far.neurons).long()) == 0
-            neurons, fidelity = exactness.without(neurons, fidelity, silent)
+            neurons, fidelity = exactness.heard(neurons, fidelity, weights, far.neurons)
         if self.choice.fidelity.name not in ("exact", "base"):
             things = self._things(layer.index, ids, neurons)
             near = pools[1][0].slot_of[things.clamp(min=0)] >= 0 if pools else torch.ones_like(things, dtype=torch.bool)

@@ -93,8 +93,8 @@ def product(x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, kind: Gate, 
 
 
 def expert_by_expert(x: Tensor, ids: Tensor, weights: Tensor, whole: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Every routed expert once, in order, over the tokens that chose it: x [T, H], ids and weights [T, k] -> float32
-    [T, H]. whole(expert, x [n, H]) -> [n, H], before the router's weight."""
+    """Every routed expert once, in order, over the tokens that chose it: x [T, H], ids and weights [T, k], id -1 for
+    none -> float32 [T, H]. whole(expert, x [n, H]) -> [n, H], before the router's weight."""
     return by_experts(x, ids, weights, lambda experts, _, rows: whole(experts[0], rows), picks=1)
 
 
@@ -103,10 +103,10 @@ def by_experts(x: Tensor, ids: Tensor, weights: Tensor, whole: Callable[[list[in
     """The same for a few consecutive experts at a time, which is enough of them for so many picks:
     whole(experts, how many tokens of each, x [n, H]) -> [n, H]."""
     x, weights, flat = x.float(), weights.float(), ids.flatten()
-    order = flat.argsort(stable=True)
+    order = flat.argsort(stable=True)[int((flat < 0).sum()):]
     tokens, share = order // ids.shape[1], weights.flatten()[order, None]
     out, at = torch.zeros_like(x), 0
-    for experts, counts in _in_groups(torch.bincount(flat).tolist(), picks):
+    for experts, counts in _in_groups(torch.bincount(flat[order]).tolist(), picks):
         end = at + sum(counts)
         rows = tokens[at:end]
         out.index_add_(0, rows, whole(experts, counts, x[rows]) * share[at:end])

@@ -12,8 +12,7 @@ Legend: T tokens of a step, k routed experts, I neurons, K neurons that a layer 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,28 +20,30 @@ import torch.nn.functional as F
 
 from engine.core import SPARSE_LEVELS, Counters, UserError
 from engine.experts.cache import NearMemory, SparseCache, WholeCache
-from engine.experts.hook import Hook
+from engine.experts.hook import Hooked
 from engine.experts.layer import Activity, LayerExperts, LevelPlan
 from engine.experts.side_stream import SideStream
 from engine.experts.store import Far, offered
 from engine.experts.window import Window, chosen
 from engine.machine.pinned_memory import HostMemory
 from engine.planning.arena import ArenaSizes
+from engine.policies.fidelity import heard
 from engine.policies.prefetch import next_experts
 from kernels.activation import FixedPoint, quantize
 from kernels.apply import apply
 from kernels.dense import dense
 from kernels.evict import age
 from kernels.fill import fill, fill_through_host
-from kernels.pool import new_pool, take
+from kernels.pool import forget, take
 from kernels.resolve import Resolved, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
 from kernels.select import BINS, select_above
 
 Tensor = torch.Tensor
+Rest = Callable[[], Tensor]
 
 
-class Runtime(ABC):
+class Runtime(Hooked, ABC):
     """What the experts modules of one open model share. Not thread-safe: one thread owns it."""
 
     def __init__(self, far: Far, layers: list[LayerExperts], top_k: int, plans: dict[str, LevelPlan], level: str,
@@ -50,7 +51,7 @@ class Runtime(ABC):
         """near_bytes None: room for everything. tokens: of one step, at most."""
         self.far, self.layers, self.top_k, self.plans = far, layers, top_k, plans
         self.predict, self.device, self.tokens = predict, device, tokens
-        self.hook: Hook | None = None  # unset, it costs a comparison a layer
+        self.has_gaps = any(layer.is_shortcut for layer in layers)
         self.phase = "auto"  # prefill | decode | auto: one token is decode, more are prefill
         self.window: Window | None = None  # of the forward under way, where somebody tells: engine/model/windows.py
         self.reason = ""  # why the processor computes what a card was asked for
@@ -59,7 +60,7 @@ class Runtime(ABC):
         self.headroom, self.link_bytes_per_second = True, float("inf")  # see engine/policies/prefetch.py
         self.counts = torch.zeros(5, dtype=torch.int64, device=device)  # the fields of Counters but the last
         self.counted: list[int] | None = None  # `counts` as of the last token, where they came back with it
-        self.busy = Activity(far.layers, far.experts, device)
+        self.busy = Activity(far.layers, far.experts, device, self.has_gaps)
         self.picks = self.busy.picks
         self.clock = torch.zeros(1, dtype=torch.int32, device=device)  # the token under way, or the last one
         self.done = torch.zeros((), dtype=torch.bool, device=device)  # counts nothing more; may be the cache's flag
@@ -111,9 +112,7 @@ class Runtime(ABC):
     def reset(self) -> None:
         """Forget what is near, in the same tensors, so that a recorded step goes on with them; counters go on."""
         for pool, _ in self.near.pools():
-            fresh = new_pool(len(pool.slot_of), len(pool.object_of), pool.stamp.device)
-            for table, empty in zip(pool, fresh, strict=True):
-                table.copy_(empty)
+            forget(pool)
         self.clock.zero_()
         if self.histogram is not None:
             self.histogram.zero_()  # a step that was broken off may have left its counts
@@ -197,15 +196,6 @@ class Runtime(ABC):
         self.near = self._arena = None
         self.arena_bytes = -1  # until there is one: the card may be full
 
-    @contextmanager
-    def hooked(self, hook: Hook) -> Iterator[None]:
-        """Inside, `hook` is the hook, in place of any other."""
-        before, self.hook = self.hook, hook
-        try:
-            yield
-        finally:
-            self.hook = before
-
     def close(self) -> None:
         """Give page-locked memory back; its driver waits for the card first."""
         for memory in self.memories:
@@ -248,34 +238,43 @@ class Runtime(ABC):
     def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
                 ) -> Tensor:
         """x [T, H], ids and weights [T, k] -> [T, H] like x, on top of residual [T, H], like x, where there is one."""
-        # A trunk on a card may have its experts computed on the processor.
+        return self.begin(layer, x, ids, weights, residual)()
+
+    def begin(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+              ) -> Rest:
+        """The first part of `forward` -> the rest, to be called before any other layer begins. What a step lacks is on
+        its way in between, where the layer is a shortcut's beside what the caller computes."""
         hidden, ids, weights = x.to(self.device), ids.to(self.device), weights.to(self.device)
-        residual = None if residual is None else residual.to(self.device)
+        residual = None if residual is None else residual.to(self.device)  # a trunk may lie on a card, and not they
         self._side.join()
         out, window = None, Window.of(self.phase, self.window, len(x))
         if layer.index == 0 and window.whole < window.length:
             self._begin_step()
         if self.hook is not None:
-            ids, weights = self.hook.routed(layer, hidden, ids, weights)
+            ids, weights = self.hook.routed(layer, hidden, ids.clamp(min=0) if self.has_gaps else ids, weights)
             out = self.hook.instead(layer, hidden, ids, weights)
         in_step = self.hook is None and window.whole == 0 and residual is not None  # the last kernel adds it
-        if out is None:
-            given = (hidden, ids, weights, residual) if in_step else (hidden, ids, weights)
-            out = window.computed(partial(self._prefill, layer), partial(self._decode, layer), *given)
-        if self.hook is not None:
-            out = self.hook.added(layer, hidden, out)
-        if residual is not None and not in_step:
-            out = residual + out
-        return out.to(x.device, x.dtype)
+        if layer.is_shortcut:
+            ids = torch.where(weights == 0, -1, ids)
+        given = (hidden, ids, weights, residual) if in_step else (hidden, ids, weights)
+        rest = self._decode(layer, *given) if out is None and window.whole == 0 else None
+        if out is None and rest is None:
+            out = window.computed(partial(self._prefill, layer), lambda *some: self._decode(layer, *some)(), *given)
 
-    def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, *residual: Tensor) -> Tensor:
-        """A step; of more tokens than were planned for, one after the other -> float32 [T, H]."""
+        def ended() -> Tensor:
+            done = out if rest is None else rest()
+            done = done if self.hook is None else self.hook.added(layer, hidden, done)
+            return (done if residual is None or in_step else residual + done).to(x.device, x.dtype)
+        return ended
+
+    def _decode(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, *residual: Tensor) -> Rest:
+        """A step; of more tokens than were planned for, one after the other -> its rest, which gives float32 [T, H]."""
         self.busy.picked(layer.index, ids)
         step, n = self._sparse if self.is_sparse else self._whole, self.tokens
         given = x.float(), ids.contiguous(), weights.float().contiguous(), *(rows.float() for rows in residual)
         if len(x) <= n:
             return step(layer, *given)
-        return torch.cat([step(layer, *part) for part in zip(*(tensor.split(n) for tensor in given), strict=True)])
+        return lambda: torch.cat([step(layer, *some)() for some in zip(*(t.split(n) for t in given), strict=True)])
 
     def _begin_step(self) -> None:
         """The token before has ended: make room for this one."""
@@ -293,29 +292,36 @@ class Runtime(ABC):
 
     # --- a step -------------------------------------------------------------------------------------------------
     def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
-               ) -> Tensor:
-        """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k], [T, H] -> [T, H]."""
+               ) -> Rest:
+        """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k], [T, H] -> the rest -> [T, H]."""
         place = self._demand(layer.index, ids, weights)
-        self._look_ahead(layer, x)
         blobs, biases = self.near.rows(layer.index, False), layer.neuron_biases(ids)
         product = partial(dense, self._padded(x), blobs, place, self.far.layout, layer.gate, *biases)
-        return layer.mixed(product, ids, weights, self.far.hidden, residual, self.hook is not None)
+        return partial(self._mixed, layer, x, product, ids, weights, residual)
 
     def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
-                ) -> Tensor:
-        """Sketches, scores, the layer's budget, the records behind it, the product. Shapes as of `_whole`."""
+                ) -> Rest:
+        """Sketches, scores, the layer's budget, the records behind it; the rest is the product. As `_whole`."""
         biases, padded = layer.neuron_biases(ids), self._padded(x)
         place = self._demand(layer.index, ids, weights)
+        self._side.join()  # a shortcut's sketches
         codes, scales, *fixed = self._quantized(padded)
         neurons, fidelity = self._choose(layer, (codes, scales), place, ids, weights, biases)
+        if layer.is_shortcut:
+            neurons, fidelity = heard(neurons, fidelity, weights, self.far.neurons)
         if self.hook is not None:
             neurons, fidelity = self.hook.selected(layer, ids, weights, neurons, fidelity)
         where = self._bring_neurons(layer.index, ids, neurons, fidelity)
-        self._look_ahead(layer, x)
         sketches, records = self._rows(layer.index), self.near.rows(layer.index, True)
         product = partial(apply, padded, sketches, place, records, where, neurons, fidelity, self.far.layout,
                           layer.gate, *biases, fixed=FixedPoint(*fixed) if fixed else None)
-        return layer.mixed(product, ids, weights, self.far.hidden, residual, self.hook is not None)
+        return partial(self._mixed, layer, x, product, ids, weights, residual)
+
+    def _mixed(self, layer: LayerExperts, x: Tensor, product: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+        """The rest of a step; given: ids, weights, residual."""
+        self._side.join()
+        self._look_ahead(layer, x)
+        return layer.mixed(product, *given, self.far.hidden, self.may_leave_out)
 
     def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
                 biases: tuple) -> tuple[Tensor, Tensor]:
@@ -343,30 +349,25 @@ class Runtime(ABC):
         return F.pad(x, (0, padding)) if padding else x
 
     # --- bytes on their way -------------------------------------------------------------------------------------
-    def _far(self, layer: int, records: bool) -> Tensor:
-        """Where a layer's packed experts (or their sketches, or their records) are fetched from."""
-        if not self.is_sparse:
-            return self.far.blobs(layer)
-        return self.far.records(layer) if records else self.far.sketches(layer)
-
     def _demand(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
-        """Routed experts, or their sketches, near -> place int32 [T, k]. A hook leaves out an expert by weight 0:
-        nothing of it is fetched, and the place of another stands there."""
+        """Routed experts, or their sketches, near -> place int32 [T, k]. What is left out has weight 0: nothing of it
+        is fetched, and the place of another stands there."""
         if self._in_order(layer) is not None:
             if layer == 0:  # counted for all layers at once
                 self.counts[:2].add_(self.far.layers * ids.numel() * self._object_bytes * self.done.logical_not())
             return ids
-        if self.hook is None:
+        if not self.may_leave_out:
             return self._bring_experts(layer, ids)
         left_out = weights == 0
         wanted = torch.where(left_out, -1, ids)
-        self.hook.demanded(layer, wanted)
+        if self.hook is not None:
+            self.hook.demanded(layer, wanted)
         place = self._bring_experts(layer, wanted)
         return torch.where(left_out, place.gather(1, weights.argmax(1, keepdim=True)), place).clamp(min=0)
 
     def _in_order(self, layer: int) -> Tensor | None:
         """Sketches at their experts' numbers, so that nothing has to be looked up; a hook decides by what is near."""
-        return None if self.hook is not None else self.near.in_order(layer)
+        return None if self.may_leave_out else self.near.in_order(layer)
 
     def _rows(self, layer: int) -> Tensor:
         """What the places of `_demand` are places in."""
@@ -389,14 +390,12 @@ class Runtime(ABC):
         return self._fill(layer, True, found)
 
     def _fill(self, layer: int, records: bool, found: Resolved, ahead: bool = False) -> Tensor:
-        """Bring what is missing -> place int32 [T, n].
-
-        What is fetched ahead crosses the link beside the main stream, which must `join` before it is read.
-        """
+        """Bring what is missing -> place int32 [T, n]. What is fetched ahead, or early, crosses the link beside the
+        main stream, which must `join` before it is read."""
         source, place, have, need, misses = found
         if self._is_kept(layer):  # nothing is ever missing
             return place
-        if ahead and layer < self.far.readable_layers:
+        if (ahead or self.predict and self.has_gaps) and layer < self.far.readable_layers:
             self._side.run(lambda: self._copy(layer, records, source, place, have, need, misses), *found)
         else:
             self._copy(layer, records, source, place, have, need, misses)
@@ -405,7 +404,8 @@ class Runtime(ABC):
     def _copy(self, layer: int, records: bool, *found: Tensor) -> None:
         """found: source, place, have and need of `fill`, and its misses where they are known."""
         source, *rest = found
-        far, near = self._far(layer, records), self.near.rows(layer, records)
+        far = (self.far.blobs if not self.is_sparse else self.far.records if records else self.far.sketches)(layer)
+        near = self.near.rows(layer, records)
         if layer < self.far.readable_layers:
             fill(far, source, near, *rest)
         else:
@@ -441,7 +441,7 @@ class Runtime(ABC):
         guesses = None if self.hook is None else self.hook.guess(layer, x)
         if guesses is None:
             guesses = [(following.index, next_experts(x, following.router_weight, self.top_k)) for following in
-                       self.layers[layer.index + 1:layer.index + 2] if following.router_weight is not None]
+                       self.layers[layer.index + 1:layer.index + 2] if following.can_be_guessed]
         self.fetch_ahead(guesses)
 
     def fetch_ahead(self, guesses: list[tuple[int, Tensor]]) -> None:

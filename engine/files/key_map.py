@@ -24,6 +24,7 @@ TEXT_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", 
 SAVED_PREFIXES = ("_orig_mod.", "module.")  # of a model that was saved while it was compiled, or spread over cards
 MTP = re.compile(r"(^|[._])mtp[._]")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class KeyMap:
     """Groups by target name, and the keys that no parameter of the skeleton asks for.
 
     groups: in the order of the checkpoint's keys. of: parameter name -> its group. mtp: source keys of
-    multi-token-prediction layers. left_out: all other source keys without a place (vision, audio, old buffers).
+    multi-token-prediction layers. left_out: all other source keys without a place (vision, audio, old buffers). Keys of
+    identity experts, which transformers writes and nobody reads, are nowhere.
     """
 
     def __init__(self, skeleton, keys: Iterable[str], model_type: str) -> None:
@@ -89,6 +91,8 @@ class KeyMap:
         return [f"{part} ({number} tensors)" if number > 1 else part for part, number in sorted(counts.items())]
 
     def _place(self, key: str, by_target: dict[str, Group]) -> None:
+        if self._is_identity(key):
+            return
         for name in spellings(key):
             target, pattern = self._rename(name)
             if target in self._wanted:
@@ -118,6 +122,10 @@ class KeyMap:
         converter = next(c for c in reversed(self._converters) if pattern in c.source_patterns)
         first, *others = _expanded(converter, self.skeleton.config)
         return Group((target, *(target.replace(first, other) for other in others)), converter)
+
+    def _is_identity(self, key: str) -> bool:
+        config, match = self.skeleton.config, EXPERT.search(key)
+        return bool(match and getattr(config, "zero_expert_num", 0) and int(match[1]) >= config.n_routed_experts)
 
     def _beyond_depth(self, key: str) -> bool:
         match = LAYER.search(key)

@@ -2,13 +2,15 @@
 
 Only transformers' own classes are used: a configuration that asks for code of its own is refused, and a
 `quantization_config` is taken off, because the reader decodes the weights itself. The routed-experts modules are
-those that went through transformers' experts interface; their flags say how gate and up are laid out.
+those that went through transformers' experts interface; their flags say how gate and up are laid out. LongCat-Flash's
+do not go through it: they are told what it would have told them.
 """
 from __future__ import annotations
 
 import re
 from collections import Counter
 from pathlib import Path
+from types import MethodType
 
 import torch
 import transformers
@@ -20,6 +22,7 @@ from engine.files.config_json import read_config_json
 
 DECODED = ("mxfp4", "fp8")
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+UNDECORATED = {"LongcatFlashExperts"}   # transformers 5.23 leaves them out of its experts interface
 TOP_K = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
 STEP = 64                 # hidden must be a multiple: the smallest group of codes
 UNKNOWN_CONTEXT = 4096    # for configurations that state no maximum
@@ -44,6 +47,7 @@ def read_config(folder: Path, methods: tuple[str, ...] = DECODED):
     written = read_config_json(folder)
     ordinary_files(folder)
     _refuse_quantised(folder, written, methods)
+    _refuse_tables(folder, written)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         parts = config, text_config_of(config)
@@ -78,6 +82,9 @@ def build_skeleton(text_config, name: str):
 
 def experts_modules(skeleton, name: str) -> dict[str, torch.nn.Module]:
     """Routed-experts modules by name, in order of depth. UserError for a dense model or experts without a gate."""
+    for module in skeleton.modules():
+        if type(module).__name__ in UNDECORATED:
+            _described(module, skeleton.config)
     found = {path: module for path, module in skeleton.named_modules()
              if all(hasattr(module, flag) for flag in FLAGS) and hasattr(module, "down_proj")}
     if not found:
@@ -89,6 +96,21 @@ def experts_modules(skeleton, name: str) -> dict[str, torch.nn.Module]:
     if hidden % STEP:
         raise UserError(f"{name} has a hidden size of {hidden}, which is not a multiple of {STEP}.")
     return found
+
+
+def _described(module, config) -> None:
+    """LongCat-Flash's experts, as the experts interface describes others'. identities: experts behind those with
+    weights that give back what they are given; the rows that transformers allots to them are never read, and go."""
+    module.config, module.identities = config, module.zero_expert_num
+    module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, False, True
+    module._apply_gate = MethodType(_gate_of_halves, module)
+    module.gate_up_proj = torch.nn.Parameter(module.gate_up_proj[:module.num_routed_experts],
+                                             module.gate_up_proj.requires_grad)
+
+
+def _gate_of_halves(module, gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return module.act_fn(gate) * up
 
 
 def spec_of_folder(folder: Path, name: str) -> ModelSpec:
@@ -116,12 +138,18 @@ def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> Mode
     tied = head is not None and head.weight is embedding.weight
     return ModelSpec(
         name=name, layers=len(modules), experts=experts, top_k=_top_k(config, name), neurons=neurons, hidden=hidden,
-        decoder_layers=config.num_hidden_layers, vocabulary=config.vocab_size,
+        identities=getattr(next(iter(modules.values())), "identities", 0),
+        decoder_layers=_depth(skeleton, modules), vocabulary=config.vocab_size,
         trunk_params=sum(p.numel() for p in skeleton.parameters()) - len(modules) * experts * 3 * neurons * hidden,
         embedding_params=0 if tied else embedding.weight.numel(), kv_bytes_per_token=token_bytes,
         state_bytes=state_bytes, recurrent_bytes=recurrent_bytes, windows=windows, prefill=_prefill(skeleton, cache),
         context=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
         model_type=config.model_type.removesuffix("_text"))
+
+
+def _depth(skeleton, modules: dict[str, torch.nn.Module]) -> int:
+    """Decoder layers. A configuration may count their attentions instead, LongCat-Flash's two of each layer."""
+    return len(skeleton.get_submodule(next(iter(modules)).partition(".layers.")[0] + ".layers"))
 
 
 def _cache_bytes(config, cache) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
@@ -221,6 +249,14 @@ def _refuse_quantised(folder: Path, written: dict, methods: tuple[str, ...]) -> 
                         "missing.")
     raise UserError(f"{folder} is quantised with {method!r}; take the unquantised checkpoint "
                     f"(of the quantised ones, {' and '.join(DECODED)} can be read).")
+
+
+def _refuse_tables(folder: Path, written: dict) -> None:
+    """LongCat-Flash-Lite adds rows of n-gram tables to its embedding: without them it would talk nonsense."""
+    if str(written.get("model_type")).startswith("longcat") and any("ngram" in name and written[name]
+                                                                    for name in written):
+        raise UserError(f"{folder} is a LongCat model with n-gram tables (LongCat-Flash-Lite), which transformers does "
+                        "not compute; choose LongCat-Flash itself, or another model.")
 
 
 def _unknown(folder: Path, written: dict, error: Exception) -> str:

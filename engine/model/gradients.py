@@ -42,7 +42,7 @@ def _gradients(grad: Tensor, x: Tensor, weights: Tensor, ids: Tensor, runtime: R
     """grad, x [T, H], weights [T, k], all float32 -> gradients of x and of weights."""
     of_x, of_weights, far = torch.zeros_like(x), torch.zeros_like(weights), runtime.far
     gate_up, down = (torch.empty(rows, far.hidden, dtype=torch.float32) for rows in (2 * far.neurons, far.neurons))
-    for expert in ids.unique().tolist():
+    for expert in ids[ids >= 0].unique().tolist():
         far.decode(layer.index, expert, *layer.halves(gate_up), down)
         token, place = (ids == expert).nonzero(as_tuple=True)
         with torch.enable_grad():

@@ -85,10 +85,46 @@ class FloeExperts(nn.Module):
         if getattr(origin, "has_post_expert_norm", False):
             self.post_expert_norm = origin.post_expert_norm
 
+    @staticmethod
+    def put(model: nn.Module, path: str, origin: nn.Module) -> None:
+        """Where `origin` stands in a model."""
+        if not hasattr(origin, "identities"):
+            model.set_submodule(path, FloeExperts(origin))
+            return
+        model.set_submodule(path, ShortcutExperts(origin))
+        block = path.removesuffix(".mlp.experts")
+        model.get_submodule(block).register_forward_hook(lambda block, _, out: block.mlp.experts.added_to(out))
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, residual: Tensor | None = None,
                 ) -> Tensor:
         _only_ours(self.origin.config)
         return ALL_EXPERTS_FUNCTIONS[EXPERTS](self, hidden_states, top_k_index, top_k_weights, residual)
+
+
+class ShortcutExperts(FloeExperts):
+    """LongCat-Flash's: chosen early in a block, added at its end (ScMoE, arXiv 2404.05019), some of them identities.
+
+    Between the two stand a dense part and an attention, during which what is missing is fetched: the choice is known,
+    not guessed. The block's own sum gets zeros, and the experts' after it, in the order of the block's additions.
+    """
+
+    _late: Callable[[], Tensor] | None = None  # of the choice under way: waits for what is missing, then computes
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        _only_ours(self.origin.config)
+        returned = top_k_index >= self.num_experts
+        same = hidden_states * torch.where(returned, top_k_weights, 0.0).sum(-1, keepdim=True)
+        given = hidden_states, torch.where(returned, -1, top_k_index), torch.where(returned, 0.0, top_k_weights)
+        learns = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+        if learns or not isinstance(self.runtime, Runtime):
+            return same.to(hidden_states.dtype) + floe_experts(self, *given)
+        self._late = self.runtime.begin(self.layer, *given, same)
+        return torch.zeros_like(hidden_states)
+
+    def added_to(self, out: Tensor) -> Tensor:
+        """out: what the block gives without them."""
+        late, self._late = self._late, None
+        return out if late is None else out + late().view_as(out)
 
 
 def _only_ours(config) -> None:
@@ -126,7 +162,8 @@ class TrunkWeight(ConversionOps):
         codes, scales = (input_dict[key][0] if isinstance(input_dict[key], list) else input_dict[key]
                          for key in (CODES, SCALES))
         weight, module = model.get_parameter(full_layer_name), model.get_submodule(full_layer_name.rpartition(".")[0])
-        router = tuple(weight.shape) == (model.floe_spec.experts, model.floe_spec.hidden)
+        spec = model.floe_spec
+        router = tuple(weight.shape) == (spec.experts + spec.identities, spec.hidden)
         if isinstance(module, (nn.Linear, nn.Embedding)) and not router:
             return {full_layer_name: packed_parameter(codes, scales, weight.dtype)}
         return {full_layer_name: decode(codes, scales).to(weight.dtype)}
@@ -173,7 +210,7 @@ class FloeQuantizer(HfQuantizer):
         if self.quantization_config.binds:
             model.floe_manifest = _manifest_of(model)
         for path, module in experts.items():
-            model.set_submodule(path, FloeExperts(module))
+            FloeExperts.put(model, path, module)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.quantization_config.binds or not _bound.get():
@@ -250,12 +287,14 @@ def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, leve
 def layer_experts(model: nn.Module, path: str, index: int, far: Far, device: str) -> LayerExperts:
     """What the experts module at `path` computes with, on `device`."""
     module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
-    norm, router = getattr(module, "post_expert_norm", None), _router_weight(parent, (far.experts, far.hidden))
+    norm, identities = getattr(module, "post_expert_norm", None), getattr(module.origin, "identities", 0)
+    router = _router_weight(parent, (far.experts + identities, far.hidden))
     return LayerExperts(
         index, not module.origin.is_concatenated, module.origin._apply_gate,
         {name: bias.to(device) for name, bias in far.biases(index).items()},
         None if norm is None else copy.deepcopy(norm).to(device),
-        None if router is None else router.to(device, torch.float32))
+        None if router is None else router[:far.experts].to(device, torch.float32),
+        hasattr(module.origin, "identities"))
 
 
 def _router_weight(block: nn.Module, shape: tuple[int, int]) -> Tensor | None:

@@ -71,6 +71,11 @@ class Residency:
         return 1.0 - self.far_bytes / self.needed_bytes if self.needed_bytes else 1.0
 
 
+def mixers_of(spec: ModelSpec) -> int:
+    """Attentions of a decoder layer, each with a dense part behind it: LongCat-Flash has two."""
+    return 2 if spec.model_type == "longcat_flash" else 1
+
+
 def arena_of(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, row_bytes: int, kept: int = 0,
              shared: bool = False) -> ArenaSizes:
     """What near memory has to be divided into. row_bytes: of a whole expert that is near; kept: of experts; shared: by
@@ -85,7 +90,7 @@ def arena_of(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, ro
 def residency(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, far_bytes_each: int,
               split: Split) -> Residency:
     """What a token still has to fetch. far_bytes_each: of a whole expert, where it is far."""
-    n, layer_picks = spec.n_experts_total, spec.layers * spec.top_k
+    n, layer_picks = spec.n_experts_total, spec.layers * spec.picks
     if level in ("exact", "full"):
         miss = _miss_rate(sparsity, "blob", "exact", split.slots, split.kept, n)
         needed = layer_picks * far_bytes_each
@@ -115,12 +120,13 @@ def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sp
     fetches for, so that the step is not recorded."""
     width = machine.vram_bytes_per_second
     if level in ("exact", "full"):
-        experts, own = spec.layers * spec.top_k * expert_bytes, WHOLE_NODES
+        experts, own = spec.layers * spec.picks * expert_bytes, WHOLE_NODES
     else:
         budget, own = sparsity.budgets[level], SPARSE_NODES
         experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
     attention = spec.kv_bytes_per_token * context / ATTENTION_SHARE + 2 * spec.state_bytes_at(context)
-    nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
+    layer = LAYER_NODES.get(spec.model_type, mixers_of(spec) * OTHER_LAYER_NODES)
+    nodes = spec.decoder_layers * layer + spec.layers * own
     launches = nodes * (EAGER_NODE_SECONDS if unlocked else NODE_SECONDS) + unlocked * HOST_FETCH_SECONDS
     link = near.far_bytes * link_seconds_per_byte(machine, unlocked / spec.layers)
     link += spec.layers * MISS_LATENCY_SECONDS if near.far_bytes else 0.0
@@ -135,7 +141,7 @@ def link_seconds_per_byte(machine: Machine, pageable: float) -> float:
 
 def chunk_on_gpu(spec: ModelSpec, machine: Machine, tokens: int, streamed_bytes: float, pageable: float) -> Times:
     """One prompt chunk: experts stream over the link while the previous ones are decoded and multiplied."""
-    touched = spec.layers * min(spec.experts, spec.top_k * tokens) * spec.expert_params
+    touched = spec.layers * min(spec.experts, spec.picks * tokens) * spec.expert_params
     multiply = 2 * spec.active_params * tokens / (MATRIX_SHARE * machine.flops_per_second)
     compute = multiply + touched * SCRATCH_BYTES / machine.vram_bytes_per_second
     link = streamed_bytes * link_seconds_per_byte(machine, pageable)
@@ -154,7 +160,7 @@ def token_on_cpu(spec: ModelSpec, machine: Machine, layout: Layout | None, spars
     gemv, copy = _rate(machine, "gemv_bytes_per_second"), _rate(machine, "copy_bytes_per_second")
     gathered = near.far_bytes / copy
     if level == "full":
-        experts = spec.layers * spec.top_k * spec.expert_params * 4 / gemv
+        experts = spec.layers * spec.picks * spec.expert_params * 4 / gemv
         gathered /= FULL_FETCH_SHARE
     elif level == "exact":
         experts = near.needed_bytes / _packed(machine, "dense")
@@ -177,7 +183,7 @@ def _packed(machine: Machine, function: str) -> float:
 def _sparse_seconds(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sparsity, level: str,
                     near: Residency) -> float:
     """Sketches scored; what was kept applied, which reads its sketch rows again."""
-    budget, sketches = sparsity.budgets[level], spec.layers * spec.top_k * layout.sketch_bytes
+    budget, sketches = sparsity.budgets[level], spec.layers * spec.picks * layout.sketch_bytes
     applied = max(0.0, near.needed_bytes - sketches) + (budget.refined + budget.down_only) * layout.sketch_row
     return sketches / _packed(machine, "score") + applied / _packed(machine, "apply")
 
@@ -201,14 +207,14 @@ def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:
     experts = CPU_WHOLE_OPERATIONS if whole else CPU_SPARSE_OPERATIONS
     if is_far:
         experts += CPU_WHOLE_FAR_OPERATIONS if whole else CPU_SPARSE_FAR_OPERATIONS
-    return spec.decoder_layers * layer + spec.layers * experts
+    return spec.decoder_layers * mixers_of(spec) * layer + spec.layers * experts
 
 
 def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, level: str, expert_bytes: int, near: Residency,
                  cached: float) -> Times:
     """expert_bytes: of one whole expert as it lies far. Every expert that the chunk wants is decoded anew; at `full`
     those that are near are not."""
-    touched = spec.layers * min(spec.experts, spec.top_k * tokens)
+    touched = spec.layers * min(spec.experts, spec.picks * tokens)
     missing = touched * (1 - near.expert_slots / spec.n_experts_total)
     weights = (missing if level == "full" else touched) * spec.expert_params
     return (("matrix products", 2 * spec.active_params * tokens / _rate(machine, "flops_per_second")),

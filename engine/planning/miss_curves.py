@@ -97,7 +97,7 @@ def assumed(spec: ModelSpec, layout: Layout) -> Sparsity:
 
 
 def _assumed_budget(spec: ModelSpec, layout: Layout, level: str, share: float) -> Budget:
-    neurons = spec.top_k * spec.neurons
+    neurons = spec.picks * spec.neurons
     refined = share * neurons * (1.0 if level == "floe" else 0.5)
     as_many = 0.5 * share * neurons * layout.record / layout.prefix
     down_only = 0.0 if level == "floe" else min(neurons - refined, as_many)

@@ -43,7 +43,7 @@ def near_trunk_bytes(model: ModelSpec, bits: int, device: str) -> tuple[int, int
     if bits == 16:
         return each * model.embedding_params, each * head_and_rest
     embedding, rest = trunk_bytes(model, bits)
-    routers = model.layers * model.experts * model.hidden
+    routers = model.layers * (model.experts + model.identities) * model.hidden
     return embedding, rest + int((each - rest / head_and_rest) * routers)
 
 

@@ -55,6 +55,11 @@ def without(neurons: Tensor, fidelity: Tensor, left_out: Tensor) -> Chosen:
     return torch.where(there, ordered, -1), torch.where(there, fidelity.gather(1, at), 0)
 
 
+def heard(neurons: Tensor, fidelity: Tensor, weights: Tensor, per_expert: int) -> Chosen:
+    """Without the neurons of experts of weight 0."""
+    return without(neurons, fidelity, _of_expert(weights, neurons, per_expert) == 0)
+
+
 def _of_expert(values: Tensor, neurons: Tensor, per_expert: int) -> Tensor:
     """[T, K]: of values [T, k] each neuron's expert's."""
     return values.gather(1, (neurons.clamp(min=0) // per_expert).long())

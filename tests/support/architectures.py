@@ -57,6 +57,9 @@ SMALL: dict[str, dict] = {
     "gemma4_text": MOE | dict(num_experts=4, top_k_experts=2, enable_moe_block=True, head_dim=16, global_head_dim=16,
                               vocab_size_per_layer_input=128, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
                               sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "longcat_flash": LATENT | dict(ffn_hidden_size=80, expert_ffn_hidden_size=48, num_layers=2, n_routed_experts=6,
+                                   zero_expert_num=3, moe_topk=3, head_dim=16, routed_scaling_factor=2.5,
+                                   num_hidden_layers=None, num_experts_per_tok=None),
     "hunyuan_v1_moe": PLAIN | dict(num_experts=4, moe_topk=[2, 2], head_dim=16),
     "exaone_moe": MOE | dict(num_experts=8, num_shared_experts=1, n_group=2, topk_group=2, head_dim=16,
                              num_hidden_layers=3, mlp_layer_types=["dense", "sparse", "sparse"]),
@@ -95,7 +98,8 @@ SMALL = {name: arguments for name, arguments in SMALL.items() if name in CONFIG_
 
 
 def config(name: str, **changes):
-    return AutoConfig.for_model(name, **COMMON | SMALL[name] | changes)
+    numbers = COMMON | SMALL[name] | changes
+    return AutoConfig.for_model(name, **{key: value for key, value in numbers.items() if value is not None})
 
 
 def build(name: str, seed: int = 0, **changes) -> torch.nn.Module:

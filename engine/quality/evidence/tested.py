@@ -18,6 +18,7 @@ class Tested:
 
 
 IN_ANSWERS, POLICIES = "engine/chat/test_policies_in_answers.py", "engine/policies/test_policies.py"
+SHORTCUT = "engine/model/test_shortcut.py"
 REPLAYS, SPECIALISTS = "engine/quality/test_simulate.py", "engine/quality/test_specialists.py"
 TESTED = (
     Tested("without loss equals plain forward, for predictors and evictions",
@@ -43,8 +44,11 @@ TESTED = (
            "comes_next_and_nobody_together"),
     Tested("a job that is expected to take less goes before where nobody is late by it (eMoE)", "app/openai_api/"
            "test_parts.py::test_a_short_job_goes_before_a_long_one_where_nobody_is_late_by_it"),
-    Tested("LongCat-Flash: an identity expert moves no byte and adds w x; joined late as eager",
-           note="does **not** hold: not built, its experts do not come through transformers' interface"),
+    Tested("LongCat-Flash: an identity expert moves no byte and adds w x",
+           f"{SHORTCUT}::test_a_token_of_identities_alone_moves_no_byte"),
+    Tested("LongCat-Flash: joined late as eager, to the bit", f"{SHORTCUT}::test_joined_late_is_eager_bit_for_bit"),
+    Tested("LongCat-Flash: its early router recalls 100 %",
+           f"{SHORTCUT}::test_all_that_is_needed_was_asked_for_at_the_gate"),
     Tested("MoLE: logits of the training form are those of the tables",
            note="does **not** hold: not built, transformers has no such architecture"),
     Tested("misses of a card computed beside it by the processor, same text", note="does **not** hold: not built, the "
