@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from engine.bench.synthetic import FarSynthetic, Shape, bytes_of, trunk_of
 from engine.core import MachineError, Options
 from engine.experts.device import DeviceRuntime
+from engine.experts.hook import Hook
 from engine.experts.host import HostRuntime
 from engine.experts.layer import LayerExperts
-from engine.experts.runtime import Hook, Runtime
+from engine.experts.runtime import Runtime
 from engine.machine import errors
 from engine.machine.detect import machine_for
 from engine.machine.pinned_memory import CudaDriver, Driver, HostMemory

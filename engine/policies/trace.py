@@ -64,10 +64,11 @@ class RunNumbers:
 @dataclass(frozen=True)
 class RoutingTrace:
     """decode bool [N]: read one token a step, else in prefill. answer int32 [N]: of which answer. embedding float16
-    [N, H]. logits float32 [N, L, E]: of the layer's own router; ahead float32 [N, L, h, E]: of the routers 1..h layers
-    on, on this layer's input, 0 behind the last. experts [N, L, k] and weights float32: the router's, best first where
-    the model lists them so. kept, refined uint8 [N, L, ceil(k*I/8)]: bits of the neurons that a sparse level's step
-    chose (and refined), numbered through the k experts. inputs float16 [N, L, H], or none: [N, L, 0]."""
+    [N, H]. logits float32 [N, L, E]: of the layer's own router; ahead float32 [N, L, h, E]: of the routers 1..h
+    layers on, on this layer's input, 0 behind the last. experts [N, L, k] and weights float32: the router's, best
+    first where the model lists them so; weight 0: of an expert without weights, and any number stands for it. kept,
+    refined uint8 [N, L, ceil(k*I/8)]: bits of the neurons that a sparse level's step chose (and refined), numbered
+    through the k experts. inputs float16 [N, L, H], or none: [N, L, 0]."""
 
     run: RunNumbers
     token: np.ndarray

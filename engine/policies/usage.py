@@ -28,7 +28,7 @@ class Usage:
 
     def __post_init__(self) -> None:
         assert self.hard.shape == self.soft.shape and (self.reap is None or self.reap.shape == self.hard.shape)
-        assert (self.hard.sum(1) == self.tokens * self.top_k).all(), "a token takes k experts of every layer"
+        assert (self.hard.sum(1) <= self.tokens * self.top_k).all(), "a token takes k experts of every layer at most"
 
     def score(self, name: str) -> np.ndarray:
         """[L, E] of one of SCORES."""
@@ -62,6 +62,6 @@ def of_trace(trace: RoutingTrace) -> Usage:
     """Over every token of a trace, prompts included; it holds no outputs, so there is no `reap`."""
     layers, experts = trace.run.layers, trace.run.experts
     thing = trace.experts.astype(np.int64) + experts * np.arange(layers)[:, None]
-    hard = np.bincount(thing.ravel(), minlength=layers * experts)
+    hard = np.bincount(thing[trace.weights != 0], minlength=layers * experts)
     soft = np.bincount(thing.ravel(), trace.weights.ravel().astype(np.float64), layers * experts)
     return Usage(len(trace), trace.run.top_k, hard.reshape(layers, experts), soft.reshape(layers, experts))

@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from engine.core import UserError
+from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts
-from engine.experts.runtime import Hook
 from engine.files.quantize import CLIPS, TINY, nested
 from engine.model.load import Loaded
 from engine.quality.loss_probe import log_probabilities, loss_of

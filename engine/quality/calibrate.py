@@ -237,15 +237,17 @@ class Calibration:
         """Every token's picks, one after the other, into the traces; usage is counted at one level only."""
         neurons, layout = self.runtime.far.neurons, self.layout
         for t in range(len(seen.ids)):
-            chosen = (seen.fidelity[t] >= 0).nonzero()[:, 0]
+            taken = seen.weights[t] != 0
+            chosen = ((seen.fidelity[t] >= 0) & taken.repeat_interleave(neurons)).nonzero()[:, 0]
             items = seen.ids[t][chosen // neurons] * neurons + chosen % neurons
             need = torch.where(seen.fidelity[t][chosen] == DOWN_ONLY, layout.prefix, layout.record)
             trace.add(seen.layer, items, need)
             if counted:
                 usage["neurons"][seen.layer].index_add_(0, items, torch.ones_like(items, dtype=torch.int32))
-                usage["experts"][seen.layer][seen.ids[t]] += 1
+                ids = seen.ids[t][taken]
+                usage["experts"][seen.layer][ids] += 1
                 for kind in ("blob", "sketch"):
-                    traces[kind].add(seen.layer, seen.ids[t], torch.ones_like(seen.ids[t]))
+                    traces[kind].add(seen.layer, ids, torch.ones_like(ids))
 
 
 def _some(documents: Documents, n_tokens: int) -> Documents:

@@ -206,10 +206,9 @@ class _Run:
         stands_in = self.choice.fidelity.name == "base"
         self._experts = torch.from_numpy(self.trace.experts[row].astype(np.int64))
         self._shares = torch.from_numpy(weights / weights.sum(1, keepdims=True).clip(1e-12))
-        self._left = torch.zeros_like(self._experts, dtype=torch.bool)
+        self._left = torch.from_numpy(weights == 0)
         if by_router and not stands_in:
-            things = experts.tolist()
-            return lambda layer: (things[layer], weights[layer])
+            return lambda layer: (experts[layer][weights[layer] != 0].tolist(), weights[layer])
 
         def chosen(layer: int) -> tuple[list[int], np.ndarray]:
             ids, given = self._experts[layer][None], torch.from_numpy(weights[layer])[None]
@@ -289,7 +288,8 @@ def optimum(trace: RoutingTrace, near_bytes: int) -> Replay:
     """Belady's: of whole experts, or sketches, the one that is wanted last makes room, or nothing does. It is told the
     whole future, keeps every slot in use, and fetches on demand. Records count as in `Simulator`, none of them here."""
     run, split = trace.run, sizes_of(trace.run).divided(near_bytes)
-    uses = (trace.experts[trace.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]).reshape(-1)
+    uses = (trace.experts[trace.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None])
+    uses = uses[trace.weights[trace.steps] != 0]
     following, last = np.full(len(uses), MOST, np.int64), {}
     for at in range(len(uses) - 1, -1, -1):
         following[at] = last.get(uses[at], MOST)
@@ -352,7 +352,8 @@ def by_popularity(trace: RoutingTrace) -> np.ndarray:
     """int64 [L * E]: experts (layer * E + expert), what a trace's steps took most often first."""
     run, steps = trace.run, trace.steps
     taken = trace.experts[steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None]
-    return np.argsort(-np.bincount(taken.ravel(), minlength=run.layers * run.experts), kind="stable")
+    taken = taken[trace.weights[steps] != 0]
+    return np.argsort(-np.bincount(taken, minlength=run.layers * run.experts), kind="stable")
 
 
 def tokens_per_second(run: RunNumbers, replay: Replay, machine: Machine, near_bytes: int) -> float:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts, LevelPlan
-from engine.experts.runtime import Hook, Runtime
+from engine.experts.runtime import Runtime
 from kernels.activation import quantize_activation
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from kernels.select import DOWN_ONLY, REFINED, select

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.core import Options
+from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts
-from engine.experts.runtime import Hook, Runtime
+from engine.experts.runtime import Runtime
 from engine.model import load
 from engine.quality.traces import Trace
 from kernels.select import DOWN_ONLY

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from engine.core import Machine, Options, UserError
 from engine.experts.layer import LevelPlan
@@ -20,6 +21,10 @@ from engine.library.compress import compress
 from engine.model.load import load
 from engine.planning.plan import PlanRequest
 from engine.planning.planner import plan
+from engine.policies.choice import parse
+from engine.policies.usage import of_trace
+from engine.quality.recorder import Recorder
+from engine.quality.simulate import Simulator
 from tests.support.architectures import build
 from tests.support.folders import compressed, logits_by_steps, put_experts, stored_experts, write_tokenizer
 
@@ -204,6 +209,22 @@ def test_a_checkpoint_without_rows_of_identities_and_with_a_predictor_of_more_to
     compress(tmp_path / "source", tmp_path / "made", trunk_bits=16, device="cpu")
     expected = run(load(folder, Options("exact", device="cpu")).model)
     assert torch.equal(run(load(tmp_path / "made", Options("exact", device="cpu")).model), expected)
+
+
+@pytest.mark.parametrize("level", ["exact", "balanced"])
+def test_a_replayed_trace_counts_what_the_engine_counted(made, level):
+    loaded = opened(made[2], 0.6, level)
+    runtime, cache, recorder = loaded.runtime, DynamicCache(), Recorder(loaded, horizon=0)
+    with runtime.hooked(recorder), recorder.watching(), torch.inference_mode():
+        for part, runtime.phase in ((TOKENS[:N_PREFILL], "prefill"), *((token[None], "decode") for token in
+                                                                      TOKENS[N_PREFILL:])):
+            loaded.model(part[None], past_key_values=cache)
+    trace = recorder.trace("longcat")
+    found = Simulator(trace, runtime.near_wish).run_choice(parse("predict=none"))
+    counted = runtime.counters()
+    assert [*vars(found.counters).values()][:5] == [*vars(counted).values()][:5] and counted.far_bytes > 0
+    usage = of_trace(trace)
+    assert 0 < usage.hard.sum() == (trace.weights != 0).sum() < trace.weights.size
 
 
 PUBLISHED = dict(
