@@ -22,7 +22,7 @@ Times = tuple[tuple[str, float], ...]
 # (engine/model/fused.py) that card's count alone, look-ahead's included; deepseek_v3 as deepseek_v2, not counted.
 LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 12, "qwen3_moe": 6, "olmoe": 6, "gpt_oss": 11, "mixtral": 8,
                "gemma4": 11, "glm4_moe": 11, "glm4_moe_lite": 12, "deepseek_v2": 14,
-               "deepseek_v3": 14, "laguna": 79}
+               "deepseek_v3": 14, "laguna": 79, "longcat_flash": 187}
 OTHER_LAYER_NODES = 75
 WHOLE_NODES, SPARSE_NODES = 9, 13  # counted by tests/engine/decode/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
@@ -69,11 +69,6 @@ class Residency:
     @property
     def hit_rate(self) -> float:
         return 1.0 - self.far_bytes / self.needed_bytes if self.needed_bytes else 1.0
-
-
-def mixers_of(spec: ModelSpec) -> int:
-    """Attentions of a decoder layer, each with a dense part behind it: LongCat-Flash has two."""
-    return 2 if spec.model_type == "longcat_flash" else 1
 
 
 def arena_of(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, row_bytes: int, kept: int = 0,
@@ -125,8 +120,7 @@ def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sp
         budget, own = sparsity.budgets[level], SPARSE_NODES
         experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
     attention = spec.kv_bytes_per_token * context / ATTENTION_SHARE + 2 * spec.state_bytes_at(context)
-    layer = LAYER_NODES.get(spec.model_type, mixers_of(spec) * OTHER_LAYER_NODES)
-    nodes = spec.decoder_layers * layer + spec.layers * own
+    nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
     launches = nodes * (EAGER_NODE_SECONDS if unlocked else NODE_SECONDS) + unlocked * HOST_FETCH_SECONDS
     link = near.far_bytes * link_seconds_per_byte(machine, unlocked / spec.layers)
     link += spec.layers * MISS_LATENCY_SECONDS if near.far_bytes else 0.0
@@ -207,7 +201,8 @@ def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:
     experts = CPU_WHOLE_OPERATIONS if whole else CPU_SPARSE_OPERATIONS
     if is_far:
         experts += CPU_WHOLE_FAR_OPERATIONS if whole else CPU_SPARSE_FAR_OPERATIONS
-    return spec.decoder_layers * mixers_of(spec) * layer + spec.layers * experts
+    mixers = 2 if spec.model_type == "longcat_flash" else 1  # of a layer, each with a dense part behind it
+    return spec.decoder_layers * mixers * layer + spec.layers * experts
 
 
 def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, level: str, expert_bytes: int, near: Residency,

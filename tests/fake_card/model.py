@@ -82,8 +82,8 @@ def nowhere(shape: synthetic.Shape) -> torch.nn.Module:
     """Outside `fake_card`: the model in 16 bits on the meta device, experts without weights."""
     model = build_skeleton(shape.config, shape.name).to(torch.bfloat16)
     for path, module in experts_modules(model, shape.name).items():
-        model.set_submodule(path, FloeExperts(module))
-    model.set_experts_implementation(EXPERTS)
+        FloeExperts.put(model, path, module)
+    model.config._experts_implementation = EXPERTS
     return model
 
 

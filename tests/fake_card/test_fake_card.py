@@ -5,13 +5,19 @@ by itself. One forward of a real card is worth more; until there is one, this is
 """
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from transformers import AutoConfig
 
 from engine.bench import synthetic
+from engine.experts.side_stream import SideStream
+from engine.files.skeleton import build_skeleton, experts_modules, model_spec
 from engine.library import catalogue
 from engine.model.static_cache import NotCapturable
-from engine.planning.cost_model import LAYER_NODES, OTHER_LAYER_NODES, SPARSE_NODES
+from engine.planning.cost_model import LAYER_NODES, OTHER_LAYER_NODES, SPARSE_NODES, WHOLE_NODES
+from kernels.layout import Layout
 from tests.fake_card.card import Waits, fake_card
 from tests.fake_card.model import CARD, LAYERS, nowhere, opened, prefill
 
@@ -108,3 +114,52 @@ def test_the_watch_sees_what_it_watches():
             a.nonzero()
         with pytest.raises(RuntimeError):
             a + torch.zeros(1 << 20)
+
+
+def shortcut_of(layers: int) -> synthetic.Shape:
+    """LongCat-Flash, small: the catalogue has none, people do not run 560 billion weights."""
+    config = AutoConfig.for_model(
+        "longcat_flash", vocab_size=8192, hidden_size=1024, num_layers=layers, num_attention_heads=16,
+        max_position_embeddings=8192, ffn_hidden_size=2048, expert_ffn_hidden_size=512, n_routed_experts=32,
+        zero_expert_num=16, moe_topk=6, q_lora_rank=256, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128,
+        v_head_dim=128)
+    skeleton = build_skeleton(config, "longcat")
+    modules = experts_modules(skeleton, "longcat")
+    spec = model_spec("longcat", skeleton, modules)
+    layout = Layout(spec.hidden, spec.neurons, 128)
+    return synthetic.Shape("longcat", "LongCat", config, skeleton, modules, spec, layout)
+
+
+def step_of_shortcut(layers: int, level: str) -> tuple[int, list[int]]:
+    """Nodes of a step, and of each fetch how many of them came between its launch beside the step and its join."""
+    shape = shortcut_of(layers)
+    model, beside, begun = nowhere(shape), [], []
+    run, join = SideStream.run, SideStream.join
+    with fake_card() as watch, torch.no_grad():
+        def launched(self, *given) -> None:
+            run(self, *given)
+            begun.append(sum(watch.nodes.values()))
+
+        def joined(self) -> None:
+            if self._held:
+                beside.append(sum(watch.nodes.values()) - begun[-1])
+            join(self)
+        on = opened(shape, model, level)
+        on.step.start(5, frozenset(), 9)
+        with mock.patch.multiple(SideStream, run=launched, join=joined):
+            for _ in range(2):
+                watch.nodes.clear()
+                watch.crossings.clear()
+                beside.clear()
+                on.step.compute()
+        assert not watch.crossings, "a step copies between the host and the card"
+        return sum(watch.nodes.values()), list(beside)
+
+
+@pytest.mark.parametrize("level", ["exact", "fast"])
+def test_a_shortcuts_fetch_is_a_branch_beside_its_block(level):
+    (less, _), (more, beside) = (step_of_shortcut(layers, level) for layers in (2, 4))
+    planned = LAYER_NODES["longcat_flash"] + (SPARSE_NODES if level == "fast" else WHOLE_NODES)
+    assert abs((more - less) / 2 - planned) <= (NODES if level == "fast" else 20)
+    late = [n_nodes for n_nodes in beside if n_nodes > 50]  # a dense part, an attention, a dense part
+    assert len(late) == 4 and len(beside) == (8 if level == "fast" else 4)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from engine.core import Machine, Options, UserError
+from engine.core import Machine, Options, Sampling, UserError
+from engine.decode.decoder import decoder_for
 from engine.experts.layer import LevelPlan
 from engine.experts.runtime import Runtime
 from engine.files.checkpoint import Checkpoint
@@ -225,6 +226,19 @@ def test_a_replayed_trace_counts_what_the_engine_counted(made, level):
     assert [*vars(found.counters).values()][:5] == [*vars(counted).values()][:5] and counted.far_bytes > 0
     usage = of_trace(trace)
     assert 0 < usage.hard.sum() == (trace.weights != 0).sum() < trace.weights.size
+
+
+def test_an_answer_is_transformers_own(made):
+    """Two attentions a block, so twice as many layers in the cache as blocks; a second answer goes back in it."""
+    model, _, folder = made
+    loaded = opened(folder, 0.6)
+    decoder = decoder_for(loaded.model, loaded.runtime, 64)
+    for prompt in (TOKENS[:9], TOKENS[:5], TOKENS):
+        with torch.inference_mode():
+            drawn = decoder.tokens(prompt.tolist(), Sampling(temperature=0), None, frozenset(), 8)
+            found = [each.token for each in drawn]
+        expected = model.generate(prompt[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        assert found == expected[0, len(prompt):].tolist()
 
 
 PUBLISHED = dict(
