@@ -26,12 +26,13 @@ from kernels.resolve import resolve_experts, resolve_neurons
 from kernels.score import score, score_up
 from kernels.select import histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.choose import Entrance, Reader, choose
 from kernels.trunk.delta import Mixer, delta
-from kernels.trunk.gated import gated
+from kernels.trunk.gated import gated, gated_linears
 from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import Choice, route
-from kernels.trunk.settle import Settling, settle
+from kernels.trunk.settle import Settling, settle, settled_linears
 from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
@@ -111,6 +112,12 @@ def cases() -> Iterator[Case]:
                    Settling(norms[0], 1e-6, (norms[1], norms[2]), norms[3, :1], norms[4]), torch.ones(2, 100))
     yield gated, (torch.randn(2, 65, generator=draw),)
     yield gated, (torch.randn(2, 64, generator=draw),)
+    back = Matrices(((codes, scales, None),))
+    yield gated_linears, (torch.randn(2, 513, generator=draw), back, torch.ones(2, 96))
+    yield settled_linears, (torch.randn(2, 256, generator=draw), back, torch.ones(2, 96), Settling(norms[0, :96], 1e-6))
+    router, x = torch.randn(8, 256, generator=draw) / 16, torch.randn(2, 256, generator=draw)
+    readers = [Reader(Matrices(parts), torch.ones(256), 1e-6) for parts in (((router, None, None),), back.parts)]
+    yield choose, (x, Entrance(readers[0], 8, Choice(3, True), readers[1]), LAYOUT, x.flip(0))
 
 
 def _products(draw: torch.Generator) -> Iterator[Case]:

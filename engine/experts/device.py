@@ -19,6 +19,7 @@ from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.prefill import PRODUCT_ROW, Staging, product
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
+from kernels.layout import Layout
 from kernels.pool import pin
 
 Tensor = torch.Tensor
@@ -43,6 +44,26 @@ class DeviceRuntime(Runtime):
                 far.verify(layer, expert)
         self.staging = Staging(far.layout, far.experts, device, dtype)
         super().__init__(far, layers, top_k, plans, level, near_bytes, predict, device, tokens)
+
+    # --- what a fused step has made already ---------------------------------------------------------------------
+    _ready: tuple[Tensor, ...] = ()     # while its forward is under way
+
+    @property
+    def quantises(self) -> Layout | None:
+        """How a step quantises its activation, for who can do so while making it (kernels/trunk/choose.py)."""
+        return self.far.layout if self.is_sparse else None
+
+    def forward(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+                quantised: tuple[Tensor, ...] = ()) -> Tensor:
+        """quantised: of x, as `quantises` says."""
+        self._ready = quantised
+        out = super().forward(layer, x, ids, weights, residual)
+        self._ready = ()
+        return out
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
+        is_ready = self._ready and self._ready[0].shape == x.shape   # else tokens are taken apart
+        return self._ready if is_ready else super()._quantized(x)
 
     # --- near memory --------------------------------------------------------------------------------------------
     @property

@@ -17,19 +17,21 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
+from engine.experts.device import DeviceRuntime
 from engine.model.blocks import Flanked, block_of, is_known, kinds_of, matrices, norm, rotation_of
 from engine.model.growing_cache import GrowingLayer, GrowingWindow
 from engine.model.host_token import HostToken
 from engine.model.packed import Packed
 from engine.model.static_cache import FullLayer, RecurrentLayer, RingLayer, StepCache
+from kernels.layout import Layout
 from kernels.trunk.attend import Heads
+from kernels.trunk.choose import Entrance, Reader, choose
 from kernels.trunk.delta import Mixer, delta
-from kernels.trunk.gated import gated
+from kernels.trunk.gated import gated_linears
 from kernels.trunk.head import best_rows
 from kernels.trunk.latent import Latent
 from kernels.trunk.linear import MOST_TOKENS, columns, dequantize_rows, linears
-from kernels.trunk.route import route
-from kernels.trunk.settle import settle
+from kernels.trunk.settle import settle, settled_linears
 from kernels.trunk.token import Block
 
 Tensor = torch.Tensor
@@ -50,12 +52,13 @@ class Layer:
         own = self.block
         projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
         x, _ = linears(self._mixed(projected, turn, cache), own.output, None, 0.0, x)
-        logits, normed = linears(x, own.router, own.between.weight, own.between.epsilon)
-        if own.shared is not None:
-            x, _ = linears(gated(logits[:, own.n_experts:]), own.shared, None, 0.0, x)
         if own.choice is None:
-            return x
-        return self.experts(normed, *route(logits[:, :own.n_experts], own.choice), x)
+            return gated_linears(linears(x, own.router, own.between.weight, own.between.epsilon)[0], own.shared, x)
+        entrance = Entrance(Reader(own.router, own.between.weight, own.between.epsilon), own.n_experts, own.choice)
+        shared, normed, ids, shares, *quantised = choose(x, entrance, _quantises(self.experts))
+        if own.shared is not None:
+            x = gated_linears(shared, own.shared, x)
+        return self.experts(normed, ids, shares, x, tuple(quantised))
 
     def _mixed(self, projected: Tensor, turn: Tensor, cache: object) -> Tensor:
         mixing = self.block.mixing
@@ -88,12 +91,12 @@ class FlankedLayer:
         """x float32 [T, H] -> the same."""
         own = self.block
         projected, _ = linears(x, own.projections, own.before.weight, own.before.epsilon)
-        mixed, _ = linears(cache.attend(projected, turn, own.mixing), own.output)
-        x, normed = settle(x, mixed, own.settled)
-        inner, _ = linears(x, own.inner, own.inside.weight, own.inside.epsilon)
-        dense, _ = linears(gated(inner, "gelu_tanh"), own.back)
-        logits, _ = linears(x, own.router, own.routing.weight, own.routing.epsilon)
-        return settle(x, dense, own.joined, self.experts(normed, *route(logits, own.choice)))[0]
+        x, normed = settled_linears(cache.attend(projected, turn, own.mixing), own.output, x, own.settled)
+        entrance = Entrance(Reader(own.router, own.routing.weight, own.routing.epsilon), own.router.rows, own.choice,
+                            Reader(own.inner, own.inside.weight, own.inside.epsilon))
+        inner, _, ids, shares, *quantised = choose(x, entrance, _quantises(self.experts), normed)
+        dense = gated_linears(inner, own.back, None, "gelu_tanh")
+        return settle(x, dense, own.joined, self.experts(normed, ids, shares, None, tuple(quantised)))[0]
 
 
 class FusedStep:
@@ -195,6 +198,11 @@ def _of_block(block: Block | Flanked, layer: nn.Module) -> Layer | FlankedLayer:
     if isinstance(block, Flanked):
         return FlankedLayer(block, layer.experts)
     return Layer(block, getattr(layer.mlp, "experts", None))
+
+
+def _quantises(experts: nn.Module) -> Layout | None:
+    """How these experts' runtime wants their activation quantised, if it is a card's."""
+    return experts.runtime.quantises if isinstance(experts.runtime, DeviceRuntime) else None
 
 
 def _goes_on(layer: object) -> bool:

@@ -59,13 +59,13 @@ def unbound() -> Iterator[None]:
 
 
 def floe_experts(module: FloeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
-                 residual: Tensor | None = None) -> Tensor:
+                 residual: Tensor | None = None, quantised: tuple[Tensor, ...] = ()) -> Tensor:
     """transformers' experts interface: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]. And
-    ours: on top of residual [T, H], like hidden_states."""
+    ours: on top of residual [T, H], like hidden_states; quantised: these as the runtime quantises them."""
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         out = Experts.apply(hidden_states, top_k_weights, top_k_index, module.runtime, module.layer)
         return out if residual is None else residual + out
-    last = () if residual is None else (residual,)
+    last = (residual, quantised) if quantised else () if residual is None else (residual,)
     return module.runtime.forward(module.layer, hidden_states, top_k_index, top_k_weights, *last)
 
 
@@ -96,9 +96,9 @@ class FloeExperts(nn.Module):
         model.get_submodule(block).register_forward_hook(lambda block, _, out: block.mlp.experts.added_to(out))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, residual: Tensor | None = None,
-                ) -> Tensor:
+                quantised: tuple[Tensor, ...] = ()) -> Tensor:
         _only_ours(self.origin.config)
-        return ALL_EXPERTS_FUNCTIONS[EXPERTS](self, hidden_states, top_k_index, top_k_weights, residual)
+        return ALL_EXPERTS_FUNCTIONS[EXPERTS](self, hidden_states, top_k_index, top_k_weights, residual, quantised)
 
 
 class ShortcutExperts(FloeExperts):

@@ -20,9 +20,9 @@ Times = tuple[tuple[str, float], ...]
 # as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture,
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES). Of those with a fused step
 # (engine/model/fused.py) that card's count alone, look-ahead's included; deepseek_v3 as deepseek_v2, not counted.
-LAYER_NODES = {"qwen3_5_moe": 12, "qwen3_next": 12, "qwen3_moe": 6, "olmoe": 6, "gpt_oss": 11, "mixtral": 8,
-               "gemma4": 11, "glm4_moe": 11, "glm4_moe_lite": 12, "deepseek_v2": 14,
-               "deepseek_v3": 14, "laguna": 79, "longcat_flash": 187}
+LAYER_NODES = {"qwen3_5_moe": 5, "qwen3_next": 5, "qwen3_moe": 4, "olmoe": 4, "gpt_oss": 9, "mixtral": 6,
+               "gemma4": 6, "glm4_moe": 7, "glm4_moe_lite": 8, "deepseek_v2": 10,
+               "deepseek_v3": 10, "laguna": 79, "longcat_flash": 187}
 OTHER_LAYER_NODES = 75
 WHOLE_NODES, SPARSE_NODES = 9, 13  # counted by tests/engine/decode/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed

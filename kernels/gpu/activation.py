@@ -41,7 +41,13 @@ def _quantize(x, codes, scales, high, low, scale, sums, GROUPS: tl.constexpr, GR
     """Grid: GROUPS/STEP, T. Writes codes and scales for SCORES, the rest for VALUES."""
     group = tl.program_id(1) * GROUPS + tl.program_id(0) * STEP + tl.arange(0, STEP)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None]
-    values = tl.load(x + at).to(tl.float32)
+    quantized(tl.load(x + at).to(tl.float32), group, at, codes, scales, high, low, scale, sums, SCORES, VALUES, LARGEST)
+
+
+@triton.jit
+def quantized(values, group, at, codes, scales, high, low, scale, sums, SCORES: tl.constexpr, VALUES: tl.constexpr,
+              LARGEST: tl.constexpr):
+    """float32 [G, g] of groups `group`, numbers `at` -> codes and scales for SCORES, the rest for VALUES."""
     if SCORES:
         code, unit = codes_of(values, 127)
         tl.store(scales + group, unit)
@@ -57,31 +63,30 @@ def _quantize(x, codes, scales, high, low, scale, sums, GROUPS: tl.constexpr, GR
 
 def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
-    found = *_bytes(x, 1), *_numbers(x, group, 1)
+    found = room(*x.shape, group, x.device)[:2]
     _launch(x, group, found, None)
     return found
 
 
 def fixed_point(x: Tensor, group: int) -> FixedPoint:
     """float [T, H] -> 16 bits each."""
-    found = FixedPoint(*_bytes(x, 2), *_numbers(x, group, 2))
+    found = FixedPoint(*room(*x.shape, group, x.device)[2:])
     _launch(x, group, None, found)
     return found
 
 
 def quantize(x: Tensor, group: int) -> tuple[Tensor, ...]:
     """As kernels.activation.quantize: one launch."""
-    (codes, *halves), (scales, *rest) = _bytes(x, 3), _numbers(x, group, 3)
-    _launch(x, group, (codes, scales), FixedPoint(*halves, *rest))
-    return codes, scales, *halves, *rest
+    found = room(*x.shape, group, x.device)
+    _launch(x, group, found[:2], FixedPoint(*found[2:]))
+    return found
 
 
-def _bytes(x: Tensor, n: int) -> Tensor:
-    return torch.empty(n, *x.shape, dtype=torch.int8, device=x.device)
-
-
-def _numbers(x: Tensor, group: int, n: int) -> Tensor:
-    return torch.empty(n, x.shape[0], x.shape[1] // group, dtype=torch.float32, device=x.device)
+def room(n_tokens: int, width: int, group: int, device: torch.device) -> tuple[Tensor, ...]:
+    """For what `quantize` makes of [n_tokens, width]."""
+    codes, high, low = torch.empty(3, n_tokens, width, dtype=torch.int8, device=device)
+    scales, scale, sums = torch.empty(3, n_tokens, width // group, dtype=torch.float32, device=device)
+    return codes, scales, high, low, scale, sums
 
 
 def _launch(x: Tensor, group: int, scores: tuple[Tensor, Tensor] | None, values: FixedPoint | None) -> None:

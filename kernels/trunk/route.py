@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     factors: Tensor | None = None
 
 
-@twin("kernels.gpu.trunk.route", "kernels.cpu.trunk.route")
+@twin(None, "kernels.cpu.trunk.route")
 def route(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     """logits float32 [T, E], any stride between rows -> ids int64 [T, k], best first, and shares float32 [T, k]. What
     is not a number makes every share one that is none; of sigmoids its own, which comes first."""

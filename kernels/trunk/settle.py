@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.dispatch import twin
+from kernels.trunk.linear import Matrices, linears
 
 Tensor = torch.Tensor
 
@@ -32,6 +33,12 @@ def settle(residual: Tensor, added: Tensor, how: Settling, beside: Tensor | None
     if how.scale is not None:
         found = found * how.scale.float()
     return found, found if how.then is None else _normed(found, how.then, how.epsilon)
+
+
+@twin("kernels.gpu.trunk.settle")
+def settled_linears(x: Tensor, matrices: Matrices, residual: Tensor, how: Settling) -> tuple[Tensor, Tensor]:
+    """`settle` of residual and x @ weights.T + biases, without `how.own`; x float32 [T, K], residual [T, H]."""
+    return settle(residual, linears(x, matrices)[0], how)
 
 
 def _normed(x: Tensor, norm: Tensor, epsilon: float) -> Tensor:

@@ -104,9 +104,9 @@ def _onto_card(shape: synthetic.Shape, model: torch.nn.Module) -> None:
 
 
 def _stored(shape: synthetic.Shape, name: str, weight: torch.Tensor, where: str) -> torch.nn.Parameter:
-    """A weight as the plan takes it on a card: large matrices in their codes."""
+    """A weight as the plan takes it on a card: large matrices in their codes, but for routers, which are decoded."""
     bits = bits_of(name, weight, DEFAULT_TRUNK_BITS["cuda"], shape.spec.decoder_layers)
-    if bits == 16:
+    if bits == 16 or tuple(weight.shape) == (shape.spec.experts, shape.spec.hidden):
         return torch.nn.Parameter(torch.empty(weight.shape, dtype=torch.bfloat16, device=where), requires_grad=False)
     rows, width = weight.shape
     codes = torch.empty(rows, width * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device=where)

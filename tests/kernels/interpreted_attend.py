@@ -6,15 +6,19 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from kernels.gpu import linear as gpu_linear
 from kernels.gpu.trunk import attend as gpu_attend
-from kernels.gpu.trunk import route as gpu_route
+from kernels.gpu.trunk import choose as gpu_choose
 from kernels.gpu.trunk import settle as gpu_settle
 from kernels.gpu.trunk.last import counters
+from kernels.layout import Layout
 from kernels.trunk.attend import Heads, attend
-from kernels.trunk.route import Choice, route
-from kernels.trunk.settle import settle
+from kernels.trunk.choose import Entrance, Reader, choose
+from kernels.trunk.linear import Matrices
+from kernels.trunk.route import Choice
+from kernels.trunk.settle import settle, settled_linears
 from tests.kernels.interpreter import backwards
-from tests.support.random_experts import random_settling
+from tests.support.random_experts import random_matrix, random_settling
 
 CASES = [  # T, Q, C, D, norms, rows that are seen, cache, numbers of a head that turn, gated
     (1, 4, 2, 32, "head", 40, torch.float32, 32, False), (3, 4, 1, 12, "all", 7, torch.float32, 12, False),
@@ -80,25 +84,68 @@ def test_attend_in_a_window(monkeypatch, n_tokens, position, window, rows, sunk,
     torch.testing.assert_close(caches[1], caches[0], rtol=0, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("n_tokens, n_experts, choice", [
-    (3, 128, Choice(8, True)), (4, 6, Choice(2, False)), (1, 5, Choice(5, True)), (1, 5, Choice(5, False)),
-    (4, 32, Choice(3, True, True, torch.rand(32), 4, 2, 2, 2.5)), (2, 12, Choice(2, False, True, torch.rand(12))),
-    (3, 60, Choice(6, False, False, None, 3, 2, 1, 16.0)), (2, 6, Choice(2, True, True)),
-    (3, 20, Choice(4, True, factors=torch.rand(20)))])
-def test_route(n_tokens, n_experts, choice):
-    logits = 3 * torch.randn(n_tokens, n_experts + 7)[:, :n_experts]
-    for expected, found in zip(route.reference(logits, choice), gpu_route.route(logits, choice), strict=True):
-        torch.testing.assert_close(found, expected)
+def entrance_of(choice: Choice, n_experts: int, hidden: int, more: tuple = (), beside: tuple = ()) -> Entrance:
+    """more, beside: (rows, bits) of what is read behind the router's norm and behind another one; 16 bits are none."""
+    draw = torch.Generator().manual_seed(n_experts)
+
+    def reader(parts: list[tuple]) -> Reader:
+        return Reader(Matrices(tuple((*part, None) for part in parts)), torch.rand(hidden, generator=draw) + 0.5, 1e-6)
+
+    def matrix(rows: int, bits: int) -> tuple:
+        return random_matrix(rows, hidden, bits, rows) if bits < 16 else (
+            torch.randn(rows, hidden, generator=draw).div(hidden ** 0.5).bfloat16(), None)
+    router = reader([matrix(n_experts, 16), *(matrix(*each) for each in more)])
+    return Entrance(router, n_experts, choice, reader([matrix(*each) for each in beside]) if beside else None)
+
+
+def equal(found: tuple, expected: tuple) -> None:
+    for one, other in zip(found, expected, strict=True):
+        largest = float(other.abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * largest if one.is_floating_point() else 0)
+
+
+@pytest.mark.parametrize("n_tokens, n_experts, choice, more, beside", [
+    (3, 128, Choice(8, True), (), ()), (1, 5, Choice(5, True), (), ()), (1, 5, Choice(5, False), (), ()),
+    (4, 32, Choice(3, True, True, torch.rand(32), 4, 2, 2, 2.5), ((32, 4), (32, 4)), ()),
+    (2, 12, Choice(2, False, True, torch.rand(12)), ((48, 8), (32, 4)), ()),
+    (3, 60, Choice(6, False, False, None, 3, 2, 1, 16.0), (), ()), (2, 6, Choice(2, True, True), (), ()),
+    (1, 16, Choice(2, True), ((1, 16), (32, 4), (32, 4)), ()),
+    (3, 20, Choice(4, True, factors=torch.rand(20)), (), ((32, 4), (16, 4)))])
+def test_choose(monkeypatch, n_tokens, n_experts, choice, more, beside):
+    """In any order of the blocks; what the experts are given made here, or before; quantised and padded, or not."""
+    monkeypatch.setattr(gpu_linear, "BLOCKS", 8)
+    entrance, layout = entrance_of(choice, n_experts, 192, more, beside), Layout(192, 16, 64)
+    x, made = torch.randn(n_tokens, 192), torch.randn(n_tokens, 192)
+    for rest, order in (((None,), nullcontext), ((layout,), backwards), ((layout, made), nullcontext)):
+        expected = choose.reference(x, entrance, *rest)
+        with order():
+            found = gpu_choose.choose(x, entrance, *rest)
+        assert not counters(x.device).any() and len(found) == len(expected) == (4 if rest[0] is None else 10)
+        equal(found[:4], expected[:4])
+        if rest[0] is not None:     # a code may be the next one, where it is nearly as near
+            codes, scales, high, low, scale, sums = found[4:]
+            theirs, their_scales, their_high, their_low, their_scale, their_sums = expected[4:]
+            assert (codes.int() - theirs.int()).abs().max() <= 1
+            assert (256 * (high.int() - their_high.int()) + low.int() - their_low.int()).abs().max() <= 2
+            equal((scales, scale, sums), (their_scales, their_scale, their_sums))
 
 
 def test_what_is_no_number_makes_no_share():
-    logits = torch.tensor([[1.0, torch.nan, 2.0], [-torch.inf, -torch.inf, 0.5], [1.0, 1.0, 1.0]])
-    ids, shares = gpu_route.route(logits, Choice(2, True))
+    wanted = torch.tensor([[1.0, torch.nan, 2.0], [-torch.inf, -torch.inf, 0.5], [1.0, 1.0, 1.0]])
+    x, found = torch.eye(1, 64), []
+    for numbers in wanted:
+        router = torch.zeros(3, 64)
+        router[:, 0] = numbers / 8
+        reader = Reader(Matrices(((router, None, None),)), torch.ones(64), 0.0)     # the norm makes eight of one
+        found.append([gpu_choose.choose(x, Entrance(reader, 3, choice))[2:] for choice in (Choice(2, True), Choice(
+            2, True, True))])
+    (ids, shares), (sigmoids, theirs) = zip(*[part[0] for part in found], strict=True), zip(
+        *[part[1] for part in found], strict=True)
     assert shares[0].isnan().all()
-    assert ids[1].tolist() == [2, 0] and shares[1].tolist() == [1, 0]
-    assert ids[2].tolist() == [0, 1] and shares[2].tolist() == [0.5, 0.5]
-    ids, shares = gpu_route.route(logits, Choice(2, True, True))
-    assert ids[0, 0] == 1 and shares[0].isnan().all() and ids[1].tolist() == [2, 0] and shares[1].tolist() == [1, 0]
+    assert ids[1].tolist() == [[2, 0]] and shares[1].tolist() == [[1, 0]]
+    assert ids[2].tolist() == [[0, 1]] and shares[2].tolist() == [[0.5, 0.5]]
+    assert sigmoids[0][0, 0] == 1 and theirs[0].isnan().all()
+    assert sigmoids[1].tolist() == [[2, 0]] and theirs[1].tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("n_tokens, hidden, two, then", [(1, 100, True, False), (4, 64, False, True),
@@ -107,3 +154,13 @@ def test_settle(n_tokens, hidden, two, then):
     given = random_settling(n_tokens, hidden, two, then)
     for found, expected in zip(gpu_settle.settle(*given), settle.reference(*given), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_tokens, then, bits", [(1, True, 4), (3, False, 8)])
+def test_settled_linears(monkeypatch, n_tokens, then, bits):
+    monkeypatch.setattr(gpu_linear, "BLOCKS", 8)
+    residual, _, how, _ = random_settling(n_tokens, 70, False, then)
+    given = torch.randn(n_tokens, 128), Matrices(((*random_matrix(70, 128, bits), None),)), residual, how
+    with backwards():
+        found = gpu_settle.settled_linears(*given)
+    equal(found, settled_linears.reference(*given))

@@ -1,29 +1,37 @@
 """Cases for Triton's interpreter (run by test_interpreted.py): delta-nets, shared experts, latent attention."""
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from kernels.gpu import linear as gpu_linear
 from kernels.gpu.trunk import delta as gpu_delta
-from kernels.gpu.trunk import gated as gpu_gated
 from kernels.gpu.trunk import latent as gpu_latent
+from kernels.gpu.trunk.last import counters
 from kernels.trunk.delta import delta
-from kernels.trunk.gated import gated
+from kernels.trunk.gated import gated_linears
 from kernels.trunk.latent import attend_latent
-from tests.support.random_experts import random_latent, random_mixer, random_step
+from kernels.trunk.linear import Matrices
+from tests.kernels.interpreter import backwards
+from tests.support.random_experts import random_latent, random_matrix, random_mixer, random_step
 
 
 @pytest.mark.parametrize("shape, by_head, n_tokens, dtype", [
     ((2, 2, 16, 32), False, 1, torch.float32), ((3, 1, 12, 20), True, 4, torch.float16),
     ((1, 4, 8, 8), True, 3, torch.float32)])
-def test_delta(monkeypatch, shape, by_head, n_tokens, dtype):
-    """Written to row 0 it goes on from there; written to row 1, which nobody reads, row 0 stays as it is."""
-    monkeypatch.setattr(gpu_delta, "CHANNELS", 64)
+def test_delta(shape, by_head, n_tokens, dtype):
+    """Written to row 0 it goes on from there; written to row 1, which nobody reads, row 0 stays as it is. In whichever
+    order the blocks run."""
     mixer = random_mixer(*shape, by_head)
     projected, *states = random_step(mixer, n_tokens, 2, dtype)
-    for row in (torch.tensor([0]), torch.tensor([1])):
-        made = [[function(projected, *own, mixer, row), *own] for function, own in
-                ((run, [state.clone() for state in states]) for run in (gpu_delta.delta, delta.reference))]
+    for place, order in ((0, nullcontext), (0, backwards), (1, backwards)):
+        row = torch.tensor([place])
+        with order():
+            made = [[function(projected, *own, mixer, row), *own] for function, own in
+                    ((run, [state.clone() for state in states]) for run in (gpu_delta.delta, delta.reference))]
+        assert not counters(projected.device).any()
         for found, expected in zip(*made, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         for state, before in zip(made[0][1:], states, strict=True):
@@ -38,11 +46,14 @@ def test_what_is_no_number_stays_in_its_head():
     assert out[1, :8].isnan().all() and not out[1, 8:].isnan().any() and not out[0].isnan().any()
 
 
-@pytest.mark.parametrize("n_tokens, size, kind", [(1, 40, "silu"), (3, 300, "gelu_tanh")])
-def test_gated(n_tokens, size, kind):
-    rows = torch.randn(n_tokens, 7 + 1 + 2 * size)
+@pytest.mark.parametrize("n_tokens, size, kind, bits", [(1, 64, "silu", 4), (3, 320, "gelu_tanh", 8)])
+def test_gated_linears(n_tokens, size, kind, bits):
+    rows, residual = torch.randn(n_tokens, 7 + 1 + 2 * size), torch.randn(n_tokens, 48)
+    back = Matrices(((*random_matrix(48, size, bits), None),))
     for own in (rows[:, 7:], rows[:, 8:]):      # with its logit, and without
-        torch.testing.assert_close(gpu_gated.gated(own, kind), gated.reference(own, kind))
+        expected = gated_linears.reference(own, back, residual, kind)
+        found = gpu_linear.gated_linears(own, back, residual, kind)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 N = 80     # rows of a cache

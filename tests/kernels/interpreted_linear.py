@@ -75,7 +75,7 @@ def parts_of(kinds: tuple, columns: int, is_biased: bool) -> Matrices:
 
 @pytest.mark.parametrize("n_tokens, columns, kinds", [
     (1, 128, ((32, 4), (16, 4), (16, 4))), (3, 64, ((16, 8), (16, 8))), (2, 64, ((16, 4), (16, 8), (7, 16))),
-    (4, 100, ((9, 16),)), (1, 2048, ((2, 32),))])
+    (4, 100, ((9, 16),)), (1, 2048, ((2, 32),)), (2, 64, ((16, 8), (16, 8), (16, 8), (3, 8)))])
 def test_linears(n_tokens, columns, kinds):
     """One launch or several, with and without the norm, the bias and what is added."""
     x = torch.randn(n_tokens, columns) * torch.logspace(-1, 1, columns)
@@ -87,7 +87,7 @@ def test_linears(n_tokens, columns, kinds):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_matrices_of_one_kind_are_one_launch():
+def test_matrices_of_one_kind_are_one_section():
     matrices = parts_of(((32, 4), (16, 4), (16, 4)), 64, True)
-    assert gpu_linear._launches(matrices) == [list(matrices.parts)]
-    assert len(gpu_linear._launches(parts_of(((32, 4), (16, 8)), 64, True))) == 2
+    assert gpu_linear.sections(matrices) == [list(matrices.parts)]
+    assert len(gpu_linear.sections(parts_of(((32, 4), (16, 8)), 64, True))) == 2

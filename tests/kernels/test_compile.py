@@ -24,14 +24,14 @@ from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
 from kernels.gpu import weigh as gpu_weigh
 from kernels.gpu.trunk import attend as gpu_attend
+from kernels.gpu.trunk import choose as gpu_choose
 from kernels.gpu.trunk import delta as gpu_delta
-from kernels.gpu.trunk import gated as gpu_gated
 from kernels.gpu.trunk import latent as gpu_latent
-from kernels.gpu.trunk import route as gpu_route
 from kernels.gpu.trunk import settle as gpu_settle
 from kernels.layout import Layout, default_group_size
 from kernels.pool import new_pool
 from kernels.trunk.attend import Heads
+from kernels.trunk.choose import Entrance, Reader
 from kernels.trunk.linear import Matrices
 from kernels.trunk.route import Choice
 from kernels.weigh import Mixture
@@ -116,6 +116,22 @@ def linears_call(columns: int, kinds: tuple, normed: bool) -> Callable:
     x, n_rows = torch.zeros(4, columns), sum(rows for rows, _ in kinds)
     rest = (torch.zeros(columns).bfloat16(), 1e-6) if normed else (None, 0.0, torch.zeros(4, n_rows))
     return lambda: gpu_linear.linears(x, Matrices(parts), *rest)
+
+
+def gated_call(size: int, rows: int, bits: int, has_logit: bool, kind: str = "silu") -> Callable:
+    back = Matrices(((*matrix(rows, size, bits), None),))
+    return lambda: gpu_linear.gated_linears(torch.zeros(4, 2 * size + has_logit), back, torch.zeros(4, rows), kind)
+
+
+def choose_call(hidden: int, n_experts: int, choice: Choice, more: tuple = (), beside: tuple = ()) -> Callable:
+    """more, beside: (rows, bits) of what is read behind the router's norm, and behind another one."""
+    def reader(*kinds: tuple[int, int]) -> Reader:
+        parts = (matrix(rows, hidden, bits) if bits < 16 else (torch.zeros(rows, hidden).bfloat16(), None)
+                 for rows, bits in kinds)
+        return Reader(Matrices(tuple((*part, None) for part in parts)), torch.zeros(hidden).bfloat16(), 1e-6)
+    entrance = Entrance(reader((n_experts, 16), *more), n_experts, choice, reader(*beside) if beside else None)
+    x, given = torch.zeros(4, hidden), (torch.zeros(4, hidden),) if beside else ()
+    return lambda: gpu_choose.choose(x, entrance, layout_of(hidden), *given)
 
 
 def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int = 0, turned: int | None = None,
@@ -216,6 +232,7 @@ CALLS = {
     "linears 8 bits": linears_call(4096, ((4096, 8), (1024, 8), (1024, 8)), True),
     "linears router": linears_call(2048, ((128, 16),), True),
     "linears added": linears_call(4096, ((2048, 4),), False),
+    "linears of two kinds": linears_call(2048, ((8192, 4), (4096, 4), (32, 8), (32, 8)), True),  # Qwen3.6's delta-nets
     "attend": attend_call(32, 4, 128, 4, 128),           # Qwen3 30B
     "attend one": attend_call(32, 8, 128, 1),             # Mixtral
     "attend norm of all": attend_call(16, 16, 128, 4, 2048),  # OLMoE
@@ -227,15 +244,20 @@ CALLS = {
     "latent": latent_call(20, 192, 256, 4, 1),            # GLM-4.7-Flash
     "latent, four tokens": latent_call(16, 128, 128, 8, 4, cached=True),    # DeepSeek-V2-Lite
     "latent, many heads": latent_call(128, 128, 128, 4, 4),   # DeepSeek-V3
-    "route": lambda: gpu_route.route(torch.zeros(4, 128), Choice(8, True)),
-    "route of groups": lambda: gpu_route.route(torch.zeros(4, 256), Choice(8, True, True, torch.zeros(256), 8, 4)),
+    "choose": choose_call(2048, 128, Choice(8, True)),    # Qwen3 30B
+    "choose, shared": choose_call(2048, 256, Choice(8, True), ((1, 16), (512, 4), (512, 4))),   # Qwen3.6 35B
+    "choose, padded": choose_call(2880, 32, Choice(4, True)),   # gpt-oss
+    "choose of groups": choose_call(2048, 256, Choice(8, True, True, torch.zeros(256), 8, 4), ((2048, 8), (2048, 8))),
+    "choose, beside": choose_call(2816, 128, Choice(8, True, factors=torch.zeros(128)), (), ((2112, 4), (2112, 4))),
     "delta": delta_call(16, 2, 128, False, 1),            # Qwen3.6 35B
     "delta by head": delta_call(16, 2, 128, True, 4),     # Qwen3 Next 80B
-    "gated": lambda: gpu_gated.gated(torch.zeros(4, 1025)),
-    "gated, no logit": lambda: gpu_gated.gated(torch.zeros(4, 3072)),
-    "gated of another kind": lambda: gpu_gated.gated(torch.zeros(4, 4224), "gelu_tanh"),    # Gemma 4
-    "route by factors": lambda: gpu_route.route(torch.zeros(4, 128), Choice(8, True, factors=torch.zeros(128))),
+    # Shared experts' ways back behind their gates: Qwen3.6's, with a logit; GLM-4.7-Flash's; Gemma 4's.
+    "gated": gated_call(512, 2048, 4, True),
+    "gated, no logit": gated_call(1536, 2048, 8, False),
+    "gated of another kind": gated_call(2112, 2816, 4, False, "gelu_tanh"),
     "settle": lambda: gpu_settle.settle(*random_settling(4, 2816, True, True)),     # Gemma 4
+    "settled linears": lambda: gpu_settle.settled_linears(      # Gemma 4
+        torch.zeros(4, 4096), Matrices(((*matrix(2816, 4096, 4), None),)), *random_settling(4, 2816, False, True)[::2]),
     "settle one": lambda: gpu_settle.settle(*random_settling(1, 2816, False, True)),
     "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 2, 2048),
                                      Mixture(torch.zeros(4, 8), 2048, torch.zeros(4, 2048))),
@@ -252,7 +274,7 @@ SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "score
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
               "attend gated, four tokens", "attend in a window, 256", "attend in one",
-              "gated of another kind", "route by factors",
+              "gated of another kind", "choose of groups", "choose, padded",
               "latent, four tokens", "latent, many heads",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
 

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from engine.experts import runtime, window
 from engine.model import fused, host_embedding, packed, static_cache
 
-KERNELS = ("age", "apply", "attend", "attend_latent", "dense", "dequantize_rows", "fill", "gated", "linear", "linears",
-           "quantize", "resolve_experts", "resolve_neurons", "route", "score", "score_up", "select", "select_above",
-           "settle")
+KERNELS = ("age", "apply", "attend", "attend_latent", "choose", "dense", "dequantize_rows", "fill", "gated_linears",
+           "linear", "linears", "quantize", "resolve_experts", "resolve_neurons", "score", "score_up", "select",
+           "select_above", "settle", "settled_linears")
 LAUNCHES = {"apply": 3, "dense": 4, "age": 3, "attend_latent": 3}  # kernels on a card, where not one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
          "empty", "detach", "alias")  # nothing for a device to do

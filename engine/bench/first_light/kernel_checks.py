@@ -24,12 +24,13 @@ from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
+from kernels.trunk.choose import Entrance, Reader, choose
 from kernels.trunk.delta import Mixer, delta
-from kernels.trunk.gated import gated
+from kernels.trunk.gated import gated_linears
 from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
-from kernels.trunk.route import Choice, route
-from kernels.trunk.settle import Settling, settle
+from kernels.trunk.route import Choice
+from kernels.trunk.settle import Settling, settle, settled_linears
 from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
@@ -317,10 +318,15 @@ def _delta(case: Case) -> Compared:
 
 
 def _gated(case: Case) -> Compared:
-    """A shared expert with its logit, and one without."""
-    rows = torch.randn(case.n_tokens, 1 + 2 * 512, generator=torch.Generator().manual_seed(17))
-    both = rows, rows[:, 1:]
-    return (tuple(case.call(gated, part.to(case.device)) for part in both), tuple(map(gated.reference, both)), VALUES)
+    """A shared expert's way back with its logit, and one without."""
+    draw, found, expected = torch.Generator().manual_seed(17), [], []
+    rows = torch.randn(case.n_tokens, 1 + 2 * 512, generator=draw)
+    back, residual = ((*random_matrix(64, 512, 4, draw), None),), torch.randn(case.n_tokens, 64, generator=draw)
+    for part in (rows, rows[:, 1:]):
+        there = _there((part, back, residual), case.device)
+        found.append(case.call(gated_linears, there[0], Matrices(there[1]), there[2]))
+        expected.append(gated_linears.reference(part, Matrices(back), residual))
+    return tuple(found), tuple(expected), VALUES
 
 
 def _settle(case: Case) -> Compared:
@@ -331,16 +337,31 @@ def _settle(case: Case) -> Compared:
         given = rows[0], rows[1], how, rows[2]
         found += case.call(settle, *_there(given, case.device))
         expected += settle.reference(*given)
+    back, how = ((*random_matrix(2816, 512, 4, draw), None),), Settling(norms[0], 1e-6, then=norms[3])
+    given = rows[0, :, :512].contiguous(), back, rows[1], how
+    x, parts, *rest = _there(given, case.device)
+    found += case.call(settled_linears, x, Matrices(parts), *rest)
+    expected += settled_linears.reference(given[0], Matrices(back), *given[2:])
     return tuple(found), tuple(expected), VALUES
 
 
-def _route(case: Case) -> Compared:
-    """The best 8 of 128, Qwen3's and DeepSeek's; an id that is another one is further off than VALUES."""
+def _choose(case: Case) -> Compared:
+    """The best 8 of 128, Qwen3's and DeepSeek's, with a shared expert behind them and without, or read behind another
+    norm; an id that is another one is further off than VALUES. What is quantised counts by its scales."""
     draw, found, expected = torch.Generator().manual_seed(11), [], []
-    logits = torch.randn(case.n_tokens, 128, generator=draw)
-    for choice in (Choice(8, True), Choice(8, True, True, torch.rand(128, generator=draw), 8, 4, 2, 2.5)):
-        found += case.call(route, logits.to(case.device), _there(choice, case.device))
-        expected += route.reference(logits, choice)
+    hidden = case.shape.hidden
+    x, norms = torch.randn(case.n_tokens, hidden, generator=draw), torch.rand(2, hidden, generator=draw) + 0.5
+    router = (torch.randn(128, hidden, generator=draw).div(hidden ** 0.5).bfloat16(), None, None)
+    more = tuple((*random_matrix(32, hidden, 4, draw), None) for _ in range(2))
+    of_groups = Choice(8, True, True, torch.rand(128, generator=draw), 8, 4, 2, 2.5)
+    for choice, behind, beside in ((Choice(8, True), (), ()), (of_groups, more, ()), (Choice(8, True), (), more)):
+        for device, function, made in ((case.device, partial(case.call, choose), found),
+                                       ("cpu", choose.reference, expected)):
+            own, parts, other, given, activation = _there((choice, (router, *behind), beside, norms, x), device)
+            second = Reader(Matrices(other), given[1], 1e-6) if beside else None
+            entrance = Entrance(Reader(Matrices(parts), given[0], 1e-6), 128, own, second)
+            rows, normed, ids, shares, _, *quantised = function(activation, entrance, case.layout)
+            made += rows if rows.shape[1] else normed, normed, ids, shares, quantised[0], quantised[3]
     return tuple(found), tuple(expected), VALUES
 
 
@@ -348,7 +369,7 @@ CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score":
           "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense, "mixture": _mixed,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
-          "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "route": _route,
+          "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "choose": _choose,
           "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
           "delta": _delta, "gated": _gated, "settle": _settle}
 

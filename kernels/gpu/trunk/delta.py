@@ -1,6 +1,8 @@
-"""Device version of kernels/trunk/delta.py: the convolution channel by channel, then a block a head of values.
+"""Device version of kernels/trunk/delta.py: a block a head of values, from the convolution to the gated norm.
 
-A block keeps its head's whole matrix in registers: one read and one write of it, whatever the number of tokens.
+A block keeps its head's whole matrix in registers: one read and one write of it, whatever the number of tokens. The
+blocks that share a head of keys convolve its channels each for itself, and the last of them to finish leaves in the
+state what the convolution saw of these (last.py): until then the others may still read what was there.
 """
 from __future__ import annotations
 
@@ -8,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.trunk.last import MOST, counters, is_last
 from kernels.trunk.delta import LEAST, Mixer
 from kernels.trunk.linear import MOST_TOKENS
 
 Tensor = torch.Tensor
-
-CHANNELS = 128  # of a block
 
 
 @triton.jit
@@ -28,23 +29,18 @@ def _seen(projected, columns, at, channel, token, width, there, WIDTH: tl.conste
 
 
 @triton.jit
-def _convolve(projected, columns, row, taps, out, n_tokens, width, channels, keys, q0, q1, k0, k1, v0, v1,
-              KEY: tl.constexpr, VALUES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: blocks of C. -> out [T, C]. keys: channels of the queries, and as many of the keys; VALUES: numbers a head
-    of keys. q0 and q1, ...: where a kind begins in a row of projections, and its stride between heads of keys."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = channel < channels
-    key, value = channel - keys, channel - 2 * keys
-    at = tl.where(value >= 0, v0 + value // VALUES * v1 + value % VALUES, k0 + key // KEY * k1 + key % KEY)
-    at = tl.where(channel < keys, q0 + channel // KEY * q1 + channel % KEY, at)
-    for token in range(n_tokens):
-        total = tl.zeros((BLOCK,), tl.float32)
-        for tap in tl.static_range(WIDTH):
-            seen = _seen(projected, columns, at, channel, token + 1 + tap, width, there, WIDTH)
-            total += seen * tl.load(taps + channel * WIDTH + tap, mask=there, other=0)
-        tl.store(out + token * channels + channel, total * tl.sigmoid(total), mask=there)
-    written = columns + tl.load(row) * channels * WIDTH
-    tl.debug_barrier()  # every column has been read
+def _convolve(projected, columns, taps, out, at, channel, token, width, there, WIDTH: tl.constexpr):
+    """Channels of one token, behind the convolution and its gate."""
+    total = tl.zeros(channel.shape, tl.float32)
+    for tap in tl.static_range(WIDTH):
+        seen = _seen(projected, columns, at, channel, token + 1 + tap, width, there, WIDTH)
+        total += seen * tl.load(taps + channel * WIDTH + tap, mask=there, other=0)
+    tl.store(out, total * tl.sigmoid(total), mask=there)
+
+
+@triton.jit
+def _keep(projected, columns, written, at, channel, n_tokens, width, there, WIDTH: tl.constexpr):
+    """The last columns of these channels into the state, which may be the one that is read."""
     for tap in tl.static_range(WIDTH):  # in this order, what is read has not been written yet
         seen = _seen(projected, columns, at, channel, n_tokens + tap, width, there, WIDTH)
         tl.debug_barrier()
@@ -52,23 +48,37 @@ def _convolve(projected, columns, row, taps, out, n_tokens, width, channels, key
 
 
 @triton.jit
-def _recur(mixed, projected, state, row, rate, bias, norm, out, n_tokens, channels, width, heads, z0, z1, b0, b1, a0,
-           a1, epsilon, least, scale, PER: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KEYS: tl.constexpr,
-           VALUES: tl.constexpr):
-    """Grid: Hv. mixed [T, C]; KEYS, VALUES: the next powers of two to Dk and Dv."""
+def _delta(projected, columns, state, row, taps, rate, bias, norm, mixed, out, counters, n_tokens, channels, width,
+           heads, q0, q1, k0, k1, v0, v1, z0, z1, b0, b1, a0, a1, epsilon, least, scale, PER: tl.constexpr,
+           KEY: tl.constexpr, VALUE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, WIDTH: tl.constexpr):
+    """Grid: Hv. mixed [T, Hv, 2 Dk + Dv]: what the convolution makes, which a block reads back, as numbers that it
+    makes where it needs them stand in every thread's registers (333 spilled on sm_75). q0 and q1, ...: where a kind
+    begins in a row of projections, and its stride between heads of keys; KEYS, VALUES: the next powers of two to Dk and
+    Dv."""
     head = tl.program_id(0)
     group, within = head // PER, head % PER
     key, value = tl.arange(0, KEYS), tl.arange(0, VALUES)
     is_key, is_value = key < KEY, value < VALUE
     at, inside = (head * KEY + key)[:, None] * VALUE + value[None], is_key[:, None] & is_value[None]
-    held = tl.load(state + at, mask=inside, other=0)
     rate, bias = tl.load(rate + head), tl.load(bias + head)
     weight = tl.load(norm + value, mask=is_value, other=0)
+    all_keys = heads // PER * KEY
+    q_at, q_channel = q0 + group * q1 + key, group * KEY + key
+    k_at, k_channel = k0 + group * k1 + key, all_keys + group * KEY + key
+    v_at, v_channel = v0 + group * v1 + within * VALUE + value, 2 * all_keys + head * VALUE + value
+    mixed, next_token = mixed + head * (2 * KEY + VALUE), heads * (2 * KEY + VALUE)
     for token in range(n_tokens):
-        own, given = mixed + token * channels, projected + token * width
-        q = tl.load(own + group * KEY + key, mask=is_key, other=0)
-        k = tl.load(own + (heads // PER + group) * KEY + key, mask=is_key, other=0)
-        v = tl.load(own + 2 * (heads // PER) * KEY + head * VALUE + value, mask=is_value, other=0)
+        own = mixed + token * next_token
+        _convolve(projected, columns, taps, own + key, q_at, q_channel, token, width, is_key, WIDTH)
+        _convolve(projected, columns, taps, own + KEY + key, k_at, k_channel, token, width, is_key, WIDTH)
+        _convolve(projected, columns, taps, own + 2 * KEY + value, v_at, v_channel, token, width, is_value, WIDTH)
+    tl.debug_barrier()
+    held = tl.load(state + at, mask=inside, other=0)
+    for token in range(n_tokens):
+        own, given = mixed + token * next_token, projected + token * width
+        q = tl.load(own + key, mask=is_key, other=0)
+        k = tl.load(own + KEY + key, mask=is_key, other=0)
+        v = tl.load(own + 2 * KEY + value, mask=is_value, other=0)
         z = tl.load(given + z0 + group * z1 + within * VALUE + value, mask=is_value, other=0)
         share = tl.sigmoid(tl.load(given + b0 + group * b1 + within))
         above = tl.load(given + a0 + group * a1 + within) + bias
@@ -81,7 +91,14 @@ def _recur(mixed, projected, state, row, rate, bias, norm, out, n_tokens, channe
         found = tl.sum(held * q[:, None], axis=0) * scale
         found = weight * (found * (1.0 / tl.sqrt_rn(tl.sum(found * found, axis=0) / VALUE + epsilon)))
         tl.store(out + (token * heads + head) * VALUE + value, found * (z * tl.sigmoid(z)), mask=is_value)
-    tl.store(state + tl.load(row) * heads * KEY * VALUE + at, held, mask=inside)
+    to = tl.load(row)
+    tl.store(state + to * heads * KEY * VALUE + at, held, mask=inside)
+    written = columns + to * channels * WIDTH
+    tl.debug_barrier()  # every column has been read
+    _keep(projected, columns, written, v_at, v_channel, n_tokens, width, is_value, WIDTH)
+    if is_last(counters + group, PER):
+        _keep(projected, columns, written, q_at, q_channel, n_tokens, width, is_key, WIDTH)
+        _keep(projected, columns, written, k_at, k_channel, n_tokens, width, is_key, WIDTH)
 
 
 def delta(projected: Tensor, columns: Tensor, state: Tensor, mixer: Mixer, row: Tensor | None = None) -> Tensor:
@@ -93,16 +110,14 @@ def delta(projected: Tensor, columns: Tensor, state: Tensor, mixer: Mixer, row: 
                                                                                        columns.shape[2])
     assert state.is_contiguous() and state.dtype == torch.float32 and row.dtype == torch.int64
     assert state.shape[1:] == (heads, mixer.key_size, mixer.value_size), state.shape
-    q, k, v, z, b, a = mixer.places
-    mixed = torch.empty(n_tokens, mixer.channels, dtype=torch.float32, device=projected.device)
+    assert mixer.key_heads <= MOST, mixer.key_heads
+    mixed = torch.empty(n_tokens, heads, 2 * mixer.key_size + mixer.value_size, dtype=torch.float32,
+                        device=projected.device)
     out = torch.empty(n_tokens, heads * mixer.value_size, dtype=torch.float32, device=projected.device)
-    _convolve[(triton.cdiv(mixer.channels, CHANNELS),)](
-        projected, columns, row, mixer.convolution, mixed, n_tokens, mixer.width, mixer.channels,
-        mixer.key_heads * mixer.key_size, *q, *k, *v, KEY=mixer.key_size, VALUES=per * mixer.value_size,
-        WIDTH=columns.shape[2], BLOCK=CHANNELS, num_warps=4)
-    _recur[(heads,)](
-        mixed, projected, state, row, mixer.rate, mixer.bias, mixer.norm, out, n_tokens, mixer.channels, mixer.width,
-        heads, *z, *b, *a, mixer.epsilon, LEAST, mixer.key_size ** -0.5, PER=per, KEY=mixer.key_size,
-        VALUE=mixer.value_size, KEYS=triton.next_power_of_2(mixer.key_size),
-        VALUES=triton.next_power_of_2(mixer.value_size), num_warps=8)
+    _delta[(heads,)](
+        projected, columns, state, row, mixer.convolution, mixer.rate, mixer.bias, mixer.norm, mixed,
+        out, counters(projected.device), n_tokens, mixer.channels, mixer.width, heads,
+        *(number for place in mixer.places for number in place), mixer.epsilon, LEAST, mixer.key_size ** -0.5, PER=per,
+        KEY=mixer.key_size, VALUE=mixer.value_size, KEYS=triton.next_power_of_2(mixer.key_size),
+        VALUES=triton.next_power_of_2(mixer.value_size), WIDTH=columns.shape[2], num_warps=8)
     return out

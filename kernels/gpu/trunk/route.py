@@ -1,13 +1,11 @@
-"""Device version of kernels/trunk/route.py: a block a token, which holds all of its router's numbers."""
+"""What kernels/trunk/route.py does, inside the launch of the router (choose.py): one block has all of a token's
+numbers."""
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from kernels.trunk.route import LEAST, Choice
-
-Tensor = torch.Tensor
 
 
 @triton.jit
@@ -32,15 +30,15 @@ def _kept(order, expert, size, GROUPS: tl.constexpr, KEPT: tl.constexpr, OF_GROU
 
 
 @triton.jit
-def _route(logits, correction, factors, ids, shares, n_experts, stride, scaling, K: tl.constexpr,
-           RENORMALISED: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, FACTORS: tl.constexpr,
-           GROUPS: tl.constexpr, KEPT: tl.constexpr, OF_GROUP: tl.constexpr, EXPERTS: tl.constexpr,
-           PICKS: tl.constexpr, EACH: tl.constexpr, LEAST: tl.constexpr):
-    """Grid: T. EXPERTS, PICKS, EACH: the next powers of two. Of equals the first comes first."""
-    token = tl.program_id(0)
+def chosen(logits, correction, factors, ids, shares, n_experts, scaling, K: tl.constexpr, RENORMALISED: tl.constexpr,
+           SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, FACTORS: tl.constexpr, GROUPS: tl.constexpr,
+           KEPT: tl.constexpr, OF_GROUP: tl.constexpr, EXPERTS: tl.constexpr, PICKS: tl.constexpr, EACH: tl.constexpr,
+           LEAST: tl.constexpr):
+    """One token's numbers, read past the first cache -> its ids and shares [K]. EXPERTS, PICKS, EACH: the next powers
+    of two. Of equals the first comes first."""
     expert, pick = tl.arange(0, EXPERTS), tl.arange(0, PICKS)
     there = expert < n_experts
-    value = tl.load(logits + token * stride + expert, mask=there, other=float("-inf"))
+    value = tl.load(logits + expert, mask=there, other=float("-inf"), cache_modifier=".cg")
     if SIGMOID:
         share = tl.sigmoid(value)
     else:
@@ -55,10 +53,10 @@ def _route(logits, correction, factors, ids, shares, n_experts, stride, scaling,
     if GROUPS > 1:
         size = n_experts // GROUPS
         order = tl.where(_kept(order, expert, size, GROUPS, KEPT, OF_GROUP, EACH), order, float("-inf"))
-    chosen, picked = tl.zeros((PICKS,), tl.int32), tl.zeros((PICKS,), tl.float32)
+    taken, picked = tl.zeros((PICKS,), tl.int32), tl.zeros((PICKS,), tl.float32)
     for i in tl.static_range(K):
         best = tl.argmax(order, axis=0, tie_break_left=True)
-        chosen = tl.where(pick == i, best, chosen)
+        taken = tl.where(pick == i, best, taken)
         picked = tl.where(pick == i, tl.sum(tl.where(expert == best, share, 0), axis=0), picked)
         order = tl.where(expert == best, float("-inf"), order)
     if RENORMALISED:
@@ -67,22 +65,14 @@ def _route(logits, correction, factors, ids, shares, n_experts, stride, scaling,
             total += LEAST
         picked = picked / total
     if FACTORS:
-        picked *= tl.load(factors + chosen)
-    tl.store(ids + token * K + pick, chosen.to(tl.int64), mask=pick < K)
-    tl.store(shares + token * K + pick, picked * scaling, mask=pick < K)
+        picked *= tl.load(factors + taken)
+    tl.store(ids + pick, taken.to(tl.int64), mask=pick < K)
+    tl.store(shares + pick, picked * scaling, mask=pick < K)
 
 
-def route(logits: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """As kernels.trunk.route.route."""
-    (n_tokens, n_experts), top_k = logits.shape, choice.top_k
-    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and top_k <= n_experts, (logits.shape, top_k)
-    ids = torch.empty(n_tokens, top_k, dtype=torch.int64, device=logits.device)
-    shares = torch.empty(n_tokens, top_k, dtype=torch.float32, device=logits.device)
-    corrected, has_factors = choice.correction is not None, choice.factors is not None
-    _route[(n_tokens,)](logits, choice.correction if corrected else logits, choice.factors if has_factors else logits,
-                        ids, shares, n_experts, logits.stride(0), choice.scaling, K=top_k,
-                        RENORMALISED=choice.renormalised, SIGMOID=choice.sigmoid, CORRECTED=corrected,
-                        FACTORS=has_factors, GROUPS=choice.groups, KEPT=choice.kept, OF_GROUP=choice.of_group,
-                        EXPERTS=triton.next_power_of_2(n_experts), PICKS=triton.next_power_of_2(top_k),
-                        EACH=triton.next_power_of_2(choice.groups), LEAST=LEAST, num_warps=1)
-    return ids, shares
+def constants(choice: Choice, n_experts: int) -> dict[str, object]:
+    """Of `chosen`."""
+    return dict(K=choice.top_k, RENORMALISED=choice.renormalised, SIGMOID=choice.sigmoid,
+                CORRECTED=choice.correction is not None, FACTORS=choice.factors is not None, KINDS=choice.groups,
+                KEPT=choice.kept, OF_GROUP=choice.of_group, EXPERTS=triton.next_power_of_2(n_experts),
+                PICKS=triton.next_power_of_2(choice.top_k), EACH=triton.next_power_of_2(choice.groups), LEAST=LEAST)
