@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kernels.activation import Gate, quantize, quantize_activation
 from kernels.apply import apply
-from kernels.dense import dense, dequantize
+from kernels.dense import dense, dequantize, grouped, multiply_tile
 from kernels.dispatch import compile_all
 from kernels.evict import age
 from kernels.fill import fill
@@ -39,6 +39,7 @@ Tensor = torch.Tensor
 Case = tuple[Callable, tuple]       # a function of kernels/, what it is given on the host
 LAYOUT = Layout(256, 96, 64)
 VALUES = 1e-3                       # of the largest number: a card computes with activations of 16 bits
+SUMMED_IN_16_BITS = 1e-2            # where its sums have no more, either
 
 
 def main() -> int:
@@ -65,7 +66,8 @@ def agrees(run: Callable, function: Callable, given: tuple, device: str) -> bool
     if function is fill and device == "cuda":
         there = (given[0].pin_memory(), *there[1:])     # far memory, which the kernel reads where it is
     results = zip(tree_leaves((run(*there), there)), tree_leaves((function.reference(*here), here)), strict=True)
-    return all(_same(mine, theirs) for mine, theirs in results if isinstance(mine, Tensor) and mine.numel())
+    share = SUMMED_IN_16_BITS if function is multiply_tile else VALUES
+    return all(_same(mine, theirs, share) for mine, theirs in results if isinstance(mine, Tensor) and mine.numel())
 
 
 def _copied(leaf, device: str):
@@ -74,11 +76,11 @@ def _copied(leaf, device: str):
     return leaf.clone().to(device) if isinstance(leaf, Tensor) else leaf
 
 
-def _same(mine: Tensor, theirs: Tensor) -> bool:
+def _same(mine: Tensor, theirs: Tensor, share: float) -> bool:
     mine = mine.cpu()
     if not mine.is_floating_point():
         return torch.equal(mine, theirs)
-    return torch.allclose(mine, theirs, rtol=0, atol=VALUES * float(theirs.abs().max()))
+    return torch.allclose(mine, theirs, rtol=0, atol=share * float(theirs.abs().max()))
 
 
 def cases() -> Iterator[Case]:
@@ -138,6 +140,9 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     mixture = Mixture(weight, LAYOUT.hidden - 5, torch.randn(2, LAYOUT.hidden - 5, generator=draw))
     yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate, None, None, mixture)
     yield dense, (x, blobs, place, LAYOUT, gate)
+    tokens, ends = torch.arange(70) % 2, torch.tensor([3, 3, 70], dtype=torch.int32)
+    yield multiply_tile, (x[:, :LAYOUT.hidden].contiguous(), tokens, ends, blobs, LAYOUT, gate)
+    yield grouped, (x, [blobs[2], blobs[0]], [1, 1], LAYOUT, gate)
     yield dequantize, (blobs, torch.zeros(3, 2 * n, LAYOUT.hidden), torch.zeros(3, n, LAYOUT.hidden), LAYOUT)
 
 

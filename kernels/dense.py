@@ -1,7 +1,7 @@
 """Level `exact`, and prefill: every neuron of the routed experts at 4 bits, from whole blobs. No scoring, no selection.
 
 Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs; of prefill n experts of
-a tile, or n picks: tokens, once for each expert that they go to.
+a tile, or n picks: tokens, once for each expert that they go to; t picks of a tile.
 """
 from __future__ import annotations
 
@@ -52,6 +52,26 @@ def grouped(x: Tensor, blobs: list[Tensor], counts: list[int], layout: Layout, g
             g, u = g + gate_bias[i], u + up_bias[i]
         out.append(gate(g, u) @ down)
     return torch.cat(out)
+
+
+@twin("kernels.gpu.grouped")
+def multiply_tile(x: Tensor, tokens: Tensor, ends: Tensor, blobs: Tensor, layout: Layout, gate: Gate,
+            gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """Prefill on a card: each expert of a tile over its own picks -> [t, hidden] like x, before the bias of down.
+
+    x float [T, hidden]; tokens integers [t], the token of each pick, one expert's behind another's; ends int32 [n],
+    behind the picks of each expert; blobs uint8 [n, blob_bytes]; gate_bias, up_bias float32 [n, I] or None.
+    """
+    out, begin = torch.empty(len(tokens), layout.hidden, dtype=x.dtype, device=x.device), 0
+    for at, end in enumerate(ends.tolist()):
+        rows = x[tokens[begin:end].long()].float()
+        gate_rows, up_rows, down = (matrix[:, :layout.hidden] for matrix in decode_blob(blobs[at], layout))
+        g, u = rows @ gate_rows.T, rows @ up_rows.T
+        if gate_bias is not None:
+            g, u = g + gate_bias[at], u + up_bias[at]
+        out[begin:end] = gate(g, u) @ down
+        begin = end
+    return out
 
 
 @twin("kernels.gpu.dequantize", "kernels.cpu.prefill.dequantize")

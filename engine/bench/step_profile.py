@@ -24,7 +24,8 @@ from engine.model.packed import stored_bytes
 
 # Kernels of kernels/gpu/ as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
-                  "_products", "_down", "_linear", "_add_splits", "_weigh", "_decide", "_free", "_dequantize"})
+                  "_products", "_down", "_linear", "_add_splits", "_weigh", "_decide", "_free", "_dequantize",
+                  "_halve", "_grouped_gate_up", "_grouped_down"})
 # Waits for a stream or the device; a finished token is read by waiting for an event, which is none of these. The
 # profiler's own wait at its end counts as well.
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})

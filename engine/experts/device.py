@@ -16,7 +16,7 @@ import torch
 from engine.core import SPARSE_LEVELS, UserError
 from engine.experts.cache import kept_objects
 from engine.experts.layer import LayerExperts, LevelPlan
-from engine.experts.prefill import PRODUCT_ROW, Staging, product
+from engine.experts.prefill import PRODUCT_ROW, Staging, decodes
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
 from kernels.layout import Layout
@@ -36,13 +36,13 @@ class DeviceRuntime(Runtime):
     def __init__(self, far: Far, layers: list[LayerExperts], top_k: int, plans: dict[str, LevelPlan], level: str,
                  near_bytes: int | None = None, predict: bool = True, device: str = "cuda", tokens: int = 1,
                  dtype: torch.dtype = torch.float32) -> None:
-        """dtype: of prefill's matrices, that of the trunk."""
+        """dtype: of prefill's activations, that of the trunk."""
         assert 1 <= tokens <= MOST_TOKENS, tokens
-        _check(far, layers, dtype)
+        _check(far, layers, dtype if decodes(device) else None)
         for layer in range(far.layers):
             for expert in range(far.experts):
                 far.verify(layer, expert)
-        self.staging = Staging(far.layout, far.experts, device, dtype)
+        self.staging = Staging(far.layout, far.experts, device, dtype, decodes=decodes(device))
         super().__init__(far, layers, top_k, plans, level, near_bytes, predict, device, tokens)
 
     # --- what a fused step has made already ---------------------------------------------------------------------
@@ -111,23 +111,23 @@ class DeviceRuntime(Runtime):
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Every routed expert once, in order, over the tokens that chose it. Waits for the routing. x: any float; a
         fused step reads few tokens in float32."""
-        x = x.to(self.staging.dtype)
+        x = x.to(self.staging.dtype).contiguous()
         picks, top_k = torch.where(ids < 0, self.far.experts, ids).flatten(), ids.shape[1]  # none: behind all others
         order = picks.argsort(stable=True)
+        tokens = order // top_k
         counts = torch.bincount(picks, minlength=self.far.experts).tolist()[:self.far.experts]
         first, slots = list(accumulate(counts, initial=0)), self._near_slots(layer.index)
         out = x.new_zeros(len(picks), x.shape[1])  # a row for each pick of a token
         wanted = [expert for expert, n in enumerate(counts) if n]
-        ends = torch.tensor([first[expert + 1] for expert in wanted], dtype=torch.int32, pin_memory=x.is_cuda)
-        ends, done = ends.to(x.device, non_blocking=True), 0
+        there = torch.tensor([wanted, [first[expert + 1] for expert in wanted]], dtype=torch.int32,
+                             pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+        done = 0
         for group, tile in self.staging.stream(wanted, partial(self._into_tile, layer.index, slots)):
             start, end = first[group[0]], first[group[-1] + 1]
-            rows, of_group = order[start:end], ends[done:done + len(group)] - start
+            rows, (experts, ends) = order[start:end], there[:, done:done + len(group)]
             done += len(group)
-            chosen = picks[rows].long()
-            biases = layer.neuron_biases(chosen)
-            y = product(x[rows // top_k], of_group, *self.staging.decoded(tile), layer.gate, biases)
-            out[rows] = layer.finish(y, chosen).to(out.dtype)
+            y = self.staging.product(x, tokens[start:end], ends - start, tile, layer.gate, layer.neuron_biases(experts))
+            out[rows] = layer.finish(y, picks[rows].long()).to(out.dtype)
         return _in_order(out.view(*ids.shape, -1), weights)
 
     def _near_slots(self, layer: int) -> list[int]:
@@ -160,10 +160,11 @@ def _in_order(y: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def _check(far: Far, layers: list[LayerExperts], dtype: torch.dtype) -> None:
+def _check(far: Far, layers: list[LayerExperts], decoded: torch.dtype | None) -> None:
+    """decoded: what torch's product multiplies, where it does."""
     if not isinstance(far, FarBlobs):
         raise NoDevicePath("An uncompressed checkpoint is computed expert by expert; compress it first.")
-    if far.neurons * dtype.itemsize % PRODUCT_ROW:
+    if decoded and far.neurons * decoded.itemsize % PRODUCT_ROW:
         raise NoDevicePath(f"Experts of {far.neurons} neurons do not suit the card's matrix product; they run on the "
                            "host.")
     if any(layer.gate.kind == "other" for layer in layers):

@@ -1,11 +1,13 @@
 """Whole experts for many tokens: on a processor a few at a time from their codes, on a card tile by tile.
 
 On a card packed blobs cross the link ahead of the compute. A tile is a few consecutive experts of one layer, never a
-layer: two of them take 128 MB where two layers would take most of a gigabyte. While one is decoded by one kernel into
-16-bit matrices and multiplied by torch's grouped product, the next one is copied on a stream of its own. What is near
-is copied from near memory instead, which stays as it is.
+layer: two of them take 128 MB where two layers would take most of a gigabyte. While one is multiplied as it is packed
+(kernels/gpu/grouped.py), the next one is copied on a stream of its own. What is near is copied from near memory
+instead, which stays as it is. Cards whose matrix units Triton does not use decode a tile into 16-bit matrices for
+torch's grouped product.
 
-Legend: n experts of a tile, I neurons, H hidden, t tokens of all of them.
+Legend: n experts of a tile, I neurons, H hidden, T tokens, t picks: tokens, once for each of these experts
+that they go to.
 """
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from engine.planning.sizes import tile_experts
+from engine.planning.sizes import PACKED_FROM, tile_experts
 from kernels.activation import Gate
-from kernels.dense import dequantize
+from kernels.dense import dequantize, multiply_tile
 from kernels.layout import Layout
 
 Tensor = torch.Tensor
@@ -24,17 +26,16 @@ PRODUCT_ROW = 16  # bytes: what torch's grouped product asks of a row of its ope
 
 
 class Staging:
-    """Two tiles uint8 [n, blob_bytes], filled and read by turns, and the matrices that one of them is decoded into."""
+    """Two tiles uint8 [n, blob_bytes], filled and read by turns, and where they are decoded, the matrices of one."""
 
     def __init__(self, layout: Layout, experts: int, device: str, dtype: torch.dtype = torch.float32,
-                 per_tile: int | None = None) -> None:
-        """experts: of a layer. dtype: of the matrices. per_tile: experts of a tile, else as planned."""
+                 per_tile: int | None = None, decodes: bool = False) -> None:
+        """experts: of a layer. dtype: of activations and matrices. per_tile: experts of a tile, else as planned."""
         self.layout, self.per_tile = layout, per_tile or tile_experts(experts, layout.blob_bytes)
         self.tiles = torch.empty(2, self.per_tile, layout.blob_bytes, dtype=torch.uint8, device=device)
-        shape = (self.per_tile, layout.neurons, layout.hidden)
         self.dtype = dtype
-        self._gate_up = torch.empty(shape[0], 2 * shape[1], shape[2], dtype=dtype, device=device)
-        self._down = torch.empty(shape, dtype=dtype, device=device)
+        self._matrices = [torch.empty(self.per_tile, rows * layout.neurons, layout.hidden, dtype=dtype, device=device)
+                          for rows in ((2, 1) if decodes else ())]     # gate and up, down
         on_card = self.tiles.is_cuda
         self._stream = torch.cuda.Stream() if on_card else None
         self._filled, self._read = ([torch.cuda.Event() if on_card else None for _ in range(2)] for _ in range(2))
@@ -74,22 +75,22 @@ class Staging:
         if self._stream is not None:
             self._read[turn % 2].record()
 
-    def decoded(self, tile: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [n, blob_bytes] -> gate_up [n, 2I, H], down [n, I, H] at 4 bits, until the next call."""
-        gate_up, down = self._gate_up[:len(tile)], self._down[:len(tile)]
+    def product(self, x: Tensor, tokens: Tensor, ends: Tensor, tile: Tensor, gate: Gate, biases: tuple) -> Tensor:
+        """The experts of a tile, each over its own picks -> [t, H], as kernels.dense.multiply_tile."""
+        if not self._matrices:
+            return multiply_tile(x, tokens, ends, tile, self.layout, gate, *biases)
+        gate_up, down = (matrix[:len(tile)] for matrix in self._matrices)
         dequantize(tile, gate_up, down, self.layout)
-        return gate_up, down
+        g, u = F.grouped_mm(x[tokens], gate_up.transpose(1, 2), offs=ends).split(self.layout.neurons, 1)
+        if biases[0] is not None:
+            of_row = torch.searchsorted(ends, torch.arange(len(tokens), dtype=ends.dtype, device=x.device), right=True)
+            g, u = g + biases[0][of_row], u + biases[1][of_row]
+        return F.grouped_mm(gate(g, u).to(x.dtype), down, offs=ends)
 
 
-def product(x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, kind: Gate, biases: tuple) -> Tensor:
-    """Whole experts, each over its own rows: x [t, H] in their order -> [t, H].
-
-    ends int32 [n]: behind the rows of each expert. biases: of gate and up of every row [t, I], or None.
-    """
-    g, u = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).split(down.shape[1], 1)
-    if biases[0] is not None:
-        g, u = g + biases[0], u + biases[1]
-    return F.grouped_mm(kind(g, u).to(x.dtype), down, offs=ends)
+def decodes(device: str) -> bool:
+    """Whether tiles are decoded for torch's product, because Triton's makes no use of this card's matrix units."""
+    return device.startswith("cuda") and torch.cuda.get_device_capability() < PACKED_FROM
 
 
 def expert_by_expert(x: Tensor, ids: Tensor, weights: Tensor, whole: Callable[[int, Tensor], Tensor]) -> Tensor:

@@ -32,7 +32,9 @@ ATTENTION_SHARE = 0.2          # of the bandwidth: one query row of a few heads 
 MISS_LATENCY_SECONDS = 4e-6    # a layer with few misses waits for the link's latency, not for its bandwidth
 PAGEABLE_SHARE = 0.3           # a copy from memory that is not page-locked: 6-7 of 20-25 GB/s
 MATRIX_SHARE = 0.5             # of a card's printed matrix operations in prefill
-SCRATCH_BYTES = 4              # prefill writes every decoded weight once and reads it once, 16 bits each
+# Prefill that decodes writes every weight once and reads it once, 16 bits each; what the product of packed planes takes
+# instead has not been measured, so it counts as much.
+SCRATCH_BYTES = 4
 
 CPU_DEFAULTS = {"gemv_bytes_per_second": 10e9, "copy_bytes_per_second": 5e9, "operation_seconds": 6e-6,
                 "packed_bytes_per_second": 6e9, "decode_weights_per_second": 1e9, "flops_per_second": 0.1e12}

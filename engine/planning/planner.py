@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.core import Machine, ModelSpec, Options, UserError
 from engine.machine.process_memory import CUDA_CONTEXT_BYTES
+from engine.machine.table import capability_of
 from engine.planning import cost_model, explain, miss_curves
 from engine.planning.arena import ArenaSizes, Split
 from engine.planning.plan import Near, Plan, PlanRequest
@@ -128,7 +129,7 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
             common: dict) -> Plan:
     level, context, chunk = common["level"], common["context"], common["chunk"]
     embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cuda")
-    each, memory = expert_bytes(model, layout, level), _card_memory(model, layout, context, chunk, trunk)
+    each, memory = expert_bytes(model, layout, level), _card_memory(model, machine, layout, context, chunk, trunk)
     far, tables = model.n_experts_total * each, table_bytes(model, level)
     # A layer is locked or it is not; the first ones are.
     locked = model.layers if far <= machine.pinned_limit_bytes else machine.pinned_limit_bytes * model.layers // far
@@ -155,14 +156,15 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
                      ram_free_bytes=machine.ram_free_bytes)
 
 
-def _card_memory(model: ModelSpec, layout: Layout, context: int, chunk: int,
+def _card_memory(model: ModelSpec, machine: Machine, layout: Layout, context: int, chunk: int,
                  trunk: int) -> tuple[tuple[str, int], ...]:
     """Video memory besides near memory. The step's own recurrent states have a second row (model/static_cache.py)."""
     return (("trunk", trunk), ("context memory (KV)", model.kv_bytes_per_token * context),
             ("recurrent and window state", model.state_bytes_at(context) + model.recurrent_bytes),
             ("side jobs' context memory", side_bytes(model, context)),
             ("driver context and kernels", CUDA_CONTEXT_BYTES), ("graph pool", GRAPH_POOL_BYTES),
-            ("staging", staging_bytes(model, layout)), ("routers for looking ahead", router_copy_bytes(model)),
+            ("staging", staging_bytes(model, layout, capability_of(machine.compute_capability))),
+            ("routers for looking ahead", router_copy_bytes(model)),
             ("prefill workspace", prefill_bytes(model, chunk, context)), ("reserve", FRAGMENTATION_BYTES))
 
 

@@ -9,6 +9,8 @@ SIDE_CONTEXT = 512  # tokens of a job beside the conversation, which has a cache
 DEFAULT_CHUNK = {"cuda": 2048, "cpu": 128}
 DEFAULT_TRUNK_BITS = {"cuda": 4, "cpu": 8}
 MIB = 2**20
+# Compute capability from which Triton's products use a card's matrix units (3.7 makes those of 7.5 of additions).
+PACKED_FROM = (8, 0)
 # Video memory besides weights, cache and slots.
 GRAPH_POOL_BYTES = 150 * 10**6
 TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
@@ -66,9 +68,11 @@ def planned_chunk(model: ModelSpec, device: str, context: int) -> int:
     return chunk
 
 
-def staging_bytes(model: ModelSpec, layout: Layout) -> int:
-    """On a card: two tiles of packed experts on their way in, and the 16-bit matrices that one is decoded into."""
-    return tile_experts(model.experts, layout.blob_bytes) * 2 * (layout.blob_bytes + model.expert_params)
+def staging_bytes(model: ModelSpec, layout: Layout, capability: tuple[int, ...]) -> int:
+    """On a card: two tiles of packed experts on their way in, and where they cannot be multiplied as they are, the
+    16-bit matrices that one is decoded into."""
+    decoded = model.expert_params if capability < PACKED_FROM else 0
+    return tile_experts(model.experts, layout.blob_bytes) * 2 * (layout.blob_bytes + decoded)
 
 
 def prefill_bytes(model: ModelSpec, chunk: int, context: int) -> int:

@@ -18,6 +18,7 @@ from kernels.gpu import apply as gpu_apply
 from kernels.gpu import dequantize as gpu_dequantize
 from kernels.gpu import evict as gpu_evict
 from kernels.gpu import fill as gpu_fill
+from kernels.gpu import grouped as gpu_grouped
 from kernels.gpu import linear as gpu_linear
 from kernels.gpu import pool as gpu_pool
 from kernels.gpu import score as gpu_score
@@ -41,7 +42,8 @@ from tests.support.random_experts import random_latent, random_mixer, random_set
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and
 # another version may take twice as many (`_score` with four warps: 128 with Triton 3.7.1, 227 with 3.6.0).
-REGISTERS = {"_quantize": 40, "_score": 96, "_products": 128, "_down": 80, "_select": 128, "_take": 64}
+REGISTERS = {"_quantize": 40, "_score": 96, "_products": 128, "_down": 80, "_select": 128, "_take": 64,
+             "_grouped_gate_up": 192, "_grouped_down": 128}
 
 
 def cards() -> list:
@@ -95,6 +97,14 @@ def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
     layout = layout_of(hidden)
     return lambda: gpu_dequantize.dequantize(bytes_(1, layout.blob_bytes), torch.zeros(1, 1024, hidden, dtype=dtype),
                                                 torch.zeros(1, 512, hidden, dtype=dtype), layout)
+
+
+def grouped_call(hidden: int, neurons: int, kind: str = "silu", biased: bool = False, n: int = 4,
+                 dtype: torch.dtype = torch.bfloat16) -> Callable:
+    layout = Layout(hidden, neurons, default_group_size(hidden))
+    bias = (torch.zeros(n, neurons), torch.zeros(n, neurons)) if biased else ()
+    return lambda: gpu_grouped.multiply_tile(torch.zeros(40, hidden, dtype=dtype), torch.zeros(300, dtype=torch.int64),
+                                          integers(n), bytes_(n, layout.blob_bytes), layout, Gate(kind), *bias)
 
 
 def matrix(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,6 +287,39 @@ SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "score
               "gated of another kind", "choose of groups", "choose, padded",
               "latent, four tokens", "latent, many heads",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}
+
+
+# The catalogue's experts as prefill multiplies them: Qwen3.6's and Qwen3 30B's, Gemma 4's, gpt-oss's, Mixtral's, wide.
+GROUPED = {"2048": grouped_call(2048, 512, n=37), "2048, 768": grouped_call(2048, 768, n=25),
+           "2816": grouped_call(2816, 704, "gelu_tanh"), "2880": grouped_call(2880, 2880, "clamped_swiglu", True),
+           "4096": grouped_call(4096, 14_336, n=1), "5120": grouped_call(5120, 1536),
+           "16 bits": grouped_call(2048, 512, dtype=torch.float16)}
+
+
+MATRIX_UNITS = r"\bHG?MMA"
+
+
+@pytest.mark.parametrize("card", cards()[1:])       # not that of 7.5
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "2048" else pytest.mark.slow)
+                                  for name in GROUPED])
+def test_the_packed_product_uses_matrix_units(monkeypatch, name, card):
+    """With 16-bit sums, without spills, in a third of a multiprocessor's shared memory at most."""
+    launches = aot.recorded(GROUPED[name], monkeypatch)
+    assert [launch.kernel.__name__ for launch in launches] == ["_halve", "_grouped_gate_up", "_grouped_down"]
+    for launch in launches:
+        machine = aot.compiled(launch, card)
+        assert not machine.count(r"\b(STL|LDL)\b"), (launch.kernel.__name__, machine.registers)
+        taken = launch.kernel.__name__, machine.registers
+        assert machine.registers <= REGISTERS.get(launch.kernel.__name__, 128), taken
+        assert 3 * machine.shared <= aot.SHARED_LIMIT[card] and not machine.count(r"\bI2F")
+        products, in_16_bits = machine.count(MATRIX_UNITS), machine.count(MATRIX_UNITS + r"\S*\.F16")
+        assert products == in_16_bits and bool(products) == (launch.kernel.__name__ != "_halve")
+
+
+def test_older_cards_have_no_matrix_units_in_triton(monkeypatch):
+    """Once they have, tiles need not be decoded for them any more (engine/planning/sizes.py, PACKED_FROM)."""
+    _, launch, _ = aot.recorded(grouped_call(256, 64, n=1), monkeypatch)
+    assert not aot.compiled(launch, 75).count(MATRIX_UNITS) and aot.compiled(launch, 80).count(MATRIX_UNITS)
 
 
 # Heads of 512 numbers on a card whose matrix products are made of additions (Triton 3.7): loads and stores, at most.

@@ -17,7 +17,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(
     pytest.skip("the interpreter of Triton before 3.7 makes numbers of arrays, which numpy 2.5 refuses; install "
                 "triton>=3.7 or numpy<2.5", allow_module_level=True)
 
-FILES = ("memory", "choice", "product", "dequantize", "linear", "attend", "delta", "self_check")
+FILES = ("memory", "choice", "product", "prefill", "linear", "attend", "delta", "self_check")
 
 
 def run_cases(repository, marked: str, *names: str) -> None:

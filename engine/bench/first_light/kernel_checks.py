@@ -19,7 +19,7 @@ from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
 from kernels.activation import Gate, quantize, quantize_activation
 from kernels.apply import apply
-from kernels.dense import dense, dequantize
+from kernels.dense import dense, dequantize, multiply_tile
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
@@ -202,6 +202,18 @@ def _dequantize(case: Case) -> Compared:
     return tuple(made[0]), tuple(made[1]), SIXTEEN_BITS
 
 
+def _multiply_tile(case: Case) -> Compared:
+    """Prefill's product of packed planes: experts with no rows, one, 17 and two blocks; where Triton makes no use of
+    the card's matrix units, no prefill asks for it."""
+    draw, shape = torch.Generator().manual_seed(23), case.shape
+    ends = torch.tensor([0, 1, 18, 130], dtype=torch.int32)[:len(case.blobs)]
+    n, tokens = len(ends), torch.randint(0, 70, (int(ends[-1]),), generator=draw)
+    bias = (0.1 * torch.randn(2, n, shape.neurons, generator=draw)) if shape.biased else (None, None)
+    given = (torch.randn(70, shape.hidden, generator=draw), tokens, ends, case.blobs[:n].cpu(), case.layout, case.gate,
+             *bias)
+    return (case.call(multiply_tile, *_there(given, case.device)),), (multiply_tile.reference(*given),), SIXTEEN_BITS
+
+
 def _matrices(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes and scales of the trunk's matrices, on the device: queries at 8 and 4 bits, and few rows."""
     draw = torch.Generator().manual_seed(3)
@@ -368,8 +380,9 @@ def _choose(case: Case) -> Compared:
 CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score": _score,
           "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense, "mixture": _mixed,
-          "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "linear": _linear,
-          "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend, "choose": _choose,
+          "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "multiply_tile": _multiply_tile,
+          "linear": _linear, "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend,
+          "choose": _choose,
           "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
           "delta": _delta, "gated": _gated, "settle": _settle}
 
