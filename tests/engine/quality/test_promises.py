@@ -1,8 +1,8 @@
-"""What the embedded model promises, on held-out chat and on held-out stories, each.
+"""What the embedded model promises, on held-out chat and on held-out stories, each; and how true its codes are.
 
 Losses are taken many tokens at once (the simulation that calibration uses); that the cache one token a step gives the
-same loss, and which bytes it moves, is measured on a shorter piece of the same texts. The embedded model was calibrated
-on the second halves of these files; only their first halves are read here.
+same loss, and which bytes it moves, is measured on a shorter piece of the same texts. Only the first 63 chats and 88
+stories are read here; the embedded model's codes and levels know others (its card says which), and of WikiText-2 none.
 """
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from engine.core import PROMISES, Options
 from engine.experts.layer import LevelPlan
 from engine.library.compress import compress
 from engine.model import load
+from engine.quality.calibrate import documents_of
 from engine.quality.evaluate import evaluate, longest
+from engine.quality.loss_probe import Sums, log_probabilities
 from engine.quality.sparse_forward import DecodedExperts, LayerTrace, Simulation
 from engine.quality.texts import read_tokens
 
 pytestmark = pytest.mark.slow
 TEXTS = ("heldout_chat.jsonl.xz", "heldout_tinystories.txt.xz")
-TOKENS, FEW_TOKENS = 20_000, 160
+TOKENS, FEW_TOKENS, KL_TOKENS = 20_000, 160, 6_000
 FP16 = 2  # bytes a weight
 
 
@@ -85,8 +87,8 @@ def texts(shared: Path, demo: Model) -> Texts:
 
 @pytest.fixture(scope="module")
 def trunks(shared: Path, tmp_path_factory: pytest.TempPathFactory, demo: Model) -> dict[int, Path]:
-    """The checkpoint compressed with its trunk as it is, and at 4 bits; the embedded model's has 8."""
-    folders = {bits: tmp_path_factory.mktemp("trunk") / str(bits) for bits in (16, 4)}
+    """The checkpoint compressed without a text, by the bits of its trunk; the embedded model's has 8."""
+    folders = {bits: tmp_path_factory.mktemp("trunk") / str(bits) for bits in (16, 8, 4)}
     for bits, folder in folders.items():
         compress(shared / "models" / "tiny-chat", folder, demo.runtime.far.layout.group, bits)
     return folders
@@ -98,6 +100,21 @@ def test_exact_and_the_trunk(demo: Model, trunks: dict[int, Path], texts: Texts,
     assert math.expm1(sixteen - texts.checkpoint[name]) <= 0.015
     assert math.expm1(demo.loss(None, texts, name) - sixteen) <= 0.003
     assert math.expm1(four - sixteen) <= 0.01
+
+
+@pytest.mark.parametrize(("name", "most"), [(TEXTS[0], 0.65), (TEXTS[1], 0.8), ("heldout_wikitext2.txt.xz", 0.55)])
+def test_codes_over_texts_diverge_less(demo: Model, trunks: dict[int, Path], shared: Path, name: str, most: float,
+                                       ) -> None:
+    """From the checkpoint, as a share of what those without a text do."""
+    checkpoint = load.load(shared / "models" / "tiny-chat", Options(level="full", device="cpu")).model
+    models, sums = (demo.loaded.model, open_at_best(trunks[8]).model), (Sums(), Sums())
+    with torch.inference_mode():
+        for ids in documents_of(shared / "data" / name, demo.loaded.tokenizer, KL_TOKENS):
+            reference = log_probabilities(checkpoint, ids)
+            for model, total in zip(models, sums, strict=True):
+                total.add(log_probabilities(model, ids), reference, ids[0, 1:])
+    ours, plain = (total.figures()["kl"] for total in sums)
+    assert ours <= most * plain, (ours, plain)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -123,15 +140,17 @@ def test_far_bytes_with_sketches_near_and_nothing_kept(demo: Model, texts: Texts
     assert fast <= routed * 3 * far.neurons * far.hidden * FP16 / 16
 
 
-@pytest.mark.parametrize("level", ["exact", "balanced", "fast"])
-def test_one_token_a_step_through_the_cache_loses_the_same(demo: Model, texts: Texts, level: str) -> None:
-    document = texts.documents[TEXTS[0]][1][:FEW_TOKENS]
+@pytest.mark.parametrize(("level", "apart"), [("exact", 1e-4), ("balanced", 5e-3), ("fast", 5e-3)])
+def test_one_token_a_step_through_the_cache_loses_the_same(demo: Model, texts: Texts, level: str, apart: float) -> None:
+    """A neuron at the edge of the budget falls to either side, as the sums of its scores are rounded: one document of
+    160 tokens differs by up to .02 nats then, either way."""
+    documents = [document[:FEW_TOKENS] for document in texts.documents[TEXTS[0]][1:5]]
     plan = demo.runtime.plans.get(level)
     with demo.runtime.hooked(Simulation(demo.decoded, plan)):
-        together = mean_loss(demo.loaded.model, [document])
+        together = mean_loss(demo.loaded.model, documents)
     for near in ("all", "sketches"):
-        row, = evaluate(demo.loaded, [document], [level], near).levels
-        assert math.log(row.perplexity) == pytest.approx(together, abs=2e-3)
+        row, = evaluate(demo.loaded, documents, [level], near).levels
+        assert math.log(row.perplexity) == pytest.approx(together, abs=apart)
 
 
 @pytest.mark.parametrize("name", TEXTS)
