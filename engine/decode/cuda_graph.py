@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from engine.decode.step import Step
+from engine.experts.hook import Hook
 
 POSITIONS = 2       # at which a graph has to prove itself
 WARM_UPS = 2 * POSITIONS  # runs before the recorded one: libraries pick their algorithms in the first of them
@@ -62,10 +63,13 @@ class Graphs:
         self.step, self.reason = step, ""
         self._capture = capture or Capture()
         self._graphs: dict[tuple, Run] = {}
+        self._hook: Hook | None = None  # with which there is a reason
 
     def launch(self, position: int) -> None:
         """The next token behind `position` tokens; returns before it is there."""
         key = self._key()
+        if self.reason and self._hook is not key[1]:
+            self.reason = ""  # what cannot be recorded with one hook may be with another
         if not self.reason and key not in self._graphs:
             self._make(key, position)
         self._graphs.get(key, self._run)()
@@ -78,13 +82,15 @@ class Graphs:
         return self.step.run if self.step.sampler.usual else self.step.compute
 
     def _key(self) -> tuple:
-        """What a graph was made for: it holds the addresses of one arena and one branch of look-ahead."""
+        """What a graph was made for: it holds the addresses of one arena and of one hook's tensors, and one branch of
+        look-ahead."""
         runtime = self.step.runtime
-        return runtime.n_arenas, runtime.kind, runtime.looks_ahead, self.step.sampler.usual
+        return runtime.n_arenas, runtime.hook, runtime.kind, runtime.looks_ahead, self.step.sampler.usual
 
     def _make(self, key: tuple, position: int) -> None:
         """A graph under `key`, or a reason why not; either way the sequence is where it was."""
-        self._graphs = {old: graph for old, graph in self._graphs.items() if old[0] == key[0]}  # older arenas are gone
+        # Older arenas are gone, and so are other hooks.
+        self._graphs = {old: graph for old, graph in self._graphs.items() if old[:2] == key[:2]}
         before = self.step.save(position)
         try:
             graph, agrees = self._prove(before)
@@ -98,6 +104,7 @@ class Graphs:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             self.reason = f"This model's step cannot be captured ({reason[0]})"
         if self.reason:
+            self._hook = key[1]
             self.reason += "; its kernels are launched one by one, which is slower."
             self.step.runtime.reset()  # a run that broke off has given places to what never came, and left its counts
         self.step.restore(before)
@@ -106,13 +113,19 @@ class Graphs:
         """-> the graph, and whether its replays compute what the step itself does."""
         run = self._run
         for strictly in (False, True):
-            self.step.restore(before)
+            self._back(before)
             expected, tokens = self._consecutive(partial(self._capture.beside, run, strictly))
         graph = self._capture.record(run)
-        self.step.restore(before)
+        self._back(before)
         found, _ = self._consecutive(graph, tokens)
         return graph, all(bool((a - b).abs().max() <= AGREEMENT * b.abs().max())
                           for a, b in zip(found, expected, strict=True))
+
+    def _back(self, before: tuple) -> None:
+        """To what was saved, and, where numbers depend on what is near, to a near memory with nothing in it."""
+        self.step.restore(before)
+        if self.step.runtime.hook is not None and self.step.runtime.hook.sees_near:
+            self.step.runtime.reset()
 
     def _consecutive(self, once: Run, tokens: Sequence[torch.Tensor] = ()) -> tuple[list, list]:
         """Logits and tokens of steps one behind the other. tokens: read in place of what the steps draw."""

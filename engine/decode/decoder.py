@@ -112,6 +112,8 @@ class DeviceDecoder:
                 self._launch(position + turn + 1, turn + 1)
                 drawn = self._packets.read(turn)
                 self._runtime.counted = list(drawn.counts)
+                if self._runtime.hook is not None:
+                    self._runtime.hook.counted(drawn.counts)
                 if not drawn.ended:
                     prefix.ids.append(drawn.token)  # the step ahead has read it
                 if self._adapts and turn % WINDOW == 0:
@@ -130,6 +132,8 @@ class DeviceDecoder:
         short prompt and a step, graphs are made. Afterwards nothing is read, near or counted; broken off, the model is
         to be closed."""
         step, context = self.step, self.prefix.cache.clock.context
+        hook = self._runtime.hook
+        before = [tensor.clone() for tensor in hook.state()] if hook else []
         ids = list(range(min(PIECE, context, len(step.logits))))
         yield COMPILING, 0.0
         self._runtime.phase = "prefill"
@@ -143,6 +147,8 @@ class DeviceDecoder:
             yield from self._record(len(ids) + 1)
         self.prefix.reset()
         self._runtime.forget()
+        for tensor, kept in zip(hook.state() if hook else [], before, strict=True):
+            tensor.copy_(kept)
 
     def _record(self, position: int) -> Iterator[Part]:
         """Graphs for the level that is set, also the one that an answer changes to where the link gets busy."""

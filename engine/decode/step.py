@@ -85,7 +85,7 @@ class Step:
     def _changed(self) -> list[Tensor]:
         sampler, runtime = self.sampler, self.runtime
         return [self.logits, self.token, self.left, self.packet, self.done, sampler.seen, sampler.n_drawn,
-                sampler.broken, runtime.counts, runtime.picks]
+                sampler.broken, runtime.counts, runtime.picks, *(runtime.hook.state() if runtime.hook else ())]
 
 
 class Packets:

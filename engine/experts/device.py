@@ -33,6 +33,8 @@ class NoDevicePath(UserError):
 class DeviceRuntime(Runtime):
     """NoDevicePath for experts that the kernels do not compute."""
 
+    is_recorded = True
+
     def __init__(self, far: Far, layers: list[LayerExperts], top_k: int, plans: dict[str, LevelPlan], level: str,
                  near_bytes: int | None = None, predict: bool = True, device: str = "cuda", tokens: int = 1,
                  dtype: torch.dtype = torch.float32) -> None:

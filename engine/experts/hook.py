@@ -13,11 +13,22 @@ class Hook:
     """What looks into a layer's experts, or changes what they do, while a model runs: see `Runtime.hook`.
 
     This one changes nothing; override what is needed. All is tensors on the runtime's device. In a step that is
-    recorded a hook may neither wait for the device nor decide by a value, and shapes stay. lossy: by what it changes
-    answers, in the words of engine/policies/choice.py.
+    recorded a hook may neither wait for the device nor decide by a value, and shapes stay; what it remembers is tensors
+    that are changed in place. lossy: by what it changes answers, in the words of engine/policies/choice.py. leaves_out:
+    whether it may give an expert weight 0, of which nothing is fetched then. sees_near: whether a step computes other
+    numbers where other experts are near.
     """
 
     lossy = ""
+    leaves_out, sees_near = True, False
+
+    def state(self) -> list[Tensor]:
+        """What a step changes of it, to be put back where a step is run only to be recorded."""
+        return []
+
+    def counted(self, counts: tuple[int, ...]) -> None:
+        """Between tokens, as soon as the host knows what the runtime counted: `Runtime.counts`, of the last token that
+        came back, which on a device is not the last that was launched."""
 
     def prompt_read(self) -> None:
         """A prompt has been read, its answer has not begun: what is fetched now belongs to no token."""
@@ -67,10 +78,11 @@ class Hook:
 
 class Hooked:
     """What has a hook; unset, it costs a comparison a layer. has_gaps: whether a pick may be of an expert without
-    weights."""
+    weights. is_recorded: whether a step may be recorded, so that nothing in it may look at a value."""
 
     hook: Hook | None = None
     has_gaps = False
+    is_recorded = False
 
     @contextmanager
     def hooked(self, hook: Hook) -> Iterator[None]:
@@ -84,4 +96,4 @@ class Hooked:
     @property
     def may_leave_out(self) -> bool:
         """Whether a pick of a step may have weight 0, of which nothing is fetched."""
-        return self.hook is not None or self.has_gaps
+        return self.has_gaps or self.hook is not None and self.hook.leaves_out

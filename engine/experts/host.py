@@ -24,6 +24,7 @@ from kernels.activation import quantize_activation
 from kernels.dense import dense, grouped
 from kernels.select import DOWN_ONLY
 from kernels.trunk.token import Mapped
+from kernels.weigh import Mixture, weigh
 
 Tensor = torch.Tensor
 PICKS = 512  # of prefill, at least, that are computed in one call: work for 16 threads; each takes 20 bytes of H
@@ -88,7 +89,8 @@ class HostRuntime(Runtime):
             place = self._demand(layer.index, rest, weights[:, ~far])
             sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
                                   *layer.neuron_biases(rest))
-        return partial(self._mixed, layer, x, lambda: sums, ids, weights, residual)
+        product = partial(_weighed, sums)
+        return partial(self._mixed, layer, x, product, ids, weights, residual)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor:
@@ -187,3 +189,8 @@ class HostRuntime(Runtime):
         self.far.verify(layer, expert)
         self.prefill_far_bytes += self.far.expert_bytes
         return self.far.blobs(layer)[expert, 0]
+
+
+def _weighed(sums: Tensor, mixture: Mixture | None = None) -> Tensor:
+    """Sums as `dense` gives them on."""
+    return sums if mixture is None else weigh(sums, mixture)

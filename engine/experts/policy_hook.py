@@ -1,7 +1,10 @@
 """Policies in a running model: the hook that asks engine/policies/ what to fetch ahead, what may stay, which experts
 count and how exactly. With an exact choice the output is the model's own to the bit; the others are for who asked.
 
-One object for one open model. What a policy learns it learns from decode steps of one token.
+One object for one open model. What a policy learns it learns from decode steps of one token, whose end it meets behind
+the last layer. Of a step it remembers only tensors that are changed in place, and looks at no value, so that a recorded
+step holds it; what looks at values (how a router weighs, where an answer begins, whether fetching ahead pays) does so
+while a prompt is read or between tokens.
 """
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from engine.policies import route
 from engine.policies.build import guesses_of, rules_of
 from engine.policies.choice import Choice, parse, refusal
 from engine.policies.predict import Payoff, Predictor
-from engine.policies.residency import stamps, stays_far
+from engine.policies.residency import Admitted, stamps, stays_far
 from kernels.evict import age
 
 Tensor = torch.Tensor
@@ -38,12 +41,13 @@ class PolicyHook(Hook):
                  learned: Mapping[str, Predictor] | None = None, **taught) -> None:
         """taught: what the residency rule takes besides, see engine/policies/build.py. UserError for a level or a model
         that a policy does not suit."""
-        if why := refusal(choice, runtime.level, "cpu"):
+        if why := refusal(choice, runtime.level, device_of(runtime)):
             raise UserError(why)
-        self.runtime, self.choice, self._taught, self._sizes = runtime, choice, taught, ()
+        self.runtime, self.choice, self._taught, self._made = runtime, choice, taught, {}
         far, k = runtime.far, runtime.top_k
         self._bases = BaseExperts(runtime) if choice.fidelity.name == "base" else None
         self._on_base: Tensor | None = None  # weights [T] of the base expert, from `routed` to `added`
+        learned = {name: network.to(runtime.device) for name, network in (learned or {}).items()}
         with torch.device(runtime.device):
             self.guesses = guesses_of(choice, far.layers, far.experts, k, far.hidden, learned)
             self.dropped, self.changed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
@@ -52,18 +56,35 @@ class PolicyHook(Hook):
             self._experts = torch.zeros(far.layers, k, dtype=torch.int64)
             self._shares = torch.zeros(far.layers, k, dtype=torch.float32)
             self._read = torch.zeros(far.layers * far.experts, dtype=torch.float32)
-        self.payoff, self._fresh, self._has_token = Payoff(), True, False
+        self.payoff, self._began_at = Payoff(), int(runtime.clock)
         prefix, record, weights = far.layout.prefix, far.layout.record, 3 * far.layout.padded
         self._bits = (8 * prefix / weights, 8 * record / weights)
         self._weigh: list[route.Weights | None] = [None] * far.layers
         self._reads = self.guesses.predictor.reads if self.guesses else frozenset()
         self._make_rules()
+        self._answer_begins()
         self._watch = (model.get_input_embeddings().register_forward_hook(self._embedded)
                        if "embedding" in self._reads else None)
 
     @property
     def lossy(self) -> str:
         return "" if self.choice.is_exact or not self.runtime.near.pools() else self.choice.text
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.choice.route.name != "exact" or self._bases is not None
+
+    @property
+    def sees_near(self) -> bool:
+        return bool(self.lossy) and (self.choice.route.name in ("near", "skip") or self.choice.fidelity.name != "exact")
+
+    def state(self) -> list[Tensor]:
+        self._make_rules()
+        parts = [part for part in (self.guesses and self.guesses.predictor, *self.rules) if part is not None]
+        parts += [rule.behind for rule in self.rules if isinstance(rule, Admitted)]
+        guessed = [self.guesses.named, self.guesses.asked] if self.guesses else []
+        return [*(value for part in parts for value in vars(part).values() if isinstance(value, Tensor)), *guessed,
+                self.dropped, self.changed, self._logits, self._experts, self._shares, self._read, *self._used]
 
     def close(self) -> None:
         """The model's embedding is no longer watched, and fetching ahead no longer rests."""
@@ -72,15 +93,18 @@ class PolicyHook(Hook):
             self._watch.remove()
 
     def _make_rules(self) -> None:
-        """For the pools as they are: another level or size has others."""
-        pools = [pool for pool, _ in self.runtime.near.pools()]
-        if self._sizes != (sizes := [(id(pool.slot_of), len(pool.object_of)) for pool in pools]):
-            self._sizes, layers = sizes, self.runtime.far.layers
-            self.rules = rules_of(self.choice, [(len(pool.slot_of), pool.slot_of.device) for pool in pools], layers,
-                                  self.guesses, **self._taught)
-            widths = [self.runtime.top_k, max(self.runtime.capacity) if self.runtime.is_sparse else 0]
-            self._used = [torch.full((layers, width), -1, dtype=torch.int64, device=self.runtime.device)
-                          for width in widths]
+        """For the pools as they are: another level or size has others. Those of one arena are kept: a step that was
+        recorded with them may be replayed again."""
+        runtime, pools = self.runtime, [pool for pool, _ in self.runtime.near.pools()]
+        key = runtime.n_arenas, *((id(pool.slot_of), len(pool.object_of)) for pool in pools)
+        if key not in self._made:
+            layers, self._made = runtime.far.layers, {old: m for old, m in self._made.items() if old[0] == key[0]}
+            rules = rules_of(self.choice, [(len(pool.slot_of), pool.slot_of.device) for pool in pools], layers,
+                             self.guesses, **self._taught)
+            widths = [runtime.top_k, max(runtime.capacity) if runtime.is_sparse else 0]
+            used = [torch.full((layers, width), -1, dtype=torch.int64, device=runtime.device) for width in widths]
+            self._made[key] = rules, used
+        self.rules, self._used = self._made[key]
 
     def _embedded(self, module: nn.Module, given: tuple, embedded: Tensor) -> None:
         self._embedding.copy_(embedded.reshape(-1, embedded.shape[-1])[-1].half())  # as a trace keeps it
@@ -94,29 +118,33 @@ class PolicyHook(Hook):
             self._read.mul_(0.5)
 
     # --- between tokens -----------------------------------------------------------------------------------------
+    def _answer_begins(self) -> None:
+        for part in (self.guesses and self.guesses.predictor, *self.rules):
+            if part is not None:
+                part.start()
+
+    def _learn(self) -> None:
+        """A token has been through all layers."""
+        for rule, used, shares in zip(self.rules, self._used, (self._shares.flatten(), None), strict=False):
+            if rule is not None:
+                rule.used(used.flatten(), shares)
+            used.fill_(-1)
+        if self.guesses is not None:
+            self.guesses.end(self._experts, self._logits)
+
     def token_ended(self) -> None:
         runtime, pools = self.runtime, [pool for pool, _ in self.runtime.near.pools()]
         self._make_rules()
-        if self._has_token:
-            for rule, used, shares in zip(self.rules, self._used, (self._shares.flatten(), None), strict=False):
-                if rule is not None:
-                    rule.used(used.flatten(), shares)
-                used.fill_(-1)
-            if self.guesses is not None:
-                self.guesses.predictor.end(self._experts, self._logits)
-        if self._fresh:
-            for part in (self.guesses and self.guesses.predictor, *self.rules):
-                if part is not None:
-                    part.start()
-        self._fresh, self._has_token = False, True
         if self.guesses is not None:
             self._guessed = self.guesses.begin(self._embedding)
         for pool, rule in zip(pools, self.rules, strict=True):
             if rule is not None and len(pool.object_of) < len(pool.slot_of):
                 pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock))
-        if runtime.device == "cpu":
-            pays = self.payoff.pays(int(runtime.counts[3]), int(runtime.counts[4]))
-            runtime.ahead_bytes.fill_(MOST if pays else 0)
+        if not runtime.is_recorded:
+            self.counted(tuple(runtime.counts.tolist()))
+
+    def counted(self, counts: tuple[int, ...]) -> None:
+        self.runtime.ahead_bytes.fill_(MOST if self.payoff.pays(*counts[3:5]) else 0)
 
     def keep_free(self, reserve: int) -> int:
         return 0 if self.choice.free.name == "layer" else reserve
@@ -130,7 +158,7 @@ class PolicyHook(Hook):
             missing = (ids >= 0) & (pool.slot_of[(ids.clamp(min=0) + layer * runtime.far.experts).long()] < 0)
             if rule is not None:
                 pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock, ended=False))
-            runtime.count_wasted(age(pool, runtime.clock, missing.sum()), False)
+            runtime.count_wasted(age(pool, runtime.clock, missing.sum(dtype=torch.int32)), False)
 
     def stays_far(self, layer: int, ids: Tensor) -> Tensor | None:
         runtime, pools = self.runtime, self.runtime.near.pools()
@@ -148,7 +176,10 @@ class PolicyHook(Hook):
     def routed(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         at, given = layer.index, x.float()
         if self.runtime.phase == "prefill" or len(x) > 1:
-            self._fresh = True
+            if at == 0 and self._began_at != (now := int(self.runtime.clock)):
+                self._began_at = now
+                self._make_rules()
+                self._answer_begins()
             if self.choice.route.name == "near-only":
                 taken = ids.flatten().long() + at * self.runtime.far.experts
                 self._read.index_add_(0, taken, torch.ones_like(taken, dtype=torch.float32))
@@ -166,19 +197,22 @@ class PolicyHook(Hook):
             self._shares[at] = shares[0] / shares[0].sum().clamp_min(1e-12)
         if self.guesses is not None:
             self._experts[at] = chosen[0]
-            self.guesses.came(at, chosen[0])
         if self.choice.route.name == "exact" and self._bases is None:
             return ids, weights
         lost, different = route.left_out(ids.long(), weights.float(), chosen, shares)
-        self.dropped += lost
-        self.changed += different
+        counts = self.runtime.done.logical_not()
+        self.dropped += lost * counts
+        self.changed += different * counts
         return chosen.to(ids.dtype), shares.to(weights.dtype)
 
     def added(self, layer: LayerExperts, x: Tensor, out: Tensor) -> Tensor:
-        if self._on_base is None:
-            return out
-        weights, self._on_base = self._on_base, None
-        return out + weights[:, None] * self._bases.of(layer, x) if bool(weights.any()) else out
+        if self._on_base is not None:
+            weights, self._on_base = self._on_base, None
+            if self.runtime.is_recorded or bool(weights.any()):  # a recorded step computes it, whatever the weights
+                out = out + weights[:, None] * self._bases.of(layer, x)
+        if layer.index == self.runtime.far.layers - 1 and len(x) == 1 and self.runtime.phase != "prefill":
+            self._learn()
+        return out
 
     def _routed(self, at: int, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         if self.choice.route.name == "exact":
@@ -225,11 +259,16 @@ class PolicyHook(Hook):
         return [(target, ids[None]) for target, ids in found]
 
 
+def device_of(runtime: Runtime) -> str:
+    """As a refusal names it: the side that computes the experts, wherever its tensors are."""
+    return "cuda" if runtime.is_recorded else "cpu"
+
+
 def choose_policies(runtime: Runtime, model: nn.Module, policies: str) -> None:
     """Put policies (as engine/policies/choice.py reads them) in place of those before; "" for the engine's own.
     UserError, nothing changed, where they do not suit."""
     choice, before = parse(policies), runtime.hook
-    if why := refusal(choice, runtime.level, runtime.device):
+    if why := refusal(choice, runtime.level, device_of(runtime)):
         raise UserError(why)
     hook = PolicyHook(runtime, model, choice) if policies else None
     if isinstance(before, PolicyHook):

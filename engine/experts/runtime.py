@@ -356,13 +356,13 @@ class Runtime(Hooked, ABC):
             if layer == 0:  # counted for all layers at once
                 self.counts[:2].add_(self.far.layers * ids.numel() * self._object_bytes * self.done.logical_not())
             return ids
-        if not self.may_leave_out:
-            return self._bring_experts(layer, ids)
-        left_out = weights == 0
-        wanted = torch.where(left_out, -1, ids)
+        left_out = weights == 0 if self.may_leave_out else None
+        wanted = ids if left_out is None else torch.where(left_out, -1, ids)
         if self.hook is not None:
             self.hook.demanded(layer, wanted)
         place = self._bring_experts(layer, wanted)
+        if left_out is None:
+            return place
         return torch.where(left_out, place.gather(1, weights.argmax(1, keepdim=True)), place).clamp(min=0)
 
     def _in_order(self, layer: int) -> Tensor | None:

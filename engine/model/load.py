@@ -113,11 +113,11 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     if device == "cpu":
         runtime = bind(model, side_of(far), far, planner, level, planner.near_bytes(level, options), options.predict)
         runtime.reason = " ".join((why_not_the_card, why_slow)).strip()
-        choose_policies(runtime, model, options.policies)
         if is_known(model):     # others compute the whole head, and gain nothing
             nest_head(model)
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
+    choose_policies(runtime, model, options.policies)
     return_freed()
     taken = _taken_bytes(model, runtime, before)
     check = explain.compare(planner.plan(level, options), taken) if device == "cpu" else ""

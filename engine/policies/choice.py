@@ -34,6 +34,12 @@ MISSES = {"copy": (), "place": ()}
 ROUTES = {"exact": (), "near": (Number(most=inf), Number(1, 0, 1e6, True)), "drop": (SHARE,), "skip": (SHARE,),
           "near-only": ()}
 FIDELITIES = {"exact": (), "score": (SHARE, SHARE), "bits": (Number(most=32),), "base": ()}
+GROWS = "keeps a table that grows with what it has seen, which a graphics card's recorded step cannot hold"
+ON_HOST = {  # what acts on the processor only, and why
+    **{f"predict={name}": f"predict={name} {GROWS}" for name in PREDICTORS if name.startswith("maps")},
+    "predict=sequence": "predict=sequence looks back over a text that grows, which a graphics card's recorded step "
+                        "cannot hold",
+    "miss=place": "miss=place computes experts where the file's map has them, which a graphics card cannot read"}
 KINDS: dict[str, dict[str, tuple[Number, ...]]] = {
     "predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "miss": MISSES,
     "route": ROUTES, "fidelity": FIDELITIES}
@@ -83,8 +89,9 @@ def refusal(choice: Choice, level: str, device: str) -> str:
     """Why a model cannot run under a choice, in a sentence; "" where it can."""
     if not choice.text:
         return ""
-    if device != "cpu":
-        return "On a graphics card answers are exact, policies act on the processor only; choose none, or --device cpu."
+    why = ON_HOST.get(f"predict={choice.predict.name}") or ON_HOST.get(f"miss={choice.miss.name}")
+    if why and device != "cpu":
+        return f"{why}; choose another, or --device cpu."
     if level == "full":
         return "An uncompressed checkpoint takes no policies; compress it first."
     if choice.route.name == "near-only" and level in SPARSE_LEVELS:

@@ -14,7 +14,6 @@ import torch
 Tensor = torch.Tensor
 HALF_LIFE = 32      # tokens after which a use counts half
 MAPS = 1000         # maps that FineMoE keeps
-TOGETHER = 256      # guesses that are counted at once
 DISTANCE = 2        # layers: how far ahead of the layer that is known a map speaks
 
 
@@ -184,15 +183,15 @@ class Payoff:
 class Guesses:
     """A predictor at work: what it would fetch, and how much of what came it had named. The same for a replayed trace
     and a running model. named [L, 3k]: how often the first, second, .. of its guesses came; asked [L]: how many experts
-    came where it had guessed; both as of the last `recall`."""
+    came where it had guessed."""
 
     def __init__(self, predictor: Predictor, layers: int, experts: int, top_k: int) -> None:
         self.predictor, self.layers, self.top_k = predictor, layers, top_k
         self.width = min(3 * top_k, experts)
         self.named, self.asked = torch.zeros(layers, self.width), torch.zeros(layers)
-        self._ranked: dict[int, Tensor] = {}
+        self._ranked: dict[int, Tensor] = {}  # of the token under way
         self._of_token: Tensor | None = None
-        self._came: list[tuple[int, Tensor, Tensor]] = []
+        self._nothing = torch.full((self.width,), -1, dtype=torch.int64)
 
     def begin(self, embedding: Tensor) -> list[tuple[int, Tensor]]:
         """A token begins -> (layer, ids int64 [k]) that may be fetched now."""
@@ -219,25 +218,14 @@ class Guesses:
         self._ranked[target] = self._of_token[target]
         return [(target, self._ranked[target][:self.top_k])]
 
-    def came(self, layer: int, experts: Tensor) -> None:
-        """A layer took `experts` int64 [k]."""
-        guessed = self._ranked.get(layer)
-        if guessed is not None:
-            self._came.append((layer, guessed, experts))
-        if len(self._came) >= TOGETHER:
-            self._count()
-
-    def _count(self) -> None:
-        if self._came:
-            layers, guessed, came = zip(*self._came, strict=True)
-            self._came = []
-            at, came = torch.tensor(layers, device=self.named.device), torch.stack(came)
-            hits = (torch.stack(guessed)[:, :, None] == came[:, None]).any(2)
-            self.named.index_add_(0, at, hits.float())
-            self.asked.index_add_(0, at, torch.full((len(at),), float(came.shape[1]), device=at.device))
+    def end(self, experts: Tensor, logits: Tensor) -> None:
+        """A token has ended: experts int64 [L, k] that came, logits [L, E]."""
+        guessed = torch.stack([self._ranked.get(layer, self._nothing) for layer in range(self.layers)])
+        self.named.add_((guessed[:, :, None] == experts[:, None]).any(2))
+        self.asked.add_((guessed[:, 0] >= 0) * experts.shape[1])
+        self.predictor.end(experts, logits)
 
     def recall(self, times: int = 1) -> list[float]:
         """Per layer the share of what came that was among the times * k likeliest; 0 where nothing was guessed."""
-        self._count()
         named = self.named[:, :times * self.top_k].sum(1)
         return (named / self.asked.clamp_min(1)).tolist()

@@ -160,7 +160,7 @@ class Admitted:
 
     def order(self, things: Tensor) -> Tensor:
         near = torch.zeros_like(self.claim)
-        near[things] = True
+        near.index_fill_(0, things, True)
         self.claim.logical_and_(near)
         return self.behind.order(things) + APART * self.claim[things]
 

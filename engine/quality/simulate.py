@@ -195,7 +195,6 @@ class _Run:
             if self.guesses is not None:
                 told = (self._told[what][row, layer] for what in ("ahead", "logits", "input"))
                 guessed = self.guesses.at(layer, *told)
-                self.guesses.came(layer, self._experts[layer])
                 self._fetch(guessed)
         self._ended(row, used)
 
@@ -273,7 +272,7 @@ class _Run:
         if len(self.rules) > 1 and self.rules[1] is not None:
             self.rules[1].used(torch.tensor(records, dtype=torch.int64), None)
         if self.guesses is not None:
-            self.guesses.predictor.end(self._experts, self._told["logits"][row])
+            self.guesses.end(self._experts, self._told["logits"][row])
 
 
 def sizes_of(run: RunNumbers) -> ArenaSizes:

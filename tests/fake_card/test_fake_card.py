@@ -9,14 +9,18 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig
 
 from engine.bench import synthetic
+from engine.experts.policy_hook import PolicyHook
 from engine.experts.side_stream import SideStream
 from engine.files.skeleton import build_skeleton, experts_modules, model_spec
 from engine.library import catalogue
 from engine.model.static_cache import NotCapturable
 from engine.planning.cost_model import LAYER_NODES, OTHER_LAYER_NODES, SPARSE_NODES, WHOLE_NODES
+from engine.policies.choice import parse
+from engine.policies.route import Weights
 from kernels.layout import Layout
 from tests.fake_card.card import Waits, fake_card
 from tests.fake_card.model import CARD, LAYERS, nowhere, opened, prefill
@@ -34,12 +38,14 @@ STEPWISE = ("zaya1-8b",)            # has layers without a cache of fixed shape
 models = pytest.mark.parametrize("name", [name for name in catalogue.entries() if name not in STEPWISE])
 
 
-def nodes_of(name: str, level: str, layers: int, is_roomy: bool = False) -> int:
+def nodes_of(name: str, level: str, layers: int, is_roomy: bool = False, policies: str = "") -> int:
     """Of one decode step, the second: the first makes the cache."""
     shape = synthetic.shape_named(name, layers)
     model = nowhere(shape)
     with fake_card() as watch, torch.no_grad():
         on = opened(shape, model, level, is_roomy)
+        if policies:
+            on.runtime.hook = _hook(on, policies)
         on.step.start(5, frozenset(), 9)
         for _ in range(2):
             watch.nodes.clear()
@@ -72,6 +78,28 @@ def test_sketches_that_all_stay_near_are_neither_looked_up_nor_fetched(name):
     counted = (more - less) / LAYERS
     kind = synthetic.shape_named(name, LAYERS).spec.model_type
     assert abs(counted - COUNTED[kind] + ROOMY) <= NODES, f"{kind}: {counted:.1f} nodes a layer"
+
+
+def _hook(on, policies: str) -> PolicyHook:
+    """How a router weighs is told from numbers, which nothing has here; where the clock stands is one as well."""
+    with unset_fake_temporarily():
+        logits = torch.randn(4, 8)
+        weights, ids = logits.softmax(-1).topk(2)
+        weigh = Weights(logits, ids, weights / weights.sum(1, keepdim=True))
+    with mock.patch.object(torch.Tensor, "__int__", lambda tensor: 0):
+        hook = PolicyHook(on.runtime, on.model, parse(policies))
+    hook._weigh[:] = [weigh] * len(hook._weigh)
+    return hook
+
+
+@pytest.mark.parametrize("level, policies", [
+    ("fast", "predict=next:2,evict=hobbit,admit=third"), ("fast", "predict=repeat,free=layer,evict=lfu"),
+    ("fast", "route=near:0.2:1,fidelity=score:0.4:0.8"), ("fast", "predict=popularity,route=skip:0.5,fidelity=bits:2"),
+    ("exact", "predict=profile,evict=popularity,route=drop:0.3"), ("exact", "route=near-only")])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b"])
+def test_policies_in_a_step_cross_nothing_and_wait_for_nothing(name, level, policies):
+    """What they take is theirs: without them a layer's nodes are those counted above."""
+    assert nodes_of(name, level, LAYERS, policies=policies) > nodes_of(name, level, LAYERS)
 
 
 @models

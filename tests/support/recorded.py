@@ -13,7 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.experts import runtime, window
+from engine.experts import policy_hook, runtime, window
 from engine.model import fused, host_embedding, packed, static_cache
 
 KERNELS = ("age", "apply", "attend", "attend_latent", "choose", "dense", "dequantize_rows", "fill", "gated_linears",
@@ -56,8 +56,9 @@ def as_node(function: Callable) -> Callable:
 def kernels_as_nodes():
     """Inside, the kernels that the device's runtime, the packed trunk, the embedding and the fused step imported are
     nodes: what a compiled one writes is seen by no recorder."""
-    modules = runtime, window, packed, host_embedding, fused, static_cache
-    before = [(module, name, getattr(module, name)) for name in KERNELS for module in modules if hasattr(module, name)]
+    modules = runtime, policy_hook, window, packed, host_embedding, fused, static_cache
+    before = [(module, name, getattr(module, name)) for name in KERNELS for module in modules
+              if callable(getattr(module, name, None))]
     assert {name for _, name, _ in before} == set(KERNELS)
     try:
         for module, name, function in before:

@@ -145,11 +145,14 @@ def test_the_embedded_models_conversation(monkeypatch):
     monkeypatch.setattr(chat_checks, "GREEDY", replace(chat_checks.GREEDY, max_tokens=8))
     rows = list(chat_checks.chat("cpu"))
     assert verdicts(rows) == {"the device computes the experts": {"works"}, "an answer is the processor's": {"works"},
-                              "closing gives the card's memory back": {"works"}}
-    said = iter([(["a", "b"], False), (["a", ""], False), (["a", "b"], True)])
-    monkeypatch.setattr(chat_checks, "conversation", lambda folder, device: next(said))
+                              "closing gives the card's memory back": {"works"},
+                              "policies are recorded with the step": {"works"}}
+    said = iter([(["a", "b"], False, ""), (["a", ""], False, ""), (["a", "b"], True, ""), (["a", "b"], True, ""),
+                 (["a", "c"], True, ""), (["b", "b"], True, "cannot be captured")])
+    monkeypatch.setattr(chat_checks, "conversation", lambda *given: next(said))
     found = [row["verdict"] for row in chat_checks.chat("cpu")]
-    assert found == ["works", "works", "wrong", "wrong", "works", "works", "works"]
+    assert found == ["works", "works", "wrong", "wrong", "works", "works", "works",
+                     "works", "works", "works", "wrong", "wrong"]
 
 
 def test_page_locked_memory_is_read_back_or_refused():

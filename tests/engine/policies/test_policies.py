@@ -193,7 +193,7 @@ def test_a_layers_own_router_is_always_right():
         guesses.begin(torch.zeros(4))
         for layer in range(L):
             guesses.at(layer, torch.zeros(1, E), LOGITS[t], torch.zeros(4))
-            guesses.came(layer, picks[t])
+        guesses.end(picks[t].expand(L, K), LOGITS[t].expand(L, E))
     assert guesses.recall() == [1.0] * L
 
 
