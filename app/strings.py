@@ -341,6 +341,7 @@ TEXT = {
     "vram": "video memory",
     "memory": "Memory",
     "near_memory": "near memory",
+    "resting": "context set aside",
     "process": "this program",
     "machine": "computer",
     "totals": "Totals since loading",

@@ -241,9 +241,8 @@ class Engine:
         return self._info
 
     def snapshot(self) -> dict:
-        """What the engine is doing now; cheap, waits for nothing. Counters are totals since the model was opened.
-
-        note: a sentence where a card does less than it might (no graph, experts on the processor), else "".
+        """What the engine is doing now; cheap, waits for nothing. Counters are totals since the model was opened;
+        note is a sentence where a card does less than it might (no graph, experts on the processor), else "".
         """
         turns = self._open_turns()
         live, runtime, far = turns.live, turns.runtime, turns.runtime.far
@@ -257,8 +256,9 @@ class Engine:
             "residency": list(live.residency), "activity": list(live.activity), "near_bytes": live.near_bytes,
             "near_most_bytes": live.near_most_bytes, "near_least_bytes": live.near_least_bytes,
             "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.layers * far.experts * far.expert_bytes,
-            "mark_bytes": live.mark_bytes, "rss_bytes": self._process.memory_info().rss, "context": turns.context,
-            "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
+            "mark_bytes": live.mark_bytes, "resting_bytes": live.resting_bytes,
+            "resting_most_bytes": turns.resting_bytes, "rss_bytes": self._process.memory_info().rss,
+            "context": turns.context, "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
             "trunk_bits": self._planner.trunk_bits, "policies": self.options.policies,
         }
 
@@ -268,7 +268,7 @@ class Engine:
         self.options = replace(options, level=loaded.runtime.level)  # the folder may not offer the wished one
         self._turns = Turns(loaded.model, loaded.tokenizer, loaded.runtime, context, self._chunk_for(options, context))
         self._info = about(loaded, self._turns.tokens.template, self._folder, context)
-        self._turns.show("idle")
+        self._turns.make_room(self._planner.plan(self.options.level, self.options))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -412,7 +412,7 @@ class Engine:
         if options.policies != old.policies:
             self._set_policies(options.policies)
         self.options = options
-        self._turns.show("idle")
+        turns.make_room(self._planner.plan(options.level, options))
 
     def _context_for(self, options: Options) -> int:
         """On a card its memory is taken at once, so without a wish it is the plan's."""

@@ -24,6 +24,7 @@ from engine.decode.grammar import Grammar, Grammars
 from engine.decode.prefix_cache import Prefix, common_length
 from engine.decode.sampling import end_tokens, most_tokens
 from engine.decode.step import Drawn
+from engine.planning.plan import Plan
 
 MARKED_MESSAGES = 4                   # ends of the last messages where uncuttable state is remembered
 CONTEXT_TOKENS = 4                    # of an answer that goes on: some tokens decode differently at the start of a text
@@ -54,6 +55,7 @@ class Live:
     near_least_bytes: int = 0
     near_used_bytes: int = 0
     mark_bytes: int = 0
+    resting_bytes: int = 0
     context_used: int = 0
     n_tokens_total: int = 0
 
@@ -70,6 +72,7 @@ class Turns:
         self._recommended = getattr(model, "generation_config", None)
         self._ends = end_tokens(self._recommended, tokenizer)
         self._grammars = Grammars(tokenizer, self._ends)
+        self.resting_bytes = 0  # what the cache of an answer that is set aside may take, where there is room for one
         self._owner = ""  # of what the prefix holds
         self._residency_at = 0.0
         self._other: tuple[Prefix, str] | None = None  # of an answer that another was set aside for, and its owner
@@ -88,8 +91,14 @@ class Turns:
 
     @property
     def gives_way(self) -> bool:
-        """Whether an answer can be set aside. Not on a device, whose recorded step has one cache."""
-        return not self.decoder.on_device
+        """Whether an answer can be set aside. Not on a device, whose recorded step has one cache, and not where a
+        second one does not fit."""
+        return self.resting_bytes > 0
+
+    def make_room(self, plan: Plan) -> None:
+        """Between answers: for one that is set aside, as planned."""
+        self.resting_bytes = plan.resting_bytes if plan.gives_way and not self.decoder.on_device else 0
+        self.show("idle")
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -164,6 +173,7 @@ class Turns:
             self.live.near_most_bytes = self.runtime.everything_bytes()
             self.live.near_least_bytes = self.runtime.smallest_bytes()
             self.live.mark_bytes = self.prefix.mark_bytes
+            self.live.resting_bytes = self._other[0].cache_bytes if self._other else 0
 
     def _read(self, messages: list[dict] | str, prompt: Prompt, stopped: Callable[[], bool],
               wishes: Mapping | None) -> Iterator[Event]:

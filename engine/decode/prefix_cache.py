@@ -129,6 +129,13 @@ class DynamicPrefix(Prefix):
         self._needs_marks = not self._is_plain() or _has_states(self._cache)
         return out.logits[0, -1]
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache takes, the room ahead included."""
+        held = [held for layer in getattr(self._cache, "layers", ()) for held in vars(layer).values()]
+        tensors = [each for part in held for each in (part if isinstance(part, tuple) else (part,))]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
     def _is_plain(self) -> bool:
         return type(self._cache) is DynamicCache
 

@@ -28,7 +28,7 @@ def plan_text(plan: Plan) -> str:
     """The whole plan, a few lines."""
     lines = [_headline(plan), memory(plan)]
     if plan.verdict != "no":
-        lines += [_near(plan), _time(plan)]
+        lines += [_near(plan), _time(plan), *filter(None, [programs(plan)])]
     lines.append(f"What binds: {binds(plan)}.")
     if len(plan.levels) > 1 and plan.verdict != "no":
         others = ", ".join(f"{level} {rate(speed)}" for level, verdict, speed in plan.levels if verdict != "no")
@@ -54,6 +54,14 @@ def missing(plan: Plan) -> str:
     if plan.verdict != "no":
         return ""
     return f"Lacks {size(plan.missing_bytes)} of {_MEMORY[plan.bound]} at a context of {plan.context:,} tokens."
+
+
+def programs(plan: Plan) -> str:
+    """That a person waits for a program's answer, where one cannot rest; a card's recorded step has one context."""
+    if plan.verdict == "no" or plan.device == "cuda" or plan.gives_way:
+        return ""
+    return (f"A program's answer is written to its end before the page's begins: {size(plan.resting_bytes)} more of "
+            "context memory, in which it could rest, do not fit.")
 
 
 def binds(plan: Plan) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from engine.core import PROMISES
-from engine.planning.explain import binds, missing
-from engine.planning.plan import Plan
+from engine.planning.explain import binds, missing, programs
+from engine.planning.plan import RESTING, Plan
 
 # What the plan's own words for parts of memory come to in a picture; all others are workspace.
 _MEMORY = {"trunk": "trunk", "context memory (KV)": "context", "recurrent and window state": "context",
-           "side jobs' context memory": "context", "reserve": "reserve", "process": "program"}
+           "side jobs' context memory": "context", RESTING: "context", "reserve": "reserve", "process": "program"}
 _ORDER = ("trunk", "context", "workspace", "program", "sketches", "records", "experts", "reserve")
 
 Bar = tuple[tuple[str, float], ...]
@@ -24,7 +24,7 @@ def plan_pictures(plan: Plan, calibration: Mapping | None = None) -> dict:
     video, main: {"parts", "needed", "free"} in bytes, video None without a card. token: parts in milliseconds, none
     where it does not fit. speeds: [{"level", "verdict", "tokens_per_second", "loss", "measured"}], loss of perplexity
     over `exact`, as a fraction: measured where the folder has it (calibration: floe.json's own), else the level's
-    promise; None where nothing is promised. binds, missing, advice: sentences, or parts of one.
+    promise; None where nothing is promised. binds, missing, programs, advice: sentences, or parts of one.
     """
     near = _memory(plan)
     token = () if plan.verdict == "no" else tuple((name, 1e3 * seconds) for name, seconds in plan.token if seconds > 0)
@@ -32,7 +32,7 @@ def plan_pictures(plan: Plan, calibration: Mapping | None = None) -> dict:
     return {"video": _bar(near, plan.near_free_bytes) if plan.device == "cuda" else None,
             "main": _bar(main, plan.ram_free_bytes), "token": [list(part) for part in token],
             "speeds": [_level(*row, calibration or {}) for row in plan.levels], "binds": binds(plan),
-            "missing": missing(plan), "advice": list(plan.advice)}
+            "missing": missing(plan), "programs": programs(plan), "advice": list(plan.advice)}
 
 
 def _bar(parts: Bar, free: int) -> dict:

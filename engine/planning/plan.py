@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from engine.core import LEVELS, UserError
 
+RESTING = "context memory of a program that rests"  # in Plan.memory
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -50,7 +52,9 @@ class Near:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen. Sums in bytes; `memory` the near side's parts, `token` a token's seconds by part."""
+    """What will happen. Sums in bytes; `memory` the near side's parts, `token` a token's seconds by part. gives_way:
+    whether there is room for a second context memory of `resting_bytes`, in which a program's answer rests while the
+    page's is written; else programs' answers are written to their ends."""
 
     model: str
     machine: str
@@ -80,6 +84,8 @@ class Plan:
     pageable_layers: int = 0  # of them, those that the processor fetches for
     near_free_bytes: int = 0
     ram_free_bytes: int = 0
+    resting_bytes: int = 0
+    gives_way: bool = False
     levels: tuple[tuple[str, str, float], ...] = ()
     assumptions: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()

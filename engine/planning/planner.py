@@ -16,7 +16,7 @@ from engine.machine.process_memory import CUDA_CONTEXT_BYTES
 from engine.machine.table import capability_of
 from engine.planning import cost_model, explain, miss_curves
 from engine.planning.arena import ArenaSizes, Split
-from engine.planning.plan import Near, Plan, PlanRequest
+from engine.planning.plan import RESTING, Near, Plan, PlanRequest
 from engine.planning.sizes import (
     DEFAULT_CONTEXT,
     DEFAULT_TRUNK_BITS,
@@ -214,6 +214,10 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     room = max(arena.least_bytes, free if wishes.near_bytes is None else wishes.near_bytes)
     near, stay = _near_on_cpu(model, layout, known, level, room, arena)
     ram = fixed + near.total_bytes
+    # A program's answer that rests has as much context memory again. It comes beside what is near and the file that it
+    # is read from, never in their place: more memory must not make a plan worse.
+    resting = kv + 2 * model.state_bytes_at(context)
+    gives_way = machine.ram_free_bytes - ram - (0 if wishes.near_bytes is None else far) >= resting
     # Beside an arena of the plan's own choice less than a row is left, now more, now less: no share of the file.
     left = 0 if wishes.near_bytes is None else max(0, machine.ram_free_bytes - ram)
     cached = min(1.0, left / far)
@@ -222,9 +226,11 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     token = cost_model.token_on_cpu(model, machine, layout, known, level, stay, read, filled, cached)
     prefill = cost_model.chunk_on_cpu(model, machine, chunk, level, far_each, stay, cached)
     lacking = [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
+    if gives_way:
+        memory, ram = (*memory, (RESTING, resting)), ram + resting
     return _finished(common, near, stay, token, prefill, lacking, memory=memory, vram_bytes=0, ram_bytes=ram,
                      pinned_bytes=0, kv_bytes=kv, near_free_bytes=machine.ram_free_bytes,
-                     ram_free_bytes=machine.ram_free_bytes)
+                     ram_free_bytes=machine.ram_free_bytes, resting_bytes=resting, gives_way=gives_way)
 
 
 def _near_on_cpu(model: ModelSpec, layout: Layout, known: miss_curves.Sparsity, level: str, room: int,

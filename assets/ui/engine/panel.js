@@ -158,6 +158,7 @@ function drawLayers(place, residency) {
 function drawMemory(place, stats) {
   const rows = [
     [TEXT.near_memory, stats.near_used_bytes, stats.near_bytes],
+    ...(stats.resting_bytes ? [[TEXT.resting, stats.resting_bytes, stats.resting_most_bytes]] : []),
     ...(stats.card?.vram_total_bytes ? [[TEXT.vram, stats.card.vram_used_bytes, stats.card.vram_total_bytes]] : []),
     [TEXT.process, stats.process_bytes, stats.ram_total_bytes],
     [TEXT.machine, stats.ram_total_bytes - stats.ram_free_bytes, stats.ram_total_bytes],

@@ -37,7 +37,7 @@ export function planDetails(model, load) {
 function sentences(plan) {
   if (plan.missing) return [plan.missing, plan.advice?.length ? ` ${say("plan_helps", { what: plan.advice.join("; ") })}` : ""];
   return [h("strong", {}, TEXT.plan_binds), ` ${plan.binds}. `,
-    plan.advice.length ? say("plan_better", { what: plan.advice.join("; ") }) : ""];
+    plan.advice.length ? say("plan_better", { what: plan.advice.join("; ") }) : "", plan.programs ? ` ${plan.programs}` : ""];
 }
 
 function drawings(plan) {

@@ -10,6 +10,7 @@ import pytest
 from engine.chat.engine import Engine
 from engine.core import Options, Request, Sampling
 from engine.decode.prefix_cache import DynamicPrefix
+from engine.planning.plan import RESTING
 from tests.engine.chat.test_engine import GREEDY, LONG, TALK, finish, told
 
 PROGRAM = Request(owner="a key")
@@ -62,6 +63,31 @@ def test_a_person_is_answered_within_a_programs_answer(engine, monkeypatch, n):
     assert found.counters.needed_bytes == end.counters.needed_bytes, "what the person's used is not counted here"
     reading = [event for event in finish(engine.chat(TALK, GREEDY))[0] if event.kind == "prefill"]
     assert reading[0].n_tokens == engine.count_tokens(TALK) - 1, "the person's next question finds what was read"
+
+
+def test_where_a_second_cache_does_not_fit_a_person_waits_for_a_programs_answer(engine, monkeypatch):
+    """As the plan says it; what is set aside is told while it is."""
+    turns, planned = engine._turns, engine._planner.plan(engine.options.level, engine.options)
+    assert planned.gives_way and engine.gives_way
+    assert engine.snapshot()["resting_most_bytes"] == planned.resting_bytes == dict(planned.memory)[RESTING]
+    engine._do(turns.make_room, replace(planned, gives_way=False))
+    try:
+        assert not engine.gives_way and engine.snapshot()["resting_most_bytes"] == 0
+        gate = Gate(monkeypatch, 20)
+        program = engine.chat(LONG, DRAWN, request=PROGRAM)
+        assert gate.reached.wait(600)
+        person = engine.chat(TALK, GREEDY)
+        gate.open.set()
+        finish(program), finish(person)
+        assert len(gate.turns) == 1, "one cache, one after the other"
+    finally:
+        engine._do(turns.make_room, planned)
+    with turns.aside():
+        turns._residency_at = 0.0
+        turns.show("decode")
+        assert 0 < engine.snapshot()["resting_bytes"] <= planned.resting_bytes
+    turns.settle()
+    assert engine.gives_way
 
 
 def test_who_leaves_meanwhile_ends_and_titles_wait(engine, monkeypatch):
