@@ -57,7 +57,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, recommended: GenerationConfig | None, device: torch.device | str = "cpu"):
         self.settings = merged(sampling, recommended)
-        self._greedy = self.settings["temperature"] == 0
+        self._greedy, self.n_best = self.settings["temperature"] == 0, n_best(self.settings)
         self._processors = processors(self.settings)
         self._generator = torch.Generator(device)
         if sampling.seed is None:
@@ -70,22 +70,26 @@ class Sampler:
         scores = logits[None].float()  # [1, V]
         if not torch.isfinite(scores.max()):  # NaN, +inf, or -inf everywhere; -inf for some is a mask
             raise MachineError(NOT_NUMBERS)
+        tokens = None
+        if self.n_best and not self._greedy:    # top-k leaves no others, which would be sorted for nothing
+            scores, tokens = scores.topk(min(self.n_best, scores.shape[1]))
         if self._processors:
             history = torch.tensor([ids if self._needs_history else []], dtype=torch.long, device=scores.device)
             scores = self._processors(history, scores)
         if self._greedy:
             return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
-
-    @property
-    def n_best(self) -> int:
-        """How many of the largest logits decide, up to MOST_BEST; 0: all."""
-        top_k = 1 if self._greedy else self.settings["top_k"]
-        return 0 if self._needs_history or top_k > MOST_BEST else top_k
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        return int(drawn if tokens is None else tokens.gather(1, drawn))
 
     @property
     def _needs_history(self) -> bool:
         return self.settings["repetition_penalty"] != 1.0
+
+
+def n_best(settings: dict) -> int:
+    """How many of the largest logits decide, up to MOST_BEST; 0: all, which a penalty needs, too. Of `merged`."""
+    top_k = 1 if settings["temperature"] == 0 else settings["top_k"]
+    return 0 if settings["repetition_penalty"] != 1.0 or top_k > MOST_BEST else top_k
 
 
 def processors(settings: dict) -> LogitsProcessorList:

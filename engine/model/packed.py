@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from engine.planning.sizes import NESTED_FROM
 from kernels.trunk.head import best_rows, split
 from kernels.trunk.linear import MOST_TOKENS, Matrices, columns, decode, dequantize_rows, linear, linears
 
 Tensor = torch.Tensor
 
 TILE_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}  # of scratch: what a processor's cache holds; few launches of a card
-NESTED_FROM = 32 << 20  # bytes of a head's codes: half of fewer is soon read, and a processor's cache may hold them
 _aten = torch.ops.aten
 _COPIES = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten._to_copy.default}
 
@@ -78,7 +78,7 @@ def nest_head(model: nn.Module) -> None:
     if not isinstance(weight, Packed) or weight.codes.dtype != torch.int8 or getattr(head, "bias", None) is not None:
         return
     if weight.codes.nbytes >= NESTED_FROM and weight.codes.is_contiguous():
-        is_tied = embedding.weight is weight
+        is_tied = getattr(embedding, "weight", None) is weight      # one left on the host has none
         head.weight = packed_parameter(split(weight.codes), weight.scales, weight.dtype)
         if is_tied:
             embedding.weight = head.weight

@@ -12,6 +12,7 @@ from math import ceil
 from engine.core import Machine, ModelSpec
 from engine.planning.arena import ArenaSizes, Split
 from engine.planning.miss_curves import Sparsity
+from engine.planning.sizes import NESTED_FROM
 from kernels.layout import Layout
 
 Times = tuple[tuple[str, float], ...]
@@ -54,6 +55,7 @@ CPU_TOKEN_OPERATIONS, CPU_ONE_CALL_OPERATIONS, CPU_CALLED_OPERATIONS = 130, 5, 6
 # What a compiled function reads a second, over `dense`, which is what `packed_bytes_per_second` measures: the newest
 # rows of tests/bench/cpu.csv, the mean of both kinds of instructions (tests/engine/planning/test_processor_costs.py).
 CPU_SHARES = {"dense": 1.0, "score": 0.74, "apply": 0.54, "linear8": 1.02, "linear4": 0.82}
+CPU_SCANNED = 0.57             # of the time of all rows, where the 20 best of 151,936 are wanted (NOTES.md)
 CPU_ATTENTION_SHARE = 0.6      # of the bandwidth of `gemv`: keys and values meet several queries (NOTES.md)
 FULL_FETCH_SHARE = 0.3         # of a plain copy's bandwidth: a checkpoint's weights are cast to float32
 ROWS_SHARE = 0.05              # of a plain copy's bandwidth, when records are gathered one by one
@@ -185,13 +187,15 @@ def _sparse_seconds(spec: ModelSpec, machine: Machine, layout: Layout, sparsity:
 
 
 def _trunk_seconds(spec: ModelSpec, machine: Machine, bits: int, n_bytes: float) -> float:
-    """Codes are read no faster than numbers are; the head keeps 8 bits beside 4."""
+    """Codes are read no faster than numbers are; the head keeps 8 bits beside 4, and a nested one is scanned."""
     gemv = _rate(machine, "gemv_bytes_per_second")
     if bits == 16:
         return n_bytes / gemv
     eight, four = (min(gemv, _packed(machine, f"linear{kind}")) for kind in (8, 4))
-    head = min(n_bytes, n_bytes if bits == 8 else 8.25 / 8 * spec.vocabulary * spec.hidden)
-    return head / eight + (n_bytes - head) / four
+    codes = spec.vocabulary * spec.hidden
+    head = min(n_bytes, 8.25 / 8 * codes)
+    scanned = CPU_SCANNED if codes >= NESTED_FROM and spec.model_type in CPU_CALLED else 1.0
+    return scanned * head / eight + (n_bytes - head) / (eight if bits == 8 else four)
 
 
 def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:

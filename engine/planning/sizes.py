@@ -16,6 +16,7 @@ GRAPH_POOL_BYTES = 150 * 10**6
 TILE_BYTES = 64 * MIB                  # at most, of packed experts on their way in during prefill; two are under way
 FRAGMENTATION_BYTES = 200 * 10**6
 PAIRS_BYTES = 2**30                    # at most, of what attention takes for each pair of tokens while a prompt is read
+NESTED_FROM = 32 * MIB                 # of a head's 8-bit codes; half of fewer is soon read, or cached
 SLOT_TABLE_BYTES = 20                  # of a slot of near memory: five numbers (kernels/pool.py)
 # Main memory besides the experts: Python, torch, transformers, the tokenizer, one tensor being read.
 PROCESS_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
