@@ -344,7 +344,7 @@ class Machine:
     gemv_bytes_per_second: float = 0.0
     operation_seconds: float = 0.0
     packed_bytes_per_second: float = 0.0
-    decode_weights_per_second: float = 0.0
+    expert_flops_per_second: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.device in ("cpu", "cuda"), f"There is no device {self.device!r}; choose cpu or cuda.")

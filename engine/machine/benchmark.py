@@ -20,8 +20,8 @@ from engine.core import Machine
 from engine.disk import read_json
 
 RATES = ("copy_bytes_per_second", "gemv_bytes_per_second", "operation_seconds", "packed_bytes_per_second",
-         "decode_weights_per_second", "flops_per_second")
-VERSION = 5        # of what is measured and how; a change makes old caches worthless
+         "expert_flops_per_second", "flops_per_second")
+VERSION = 6        # of what is measured and how; a change makes old caches worthless
 AGREE = 1.3        # the slower half over the faster; on a quiet machine they are a few per cent apart
 MEASURE_SECONDS = 0.5
 MIB = 2**20
@@ -67,7 +67,7 @@ def measure(device: str, seconds: float = MEASURE_SECONDS) -> dict[str, float]:
     import torch
     if device == "cuda":
         return {"copy_bytes_per_second": _link(torch, seconds)}
-    parts = (_copy, _gemv, _operation, _packed, _decode, _matrix_product)
+    parts = (_copy, _gemv, _operation, _packed, _expert_products, _matrix_product)
     with torch.inference_mode():
         return {name: part(torch, seconds / len(parts)) for name, part in zip(RATES, parts, strict=True)}
 
@@ -143,12 +143,16 @@ def _packed(torch, seconds: float) -> float:
     return 8 * layout.blob_bytes / _best(lambda: dense(x, blobs, next(places), layout, gate), seconds)
 
 
-def _decode(torch, seconds: float) -> float:
-    """Weights per second of packed experts turned into float32, as prefill does."""
-    from kernels.dense import dequantize
-    blobs, layout = _experts(torch, 1)
-    gate_up, down = torch.empty(1, 512, 512), torch.empty(1, 256, 512)
-    return 3 * 256 * 512 / _best(lambda: dequantize(blobs, gate_up, down, layout), seconds)
+def _expert_products(torch, seconds: float) -> float:
+    """Operations per second of a packed expert over as many tokens as meet a code at once, as in prefill."""
+    from kernels.activation import Gate
+    from kernels.dense import grouped
+    blobs, layout = _experts(torch, 64)
+    x = torch.ones(len(blobs) * 32, layout.padded)
+
+    def run() -> object:
+        return grouped(x, list(blobs), [32] * len(blobs), layout, Gate())
+    return 2 * len(x) * 3 * 256 * 512 / _best(run, seconds)
 
 
 def _matrix_product(torch, seconds: float) -> float:

@@ -73,7 +73,7 @@ def _without_card(row: dict, common: dict) -> Machine:
                    gemv_bytes_per_second=speeds["gemv_gb_per_second"] * 1e9,
                    operation_seconds=speeds["operation_microseconds"] * 1e-6,
                    packed_bytes_per_second=speeds["packed_gb_per_second"] * 1e9,
-                   decode_weights_per_second=speeds["decode_gweights_per_second"] * 1e9,
+                   expert_flops_per_second=speeds["expert_tflops"] * 1e12,
                    flops_per_second=speeds["tflops"] * 1e12, compute_capability=capability)
 
 

@@ -38,7 +38,7 @@ MATRIX_SHARE = 0.5             # of a card's printed matrix operations in prefil
 SCRATCH_BYTES = 4
 
 CPU_DEFAULTS = {"gemv_bytes_per_second": 10e9, "copy_bytes_per_second": 5e9, "operation_seconds": 6e-6,
-                "packed_bytes_per_second": 6e9, "decode_weights_per_second": 1e9, "flops_per_second": 0.1e12}
+                "packed_bytes_per_second": 6e9, "expert_flops_per_second": 0.1e12, "flops_per_second": 0.1e12}
 DISK_BYTES_PER_SECOND = 0.5e9  # a SATA SSD: experts that do not fit in memory are read from the file at every miss
 # Small operations on a CPU, counted in the unit that engine.machine.benchmark measures: one decoder layer without its
 # experts, one layer's step over whole experts, the sparse one, and what either costs more where not everything is near.
@@ -213,11 +213,16 @@ def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:
 
 def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, level: str, expert_bytes: int, near: Residency,
                  cached: float) -> Times:
-    """expert_bytes: of one whole expert as it lies far. Every expert that the chunk wants is decoded anew; at `full`
-    those that are near are not."""
+    """expert_bytes: of one whole expert as it lies far. Every expert that the chunk wants is read once, its codes
+    multiplied as they are; at `full` those that are missing become float32."""
     touched = spec.layers * min(spec.experts, spec.picks * tokens)
     missing = touched * (1 - near.expert_slots / spec.n_experts_total)
-    weights = (missing if level == "full" else touched) * spec.expert_params
-    return (("matrix products", 2 * spec.active_params * tokens / _rate(machine, "flops_per_second")),
-            ("decoding", weights / _rate(machine, "decode_weights_per_second")),
+    experts = spec.layers * spec.picks * spec.expert_params
+    flops, copied = (_rate(machine, name) for name in ("flops_per_second", "copy_bytes_per_second"))
+    if level == "full":
+        each, reading = flops, missing * spec.expert_params * 4 / copied
+    else:
+        each, reading = _rate(machine, "expert_flops_per_second"), touched * expert_bytes / _packed(machine, "dense")
+    return (("matrix products", 2 * tokens * ((spec.active_params - experts) / flops + experts / each)),
+            ("experts", reading),
             ("disk", missing * (1 - cached) * expert_bytes / DISK_BYTES_PER_SECOND))

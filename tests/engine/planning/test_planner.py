@@ -199,14 +199,14 @@ def machines(draw, device: str):
         return Machine(**common, vram_total_bytes=vram, vram_free_bytes=vram, vram_bytes_per_second=first * 2e10,
                        link_bytes_per_second=second * 1e9, flops_per_second=third * 1e12)
     return Machine(**common, gemv_bytes_per_second=first * 1e9, copy_bytes_per_second=second * 1e9,
-                   operation_seconds=third * 5e-7, decode_weights_per_second=fourth * 1e8,
+                   operation_seconds=third * 5e-7, expert_flops_per_second=fourth * 1e9,
                    packed_bytes_per_second=fifth * 5e8, flops_per_second=1e11)
 
 
 GROWING = {"cuda": ("vram_free_bytes", "ram_free_bytes", "disk_free_bytes", "pinned_limit_bytes",
                     "vram_bytes_per_second", "link_bytes_per_second", "flops_per_second"),
            "cpu": ("ram_free_bytes", "disk_free_bytes", "copy_bytes_per_second", "gemv_bytes_per_second",
-                   "packed_bytes_per_second", "decode_weights_per_second", "flops_per_second")}
+                   "packed_bytes_per_second", "expert_flops_per_second", "flops_per_second")}
 
 
 def better(draw, machine: Machine) -> Machine:

@@ -10,15 +10,13 @@ pytest.importorskip("numba", reason="needs numba, which compiles these functions
 
 from kernels.cpu import pool as cpu_pool
 from kernels.cpu.prefill import dequantize as cpu_dequantize
-from kernels.dense import dequantize
 from kernels.evict import age
-from kernels.layout import Layout, default_group_size
+from kernels.layout import Layout
 from kernels.pool import Pool, new_pool, pin, take
 from kernels.resolve import resolve_experts, resolve_neurons
 from kernels.select import DOWN_ONLY, REFINED
 from kernels.trunk.linear import dequantize_rows
 from tests.kernels.cpu.test_linear_twin import matrix
-from tests.support.random_experts import random_blobs
 
 Tensor = torch.Tensor
 LAYOUT = Layout(64, 6, 64)
@@ -87,15 +85,3 @@ def test_dequantize_rows(rows, groups, bits, seed):
     dequantize_rows.reference(*given, outs[1])
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-6, atol=1e-6)
     assert cpu_dequantize.dequantize_rows(*given, outs[0].bfloat16()) is NotImplemented
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.sampled_from((64, 256, 320, 2880)), st.integers(1, 70), st.integers(1, 3), st.integers(0, 99))
-def test_dequantize(hidden, neurons, experts, seed):
-    layout = Layout(hidden, neurons, default_group_size(hidden))
-    blobs = random_blobs(experts, layout, torch.Generator().manual_seed(seed))
-    outs = [(torch.empty(experts, 2 * neurons, hidden), torch.empty(experts, neurons, hidden)) for _ in range(2)]
-    cpu_dequantize.dequantize(blobs, *outs[0], layout)
-    dequantize.reference(blobs, *outs[1], layout)
-    for mine, theirs in zip(*outs, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
