@@ -6,7 +6,7 @@ import torch
 
 from engine.core import Options, Sampling
 from engine.decode.decoder import HostDecoder
-from engine.decode.sampling import Sampler
+from engine.decode.sampling import Sampler, merged, processors
 from engine.library.compress import compress
 from engine.model import packed
 from engine.model.load import load
@@ -70,6 +70,16 @@ def test_a_token_in_one_call_has_the_bits_of_many(opened):
 def test_how_many_logits_decide():
     found = [Sampler(sampling, None).n_best for sampling in (*SETTINGS, Sampling(1.0, 257, 1.0, 0.0, 1.0))]
     assert found == [1, 5, 0, 0, 0]
+
+
+def test_draws_among_the_best_follow_transformers_own_processors():
+    """Of a top-k without a penalty only its logits are looked at."""
+    logits, settings = torch.randn(500, generator=torch.Generator().manual_seed(0)), Sampling(0.7, 5, 0.9, 0.1, 1.0, 3)
+    sampler, chain = Sampler(settings, None), processors(merged(settings, None))
+    expected = chain(torch.empty(1, 0, dtype=torch.long), logits[None])[0].softmax(-1)
+    assert sampler.n_best == 5 and 1 < int((expected > 0).sum()) <= 5
+    draws = torch.bincount(torch.tensor([sampler(logits, [0]) for _ in range(3000)]), minlength=500) / 3000
+    assert (draws - expected).abs().max() < 0.03
 
 
 def test_a_small_head_stays_in_one_plane(opened):
