@@ -123,6 +123,7 @@ def _keep_inside(data: Path) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(data / "cache" / "gradio")
     os.environ.setdefault("HF_HOME", str(data / "cache" / "huggingface"))
     os.environ.setdefault("NUMBA_CACHE_DIR", str(data / "cache" / "numba"))     # what is compiled for this processor
+    os.environ.setdefault("TRITON_CACHE_DIR", str(data / "cache" / "triton"))   # and for this card, by Triton's version
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 

@@ -101,9 +101,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _keep_compiled(cache: Path) -> None:
-    """What numba compiles for this processor goes where the application has it too, if that is there."""
+    """What is compiled for this processor and this card goes where the application has it too, if that is there."""
     if cache.is_dir():
         os.environ.setdefault("NUMBA_CACHE_DIR", str(cache / "numba"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
 
 
 def _failed(error: Exception) -> int:

@@ -15,9 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.__main__ import _listen, main
+from app.__main__ import _keep_inside, _listen, main
 from app.chat.chats import Chats
 from engine import data_dir, only_one
+from engine.__main__ import _keep_compiled
 from tests.support.browser import SECONDS, ready, running
 from tests.support.waiting import until
 
@@ -138,3 +139,17 @@ def test_the_body_of_an_answer_does_not_wait_for_an_acknowledgement_of_its_head(
                 writer.close()
                 return await options
     assert asyncio.run(accepted())
+
+
+def test_what_is_compiled_stays_in_the_data_folder(monkeypatch, tmp_path):
+    """However the program is started, unless a person has named another place."""
+    (tmp_path / "cache").mkdir()
+    names = {"NUMBA_CACHE_DIR": "numba", "TRITON_CACHE_DIR": "triton"}
+    for keep, folder in ((_keep_inside, tmp_path), (_keep_compiled, tmp_path / "cache")):
+        monkeypatch.setattr(os, "environ", {})
+        keep(folder)
+        assert {name: os.environ[name] for name in names} == {
+            name: str(tmp_path / "cache" / where) for name, where in names.items()}
+        os.environ["TRITON_CACHE_DIR"] = "elsewhere"
+        keep(folder)
+        assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
