@@ -263,7 +263,7 @@ class ModelSpec:
     sliding-window state that does not grow; recurrent_bytes: the part of that which recurrent layers hold; windows:
     (tokens, bytes of one) of each kind of sliding window in it. prefill: what one layer's mixer takes while a chunk of
     a prompt is read, for each kind of mixer (bytes for each token of the chunk, for each of the context, for each pair
-    of both).
+    of both). table_bytes: of the rows that stand in place of experts in a Mixture of Lookup Experts; else 0.
     """
 
     name: str
@@ -284,6 +284,7 @@ class ModelSpec:
     prefill: tuple[tuple[int, int, int], ...] = ()
     windows: tuple[tuple[int, int], ...] = ()
     identities: int = 0
+    table_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prefill", "windows"):
@@ -315,8 +316,13 @@ class ModelSpec:
     @property
     def active_params(self) -> int:
         """Weights that one token multiplies with."""
-        experts = round(self.layers * self.picks * self.expert_params)
+        experts = 0 if self.table_bytes else round(self.layers * self.picks * self.expert_params)
         return self.trunk_params - self.embedding_params + experts
+
+    @property
+    def token_table_bytes(self) -> int:
+        """What a token reads of the table: its row."""
+        return self.table_bytes // self.vocabulary
 
 
 @dataclass(frozen=True)

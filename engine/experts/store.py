@@ -19,6 +19,7 @@ import torch
 from engine.core import SPARSE_LEVELS, UserError
 from engine.files.checkpoint import Checkpoint
 from engine.files.compressed import ExpertsFile
+from engine.files.lookup.table import open_table
 from engine.files.manifest import MANIFEST, Manifest, experts_name
 from engine.machine.pinned_memory import Driver, HostMemory
 from kernels.layout import Layout
@@ -26,6 +27,8 @@ from kernels.planes import decode_down, decode_gate, decode_up
 
 Tensor = torch.Tensor
 BIASES = ("gate_bias", "up_bias", "down_bias")
+NO_EXPERTS = ("A Mixture of Lookup Experts has a table in place of experts: it answers, but there is nothing in it to "
+              "calibrate, trace, guess or leave out.")
 
 
 class Far(Protocol):
@@ -53,6 +56,8 @@ class FarBlobs(Far):
     """The experts files of a compressed folder, mapped into memory. UserError for files that are not what it says."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        if manifest.has_table:
+            raise UserError(NO_EXPERTS)
         manifest.check_sizes(folder)
         self.layout: Layout = manifest.layout
         self.layers, self.experts = manifest.layers, manifest.experts
@@ -216,8 +221,34 @@ class FarCheckpoint(Far):
         return {name: getattr(weights, name).float() for name in BIASES if getattr(weights, name) is not None}
 
 
+class FarTable(Far):
+    """The table of a Mixture of Lookup Experts, mapped. expert_bytes: of one in a token's row."""
+
+    readable_layers = 0
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        manifest.check_sizes(folder)
+        self.layers, self.experts = manifest.layers, manifest.experts
+        self.neurons, self.hidden = manifest.neurons, manifest.hidden
+        self.table = open_table(folder, manifest)
+        self.expert_bytes = self.hidden * self.table.dtype.itemsize
+
+    @property
+    def layout(self) -> Layout:
+        raise UserError(NO_EXPERTS)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """tokens int [T] -> [T, layers * experts * hidden], read from the file"""
+        return self.table[tokens.long().cpu()].to(tokens.device)
+
+    def biases(self, layer: int) -> dict[str, Tensor]:
+        return {}
+
+
 def offered(far: Far, plans: Container[str]) -> tuple[str, ...]:
     """Levels that a folder can run at, best first. plans: those that have been calibrated."""
+    if isinstance(far, FarTable):
+        return ("exact",)
     if not isinstance(far, FarBlobs):
         return ("full",)
     return ("exact", *(level for level in SPARSE_LEVELS if level in plans))

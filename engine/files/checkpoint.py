@@ -79,7 +79,8 @@ class Checkpoint:
         """UserError, in one sentence, for anything that is not a Mixture-of-Experts checkpoint in safetensors."""
         folder = Path(folder)
         checkpoint = cls.whole(read_config(folder), SafetensorsFolder(folder), folder.name)
-        checkpoint.read_expert(0, 0)
+        if not checkpoint.spec.table_bytes:
+            checkpoint.read_expert(0, 0)
         return checkpoint
 
     @classmethod

@@ -97,15 +97,16 @@ class MappedFile:
     def tensor(self, name: str) -> torch.Tensor:
         """A read-only view of the file; never write to it."""
         entry = self.header[name]
-        dtype = DTYPES[entry["dtype"]]
-        low, high = entry["data_offsets"]
+        return self.flat(DTYPES[entry["dtype"]], *reversed(entry["data_offsets"])).view(entry["shape"])
+
+    def flat(self, dtype: torch.dtype, high: int, low: int = 0) -> torch.Tensor:
+        """What lies between two places of the data, in bytes, whatever its tensors; as of `tensor`."""
         if high == low:
-            return torch.empty(entry["shape"], dtype=dtype)
+            return torch.empty(0, dtype=dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the buffer is read-only; that is what we want
-            flat = torch.frombuffer(self.map, dtype=dtype, count=(high - low) // dtype.itemsize,
+            return torch.frombuffer(self.map, dtype=dtype, count=(high - low) // dtype.itemsize,
                                     offset=self.start + low)
-        return flat.view(entry["shape"])
 
 
 class ExpertsFile(MappedFile):

@@ -24,7 +24,9 @@ from engine.files.compressed import BIASES, MappedFile, SafetensorsWriter
 from engine.files.manifest import (
     COPIED,
     EXPERTS,
+    FORMAT_VERSION,
     MTP,
+    TABLE,
     TRUNK,
     FileEntry,
     Manifest,
@@ -47,7 +49,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class FolderWriter:
-    """Use as a context manager. done: files that are whole. trunk, mtp: the files that grow."""
+    """Use as a context manager. done: files that are whole. trunk, mtp, table: the files that grow."""
 
     dest: Path
     spec: ModelSpec
@@ -57,14 +59,19 @@ class FolderWriter:
     done: dict[str, FileEntry]
     trunk: GrowingFile
     mtp: GrowingFile
+    table: GrowingFile
+
+    @property
+    def growing(self) -> tuple[GrowingFile, ...]:
+        return self.trunk, self.mtp, self.table
 
     @staticmethod
     def begin(dest: Path, spec: ModelSpec, n_trunk: int, origin: str, group_size: int | None = None,
-              trunk_bits: int = 16, n_mtp: int = 0) -> FolderWriter:
+              trunk_bits: int = 16, n_mtp: int = 0, n_rows: int = 0) -> FolderWriter:
         """Start, or go on with what an interrupted run of the same settings has finished.
 
-        n_trunk, n_mtp: parameters at most. origin: what is made into a folder, in words. UserError: a group size that
-        does not divide hidden, a dest that holds something else.
+        n_trunk, n_mtp, n_rows: tensors at most. origin: what is made into a folder, in words. UserError: a group size
+        that does not divide hidden, a dest that holds something else.
         """
         try:
             layout = Layout(spec.hidden, spec.neurons, group_size or default_group_size(spec.hidden))
@@ -73,17 +80,17 @@ class FolderWriter:
         settings = {"group_size": layout.group, "trunk_bits": trunk_bits, "source": origin}
         done = _resume(dest, settings)
         return FolderWriter(dest, spec, layout, trunk_bits, settings, done, GrowingFile(dest / TRUNK, 2 * n_trunk),
-                            GrowingFile(dest / MTP, n_mtp))
+                            GrowingFile(dest / MTP, n_mtp), GrowingFile(dest / TABLE, n_rows))
 
     def __enter__(self) -> FolderWriter:
-        for file in (self.trunk, self.mtp):         # killed just behind its renaming
+        for file in self.growing:                   # killed just behind its renaming
             if file.path.is_file() and file.path.name not in self.done:
                 self._finished(file.path.name)
         return self
 
     def __exit__(self, *error) -> None:
-        self.trunk.close()
-        self.mtp.close()
+        for file in self.growing:
+            file.close()
 
     def layer(self, i: int, blobs: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> None:
         """The experts file of layer i: of each expert in order its blob and its biases [1, n] by name."""
@@ -117,15 +124,15 @@ class FolderWriter:
 
     def save(self) -> None:
         """What has been added so far survives a kill."""
-        self.trunk.save()
-        self.mtp.save()
+        for file in self.growing:
+            file.save()
 
     def seal(self, config, skeleton: torch.nn.Module, tokenizer: Path, copied: Iterable[str] = COPIED,
              calibration: dict | None = None) -> Manifest:
         """All is there: the growing files get their names, then configuration, `copied` from the folder `tokenizer`
         and, last, the manifest. transformers loads what config.json says after `import engine.hf`, and
         refuses it without."""
-        for file in (self.trunk, self.mtp):
+        for file in self.growing:
             if file.is_open:
                 file.finish()
                 self._finished(file.path.name)
@@ -139,7 +146,7 @@ class FolderWriter:
         spec = self.spec
         manifest = Manifest(self.layout.group, self.trunk_bits, spec.layers, spec.experts, spec.top_k, spec.neurons,
                             spec.hidden, (*(self.done[name] for name in sorted(self.done)), *texts_of(self.dest)),
-                            calibration or {})
+                            calibration or {}, FORMAT_VERSION if TABLE in self.done else 2)
         manifest.save(self.dest)
         (self.dest / PARTIAL).unlink(missing_ok=True)
         return manifest
@@ -267,6 +274,8 @@ def biases_of(expert: ExpertLayer) -> dict[str, Tensor]:
 
 def result_bytes(spec: ModelSpec, trunk_bits: int) -> int:
     """About how large the compressed folder will be."""
+    if spec.table_bytes:
+        return spec.table_bytes + int(spec.trunk_params * BYTES_PER_WEIGHT[trunk_bits])
     layout = Layout(spec.hidden, spec.neurons, default_group_size(spec.hidden))
     return spec.layers * spec.experts * layout.blob_bytes + int(spec.trunk_params * BYTES_PER_WEIGHT[trunk_bits])
 

@@ -19,11 +19,12 @@ from engine.core import LEVELS, UserError
 from engine.disk import read_json, write_text_atomically
 from kernels.layout import Layout
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # of a table; all other folders are written as 2, which earlier versions read
 MOST_BYTES = 4 << 20  # of floe.json; a third of a megabyte for 61 layers of 384 experts
 # The folder's experts_implementation: a transformers that does not know it names it in its refusal.
 EXPERTS = "floe, which needs: import engine.hf"
 MANIFEST, CONFIG, TRUNK, MTP = "floe.json", "config.json", "trunk.safetensors", "mtp.safetensors"
+TABLE = "table.safetensors"  # of a Mixture of Lookup Experts, in place of the experts' files
 MADE_OF = ("codes", "specialist")   # of "calibration": what measuring the levels does not change
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"     # of a checkpoint
 # What a compressed folder takes over from its checkpoint; the first four a person may change, with a note to say so.
@@ -77,11 +78,11 @@ class Manifest:
     hidden: Count
     files: tuple[FileEntry, ...]
     calibration: dict = Field(default_factory=dict)
-    format_version: Annotated[Count, Field(le=FORMAT_VERSION)] = FORMAT_VERSION
+    format_version: Annotated[Count, Field(le=FORMAT_VERSION)] = 2
 
     def __post_init__(self) -> None:
         names = [entry.path for entry in self.files]
-        needed = {TRUNK, *map(experts_name, range(self.layers))}
+        needed = {TRUNK, *(() if TABLE in names else map(experts_name, range(self.layers)))}
         if not (self.top_k <= self.experts and self.layout and needed <= set(names) and len(set(names)) == len(names)):
             raise ValueError("these are not the numbers of a model")
         for level in _Calibration.model_validate(self.calibration).levels.values():
@@ -93,6 +94,10 @@ class Manifest:
         most, budgets, thresholds = self.top_k * self.neurons, level.budgets, level.thresholds
         return ((budgets is None or len(budgets) == self.layers and all(0 < sum(pair) <= most for pair in budgets))
                 and (thresholds is None or [len(row) for row in thresholds] == [self.experts] * self.layers))
+
+    @property
+    def has_table(self) -> bool:
+        return any(entry.path == TABLE for entry in self.files)
 
     @cached_property
     def layout(self) -> Layout:

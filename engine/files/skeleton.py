@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from engine.core import ModelSpec, UserError
 from engine.disk import ordinary_files
 from engine.files.config_json import read_config_json
+from engine.files.lookup.modeling import MODEL_TYPE, ROW_TYPE, LookupExperts, MoleConfig, is_training_form
 
 DECODED = ("mxfp4", "fp8")
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -49,7 +50,8 @@ def read_config(folder: Path, methods: tuple[str, ...] = DECODED):
     _refuse_quantised(folder, written, methods)
     _refuse_tables(folder, written)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = (MoleConfig.from_dict(written | {"model_type": MODEL_TYPE}) if is_training_form(written) else
+                  AutoConfig.from_pretrained(folder, trust_remote_code=False))
         parts = config, text_config_of(config)
     except Exception as error:          # transformers raises many kinds for configurations it does not know
         raise UserError(_unknown(folder, written, error)) from error
@@ -82,6 +84,8 @@ def build_skeleton(text_config, name: str):
 
 def experts_modules(skeleton, name: str) -> dict[str, torch.nn.Module]:
     """Routed-experts modules by name, in order of depth. UserError for a dense model or experts without a gate."""
+    if tables := {path: each for path, each in skeleton.named_modules() if isinstance(each, LookupExperts)}:
+        return tables
     for module in skeleton.modules():
         if type(module).__name__ in UNDECORATED:
             _described(module, skeleton.config)
@@ -136,15 +140,18 @@ def model_spec(name: str, skeleton, modules: dict[str, torch.nn.Module]) -> Mode
     token_bytes, state_bytes, recurrent_bytes, windows = _cache_bytes(config, cache)
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
+    n_all = len(modules) * experts
+    table_bytes = config.vocab_size * n_all * hidden * ROW_TYPE.itemsize if _is_table(modules) else 0
     return ModelSpec(
-        name=name, layers=len(modules), experts=experts, top_k=_top_k(config, name), neurons=neurons, hidden=hidden,
-        identities=getattr(next(iter(modules.values())), "identities", 0),
+        name=name, layers=len(modules), experts=experts, top_k=experts if table_bytes else _top_k(config, name),
+        neurons=neurons, hidden=hidden, identities=getattr(next(iter(modules.values())), "identities", 0),
         decoder_layers=_depth(skeleton, modules), vocabulary=config.vocab_size,
-        trunk_params=sum(p.numel() for p in skeleton.parameters()) - len(modules) * experts * 3 * neurons * hidden,
+        trunk_params=sum(p.numel() for p in skeleton.parameters()) - (0 if table_bytes else
+                                                                      n_all * 3 * neurons * hidden),
         embedding_params=0 if tied else embedding.weight.numel(), kv_bytes_per_token=token_bytes,
         state_bytes=state_bytes, recurrent_bytes=recurrent_bytes, windows=windows, prefill=_prefill(skeleton, cache),
         context=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
-        model_type=config.model_type.removesuffix("_text"))
+        model_type=config.model_type.removesuffix("_text"), table_bytes=table_bytes)
 
 
 def _depth(skeleton, modules: dict[str, torch.nn.Module]) -> int:
@@ -222,8 +229,14 @@ def _cache_of(skeleton, modules: dict[str, torch.nn.Module]):
             del module.forward
 
 
+def _is_table(modules: dict[str, torch.nn.Module]) -> bool:
+    return any(isinstance(module, LookupExperts) for module in modules.values())
+
+
 def _dimensions(module) -> tuple[int, int, int]:
     """Experts, neurons, hidden of one routed-experts module."""
+    if isinstance(module, LookupExperts):
+        return module.shape
     experts, rows, columns = module.down_proj.shape
     return (experts, rows, columns) if module.is_transposed else (experts, columns, rows)
 

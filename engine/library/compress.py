@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from engine.core import UserError
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.folder_writer import FolderWriter, encoded, is_sealed
 from engine.files.key_map import Group
-from engine.files.manifest import MTP, TRUNK, Manifest, experts_name
+from engine.files.lookup.table import block, block_name, blocks, table_keys
+from engine.files.manifest import MTP, TABLE, TRUNK, Manifest, experts_name
 from engine.library.transfer import CompressOptions
 from engine.machine import errors
 from engine.planning.sizes import DEFAULT_TRUNK_BITS
@@ -110,8 +112,8 @@ def settled(choice: CompressOptions) -> tuple[str, int]:
 
 @dataclass(eq=False)
 class Unit:
-    """One thing that can be compressed once its keys are there. layer: its number, counted from 1; 0 for others.
-    after: what has to be done before it, over a text."""
+    """One thing that can be compressed once its keys are there. layer: its number, counted from 1; 0 for others; of a
+    Mixture of Lookup Experts that of a block of the table. after: what has to be done before it, over a text."""
 
     keys: list[str]
     work: Callable[[], None]
@@ -129,7 +131,8 @@ def writer_for(checkpoint: Checkpoint, dest: Path, origin: str, group_size: int 
     """UserError as of `FolderWriter.begin`: also for what was begun over another text."""
     origin = f"{origin}, over the text {digest(documents, model)}" if documents else origin
     return FolderWriter.begin(dest, checkpoint.spec, len(checkpoint.skeleton.state_dict()), origin, group_size,
-                              trunk_bits, len(checkpoint.map.mtp))
+                              trunk_bits, len(checkpoint.map.mtp),
+                              len(blocks(checkpoint.spec)) if checkpoint.spec.table_bytes else 0)
 
 
 def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: Callable[[], None],
@@ -138,6 +141,8 @@ def units_of(writer: FolderWriter, checkpoint: Checkpoint, device: str, check: C
     those of an earlier run marked as done. check: is called within every expert and before every tensor, and
     may raise. documents: the codes are to err less on these, which asks for an order; model: as of `Text`."""
     source = checkpoint.source
+    if documents and checkpoint.spec.table_bytes:
+        raise UserError(f"{checkpoint.name} is kept as a table, for which no text is needed; leave the text out.")
 
     def extra(key: str) -> None:
         check()
@@ -157,11 +162,22 @@ def _without_text(writer: FolderWriter, checkpoint: Checkpoint, device: str, che
         check()
         for name, tensor in checkpoint.read_group(group).items():
             writer.add_to_trunk(name, tensor)
-    for i in range(checkpoint.spec.layers):
+    if checkpoint.spec.table_bytes:
+        yield from _table(writer, checkpoint, check)
+    for i in range(0 if checkpoint.spec.table_bytes else checkpoint.spec.layers):
         yield Unit(checkpoint.layer_keys(i), partial(layer, i), experts_name(i) in writer.done, i + 1)
     for each in checkpoint.trunk_groups():
         yield Unit(_parts(checkpoint, each), partial(group, each),
                    TRUNK in writer.done or all(name in writer.trunk for name in each.targets))
+
+
+def _table(writer: FolderWriter, checkpoint: Checkpoint, check: Callable[[], None]) -> Iterator[Unit]:
+    def rows(tokens: range) -> None:
+        check()
+        writer.table.add({block_name(tokens): block(checkpoint, tokens)})
+    keys = [part for key in table_keys(checkpoint) for part in checkpoint.source.parts(key)]
+    for n, tokens in enumerate(blocks(checkpoint.spec)):
+        yield Unit(keys, partial(rows, tokens), TABLE in writer.done or block_name(tokens) in writer.table, n + 1)
 
 
 def _over_text(writer: FolderWriter, checkpoint: Checkpoint, documents: Documents, device: str,

@@ -174,6 +174,9 @@ def _unopened(folder: Path, error: Exception) -> str:
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype, report: Report) -> tuple[nn.Module, Far, Planner]:
     checkpoint = Checkpoint.open(folder)
+    if checkpoint.spec.table_bytes:
+        raise UserError(f"{folder} is a Mixture of Lookup Experts in its training form; make its table first: "
+                        "python -m engine compress FOLDER DEST")
     if checkpoint.warning:
         report(checkpoint.warning, 0.1)
     trunk = {name: tensor for name, tensor in checkpoint.trunk()}

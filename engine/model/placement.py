@@ -9,14 +9,14 @@ from torch import nn
 from engine.core import MachineError, Options
 from engine.experts.device import DeviceRuntime, NoDevicePath
 from engine.experts.full import FullRuntime
-from engine.experts.host import HostRuntime
 from engine.experts.runtime import Runtime
-from engine.experts.store import Far, FarBlobs, FarLocked
+from engine.experts.store import Far, FarCheckpoint, FarLocked, FarTable
 from engine.files.manifest import is_compressed
 from engine.machine import errors
-from engine.machine.pinned_memory import Driver
-from engine.model.host_embedding import leave_on_host
-from engine.model.registration import Report, bind
+from engine.machine.pinned_memory import Driver, HostMemory
+from engine.model.host_embedding import HostEmbedding, host_bytes, leave_on_host
+from engine.model.lookup_runtime import LookupRuntime
+from engine.model.registration import Report, bind, host_side_of
 from engine.planning import explain
 from engine.planning.plan import Plan
 from engine.planning.planner import Planner
@@ -43,7 +43,7 @@ def prepare_processor(report: Report, share: float) -> str:
 
 def side_of(far: Far) -> type[Runtime]:
     """What computes these experts on the processor."""
-    return HostRuntime if isinstance(far, FarBlobs) else FullRuntime
+    return FullRuntime if isinstance(far, FarCheckpoint) else host_side_of(far)
 
 
 def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Planner, options: Options, report: Report,
@@ -60,9 +60,9 @@ def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Plan
             planned = explain.memory(planner.plan(level, options))
             raise MachineError(errors.in_words(error, planned)) from error
         raise
-    if runtime.device == "cuda":
+    if runtime.device == "cuda" and not isinstance(far, FarTable):     # of which nothing is near
         into_what_is_free(runtime, planner.plan(level, options), torch.cuda.mem_get_info()[0], report)
-    runtime.memories = [embedding] if embedding else []
+    runtime.memories += [embedding] if embedding else []
     runtime.link_bytes_per_second = planner.machine.link_bytes_per_second
     return runtime
 
@@ -80,11 +80,28 @@ def into_what_is_free(runtime: Runtime, plan: Plan, free_bytes: int, report: Rep
     report(reason, 0.9)
 
 
+def table_beside_gpu(model: nn.Module, far: FarTable, planner: Planner, level: str, near_bytes: int, driver: Driver,
+                     device: str) -> Runtime:
+    """Rows out of page-locked memory, read by the card; where the system locks no more, by the processor."""
+    memory = HostMemory(host_bytes(far.table), driver)
+    if memory.reason:
+        memory.close()
+        runtime = bind(model, LookupRuntime, far, planner, level, near_bytes)
+        runtime.reason = f"{memory.reason} The processor reads the table for the card, which is slower."
+        return runtime
+    rows = HostEmbedding(far.table, memory)
+    runtime = bind(model, LookupRuntime, far, planner, level, near_bytes, device=device, rows=rows)
+    runtime.memories.append(memory)
+    return runtime
+
+
 def experts_on_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Planner, options: Options,
                    report: Report, driver: Driver, device: str = "cuda") -> Runtime:
     """Page-lock the folder's experts and let the device compute them; where the card cannot compute such experts, the
     processor does, over `far`."""
     near_bytes = planner.near_bytes(level, options)
+    if isinstance(far, FarTable):
+        return table_beside_gpu(model, far, planner, level, near_bytes, driver, device)
     try:
         if not is_compressed(folder):
             raise NoDevicePath("An uncompressed checkpoint: the processor computes its experts, which is slow.")

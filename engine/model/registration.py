@@ -30,13 +30,15 @@ from engine.disk import check_room, trouble, writing
 from engine.experts.host import HostRuntime
 from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.runtime import Runtime
-from engine.experts.store import Far, FarBlobs
+from engine.experts.store import Far, FarBlobs, FarTable
+from engine.files.lookup.modeling import LookupExperts
 from engine.files.manifest import EXPERTS, MANIFEST, TRUNK, Manifest
 from engine.files.proof import proving
 from engine.files.skeleton import experts_modules, model_spec
 from engine.files.trunk import CODES, SCALES
 from engine.machine.detect import machine_for
 from engine.model.gradients import Experts
+from engine.model.lookup_runtime import LookupRuntime, TableLayer
 from engine.model.packed import packed_parameter
 from engine.model.windows import Windows
 from engine.planning.planner import Planner
@@ -210,14 +212,15 @@ class FloeQuantizer(HfQuantizer):
         if self.quantization_config.binds:
             model.floe_manifest = _manifest_of(model)
         for path, module in experts.items():
-            FloeExperts.put(model, path, module)
+            if not isinstance(module, LookupExperts):
+                FloeExperts.put(model, path, module)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.quantization_config.binds or not _bound.get():
             return
         with proving(Path(model.config.name_or_path)):
             far, planner = blobs_of(model)
-            bind(model, HostRuntime, far, planner, "exact", planner.near_bytes("exact"))
+            bind(model, host_side_of(far), far, planner, "exact", planner.near_bytes("exact"))
         model.save_pretrained = MethodType(save_copy, model)
 
 
@@ -240,11 +243,16 @@ def save_copy(model: nn.Module, save_directory: str | Path, **asked: Any) -> Non
             shutil.copyfile(source / name, dest / name)
 
 
-def blobs_of(model: nn.Module) -> tuple[FarBlobs, Planner]:
+def host_side_of(far: Far) -> type[Runtime]:
+    """What computes the experts of a compressed folder on the processor."""
+    return LookupRuntime if isinstance(far, FarTable) else HostRuntime
+
+
+def blobs_of(model: nn.Module) -> tuple[FarBlobs | FarTable, Planner]:
     """The far memory of a model whose trunk came from a compressed folder, and its plan for the processor."""
     stored = model.floe_manifest
     planner = Planner(model.floe_spec, model.floe_machine, stored.trunk_bits, stored.group_size, stored.calibration)
-    return FarBlobs(Path(model.config.name_or_path), stored), planner
+    return (FarTable if stored.has_table else FarBlobs)(Path(model.config.name_or_path), stored), planner
 
 
 def _manifest_of(model: nn.Module) -> Manifest:
@@ -272,7 +280,8 @@ def level_plans(calibration: dict) -> dict[str, LevelPlan]:
 def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, level: str, near_bytes: int | None,
          predict: bool = True, **given: Any) -> Runtime:
     """Put one runtime of that side over `far` behind the model's experts modules. given: its device, tokens, dtype."""
-    places = [(path, module) for path, module in model.named_modules() if isinstance(module, FloeExperts)]
+    places = [(path, module) for path, module in model.named_modules()
+              if isinstance(module, FloeExperts | LookupExperts)]
     device = given.get("device", "cpu")
     layers = [layer_experts(model, path, index, far, device) for index, (path, _) in enumerate(places)]
     levels = level_plans(planner.calibration)
@@ -284,9 +293,11 @@ def bind(model: nn.Module, side: type[Runtime], far: Far, planner: Planner, leve
     return runtime
 
 
-def layer_experts(model: nn.Module, path: str, index: int, far: Far, device: str) -> LayerExperts:
-    """What the experts module at `path` computes with, on `device`."""
+def layer_experts(model: nn.Module, path: str, index: int, far: Far, device: str) -> LayerExperts | TableLayer:
+    """What the experts module at `path` computes with, on `device`; rows of a table with nothing."""
     module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    if isinstance(module, LookupExperts):
+        return TableLayer(index)
     norm, identities = getattr(module, "post_expert_norm", None), getattr(module.origin, "identities", 0)
     router = _router_weight(parent, (far.experts + identities, far.hidden))
     return LayerExperts(

@@ -89,6 +89,8 @@ def arena_of(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, ro
 def residency(spec: ModelSpec, layout: Layout, sparsity: Sparsity, level: str, far_bytes_each: int,
               split: Split) -> Residency:
     """What a token still has to fetch. far_bytes_each: of a whole expert, where it is far."""
+    if spec.table_bytes:    # a row is never near
+        return Residency(far_bytes=spec.token_table_bytes, needed_bytes=spec.token_table_bytes)
     n, layer_picks = spec.n_experts_total, spec.layers * spec.picks
     if level in ("exact", "full"):
         miss = _miss_rate(sparsity, "blob", "exact", split.slots, split.kept, n)
@@ -139,7 +141,7 @@ def link_seconds_per_byte(machine: Machine, pageable: float) -> float:
 
 def chunk_on_gpu(spec: ModelSpec, machine: Machine, tokens: int, streamed_bytes: float, pageable: float) -> Times:
     """One prompt chunk: experts stream over the link while the previous ones are decoded and multiplied."""
-    touched = spec.layers * min(spec.experts, spec.picks * tokens) * spec.expert_params
+    touched = _touched(spec, tokens) * spec.expert_params
     multiply = 2 * spec.active_params * tokens / (MATRIX_SHARE * machine.flops_per_second)
     compute = multiply + touched * SCRATCH_BYTES / machine.vram_bytes_per_second
     link = streamed_bytes * link_seconds_per_byte(machine, pageable)
@@ -214,15 +216,20 @@ def _operations(spec: ModelSpec, level: str, is_far: bool) -> int:
 def chunk_on_cpu(spec: ModelSpec, machine: Machine, tokens: int, level: str, expert_bytes: int, near: Residency,
                  cached: float) -> Times:
     """expert_bytes: of one whole expert as it lies far. Every expert that the chunk wants is read once, its codes
-    multiplied as they are; at `full` those that are missing become float32."""
-    touched = spec.layers * min(spec.experts, spec.picks * tokens)
+    multiplied as they are; at `full` those that are missing become float32. Of a table each token's row is read."""
+    touched = _touched(spec, tokens)
     missing = touched * (1 - near.expert_slots / spec.n_experts_total)
-    experts = spec.layers * spec.picks * spec.expert_params
+    far = tokens * spec.token_table_bytes or missing * expert_bytes
+    experts = 0 if spec.table_bytes else spec.layers * spec.picks * spec.expert_params
     flops, copied = (_rate(machine, name) for name in ("flops_per_second", "copy_bytes_per_second"))
     if level == "full":
         each, reading = flops, missing * spec.expert_params * 4 / copied
     else:
         each, reading = _rate(machine, "expert_flops_per_second"), touched * expert_bytes / _packed(machine, "dense")
     return (("matrix products", 2 * tokens * ((spec.active_params - experts) / flops + experts / each)),
-            ("experts", reading),
-            ("disk", missing * (1 - cached) * expert_bytes / DISK_BYTES_PER_SECOND))
+            ("experts", reading), ("disk", far * (1 - cached) / DISK_BYTES_PER_SECOND))
+
+
+def _touched(spec: ModelSpec, tokens: int) -> float:
+    """Experts that a prompt's chunk reads: none of a table."""
+    return 0 if spec.table_bytes else spec.layers * min(spec.experts, spec.picks * tokens)

@@ -26,6 +26,7 @@ from engine.planning.sizes import (
     SLOT_TABLE_BYTES,
     WEIGHT_BYTES,
     expert_bytes,
+    far_bytes,
     near_trunk_bytes,
     planned_chunk,
     prefill_bytes,
@@ -50,7 +51,7 @@ def plan(model: ModelSpec, machine: Machine, wishes: PlanRequest | None = None,
     layout = _layout(model, wishes)
     measured = (calibration or {}).get("levels")
     known = miss_curves.calibrated(calibration, model, layout) if measured else miss_curves.assumed(model, layout)
-    choice = (wishes.level,) if wishes.level else _offered(wishes, calibration)
+    choice = (wishes.level,) if wishes.level else _offered(model, wishes, calibration)
     tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
     best = _best(tried)
     everything = tuple((p.level, p.verdict, p.decode_tokens_per_second) for p in tried)
@@ -58,8 +59,11 @@ def plan(model: ModelSpec, machine: Machine, wishes: PlanRequest | None = None,
                    advice=_advice(model, machine, wishes, layout, known, best))
 
 
-def _offered(wishes: PlanRequest, calibration: Mapping | None) -> tuple[str, ...]:
-    """A folder runs at the levels that it was calibrated for; what is still to be made may be calibrated for all."""
+def _offered(model: ModelSpec, wishes: PlanRequest, calibration: Mapping | None) -> tuple[str, ...]:
+    """A folder runs at the levels that it was calibrated for; what is still to be made may be calibrated for all. Rows
+    of a table have but one."""
+    if model.table_bytes:
+        return ("exact",)
     measured = (calibration or {}).get("levels") or {}
     return tuple(level for level in CHOICE if level == "exact" or level in measured or not wishes.on_disk)
 
@@ -114,7 +118,7 @@ def _at_level(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: L
     bits = wishes.trunk_bits or (16 if level == "full" else DEFAULT_TRUNK_BITS[machine.device])
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     chunk = min(wishes.chunk or planned_chunk(model, machine.device, context), context)
-    disk = sum(trunk_bytes(model, bits)) + model.n_experts_total * expert_bytes(model, layout, level)
+    disk = sum(trunk_bytes(model, bits)) + far_bytes(model, layout, level)
     common = {"model": model.name, "machine": machine.name, "device": machine.device, "level": level,
               "context": context, "chunk": chunk, "trunk_bits": bits, "disk_bytes": disk, "wished_speed": wishes.speed,
               "n_experts": model.n_experts_total}
@@ -130,13 +134,14 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     level, context, chunk = common["level"], common["context"], common["chunk"]
     embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cuda")
     each, memory = expert_bytes(model, layout, level), _card_memory(model, machine, layout, context, chunk, trunk)
-    far, tables = model.n_experts_total * each, table_bytes(model, level)
+    far, tables = far_bytes(model, layout, level), table_bytes(model, level)
     # A layer is locked or it is not; the first ones are.
     locked = model.layers if far <= machine.pinned_limit_bytes else machine.pinned_limit_bytes * model.layers // far
+    locked = 0 if model.table_bytes and locked < model.layers else locked     # a table's rows hold all layers
     arena = cost_model.arena_of(model, layout, known, level, each, model.experts * (model.layers - locked), True)
     free = machine.vram_free_bytes - tables - sum(size for _, size in memory)
     room = _beside_its_tables(free, arena)
-    room = max(arena.least_bytes, room if wishes.near_bytes is None else min(room, wishes.near_bytes))
+    room = _room(model, arena, room if wishes.near_bytes is None else min(room, wishes.near_bytes))
     split, stay, unlocked, token = min(
         (_card_token(model, machine, layout, known, level, context, trunk, locked, split)
          for split in map(arena.divided, arena.sizes_worth_trying(room))),
@@ -146,6 +151,7 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     memory = (*memory, ("near memory's tables", tables))
     vram, ram = sum(size for _, size in memory) + near.total_bytes, far + embedding + PROCESS_BYTES["cuda"]
     streamed = far - near.expert_bytes - (near.sketch_bytes if not near.expert_bytes else 0)
+    streamed = chunk * model.token_table_bytes or streamed
     prefill = cost_model.chunk_on_gpu(model, machine, chunk, streamed, unlocked / model.layers)
     lacking = [("vram", arena.least_bytes - free)] if free < arena.least_bytes else []
     lacking += [("ram", ram - machine.ram_free_bytes)] if ram > machine.ram_free_bytes else []
@@ -154,6 +160,11 @@ def _on_gpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
                      pinned_bytes=pinned, pageable_bytes=far - pinned, pageable_layers=unlocked,
                      kv_bytes=model.kv_bytes_per_token * context, near_free_bytes=machine.vram_free_bytes,
                      ram_free_bytes=machine.ram_free_bytes)
+
+
+def _room(model: ModelSpec, arena: ArenaSizes, most: int) -> int:
+    """Of near memory: of a table nothing stays near."""
+    return arena.least_bytes if model.table_bytes else max(arena.least_bytes, most)
 
 
 def _card_memory(model: ModelSpec, machine: Machine, layout: Layout, context: int, chunk: int,
@@ -201,7 +212,7 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     kv = model.kv_bytes_per_token * context * WEIGHT_BYTES["cpu"] // 2
     far_each = expert_bytes(model, layout, level)
     near_each = 4 * model.expert_params if level == "full" else far_each
-    far = model.n_experts_total * far_each
+    far = far_bytes(model, layout, level)
     embedding, trunk = near_trunk_bytes(model, common["trunk_bits"], "cpu")
     memory = (("trunk", embedding + trunk), ("context memory (KV)", kv),
               ("recurrent and window state", 2 * model.state_bytes_at(context)),
@@ -211,7 +222,7 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     fixed = sum(size for _, size in memory)
     free = machine.ram_free_bytes - fixed
     arena = cost_model.arena_of(model, layout, known, level, near_each)
-    room = max(arena.least_bytes, free if wishes.near_bytes is None else wishes.near_bytes)
+    room = _room(model, arena, free if wishes.near_bytes is None else wishes.near_bytes)
     near, stay = _near_on_cpu(model, layout, known, level, room, arena)
     ram = fixed + near.total_bytes
     # A program's answer that rests has as much context memory again. It comes beside what is near and the file that it
@@ -219,7 +230,7 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     resting = kv + 2 * model.state_bytes_at(context)
     gives_way = machine.ram_free_bytes - ram - (0 if wishes.near_bytes is None else far) >= resting
     # Beside an arena of the plan's own choice less than a row is left, now more, now less: no share of the file.
-    left = 0 if wishes.near_bytes is None else max(0, machine.ram_free_bytes - ram)
+    left = max(0, machine.ram_free_bytes - ram) if model.table_bytes or wishes.near_bytes is not None else 0
     cached = min(1.0, left / far)
     read = common["trunk_bits"], trunk
     filled = context // 2       # a cache here grows, and a token reads what is in it: none of it, or all, or between

@@ -50,8 +50,15 @@ def near_trunk_bytes(model: ModelSpec, bits: int, device: str) -> tuple[int, int
     return embedding, rest + int((each - rest / head_and_rest) * routers)
 
 
+def far_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
+    """All experts as they lie far, or the table in place of them."""
+    return model.table_bytes or model.n_experts_total * expert_bytes(model, layout, level)
+
+
 def expert_bytes(model: ModelSpec, layout: Layout, level: str) -> int:
-    """One whole expert as it lies far: the blob, or 16-bit weights at `full`."""
+    """One whole expert as it lies far: the blob, or 16-bit weights at `full`; of a table what a token reads of it."""
+    if model.table_bytes:
+        return model.token_table_bytes // model.n_experts_total
     return 2 * model.expert_params if level == "full" else layout.blob_bytes
 
 
@@ -71,7 +78,9 @@ def planned_chunk(model: ModelSpec, device: str, context: int) -> int:
 
 def staging_bytes(model: ModelSpec, layout: Layout, capability: tuple[int, ...]) -> int:
     """On a card: two tiles of packed experts on their way in, and where they cannot be multiplied as they are, the
-    16-bit matrices that one is decoded into."""
+    16-bit matrices that one is decoded into. Of a table nothing."""
+    if model.table_bytes:
+        return 0
     decoded = model.expert_params if capability < PACKED_FROM else 0
     return tile_experts(model.experts, layout.blob_bytes) * 2 * (layout.blob_bytes + decoded)
 

@@ -18,6 +18,7 @@ class Tested:
 
 
 IN_ANSWERS, POLICIES = "engine/chat/test_policies_in_answers.py", "engine/policies/test_policies.py"
+TABLE = "engine/files/test_lookup_table.py"
 SHORTCUT = "engine/model/test_shortcut.py"
 REPLAYS, SPECIALISTS = "engine/quality/test_simulate.py", "engine/quality/test_specialists.py"
 TESTED = (
@@ -50,7 +51,7 @@ TESTED = (
     Tested("LongCat-Flash: its early router recalls 100 %",
            f"{SHORTCUT}::test_all_that_is_needed_was_asked_for_at_the_gate"),
     Tested("MoLE: logits of the training form are those of the tables",
-           note="does **not** hold: not built, transformers has no such architecture"),
+           f"{TABLE}::test_the_training_forms_logits_are_the_tables"),
     Tested("misses of a card computed beside it by the processor, same text", note="does **not** hold: not built, the "
            "share has to be measured on a card; between memory and the file's map `miss=place` does it"),
 )
