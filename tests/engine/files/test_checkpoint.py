@@ -19,7 +19,7 @@ from engine.files import dequantize
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.dequantize import block_fp8, mxfp4
 from engine.files.key_map import KeyMap
-from engine.files.skeleton import TRANSFORMERS, check_transformers
+from engine.files.skeleton import TRANSFORMERS, check_transformers, experts_modules
 from engine.files.tensor_source import INDEX
 from engine.library.compress import compress
 from engine.model.load import load
@@ -64,8 +64,9 @@ def test_every_architecture_comes_back(name, tmp_path):
     checkpoint = Checkpoint.open(save(model, tmp_path, layout_of(name)))
     spec, top_k = checkpoint.spec, checkpoint.spec.top_k
     assert checkpoint.left_out == [] and list(checkpoint.map.mtp) == []
-    for i, path in enumerate(checkpoint.expert_layers):
-        module, layer = model.get_submodule(path), checkpoint.read_layer(i)
+    for i, (path, module) in enumerate(experts_modules(model, name).items()):
+        layer = checkpoint.read_layer(i)
+        assert path == checkpoint.expert_layers[i]
         assert layer.shape == (spec.experts, spec.neurons, spec.hidden)
         x, weights = torch.randn(5, spec.hidden), torch.rand(5, top_k)
         index = torch.stack([torch.randperm(spec.experts)[:top_k] for _ in range(5)])

@@ -197,8 +197,8 @@ def refuse(folder: Path, *words: str, run: bool = False) -> None:
 
 def test_a_newer_format(folder):
     raw = json.loads((folder / "floe.json").read_text())
-    (folder / "floe.json").write_text(json.dumps(raw | {"format_version": 3, "something": "new"}))
-    refuse(folder, "newer Floe Chat", "format 3", "update")
+    (folder / "floe.json").write_text(json.dumps(raw | {"format_version": 4, "something": "new"}))
+    refuse(folder, "newer Floe Chat", "format 4", "update")
     with pytest.raises(UserError, match="newer"):
         Manifest.load(folder)
 
