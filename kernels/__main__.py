@@ -22,9 +22,9 @@ from kernels.fill import fill
 from kernels.layout import Layout
 from kernels.planes import Nested, record_rows, sketch_rows
 from kernels.pool import new_pool, take
-from kernels.resolve import resolve_experts, resolve_neurons
+from kernels.resolve import Link, choose_neurons, look_ahead, resolve_experts, resolve_neurons
 from kernels.score import score, score_up
-from kernels.select import histogram_of, select, select_above
+from kernels.select import BINS, histogram_of, select, select_above
 from kernels.trunk.attend import Heads, attend
 from kernels.trunk.choose import Entrance, Reader, choose
 from kernels.trunk.delta import Mixer, delta
@@ -161,6 +161,14 @@ def _places(draw: torch.Generator) -> Iterator[Case]:
     fidelity = (torch.arange(neurons.numel()) % 2).to(torch.int8)[None]
     yield resolve_neurons, (new_pool(3 * LAYOUT.neurons, 30), neurons, fidelity, ids, 0, LAYOUT, clock, counts, done)
     far = torch.randint(0, 256, (3, LAYOUT.neurons, LAYOUT.record), dtype=torch.uint8, generator=draw)
+    turn, scores = torch.zeros(4, dtype=torch.int32), torch.rand(1, 2 * LAYOUT.neurons, generator=draw)
+    histogram = torch.cat((histogram_of(scores), torch.zeros(2, BINS, dtype=torch.int32)))
+    budget = [torch.tensor([k], dtype=torch.int32) for k in (20, 50)]
+    yield choose_neurons, (scores, *budget, 60, histogram, ids, new_pool(3 * LAYOUT.neurons, 30), 0, LAYOUT, clock,
+                           counts, done, Link(far, torch.zeros(90, LAYOUT.record, dtype=torch.uint8), turn))
+    yield look_ahead, (torch.randn(1, 64, generator=draw), torch.randn(3, 64, generator=draw), 2, new_pool(3, 2), 0,
+                       LAYOUT.record, clock, counts, done, clock + 2**30,
+                       Link(far[:, :1], torch.zeros(2, LAYOUT.record, dtype=torch.uint8), turn))
     source, nothing = torch.randperm(3 * LAYOUT.neurons, generator=draw)[:40].int(), torch.zeros(40, dtype=torch.int32)
     yield fill, (far, source, torch.zeros(40, LAYOUT.record, dtype=torch.uint8), torch.arange(40, dtype=torch.int32),
                  nothing, need)

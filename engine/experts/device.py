@@ -21,6 +21,8 @@ from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
 from kernels.layout import Layout
 from kernels.pool import pin
+from kernels.resolve import Link, choose_neurons, look_ahead, resolve_experts, resolve_neurons
+from kernels.score import score
 
 Tensor = torch.Tensor
 MOST_TOKENS = 4  # of one step: what the kernels are written for
@@ -45,6 +47,7 @@ class DeviceRuntime(Runtime):
             for expert in range(far.experts):
                 far.verify(layer, expert)
         self.staging = Staging(far.layout, far.experts, device, dtype, decodes=decodes(device))
+        self.turns = torch.zeros(2, 4, dtype=torch.int32, device=device)  # of the main stream's launches, the side's
         super().__init__(far, layers, top_k, plans, level, near_bytes, predict, device, tokens)
 
     # --- what a fused step has made already ---------------------------------------------------------------------
@@ -80,6 +83,7 @@ class DeviceRuntime(Runtime):
 
     def reset(self) -> None:
         super().reset()
+        self.turns.zero_()
         if self.near.kept:
             self._keep()
 
@@ -108,6 +112,62 @@ class DeviceRuntime(Runtime):
             return super().most_records()
         shared = [self.plans[level].budgets for level in SPARSE_LEVELS if level in self.plans and level != "floe"]
         return [max(sum(pair) for pair in pairs) for pairs in zip(*shared, strict=True)]
+
+    # --- bytes on their way -------------------------------------------------------------------------------------
+    def _begin_step(self) -> None:
+        super()._begin_step()
+        self._side.join()  # a hook may have fetched; tables change on one stream at a time
+
+    def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor | None:
+        """As in runtime.py, in one launch where the card reads far memory by itself. What is fetched ahead has no
+        place yet: all of it happens beside the main stream."""
+        if not self._links(layer):
+            self._side.join()
+            return super()._bring_experts(layer, ids, most_ahead)
+        pool, _ = self.near.pools()[0]
+        bring = partial(resolve_experts, pool, ids, layer * self.far.experts, self._object_bytes, self.clock,
+                        self.counts, self.done, most_ahead, self._link(layer, False, most_ahead is not None))
+        return bring()[1] if most_ahead is None else self._side.run(bring, ids)
+
+    def _look_ahead(self, layer: LayerExperts, x: Tensor) -> None:
+        """As in runtime.py, in one launch beside the main stream."""
+        following = self.layers[(layer.index + 1) % len(self.layers)]
+        if self.hook is not None or not following.index or not self._links(following.index):
+            super()._look_ahead(layer, x)
+        elif self.looks_ahead and following.router_weight is not None:
+            pool, _ = self.near.pools()[0]
+            self._side.run(partial(
+                look_ahead, x, following.router_weight, self.top_k, pool, following.index * self.far.experts,
+                self._object_bytes, self.clock, self.counts, self.done, self.ahead_bytes,
+                self._link(following.index, False, ahead=True)), x)
+
+    def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
+                biases: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """As in runtime.py; the launch that selects for one token brings its records."""
+        far, at = self.far, layer.index
+        if self.hook is not None or self.level == "floe" or len(ids) > 1 or not self._links(at):
+            return super()._choose(layer, x, place, ids, weights, biases)
+        scores = score(*x, self._rows(at), place, weights, far.layout, layer.gate, *biases, self.histogram[:1])
+        pool, _ = self.near.pools()[1]
+        return choose_neurons(scores, *self._budget(at), self.capacity[at], self.histogram, ids, pool,
+                              at * far.experts * far.neurons, far.layout, self.clock, self.counts, self.done,
+                              self._link(at, True))
+
+    def _bring_neurons(self, layer: int, ids: Tensor, neurons: Tensor, fidelity: Tensor) -> Tensor:
+        if not self._links(layer):
+            return super()._bring_neurons(layer, ids, neurons, fidelity)
+        pool, _ = self.near.pools()[1]
+        first = layer * self.far.experts * self.far.neurons
+        return resolve_neurons(pool, neurons, fidelity, ids, first, self.far.layout, self.clock, self.counts, self.done,
+                               self._link(layer, True))[1]
+
+    def _links(self, layer: int) -> bool:
+        """Whether one launch looks up and copies; what a shortcut lacks is copied beside its block instead."""
+        return layer < self.far.readable_layers and not self.has_gaps
+
+    def _link(self, layer: int, records: bool, ahead: bool = False) -> Link:
+        far = self.far.blobs if not self.is_sparse else self.far.records if records else self.far.sketches
+        return Link(far(layer), self.near.rows(layer, records), self.turns[int(ahead)])
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

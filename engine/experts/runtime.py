@@ -67,7 +67,7 @@ class Runtime(Hooked, ABC):
         self.ahead_bytes = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
         self.thresholds = torch.zeros(far.layers, far.experts, dtype=torch.float32, device=device)
         self.budgets = torch.zeros(far.layers, 2, dtype=torch.int32, device=device)  # refined, and all that are kept
-        self.histogram: Tensor | None = torch.zeros(1, BINS, dtype=torch.int32, device=device)
+        self.histogram: Tensor | None = torch.zeros(3, BINS, dtype=torch.int32, device=device)
         self.n_arenas, self.arena_bytes, self._arena, self._kinds = 0, -1, None, {}  # n_arenas: made so far
         self._side = SideStream(device)
         self.level, self.near_wish = level, near_bytes
@@ -306,12 +306,7 @@ class Runtime(Hooked, ABC):
         place = self._demand(layer.index, ids, weights)
         self._side.join()  # a shortcut's sketches
         codes, scales, *fixed = self._quantized(padded)
-        neurons, fidelity = self._choose(layer, (codes, scales), place, ids, weights, biases)
-        if layer.is_shortcut:
-            neurons, fidelity = heard(neurons, fidelity, weights, self.far.neurons)
-        if self.hook is not None:
-            neurons, fidelity = self.hook.selected(layer, ids, weights, neurons, fidelity)
-        where = self._bring_neurons(layer.index, ids, neurons, fidelity)
+        neurons, fidelity, where = self._choose(layer, (codes, scales), place, ids, weights, biases)
         sketches, records = self._rows(layer.index), self.near.rows(layer.index, True)
         product = partial(apply, padded, sketches, place, records, where, neurons, fidelity, self.far.layout,
                           layer.gate, *biases, fixed=FixedPoint(*fixed) if fixed else None)
@@ -324,17 +319,22 @@ class Runtime(Hooked, ABC):
         return layer.mixed(product, *given, self.far.hidden, self.may_leave_out)
 
     def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
-                biases: tuple) -> tuple[Tensor, Tensor]:
-        """x: codes and scales -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
-        layout, capacity = self.far.layout, self.capacity[layer.index]
-        given = *x, self._rows(layer.index), place
+                biases: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """x: codes and scales -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]; where their records
+        are near, int32 [T, K]."""
+        layout, capacity, given = self.far.layout, self.capacity[layer.index], (*x, self._rows(layer.index), place)
         if self.level == "floe":
-            scores = score_up(*given, layout, biases[1])
-            limits = self.thresholds[layer.index][ids.long()]
-            return select_above(scores, limits.repeat_interleave(layout.neurons, 1), capacity)
-        histogram = self.histogram if len(place) == 1 else None
-        scores = score(*given, weights, layout, layer.gate, *biases, histogram)
-        return chosen(scores, ids, self._budget(layer.index), capacity, histogram)
+            limits = self.thresholds[layer.index][ids.long()].repeat_interleave(layout.neurons, 1)
+            found = select_above(score_up(*given, layout, biases[1]), limits, capacity)
+        else:
+            histogram = self.histogram[:1] if self.histogram is not None and len(place) == 1 else None
+            scores = score(*given, weights, layout, layer.gate, *biases, histogram)
+            found = chosen(scores, ids, self._budget(layer.index), capacity, histogram)
+        if layer.is_shortcut:
+            found = heard(*found, weights, layout.neurons)
+        if self.hook is not None:
+            found = self.hook.selected(layer, ids, weights, *found)
+        return *found, self._bring_neurons(layer.index, ids, *found)
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [T, padded H] -> codes and scales for scores, then what there is of a FixedPoint."""

@@ -11,7 +11,7 @@ from numba import njit
 from kernels.evict import AGES
 from kernels.layout import Layout
 from kernels.pool import Pool
-from kernels.resolve import AHEAD, FAR, HIT, NEEDED, Resolved, wanted_experts
+from kernels.resolve import AHEAD, FAR, HIT, NEEDED, Link, Resolved, filled, wanted_experts
 from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
@@ -92,10 +92,10 @@ def _resolved(pool: Pool, source: Tensor, first: int, need: Tensor, clock: Tenso
 
 
 def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Tensor, counts: Tensor, done: Tensor,
-                    most_ahead: Tensor | None = None) -> Resolved:
+                    most_ahead: Tensor | None = None, link: Link | None = None) -> Resolved:
     """As kernels.resolve.resolve_experts."""
     source, need = wanted_experts(pool, ids, first, n_bytes, most_ahead)
-    return _resolved(pool, source, first, need, clock, counts, done, most_ahead is not None)
+    return filled(_resolved(pool, source, first, need, clock, counts, done, most_ahead is not None), link)
 
 
 @njit("void(int32[:,::1],int8[:,::1],int64[:,::1],int64,int32,int32,int32[:,::1],int32[:,::1])", cache=True,
@@ -111,12 +111,12 @@ def _records(neurons, fidelity, ids, per_expert, prefix, record, source, need):
 
 
 def resolve_neurons(pool: Pool, neurons: Tensor, fidelity: Tensor, ids: Tensor, first: int, layout: Layout,
-                    clock: Tensor, counts: Tensor, done: Tensor) -> Resolved:
+                    clock: Tensor, counts: Tensor, done: Tensor, link: Link | None = None) -> Resolved:
     """As kernels.resolve.resolve_neurons."""
     source, need = torch.empty_like(neurons), torch.empty_like(neurons)
     _records(neurons.contiguous().numpy(), fidelity.contiguous().numpy(), ids.long().contiguous().numpy(),
              layout.neurons, layout.prefix, layout.record, source.numpy(), need.numpy())
-    return _resolved(pool, source, first, need, clock, counts, done, False)
+    return filled(_resolved(pool, source, first, need, clock, counts, done, False), link)
 
 
 @njit(f"int64({TABLE},{TABLE},{TABLE},{TABLE},{TABLE},{TABLE},int64,int64,int64[::1])", cache=True, nogil=True)

@@ -1,9 +1,10 @@
-"""Device version of kernels/apply.py and kernels/dense.py: two kernels, the second in neuron order.
+"""Device version of kernels/apply.py and kernels/dense.py: two launches, the second in neuron order.
 
 First one number per chosen neuron, gate(g, u), from its sketch row and refinement with the activation in 16-bit fixed
 point; then the down rows, weighted by those numbers, summed per expert. Neither depends on where a record lies, and the
 second one's partition depends only on the list of neurons, so hits and misses give the same bits. Long lists are split
-over several blocks whose partial sums a third kernel adds in order, together with all that follows (weigh.py).
+over several blocks; of all blocks of the same columns the last to finish adds their sums, in order, together with all
+that follows (`_weighed`, kernels/weigh.py).
 
 Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the list of neurons, G groups along H.
 Byte counts of kernels/layout.py are words (int32) here.
@@ -19,7 +20,7 @@ from kernels.activation import FixedPoint, Gate
 from kernels.gpu.activation import fixed_point
 from kernels.gpu.gate import check_gate, gated, kind_of
 from kernels.gpu.planes import add_splits, dot2, groups_at_once, scale_offset, words_of, x_words
-from kernels.gpu.weigh import weigh
+from kernels.gpu.trunk.last import counters, is_last
 from kernels.layout import Layout
 from kernels.weigh import Mixture
 
@@ -134,11 +135,34 @@ def _nibble(words, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _down(products, starts, sketches, place, records, record_place, out, n_ranks, n_routed, sketch16, record16,
+def _weighed(parts, weights, residual, bias, ids, out, token, at, n_routed, padded, hidden, SPLITS: tl.constexpr,
+            ADDED: tl.constexpr, BIASED: tl.constexpr):
+    """Columns `at` of one token. parts [T, k, SPLITS, padded], which other blocks of this launch wrote."""
+    there = at < hidden
+    total = tl.zeros(at.shape, tl.float32)
+    for routed in range(n_routed):
+        pick = token * n_routed + routed
+        summed = tl.zeros(at.shape, tl.float32)
+        for split in tl.static_range(SPLITS):
+            part = parts + (pick * SPLITS + split) * padded + at
+            summed += tl.load(part, mask=there, other=0, cache_modifier=".cg")
+        if BIASED:
+            summed += tl.load(bias + tl.load(ids + pick) * hidden + at, mask=there, other=0)
+        total += tl.load(weights + pick) * summed
+    if ADDED:
+        total = tl.load(residual + token * hidden + at, mask=there, other=0) + total
+    tl.store(out + token * hidden + at, total, mask=there)
+
+
+@triton.jit
+def _down(products, starts, sketches, place, records, record_place, out, counter, weights, residual, bias, ids, mixed,
+          n_ranks, n_routed, sketch16, record16, hidden,
           NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
           GROUPS: tl.constexpr, WORDS4: tl.constexpr, STEP: tl.constexpr, RECORD_SCALES_AT: tl.constexpr,
-          SPLITS: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr):
-    """Grid: blocks of H, k*SPLITS, T. out float32 [T, k, SPLITS, H]. WORDS4: words of 4-bit codes of a group."""
+          SPLITS: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr, MIXED: tl.constexpr,
+          ADDED: tl.constexpr, BIASED_DOWN: tl.constexpr):
+    """Grid: blocks of H, k*SPLITS, T. out float32 [T, k, SPLITS, H]. WORDS4: words of 4-bit codes of a group. MIXED:
+    mixed float32 [T, hidden] as well, by the last block of each of H."""
     token = tl.program_id(2)
     routed = tl.program_id(1) // SPLITS
     if DENSE:
@@ -191,6 +215,7 @@ def _down(products, starts, sketches, place, records, record_place, out, n_ranks
         at = at_next
         weight = weight_next
     constant = tl.sum(offsets, axis=0)[:, None]
+    parts = out
     out += (token * n_routed * SPLITS + tl.program_id(1)) * (GROUPS * WORDS4 * 8)
     tl.store(out + word * 8, tl.sum(t0, axis=0) + constant)
     tl.store(out + word * 8 + 1, tl.sum(t1, axis=0) + constant)
@@ -200,6 +225,11 @@ def _down(products, starts, sketches, place, records, record_place, out, n_ranks
     tl.store(out + word * 8 + 5, tl.sum(t5, axis=0) + constant)
     tl.store(out + word * 8 + 6, tl.sum(t6, axis=0) + constant)
     tl.store(out + word * 8 + 7, tl.sum(t7, axis=0) + constant)
+    if MIXED:
+        if is_last(counter + token * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)):
+            columns: tl.constexpr = STEP * WORDS4 * 8
+            _weighed(parts, weights, residual, bias, ids, mixed, token, tl.program_id(0) * columns +
+                    tl.arange(0, columns), n_routed, GROUPS * WORDS4 * 8, hidden, SPLITS, ADDED, BIASED_DOWN)
 
 
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
@@ -249,13 +279,32 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
         BIASED=gate_bias is not None, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
     splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK))))
     partial = torch.empty(n_tokens, n_routed, splits, layout.padded, dtype=torch.float32, device=x.device)
+    tables, mixes = _mixing(mixture, n_tokens, n_routed, partial)
     _down[(layout.padded // DOWN_CODES, n_routed * splits, n_tokens)](
-        products, starts, blob_words, place, record_words, record_place, partial, WORDS4=layout.group // 8,
-        STEP=DOWN_CODES // layout.group, SPLITS=splits, ROWS=DOWN_ROWS, num_warps=8, **sizes)
+        products, starts, blob_words, place, record_words, record_place, partial, counters(x.device), *tables,
+        WORDS4=layout.group // 8, STEP=DOWN_CODES // layout.group, SPLITS=splits, ROWS=DOWN_ROWS, num_warps=8, **sizes,
+        **mixes)
     if mixture is not None:
-        return weigh(partial, mixture)
+        return tables[-1]
     if splits == 1:
         return partial[:, :, 0]
     out = torch.empty(n_tokens, n_routed, layout.padded, dtype=torch.float32, device=x.device)
     add_splits(partial, out)
     return out
+
+
+def _mixing(mixture: Mixture | None, n_tokens: int, n_routed: int, none: Tensor,
+            ) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+    """What `_weighed` reads and, last, what it writes, float32 [T, hidden]; its constants. none: for what there is not.
+    """
+    if mixture is None:
+        return (none,) * 5, {"hidden": 0, "MIXED": False, "ADDED": False, "BIASED_DOWN": False}
+    weights, hidden, residual, bias, ids = mixture
+    assert weights.is_contiguous() and weights.shape == (n_tokens, n_routed), (weights.shape, n_tokens, n_routed)
+    assert residual is None or residual.is_contiguous() and residual.shape == (n_tokens, hidden), residual.shape
+    assert residual is None or residual.dtype == torch.float32
+    assert bias is None or bias.is_contiguous() and bias.shape[1] == hidden and ids.is_contiguous(), bias.shape
+    out = torch.empty(n_tokens, hidden, dtype=torch.float32, device=weights.device)
+    tables = (none if table is None else table for table in (weights, residual, bias, ids))
+    return (*tables, out), {"hidden": hidden, "MIXED": True, "ADDED": residual is not None,
+                            "BIASED_DOWN": bias is not None}

@@ -1,4 +1,5 @@
-"""Device version of kernels/fill.py: one warp copies a record or prefix, 16 bytes a lane.
+"""Device version of kernels/fill.py: one warp copies a record or prefix, 16 bytes a lane; and the same for a launch
+that has just decided what is missing (`copied`).
 
 Few warps are enough: what counts is bytes in flight on the link (bandwidth times latency, 32 KiB on PCIe 4), and a
 whole record of a warp is in flight at once. Far memory is page-locked host memory, read once, past the first cache
@@ -11,11 +12,15 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.planes import words_of
+from kernels.gpu.turns import WORDS
+from kernels.resolve import Link
 
 Tensor = torch.Tensor
 
 WARPS = 64              # copying at the same time
 LARGEST_CHUNK = 2048    # words a warp has in flight: 64 registers of a lane
+LANE_WORDS = 8          # of a lane in flight, where the blocks are larger
+COPYING_WARPS = 128     # of all blocks of such a launch together: 128 KiB in flight
 
 
 @triton.jit
@@ -34,6 +39,41 @@ def _fill(far, source, near, place, have, need, misses, n_entries, far_expert16,
         wanted = (word >= low) & (word < high)
         words = tl.load(far + start * 4 + word, mask=wanted, cache_modifier=".cg")
         tl.store(near + to.to(tl.int64) * near16 * 4 + word, words, mask=wanted)
+
+
+@triton.jit
+def copied(far, source, near, place, have, need, misses, first, step, far_expert16, far_object16, near16,
+           OBJECTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr):
+    """Copies the misses that other blocks of this launch listed, ENTRIES at a time, each step-th from first on."""
+    n = tl.load(misses, cache_modifier=".cg")
+    for work in range(first, tl.cdiv(n, ENTRIES) * CHUNKS, step):
+        at = work // CHUNKS * ENTRIES + tl.arange(0, ENTRIES)
+        entry = tl.load(misses + 1 + at, mask=at < n, other=-1, cache_modifier=".cg")
+        there = entry >= 0
+        to = tl.load(place + entry, mask=there, other=0, cache_modifier=".cg")
+        low = tl.load(have + entry, mask=there, other=0, cache_modifier=".cg") // 16 * 4
+        high = tl.load(need + entry, mask=there, other=0, cache_modifier=".cg") // 16 * 4
+        index = tl.load(source + entry, mask=there, other=0, cache_modifier=".cg")
+        start = (index // OBJECTS).to(tl.int64) * far_expert16 + (index % OBJECTS).to(tl.int64) * far_object16
+        word = (work % CHUNKS * CHUNK + tl.arange(0, CHUNK))[None]
+        wanted = (word >= low[:, None]) & (word < high[:, None])
+        words = tl.load(far + (start * 4)[:, None] + word, mask=wanted, cache_modifier=".cg")
+        tl.store(near + (to.to(tl.int64) * near16 * 4)[:, None] + word, words, mask=wanted)
+
+
+def copying(link: Link | None, none: Tensor, warps: int) -> tuple[tuple, dict[str, int]]:
+    """Tables and numbers, then constants, of `copied` in a launch of so many warps a block; without a link nothing is
+    copied."""
+    if link is None:
+        return (none, none, none, 0, 0, 0), {"OBJECTS": 1, "CHUNKS": 1, "CHUNK": 4, "ENTRIES": 1, "COPIES": False}
+    far, near, turn = link
+    assert far.dim() == 3 and near.dim() == 2 and far.shape[2] <= near.shape[1], (far.shape, near.shape)
+    assert turn.dtype == torch.int32 and turn.numel() == WORDS and turn.is_contiguous(), turn
+    far_words, near_words, lanes = words_of(far), words_of(near), 32 * warps
+    chunk = min(triton.next_power_of_2(far_words.shape[2]), LANE_WORDS * lanes)
+    return ((far_words, near_words, turn, far.stride(0) // 16, far.stride(1) // 16, near.stride(0) // 16),
+            {"OBJECTS": far.shape[1], "CHUNKS": triton.cdiv(far_words.shape[2], chunk), "CHUNK": chunk,
+             "ENTRIES": max(1, LANE_WORDS * lanes // chunk), "COPIES": True})
 
 
 def fill(far: Tensor, source: Tensor, near: Tensor, place: Tensor, have: Tensor, need: Tensor,

@@ -3,7 +3,8 @@ list order.
 
 The same list and tables therefore give the same slots as the reference, and the rows of one step (T tokens) see each
 other: an object wanted twice gets one slot, and only what the first row did not ask for is fetched for the second. One
-block is also why the counters need no atomics.
+block is also why the counters need no atomics. With a link the other blocks of the launch wait for that one and all of
+them copy what is missing.
 """
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.fill import COPYING_WARPS, copied, copying
 from kernels.gpu.planes import device_value
+from kernels.gpu.turns import draw, leave, publish, wait
 from kernels.layout import Layout
 from kernels.pool import Pool
-from kernels.resolve import Resolved
+from kernels.resolve import Link, Resolved, new_resolved
 from kernels.select import DOWN_ONLY
 
 Tensor = torch.Tensor
@@ -48,11 +51,12 @@ def _wish(wishes, bytes_of, fidelity, ids, row, entry, valid, first, n_bytes, OF
     return item, source, wanted
 
 
-@triton.jit(do_not_specialize=["first", "n_bytes"])
-def _take(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahead_of, free, n_free, clock, place, have,
+@triton.jit
+def taken(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahead_of, free, n_free, clock, place, have,
           misses, source, need, counts, done, most, first, n_bytes, n_columns, n_slots, OF: tl.constexpr,
           ROUTED: tl.constexpr, EACH: tl.constexpr, PREFIX: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr,
           AHEAD: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr):
+    """Of one block: `take`, or `resolve`, of a whole list."""
     left = tl.load(n_free)
     now = tl.load(clock)
     n_bounced = 0
@@ -123,6 +127,31 @@ def _take(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahea
             tl.store(counts + 2, tl.load(counts + 2) + needed - had, mask=live)
 
 
+@triton.jit(do_not_specialize=["first", "n_bytes"])
+def _take(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahead_of, free, n_free, clock, place, have,
+          misses, source, need, counts, done, most, far, near, turn, first, n_bytes, n_columns, n_slots, far_expert16,
+          far_object16, near16, OF: tl.constexpr, ROUTED: tl.constexpr, EACH: tl.constexpr, PREFIX: tl.constexpr,
+          WHOLE: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr,
+          OBJECTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+          COPIES: tl.constexpr):
+    """Grid: one block, or with COPIES any number, of which the first decides and all copy."""
+    block = 0
+    if COPIES:
+        block = draw(turn)
+    if block == 0:
+        taken(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahead_of, free, n_free, clock, place,
+              have, misses, source, need, counts, done, most, first, n_bytes, n_columns, n_slots, OF, ROUTED, EACH,
+              PREFIX, WHOLE, ROWS, AHEAD, LISTED, TILE)
+        if COPIES:
+            publish(turn)
+    else:
+        wait(turn)
+    if COPIES:
+        copied(far, source, near, place, have, need, misses, block, tl.num_programs(0), far_expert16, far_object16,
+               near16, OBJECTS, CHUNKS, CHUNK, ENTRIES)
+        leave(turn)
+
+
 def take(pool: Pool, objects: Tensor, need: Tensor, clock: int | Tensor, ahead: bool = False,
          misses: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.pool.take."""
@@ -131,44 +160,49 @@ def take(pool: Pool, objects: Tensor, need: Tensor, clock: int | Tensor, ahead: 
     place, have = torch.empty_like(objects), torch.empty_like(need)
     none = place  # stands for a table that this list does not have
     _launch(pool, (objects, need, none, none), device_value(clock, objects.device), place, have,
-            place if misses is None else misses, (none, none, none, none, none), 0, 0,
+            place if misses is None else misses, (none, none, none, none, none), 0, 0, None,
             OF=OBJECTS, ROUTED=1, EACH=1, PREFIX=0, WHOLE=0, AHEAD=ahead, LISTED=misses is not None)
     return place, have
 
 
 def resolve_experts(pool: Pool, ids: Tensor, first: int, n_bytes: int, clock: Tensor, counts: Tensor, done: Tensor,
-                    most_ahead: Tensor | None = None) -> Resolved:
+                    most_ahead: Tensor | None = None, link: Link | None = None) -> Resolved:
     """As kernels.resolve.resolve_experts."""
     ahead = most_ahead is not None
     assert ids.is_contiguous() and (not ahead or (len(ids) == 1 and ids.shape[1] <= LARGEST_TILE)), ids.shape
     return _resolve(pool, (ids, ids, ids, ids), clock, counts, done, most_ahead if ahead else clock, first, n_bytes,
-                    OF=EXPERTS, ROUTED=1, EACH=1, PREFIX=0, WHOLE=0, AHEAD=ahead)
+                    link, OF=EXPERTS, ROUTED=1, EACH=1, PREFIX=0, WHOLE=0, AHEAD=ahead)
 
 
 def resolve_neurons(pool: Pool, neurons: Tensor, fidelity: Tensor, ids: Tensor, first: int, layout: Layout,
-                    clock: Tensor, counts: Tensor, done: Tensor) -> Resolved:
+                    clock: Tensor, counts: Tensor, done: Tensor, link: Link | None = None) -> Resolved:
     """As kernels.resolve.resolve_neurons."""
     assert neurons.dtype == torch.int32 and fidelity.dtype == torch.int8 and neurons.shape == fidelity.shape
     assert neurons.is_contiguous() and fidelity.is_contiguous() and ids.is_contiguous() and len(ids) == len(neurons)
-    return _resolve(pool, (neurons, neurons, fidelity, ids), clock, counts, done, clock, first, 0, OF=NEURONS,
-                    ROUTED=ids.shape[1], EACH=layout.neurons, PREFIX=layout.prefix, WHOLE=layout.record, AHEAD=False)
+    return _resolve(pool, (neurons, neurons, fidelity, ids), clock, counts, done, clock, first, 0, link,
+                    OF=NEURONS, ROUTED=ids.shape[1], EACH=layout.neurons, PREFIX=layout.prefix, WHOLE=layout.record,
+                    AHEAD=False)
 
 
 def _resolve(pool: Pool, lists: tuple[Tensor, ...], clock: Tensor, counts: Tensor, done: Tensor, most: Tensor,
-             first: int, n_bytes: int, **constants) -> Resolved:
+             first: int, n_bytes: int, link: Link | None, **constants) -> Resolved:
     assert counts.dtype == torch.int64 and counts.is_contiguous() and done.dtype == torch.bool, (counts, done)
     shape, device = lists[0].shape, lists[0].device
     assert lists[0].numel() * max(n_bytes, constants["WHOLE"]) < 2**31, "a layer's bytes are summed in 32 bits"
-    source, place, have, need = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(4))
-    misses = torch.empty(source.numel() + 1, dtype=torch.int32, device=device)
+    found = new_resolved(shape, device)
+    source, place, have, need, misses = found
     _launch(pool, lists, device_value(clock, device), place, have, misses,
-            (source, need, counts, done.view(torch.uint8), most), first, n_bytes, LISTED=True, **constants)
-    return Resolved(source, place, have, need, misses)
+            (source, need, counts, done.view(torch.uint8), most), first, n_bytes, link, LISTED=True, **constants)
+    return found
 
 
 def _launch(pool: Pool, lists: tuple[Tensor, ...], clock: Tensor, place: Tensor, have: Tensor, misses: Tensor,
-            rest: tuple[Tensor, ...], first: int, n_bytes: int, **constants) -> None:
+            rest: tuple[Tensor, ...], first: int, n_bytes: int, link: Link | None, **constants) -> None:
     n_columns = place.shape[-1]
     tile = min(triton.next_power_of_2(max(n_columns, 32)), LARGEST_TILE)
-    _take[(1,)](*lists, *pool, clock, place, have, misses, *rest, first, n_bytes, n_columns, len(pool.object_of),
-                ROWS=place.numel() // max(1, n_columns), TILE=tile, num_warps=tile // 32, **constants)
+    warps = tile // 32 if link is None else max(4, tile // 64)
+    (*tables, expert16, object16, near16), copies = copying(link, place, warps)
+    _take[(1 if link is None else COPYING_WARPS // warps,)](
+        *lists, *pool, clock, place, have, misses, *rest, *tables, first, n_bytes, n_columns, len(pool.object_of),
+        expert16, object16, near16, ROWS=place.numel() // max(1, n_columns), TILE=tile, num_warps=warps, **copies,
+        **constants)

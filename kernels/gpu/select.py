@@ -146,45 +146,111 @@ def _list(keys, at, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons,
 
 
 @triton.jit
+def _end(end, histogram, neurons, fidelity, capacity, BINS: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr):
+    """Behind the last of a list: nothing; and the counts are zero again."""
+    for start in range(end, capacity, TILE):  # not from `total` on: a stale histogram keeps another number
+        rest = start + tl.arange(0, TILE)
+        tl.store(neurons + rest, -1, mask=rest < capacity)
+        tl.store(fidelity + rest, 0, mask=rest < capacity)
+    if COUNTED:
+        tl.debug_barrier()
+        tl.store(histogram + tl.arange(0, BINS), 0)
+
+
+@triton.jit
+def selected(scores, total, refined, histogram, neurons, fidelity, n, capacity, BINS: tl.constexpr,
+             COUNTED: tl.constexpr, TWO: tl.constexpr, REFINED: tl.constexpr, TILE: tl.constexpr):
+    """Of one block: `select` among the scores of one token, one tile or TWO."""
+    at = tl.arange(0, TILE)
+    keys = _keys(scores, at, n)
+    more = keys
+    if TWO:
+        more = _keys(scores, at + TILE, n)
+    key, ties, key2, ties2 = _thresholds(total, refined, keys, more, histogram, histogram, histogram, BINS, False,
+                                         COUNTED, TWO)
+    none = total * 0
+    end = _list(keys, at, key, ties, key2, ties2, none, none, none, neurons, fidelity, n, capacity, REFINED)
+    if TWO:
+        n_above, n_equal = _two_sums(keys > key, keys == key)
+        n_equal2 = tl.sum((keys == key2).to(tl.int32), 0)
+        end = _list(more, at + TILE, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity,
+                    REFINED)
+    _end(end, histogram, neurons, fidelity, capacity, BINS, COUNTED, TILE)
+
+
+@triton.jit
+def count_lower(scores, tile, total, refined, histogram, lower, n, BINS: tl.constexpr, TILE: tl.constexpr):
+    """lower int32 [2, BINS] += counts of a tile's lower bits in the bins of both budgets."""
+    keys = _keys(scores, tile * TILE + tl.arange(0, TILE), n)
+    counts = tl.load(histogram + tl.arange(0, BINS))
+    for which in tl.static_range(2):
+        bin, _ = bin_of(counts, total if which == 0 else refined, BINS)
+        tl.atomic_add(lower + which * BINS + (keys & (BINS - 1)), 1, mask=(keys >> BELOW) == bin, sem="relaxed")
+
+
+@triton.jit
+def _last_key(wanted, histogram, lower, BINS: tl.constexpr):
+    """From both counts -> key of the last one wanted, how many equal to it are wanted."""
+    bin, rest = bin_of(tl.load(histogram + tl.arange(0, BINS)), wanted, BINS)
+    low, ties = bin_of(tl.load(lower + tl.arange(0, BINS), cache_modifier=".cg"), rest, BINS)
+    return (bin << BELOW) | low, ties
+
+
+@triton.jit
+def selected_of_many(scores, total, refined, histogram, lower, neurons, fidelity, n, capacity, BINS: tl.constexpr,
+                     REFINED: tl.constexpr, TILE: tl.constexpr):
+    """Of one block, as `selected`, tile after tile, from what `count_lower` counted of all of them; lower is zero
+    again."""
+    key, ties = _last_key(total, histogram, lower, BINS)
+    key2, ties2 = _last_key(refined, histogram, lower + BINS, BINS)
+    n_above = total * 0
+    n_equal = total * 0
+    n_equal2 = total * 0
+    end = total * 0
+    for start in range(0, n, TILE):
+        at = start + tl.arange(0, TILE)
+        keys = _keys(scores, at, n)
+        end = _list(keys, at, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity,
+                    REFINED)
+        above, equal = _two_sums(keys > key, keys == key)
+        n_above += above
+        n_equal += equal
+        n_equal2 += tl.sum((keys == key2).to(tl.int32), 0)
+    _end(end, histogram, neurons, fidelity, capacity, BINS, True, TILE)
+    tl.store(lower + tl.arange(0, BINS), 0)
+    tl.store(lower + BINS + tl.arange(0, BINS), 0)
+
+
+@triton.jit
 def _select(scores, n_refined, n_total, histogram, found, lower, neurons, fidelity, n, capacity, BINS: tl.constexpr,
             MANY: tl.constexpr, COUNTED: tl.constexpr, TWO: tl.constexpr, REFINED: tl.constexpr, TILE: tl.constexpr):
     token = tl.program_id(0)
     scores += token * n
     neurons += token * capacity
     fidelity += token * capacity
-    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    keys = _keys(scores, at, n)
-    more = keys
-    if TWO:
-        more = _keys(scores, at + TILE, n)
+    histogram += token * BINS
     total = tl.minimum(tl.load(n_total), n)
     refined = tl.minimum(tl.load(n_refined), n)
-    key, ties, key2, ties2 = _thresholds(total, refined, keys, more, histogram + token * BINS, found + token * 4,
-                                         lower + token * 2 * BINS, BINS, MANY, COUNTED, TWO)
-    n_above = total * 0
-    n_equal = total * 0
-    n_equal2 = total * 0
-    if MANY:
+    if not MANY:
+        selected(scores, total, refined, histogram, neurons, fidelity, n, capacity, BINS, COUNTED, TWO, REFINED, TILE)
+    else:
+        at = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        keys = _keys(scores, at, n)
+        key, ties, key2, ties2 = _thresholds(total, refined, keys, keys, histogram, found + token * 4,
+                                             lower + token * 2 * BINS, BINS, True, COUNTED, False)
+        n_above = total * 0
+        n_equal = total * 0
+        n_equal2 = total * 0
         for block in range(tl.program_id(1)):
             earlier = _keys(scores, block * TILE + tl.arange(0, TILE), n)
             above, equal = _two_sums(earlier > key, earlier == key)
             n_above += above
             n_equal += equal
             n_equal2 += tl.sum((earlier == key2).to(tl.int32), 0)
-    end = _list(keys, at, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity, REFINED)
-    if TWO:
-        n_above, n_equal = _two_sums(keys > key, keys == key)
-        n_equal2 = tl.sum((keys == key2).to(tl.int32), 0)
-        end = _list(more, at + TILE, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity,
+        end = _list(keys, at, key, ties, key2, ties2, n_above, n_equal, n_equal2, neurons, fidelity, n, capacity,
                     REFINED)
-    if tl.program_id(1) == tl.num_programs(1) - 1:
-        for start in range(end, capacity, TILE):  # not from `total` on: a stale histogram keeps another number
-            rest = start + tl.arange(0, TILE)
-            tl.store(neurons + rest, -1, mask=rest < capacity)
-            tl.store(fidelity + rest, 0, mask=rest < capacity)
-        if COUNTED:
-            tl.debug_barrier()
-            tl.store(histogram + token * BINS + tl.arange(0, BINS), 0)
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            _end(end, histogram, neurons, fidelity, capacity, BINS, COUNTED, TILE)
 
 
 @triton.jit
@@ -228,10 +294,10 @@ def select(scores: Tensor, n_refined: int | Tensor, n_total: int | Tensor, capac
             _count[grid](scores, histogram, n, BINS=BINS, TILE=tile, num_warps=8)
         found = torch.empty(n_tokens, 2, 2, dtype=torch.int32, device=scores.device)
         lower = torch.zeros(n_tokens, 2, BINS, dtype=torch.int32, device=scores.device)
-        _count_lower[grid](scores, *budgets, histogram, found, lower, n, BINS=BINS, TILE=tile, num_warps=_warps(tile))
+        _count_lower[grid](scores, *budgets, histogram, found, lower, n, BINS=BINS, TILE=tile, num_warps=warps_of(tile))
     _select[grid](scores, *budgets, neurons if histogram is None else histogram, found, lower, neurons, fidelity, n,
                   capacity, BINS=BINS, MANY=many, COUNTED=histogram is not None, TWO=two, REFINED=REFINED, TILE=tile,
-                  num_warps=_warps(tile))
+                  num_warps=warps_of(tile))
     return neurons, fidelity
 
 
@@ -243,7 +309,7 @@ def select_above(scores: Tensor, threshold: Tensor, capacity: int | None = None)
     neurons = torch.empty(n_tokens, capacity, dtype=torch.int32, device=scores.device)
     tile = min(triton.next_power_of_2(max(n, 128)), LARGEST_TILE // 2)
     _select_above[(n_tokens, triton.cdiv(n, tile))](scores, threshold, neurons, n, capacity, TILE=tile,
-                                                    num_warps=_warps(tile))
+                                                    num_warps=warps_of(tile))
     return neurons, torch.full_like(neurons, FLOE, dtype=torch.int8)
 
 
@@ -252,5 +318,5 @@ def _checked(scores: Tensor) -> tuple[int, int]:
     return scores.shape
 
 
-def _warps(tile: int) -> int:
+def warps_of(tile: int) -> int:
     return max(4, tile // 256)

@@ -7,11 +7,14 @@ import torch
 from kernels.evict import age
 from kernels.fill import fill
 from kernels.gpu import evict as gpu_evict
+from kernels.gpu import fetch as gpu_fetch
 from kernels.gpu import fill as gpu_fill
 from kernels.gpu import pool as gpu_pool
+from kernels.gpu.turns import WORDS
 from kernels.layout import Layout
 from kernels.pool import Pool, new_pool, pin, take
-from kernels.resolve import resolve_experts, resolve_neurons
+from kernels.resolve import Link, look_ahead, resolve_experts, resolve_neurons
+from kernels.select import BINS, histogram_of, select
 
 N_OBJECTS = 300
 
@@ -118,6 +121,96 @@ def test_resolve_gives_the_references_places_tables_and_counts(rows, n_slots, ki
         assert_same(*pools)
         assert torch.equal(counts[0], counts[1])
     assert counts[0, 0] >= counts[0, 2] > 0 and (n_slots < 60 or (counts[0, 1] > 0 and counts[0, 3] > 0))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7])
+@pytest.mark.parametrize("n_slots", [0, 5, 60, 180])
+def test_what_is_missing_is_copied_by_the_launch_that_looks_it_up(monkeypatch, n_slots, blocks):
+    """One to four tokens, experts, records and fetches ahead of two layers; at clock 5 nothing is missing. Every launch
+    leaves the turn as it found it, so the next one needs no reset."""
+    monkeypatch.setattr(gpu_pool, "COPYING_WARPS", 4 * blocks)
+    monkeypatch.setattr(gpu_fill, "LANE_WORDS", 1)      # several chunks an object, several objects at a time
+    generator, layout, each = torch.Generator().manual_seed(n_slots), Layout(256, 10, 128), 4096
+    far = torch.randint(0, 256, (18, 1, each), dtype=torch.uint8, generator=generator)
+    records = torch.randint(0, 256, (2, 9, 10, layout.record), dtype=torch.uint8, generator=generator)
+    pools, counts = [(new_pool(18, n_slots // 10), new_pool(180, n_slots))], torch.zeros(2, 5, dtype=torch.int64)
+    pools.append(tuple(copy(pool) for pool in pools[0]))
+    near = torch.zeros(2, n_slots // 10 + 16, each, dtype=torch.uint8)
+    near_records = torch.zeros(2, n_slots + 96, layout.record, dtype=torch.uint8)
+    turns, done = torch.zeros(2, WORDS, dtype=torch.int32), torch.zeros((), dtype=torch.bool)
+    for clock in range(6):
+        rows, layer, now = 1 + clock % 4, clock % 2, torch.tensor([clock], dtype=torch.int32)
+        if clock < 5:
+            ids = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(rows)])
+            neurons = torch.stack([torch.randperm(40, generator=generator)[:24].sort().values for _ in range(rows)])
+            fidelity = torch.randint(0, 3, neurons.shape, generator=generator).to(torch.int8)
+        most, found = torch.tensor([(2 * each, 0)[clock % 2]], dtype=torch.int32), []
+        for side, (experts, chosen) in enumerate(((resolve_experts.reference, resolve_neurons.reference),
+                                                  (gpu_pool.resolve_experts, gpu_pool.resolve_neurons))):
+            link = Link(far[9 * layer:9 * layer + 9], near[side], turns[0])
+            found.append((
+                experts(pools[side][0], ids, 9 * layer, each, now, counts[side], done, None, link),
+                experts(pools[side][0], ids[:1].flip(1), 9 - 9 * layer, each, now, counts[side], done, most,
+                        Link(far[9 - 9 * layer:18 - 9 * layer], near[side], turns[1])),
+                chosen(pools[side][1], neurons.int(), fidelity, ids, 90 * layer, layout, now, counts[side], done,
+                       Link(records[layer], near_records[side], turns[0]))))
+        for mine, theirs in zip(*found, strict=True):
+            same_wishes(mine, theirs)
+        for mine, theirs in zip(*pools, strict=True):
+            assert_same(mine, theirs)
+        assert torch.equal(*near) and torch.equal(*near_records) and torch.equal(*counts) and not turns.any()
+    assert counts[0, 2] > 0 and (n_slots < 60 or counts[0, 3] > 0)
+
+
+@pytest.mark.parametrize("blocks, experts, hidden", [(1, 9, 40), (3, 22, 64), (7, 22, 70)])
+def test_look_ahead_fetches_what_the_router_would_pick(monkeypatch, blocks, experts, hidden):
+    """Fewer and more blocks than pieces of the router; slots for some; at clock 2 no byte may come."""
+    monkeypatch.setattr(gpu_fetch, "COPYING_WARPS", 4 * blocks)
+    monkeypatch.setattr(gpu_fetch, "ROUTER_COLUMNS", 32)
+    generator, each = torch.Generator().manual_seed(experts), 1024
+    far = torch.randint(0, 256, (experts, 1, each), dtype=torch.uint8, generator=generator)
+    router, near = torch.randn(experts, hidden, generator=generator), torch.zeros(2, 12, each, dtype=torch.uint8)
+    pools, counts = [new_pool(experts, 10)], torch.zeros(2, 5, dtype=torch.int64)
+    pools.append(copy(pools[0]))
+    turn, done = torch.zeros(WORDS, dtype=torch.int32), torch.zeros((), dtype=torch.bool)
+    for clock in range(4):
+        x, now = torch.randn(1 + clock, hidden, generator=generator), torch.tensor([clock], dtype=torch.int32)
+        most = torch.tensor([each * (4, 1, 0, 9)[clock]], dtype=torch.int32)
+        mine, theirs = (
+            look(x, router, 4, pools[side], 0, each, now, counts[side], done, most, Link(far, near[side], turn))
+            for side, look in enumerate((look_ahead.reference, gpu_fetch.look_ahead)))
+        same_wishes(mine, theirs)
+        assert_same(*pools)
+        assert torch.equal(*near) and torch.equal(*counts) and not turn.any()
+    assert counts[0, 3] > 0
+
+
+@pytest.mark.parametrize("blocks, tile", [(1, 64), (3, 64), (2, 32), (5, 16), (1, 16)])
+def test_what_is_chosen_is_looked_up_and_copied(monkeypatch, blocks, tile):
+    """Of 40 scores in one tile, in two, in several; everything, nothing, some; counts and turn are zero afterwards."""
+    for name, value in (("TILE", tile), ("warps_of", lambda n: 4), ("COPYING_WARPS", 4 * blocks), ("LARGEST_TILE", 32)):
+        monkeypatch.setattr(gpu_fetch, name, value)
+    generator, layout, n_slots = torch.Generator().manual_seed(tile), Layout(256, 10, 128), 30
+    records = torch.randint(0, 256, (9, 10, layout.record), dtype=torch.uint8, generator=generator)
+    pools, counts = [new_pool(180, n_slots)], torch.zeros(2, 5, dtype=torch.int64)
+    pools.append(copy(pools[0]))
+    near = torch.zeros(2, n_slots + 96, layout.record, dtype=torch.uint8)
+    turn, done = torch.zeros(WORDS, dtype=torch.int32), torch.zeros((), dtype=torch.bool)
+    for clock, (refined, total) in enumerate(((5, 14), (40, 40), (0, 0), (0, 9), (7, 20))):
+        scores, now = torch.rand(1, 40, generator=generator) ** 4, torch.tensor([clock], dtype=torch.int32)
+        scores[0, 11:30:2] = scores[0, 10]                   # ties
+        ids, budget = torch.randperm(9, generator=generator)[None, :4], torch.tensor([[refined], [total]]).int()
+        histogram = torch.zeros(3, BINS, dtype=torch.int32)
+        histogram[:1] = histogram_of(scores)
+        neurons, fidelity = select.reference(scores, refined, total, 40)
+        expected = resolve_neurons.reference(pools[0], neurons, fidelity, ids, 90, layout, now, counts[0], done,
+                                             Link(records, near[0], turn))
+        found = gpu_fetch.choose_neurons(scores, *budget, 40, histogram, ids, pools[1], 90, layout, now, counts[1],
+                                          done, Link(records, near[1], turn))
+        assert all(map(torch.equal, found, (neurons, fidelity, expected.place)))
+        assert_same(*pools)
+        assert torch.equal(*near) and torch.equal(*counts) and not turn.any() and not histogram.any()
+    assert counts[0, 2] > 0 and counts[0, 1] > 0
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from engine.core import Options
+from engine.experts import device, window
 from engine.experts import runtime as experts_runtime
-from engine.experts import window
 from engine.experts.layer import LevelPlan
 from engine.model import load
 from kernels.gpu import apply as gpu_apply
@@ -26,7 +26,8 @@ from tests.support.folders import compressed
 
 OF = {"age": "evict", "apply": "apply", "dense": "apply", "fill": "fill", "quantize": "activation",
       "score": "score", "score_up": "score", "select": "select", "select_above": "select", "resolve_experts": "pool",
-      "resolve_neurons": "pool"}
+      "resolve_neurons": "pool",
+      "look_ahead": "fetch", "choose_neurons": "fetch"}
 LEVELS = ("exact", "fast", "floe")
 
 
@@ -77,8 +78,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def test_the_step_is_the_same_with_the_kernels_of_the_card(name, level, tokens, folders, monkeypatch):
     expected = run(folders[name], level, tokens)
     for kernel, module in OF.items():
-        user = window if kernel == "select" else experts_runtime
-        monkeypatch.setattr(user, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
+        for user in (window, experts_runtime, device):
+            if hasattr(user, kernel):
+                monkeypatch.setattr(user, kernel, getattr(import_module(f"kernels.gpu.{module}"), kernel))
     found = run(folders[name], level, tokens)
     for a, b in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -21,13 +21,14 @@ from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
 from kernels.gpu import dequantize as gpu_dequantize
 from kernels.gpu import evict as gpu_evict
+from kernels.gpu import fetch as gpu_fetch
 from kernels.gpu import fill as gpu_fill
 from kernels.gpu import grouped as gpu_grouped
 from kernels.gpu import linear as gpu_linear
 from kernels.gpu import pool as gpu_pool
 from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
-from kernels.gpu import weigh as gpu_weigh
+from kernels.gpu import turns as gpu_turns
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import choose as gpu_choose
 from kernels.gpu.trunk import delta as gpu_delta
@@ -35,6 +36,7 @@ from kernels.gpu.trunk import latent as gpu_latent
 from kernels.gpu.trunk import settle as gpu_settle
 from kernels.layout import Layout, default_group_size
 from kernels.pool import new_pool
+from kernels.resolve import Link
 from kernels.trunk.attend import Heads
 from kernels.trunk.choose import Entrance, Reader
 from kernels.trunk.linear import Matrices
@@ -46,8 +48,8 @@ from tests.support.random_experts import random_latent, random_mixer, random_set
 QUICK_CARD, QUICK_HIDDEN = 86, 2048
 # At most, of the kernels of every layer; what the compiler takes decides how many blocks a multiprocessor holds, and
 # another version may take twice as many (`_score` with four warps: 128 with Triton 3.7.1, 227 with 3.6.0).
-REGISTERS = {"_quantize": 40, "_score": 96, "_products": 128, "_down": 80, "_select": 128, "_take": 64,
-             "_grouped_gate_up": 192, "_grouped_down": 128}
+REGISTERS = {"_quantize": 40, "_score": 96, "_products": 128, "_down": 80, "_select": 128, "_take": 80,
+             "_look_ahead": 128, "_choose_neurons": 128, "_grouped_gate_up": 192, "_grouped_down": 128}
 
 
 def cards() -> list:
@@ -81,20 +83,27 @@ def score_up_call(hidden: int) -> Callable:
                                          bytes_(9, layout.sketch_bytes), integers(1, 8), layout)
 
 
+def mixture_of(k: int, hidden: int, biased: bool) -> Mixture:
+    bias = (torch.zeros(32, hidden), integers(1, k).long()) if biased else ()
+    return Mixture(torch.zeros(1, k), hidden, torch.zeros(1, hidden), *bias)
+
+
 def apply_call(hidden: int, n: int = 1229, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 4
     bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
     return lambda: gpu_apply.apply(torch.zeros(1, layout.padded), bytes_(9, layout.sketch_bytes), integers(1, k),
                                       bytes_(9, layout.record), integers(1, n), integers(1, n),
                                       integers(1, n).to(torch.int8), layout,
-                                      Gate("clamped_swiglu" if biased else "silu"), *bias)
+                                      Gate("clamped_swiglu" if biased else "silu"), *(bias or (None, None)),
+                                      mixture_of(k, hidden, biased))
 
 
 def dense_call(hidden: int, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 8
     bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
     return lambda: gpu_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, k),
-                                      layout, Gate("clamped_swiglu" if biased else "gelu_tanh"), *bias)
+                                      layout, Gate("clamped_swiglu" if biased else "gelu_tanh"),
+                                      *(bias or (None, None)), mixture_of(k, hidden, biased))
 
 
 def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
@@ -188,16 +197,35 @@ def take_call(n: int, ahead: bool, rows: int = 1) -> Callable:
                                     integers(rows * n + 1))
 
 
-def resolve_call(ahead: bool) -> Callable:
+def link_of(experts: int, objects: int, n_bytes: int) -> Link:
+    return Link(bytes_(experts, objects, n_bytes), bytes_(9, n_bytes), integers(gpu_turns.WORDS))
+
+
+def resolve_call(ahead: bool, linked: bool = False) -> Callable:
     rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
     return lambda: gpu_pool.resolve_experts(new_pool(5000, 999), integers(1, 8).long(), 256, 589_824, *rest,
-                                               integers(1) if ahead else None)
+                                               integers(1) if ahead else None,
+                                               link_of(3, 1, 589_824) if linked else None)
 
 
-def resolve_neurons_call(n: int) -> Callable:
+def resolve_neurons_call(n: int, linked: bool = False) -> Callable:
     rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
     return lambda: gpu_pool.resolve_neurons(new_pool(5000, 999), integers(1, n), integers(1, n).to(torch.int8),
-                                               integers(1, 8).long(), 131_072, layout_of(2048), *rest)
+                                               integers(1, 8).long(), 131_072, layout_of(2048), *rest,
+                                               link_of(3, 512, layout_of(2048).record) if linked else None)
+
+
+def look_ahead_call(experts: int, hidden: int, top_k: int) -> Callable:
+    rest = (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool), integers(1))
+    return lambda: gpu_fetch.look_ahead(torch.zeros(1, hidden), torch.zeros(experts, hidden), top_k,
+                                            new_pool(5000, 999), 256, 589_824, *rest, link_of(3, 1, 589_824))
+
+
+def choose_neurons_call(n: int, kept: int, routed: int = 8) -> Callable:
+    layout, rest = layout_of(2048), (integers(1), integers(5).long(), torch.zeros((), dtype=torch.bool))
+    return lambda: gpu_fetch.choose_neurons(torch.zeros(1, n), integers(1), integers(1), kept, integers(3, 4096),
+                                                integers(1, routed).long(), new_pool(5000, 999), 131_072, layout, *rest,
+                                                link_of(3, 512, layout.record))
 
 
 def fill_call(n_bytes: int, listed: bool) -> Callable:
@@ -225,6 +253,16 @@ CALLS = {
     "resolve experts": resolve_call(False),
     "resolve ahead": resolve_call(True),
     "resolve neurons": resolve_neurons_call(1229),
+    "bring experts": resolve_call(False, linked=True),
+    "bring ahead": resolve_call(True, linked=True),
+    "choose neurons 4096": choose_neurons_call(4096, 1229),
+    "choose neurons 6144": choose_neurons_call(6144, 1843),
+    "choose neurons 8192": choose_neurons_call(8192, 4000),
+    "choose neurons 11520": choose_neurons_call(11_520, 3456, 4),
+    "look ahead": look_ahead_call(256, 2048, 8),
+    "look ahead 2880": look_ahead_call(32, 2880, 4),
+    "look ahead 512": look_ahead_call(512, 2048, 10),
+    "bring neurons": resolve_neurons_call(1229, linked=True),
     "fill records": fill_call(2304, True),
     "fill sketches": fill_call(589_824, False),
     "age": lambda: gpu_evict.age(new_pool(5000, 4999), integers(1), integers(1)),
@@ -273,17 +311,13 @@ CALLS = {
     "settled linears": lambda: gpu_settle.settled_linears(      # Gemma 4
         torch.zeros(4, 4096), Matrices(((*matrix(2816, 4096, 4), None),)), *random_settling(4, 2816, False, True)[::2]),
     "settle one": lambda: gpu_settle.settle(*random_settling(1, 2816, False, True)),
-    "weigh": lambda: gpu_weigh.weigh(torch.zeros(4, 8, 2, 2048),
-                                     Mixture(torch.zeros(4, 8), 2048, torch.zeros(4, 2048))),
-    "weigh biased": lambda: gpu_weigh.weigh(torch.zeros(1, 4, 1, 3072), Mixture(
-        torch.zeros(1, 4), 2880, None, torch.zeros(32, 2880), integers(1, 4).long())),
     "rows 8 bits": dequantize_rows_call(8),
     "rows 4 bits": dequantize_rows_call(4),
 }
 
 
 SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "score biased", "score up",
-              "take four tokens", "take ahead",
+              "take four tokens", "take ahead", "bring ahead", "look ahead 2880", "choose neurons 8192",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
               "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",

@@ -13,13 +13,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.experts import policy_hook, runtime, window
+from engine.experts import device, policy_hook, runtime, window
 from engine.model import fused, host_embedding, packed, static_cache
 
-KERNELS = ("age", "apply", "attend", "attend_latent", "choose", "dense", "dequantize_rows", "fill", "gated_linears",
-           "linear", "linears", "quantize", "resolve_experts", "resolve_neurons", "score", "score_up", "select",
-           "select_above", "settle", "settled_linears")
-LAUNCHES = {"apply": 3, "dense": 4, "age": 3, "attend_latent": 3}  # kernels on a card, where not one
+KERNELS = ("age", "apply", "attend", "attend_latent", "choose", "choose_neurons", "dense", "dequantize_rows", "fill",
+           "gated_linears", "linear", "linears", "look_ahead", "quantize", "resolve_experts", "resolve_neurons",
+           "score", "score_up", "select", "select_above", "settle", "settled_linears")
+LAUNCHES = {"apply": 2, "dense": 3, "age": 3, "attend_latent": 3}  # kernels on a card, where not one
 VIEWS = ("view", "slice", "select", "unsqueeze", "expand", "permute", "transpose", "aten.t.", "split", "getitem",
          "empty", "detach", "alias")  # nothing for a device to do
 # The last: a tensor made of Python numbers, which a device copies from pageable memory and waits for.
@@ -56,7 +56,7 @@ def as_node(function: Callable) -> Callable:
 def kernels_as_nodes():
     """Inside, the kernels that the device's runtime, the packed trunk, the embedding and the fused step imported are
     nodes: what a compiled one writes is seen by no recorder."""
-    modules = runtime, policy_hook, window, packed, host_embedding, fused, static_cache
+    modules = runtime, device, policy_hook, window, packed, host_embedding, fused, static_cache
     before = [(module, name, getattr(module, name)) for name in KERNELS for module in modules
               if callable(getattr(module, name, None))]
     assert {name for _, name, _ in before} == set(KERNELS)

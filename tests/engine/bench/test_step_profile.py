@@ -76,7 +76,7 @@ def test_bytes_of_the_experts_are_those_of_the_rows_that_kernels_read(level, ope
     state = opened.model(torch.tensor([[5]]), use_cache=True).past_key_values
     opened.model(torch.tensor([[7]]), past_key_values=state)
     del runtime._choose
-    for neurons, fidelity in rows:
+    for neurons, fidelity, _ in rows:
         there = neurons >= 0
         n, n_short = int(there.sum()), int((there & (fidelity == DOWN_ONLY)).sum())
         n_bytes += n * layout.sketch_row + (n - n_short) * layout.record + n_short * layout.prefix
