@@ -22,8 +22,8 @@ Times = tuple[tuple[str, float], ...]
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES). Of those with a fused step
 # (engine/model/fused.py) that card's count alone, look-ahead's included; deepseek_v3 as deepseek_v2, not counted.
 LAYER_NODES = {"qwen3_5_moe": 2, "qwen3_next": 2, "qwen3_moe": 1, "olmoe": 1, "gpt_oss": 4, "mixtral": 1,
-               "gemma4": 3, "glm4_moe": 4, "glm4_moe_lite": 5, "deepseek_v2": 7,
-               "deepseek_v3": 7, "laguna": 76, "longcat_flash": 191}
+               "gemma4": 3, "glm4_moe": 2, "glm4_moe_lite": 5, "deepseek_v2": 5,
+               "deepseek_v3": 5, "laguna": 76, "longcat_flash": 191}
 OTHER_LAYER_NODES = 72
 WHOLE_NODES, SPARSE_NODES = 7, 9  # counted by tests/engine/decode/test_recorded_step.py
 NODE_SECONDS = 1.6e-6          # 1.3-2 microseconds a node of a CUDA graph, computed
