@@ -87,6 +87,7 @@ class HostRuntime(Runtime):
         if not bool(far.all()):
             rest = ids[:, ~far]
             place = self._demand(layer.index, rest, weights[:, ~far])
+            self._side.join()  # a shortcut's, on their way
             sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
                                   *layer.neuron_biases(rest))
         product = partial(_weighed, sums)

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from engine.core import Machine, Options, Sampling, UserError
 from engine.decode.decoder import decoder_for
 from engine.experts.layer import LevelPlan
+from engine.experts.policy_hook import choose_policies
 from engine.experts.runtime import Runtime
 from engine.files.checkpoint import Checkpoint
 from engine.files.skeleton import experts_modules, spec_of_folder
@@ -26,6 +27,7 @@ from engine.policies.choice import parse
 from engine.policies.usage import of_trace
 from engine.quality.recorder import Recorder
 from engine.quality.simulate import Simulator
+from engine.quality.specialists.mixed_model import Source
 from tests.support.architectures import build
 from tests.support.folders import compressed, logits_by_steps, put_experts, stored_experts, write_tokenizer
 
@@ -235,10 +237,38 @@ def test_an_answer_is_transformers_own(made):
     decoder = decoder_for(loaded.model, loaded.runtime, 64)
     for prompt in (TOKENS[:9], TOKENS[:5], TOKENS):
         with torch.inference_mode():
+            decoder.prefix.reuse(prompt.tolist())
             drawn = decoder.tokens(prompt.tolist(), Sampling(temperature=0), None, frozenset(), 8)
             found = [each.token for each in drawn]
         expected = model.generate(prompt[None], max_new_tokens=8, min_new_tokens=8, do_sample=False)
         assert found == expected[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("policies", ["predict=repeat,evict=lfu", "free=layer,admit=third,miss=place"])
+def test_policies_without_loss_change_nothing(made, policies):
+    loaded = opened(made[2], 0.6)
+    expected = run(loaded.model)
+    choose_policies(loaded.runtime, loaded.model, policies)
+    torch.testing.assert_close(run(loaded.model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_go_through_the_experts_and_the_identities(made):
+    model, _, folder = made
+    ours = opened(folder).model
+    found, expected = (gradient(each) for each in (ours, model))
+    assert (found - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def gradient(model) -> torch.Tensor:
+    """Of a sum of logits after the prompt, in its embedded tokens."""
+    embedded = model.get_input_embeddings()(TOKENS[None]).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
+    return torch.autograd.grad(logits[0, -1, :64].sum(), embedded)[0]
+
+
+def test_no_specialist_is_made_of_it(made):
+    with pytest.raises(UserError, match="no row for each expert"):
+        Source(made[2])
 
 
 PUBLISHED = dict(
