@@ -1,5 +1,10 @@
 """Level `exact`, and prefill: every neuron of the routed experts at 4 bits, from whole blobs. No scoring, no selection.
 
+`whole_sums` is the same product in an arithmetic that has one answer: a card and a processor may each compute some of a
+layer's experts, and nobody sees in the text which. Codes meet the activation as integers; scales come in the order of
+the groups, every operation rounded by itself, the exponential from a polynomial of its own; what is added over neurons
+are integers again, whose order does not matter.
+
 Legend: T tokens, k routed experts, I neurons, H padded hidden, S slots of whole blobs; of prefill n experts of
 a tile, or n picks: tokens, once for each expert that they go to; t picks of a tile.
 """
@@ -7,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from kernels.activation import Gate
+from kernels.activation import FixedPoint, Gate
 from kernels.dispatch import twin
 from kernels.layout import Layout
-from kernels.planes import decode_down, decode_gate, decode_up
+from kernels.planes import decode_down, decode_gate, decode_up, fine_codes
 from kernels.weigh import Mixture, weigh
 
 Tensor = torch.Tensor
@@ -33,6 +38,77 @@ def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, g
                 g, u = g + gate_bias[i, j], u + up_bias[i, j]
             out[i, j] = gate(g, u) @ down
     return out if mixture is None else weigh(out, mixture)
+
+
+SHIFT = 32              # of `whole_sums`: bits behind the point
+MOST = 4096.0           # and the largest product of a neuron and a scale that it can add
+NO_NUMBER = -2**63      # where something was larger, or not finite
+STRICT = ("silu", "gelu_tanh", "relu", "clamped_swiglu")    # gates that need no function but a sigmoid
+LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
+EXPONENTIAL = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # of r, to 2e-7 for |r| up to ln 2 / 2
+
+
+@twin("kernels.gpu.whole_sums", "kernels.cpu.apply")
+def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
+               gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """As `dense`, of one of STRICT -> per-expert sums int64 [T, k, H] in 2**-SHIFTths, whose bits depend neither on who
+    computes nor on what is computed beside. x: of `quantize`."""
+    assert gate.kind in STRICT, gate.kind
+    codes = (x.high.int() * 256 + x.low.int()).unflatten(1, (layout.groups, layout.group))
+    out = torch.zeros(*place.shape, layout.padded, dtype=torch.int64, device=blobs.device)
+    for i, j in torch.cartesian_prod(*map(torch.arange, place.shape)).view(-1, 2).tolist():
+        (gate_codes, gate_pairs), (up_codes, up_pairs), (down, pairs) = fine_codes(blobs[int(place[i, j])], layout)
+        g, u = (_in_order((own * codes[i]).sum(-1), own_pairs, x.scale[i], x.sums[i])
+                for own, own_pairs in ((gate_codes, gate_pairs), (up_codes, up_pairs)))
+        if gate_bias is not None:
+            g, u = g + gate_bias[i, j], u + up_bias[i, j]
+        product = strict_gate(gate, g, u)[:, None]
+        factors, offsets = product * pairs[..., 0], product * pairs[..., 1]
+        fits = ((factors.abs() <= MOST) & (offsets.abs() <= MOST)).all(0)
+        total = (_fixed(factors)[..., None] * down).sum(0) + _fixed(offsets).sum(0)[:, None]
+        out[i, j] = torch.where(fits[:, None], total, NO_NUMBER).flatten()
+    return out
+
+
+def _in_order(dots: Tensor, pairs: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
+    """int32 [I, G] and float32 [I, G, 2], [G], [G] -> float32 [I], group after group."""
+    total = torch.zeros(len(dots), dtype=torch.float32, device=dots.device)
+    for group in range(dots.shape[1]):
+        part = pairs[:, group, 0] * (dots[:, group].float() * scale[group])
+        total = total + (part + pairs[:, group, 1] * sums[group])
+    return total
+
+
+def _fixed(values: Tensor) -> Tensor:
+    return (values.nan_to_num(0, 0, 0).clamp(-MOST, MOST) * 2.0 ** SHIFT + 0.5).floor().long()
+
+
+def strict_sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) in float32, one rounding an operation, none of which a compiler may join."""
+    z = (-x).clamp(-87, 87)
+    n = (z * LOG2E + 0.5).floor()
+    r = (z - n * LN2_HIGH) - n * LN2_LOW
+    total = torch.full_like(r, EXPONENTIAL[0])
+    for coefficient in EXPONENTIAL[1:]:
+        total = total * r + coefficient
+    return 1 / (1 + total * ((n.nan_to_num(0).int() + 127) << 23).view(torch.float32))
+
+
+def strict_gate(gate: Gate, g: Tensor, u: Tensor) -> Tensor:
+    """As Gate, with `strict_sigmoid`."""
+    if gate.kind == "silu":
+        return g * strict_sigmoid(g) * u
+    if gate.kind == "relu":
+        return g.clamp(min=0) * u
+    if gate.kind == "gelu_tanh":
+        return g * strict_sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g)) * u
+    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
+    return (u + 1) * g * strict_sigmoid(g * gate.alpha)
+
+
+def from_sums(sums: Tensor) -> Tensor:
+    """int64 of `whole_sums` -> float32; NaN where there is no number."""
+    return torch.where(sums == NO_NUMBER, torch.nan, (sums.double() * 2.0 ** -SHIFT).float())
 
 
 @twin(None, "kernels.cpu.prefill.grouped")

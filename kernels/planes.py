@@ -104,6 +104,19 @@ def decode_up(sketch: Tensor, records: Tensor, layout: Layout) -> Tensor:
     return _refined(sketch, records, layout, 1)
 
 
+def fine_codes(blob: Tensor, layout: Layout) -> tuple[tuple[Tensor, Tensor], ...]:
+    """uint8 [blob_bytes] -> of gate, up and down the 4-bit codes int32 [R, G, group] and their pairs float32
+    [R, G, 2]."""
+    sketch = blob[:layout.neurons * layout.sketch_row].view(layout.neurons, layout.sketch_row)
+    records = blob[layout.sketch_bytes:layout.blob_bytes].view(layout.neurons, layout.record)
+    p, at = layout.plane2, layout.refine_at
+    codes = [unpack2(sketch[:, i * p:(i + 1) * p]) << 2 | unpack2(records[:, at + i * p:at + (i + 1) * p])
+             for i in range(2)] + [unpack4(records[:, :layout.plane4])]
+    return tuple((own.int().unflatten(1, (layout.groups, layout.group)),
+                  _scales(records, layout.record_scales_at + n * layout.scales, layout))
+                 for own, n in zip(codes, (1, 2, 0), strict=True))
+
+
 def _refined(sketch: Tensor, records: Tensor, layout: Layout, which: int) -> Tensor:
     p = layout.plane2
     at = layout.refine_at + which * p

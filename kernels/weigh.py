@@ -28,3 +28,8 @@ def weigh(sums: Tensor, mixture: Mixture) -> Tensor:
     y = sums[..., :hidden] if bias is None else sums[..., :hidden] + bias[ids.long()]
     out = (y * weights[..., None]).sum(1)
     return out if residual is None else residual + out
+
+
+def weighed(sums: Tensor, mixture: Mixture | None = None) -> Tensor:
+    """Sums that are there already, in place of a product that makes them."""
+    return sums if mixture is None else weigh(sums, mixture)

@@ -88,6 +88,8 @@ class DeviceDecoder:
     @property
     def reason(self) -> str:
         """Why no graph is used, "" where one is or will be."""
+        if self._runtime.hook is not None and self._runtime.hook.note:
+            return self._runtime.hook.note
         return self.graphs.reason if self.graphs else ""
 
     def tokens(self, ids: list[int], sampling: Sampling, recommended, ends: frozenset[int], limit: int,

@@ -8,6 +8,7 @@ Legend: T tokens of a step, k routed experts, I neurons, H hidden, E experts, L 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
@@ -19,10 +20,13 @@ from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.prefill import PRODUCT_ROW, Staging, decodes
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
+from kernels.activation import FixedPoint
+from kernels.dense import from_sums, whole_sums
 from kernels.layout import Layout
 from kernels.pool import pin
 from kernels.resolve import Link, choose_neurons, look_ahead, resolve_experts, resolve_neurons
 from kernels.score import score
+from kernels.weigh import weighed
 
 Tensor = torch.Tensor
 MOST_TOKENS = 4  # of one step: what the kernels are written for
@@ -113,6 +117,10 @@ class DeviceRuntime(Runtime):
         shared = [self.plans[level].budgets for level in SPARSE_LEVELS if level in self.plans and level != "floe"]
         return [max(sum(pair) for pair in pairs) for pairs in zip(*shared, strict=True)]
 
+    @property
+    def asks_the_host(self) -> bool:
+        return super().asks_the_host or self.hook is not None and self.hook.asks_the_host
+
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _begin_step(self) -> None:
         super()._begin_step()
@@ -168,6 +176,27 @@ class DeviceRuntime(Runtime):
     def _link(self, layer: int, records: bool, ahead: bool = False) -> Link:
         far = self.far.blobs if not self.is_sparse else self.far.records if records else self.far.sketches
         return Link(far(layer), self.near.rows(layer, records), self.turns[int(ahead)])
+
+    # --- a step with the processor beside it --------------------------------------------------------------------
+    def _whole(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+               ) -> Callable[[], Tensor]:
+        """As in runtime.py; where a hook lets the processor compute part of what is missing, both sides use the one
+        arithmetic that they share, so that nobody sees in the text which part that was."""
+        if self.hook is None or not self.hook.asks_the_host:
+            return super()._whole(layer, x, ids, weights, residual)
+        fixed = FixedPoint(*self._quantized(self._padded(x))[2:])
+        far = self.hook.stays_far(layer.index, torch.where(weights == 0, -1, ids)) if len(x) == 1 else None
+        left = [] if far is None else far[0].nonzero()[:, 0].tolist()
+        rest = [pick for pick in range(ids.shape[1]) if pick not in left]
+        sums = torch.empty(*ids.shape, self.far.layout.padded, dtype=torch.int64, device=self.device)
+        if rest:  # first, so that the card is at work meanwhile
+            place = self._demand(layer.index, ids[:, rest].contiguous(), weights[:, rest])
+            sums[:, rest] = whole_sums(fixed, self.near.rows(layer.index, False), place.contiguous(), self.far.layout,
+                                       layer.gate, *layer.neuron_biases(ids[:, rest]))
+        if left:
+            self.counts[0] += self._object_bytes * len(left)  # wanted; it is neither near nor does it come
+            sums[:, left] = on_host(self, layer, fixed, ids[:, left].cpu()).to(self.device)
+        return partial(self._mixed, layer, x, partial(weighed, from_sums(sums)), ids, weights, residual)
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -231,3 +260,13 @@ def _check(far: Far, layers: list[LayerExperts], decoded: torch.dtype | None) ->
                            "host.")
     if any(layer.gate.kind == "other" for layer in layers):
         raise NoDevicePath("The device kernels do not know the activation of these experts; they run on the host.")
+
+
+def on_host(runtime: Runtime, layer: LayerExperts, x: FixedPoint, ids: Tensor) -> Tensor:
+    """Experts ids int64 [1, n], on the processor, where far memory has them -> their sums int64 [1, n, padded H]
+    there. x may lie on a card, which is waited for."""
+    biases = (None if bias is None else bias.cpu() for bias in layer.neuron_biases(ids.to(runtime.device)))
+    given = FixedPoint(*(part.cpu() for part in x))
+    for expert in ids[0].tolist():
+        runtime.far.verify(layer.index, expert)
+    return whole_sums(given, runtime.far.blobs(layer.index)[:, 0], ids.int(), runtime.far.layout, layer.gate, *biases)

@@ -16,11 +16,12 @@ class Hook:
     recorded a hook may neither wait for the device nor decide by a value, and shapes stay; what it remembers is tensors
     that are changed in place. lossy: by what it changes answers, in the words of engine/policies/choice.py. leaves_out:
     whether it may give an expert weight 0, of which nothing is fetched then. sees_near: whether a step computes other
-    numbers where other experts are near.
+    numbers where other experts are near. asks_the_host: whether every step waits for the processor, so that none is
+    recorded; note: a sentence about it.
     """
 
-    lossy = ""
-    leaves_out, sees_near = True, False
+    lossy = note = ""
+    leaves_out, sees_near, asks_the_host = True, False, False
 
     def state(self) -> list[Tensor]:
         """What a step changes of it, to be put back where a step is run only to be recorded."""
@@ -49,8 +50,8 @@ class Hook:
         """A layer is about to ask for ids [T, k], -1 for none: where a policy may free slots."""
 
     def stays_far(self, layer: int, ids: Tensor) -> Tensor | None:
-        """Of experts ids [1, k], -1 for none, that a step of the processor wants, bool [1, k]: what is computed where
-        far memory has it, and not fetched. None: nothing."""
+        """Of experts ids [1, k], -1 for none, that a step wants, bool [1, k]: what the processor computes where far
+        memory has it, and nobody fetches. None: nothing."""
         return None
 
     def token_begins(self) -> None:

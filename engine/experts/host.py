@@ -24,7 +24,7 @@ from kernels.activation import quantize_activation
 from kernels.dense import dense, grouped
 from kernels.select import DOWN_ONLY
 from kernels.trunk.token import Mapped
-from kernels.weigh import Mixture, weigh
+from kernels.weigh import weighed
 
 Tensor = torch.Tensor
 PICKS = 512  # of prefill, at least, that are computed in one call: work for 16 threads; each takes 20 bytes of H
@@ -90,7 +90,7 @@ class HostRuntime(Runtime):
             self._side.join()  # a shortcut's, on their way
             sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
                                   *layer.neuron_biases(rest))
-        product = partial(_weighed, sums)
+        product = partial(weighed, sums)
         return partial(self._mixed, layer, x, product, ids, weights, residual)
 
     # --- bytes on their way -------------------------------------------------------------------------------------
@@ -190,8 +190,3 @@ class HostRuntime(Runtime):
         self.far.verify(layer, expert)
         self.prefill_far_bytes += self.far.expert_bytes
         return self.far.blobs(layer)[expert, 0]
-
-
-def _weighed(sums: Tensor, mixture: Mixture | None = None) -> Tensor:
-    """Sums as `dense` gives them on."""
-    return sums if mixture is None else weigh(sums, mixture)

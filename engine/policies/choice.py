@@ -3,7 +3,8 @@
 What is not named is the engine's own: the next router's guess, recency, the router's experts, the level's fidelity.
 `free=layer` frees slots when a layer lacks them, instead of keeping some free for the token to come, which is what
 fetching ahead needs. `miss=place` computes what is not admitted where far memory has it, instead of copying it, on a
-processor (DAOP). Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
+processor (DAOP); `miss=beside` lets the processor compute part of what a graphics card lacks, as much as measured rates
+say (DAOP, APTMoE). Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ PREDICTORS = {"none": (), "next": (Number(1, 0, 3, True),), "repeat": (), "popul
               "learned": (), "sequence": ()}
 ADMISSIONS = {"always": (), "third": ()}
 FREES = {"token": (), "layer": ()}
-MISSES = {"copy": (), "place": ()}
+MISSES = {"copy": (), "place": (), "beside": ()}
 ROUTES = {"exact": (), "near": (Number(most=inf), Number(1, 0, 1e6, True)), "drop": (SHARE,), "skip": (SHARE,),
           "near-only": ()}
 FIDELITIES = {"exact": (), "score": (SHARE, SHARE), "bits": (Number(most=32),), "base": ()}
@@ -39,7 +40,8 @@ ON_HOST = {  # what acts on the processor only, and why
     **{f"predict={name}": f"predict={name} {GROWS}" for name in PREDICTORS if name.startswith("maps")},
     "predict=sequence": "predict=sequence looks back over a text that grows, which a graphics card's recorded step "
                         "cannot hold",
-    "miss=place": "miss=place computes experts where the file's map has them, which a graphics card cannot read"}
+    "miss=place": "miss=place computes experts where the file's map has them, which a graphics card cannot read "
+                  "(miss=beside is its like there)"}
 KINDS: dict[str, dict[str, tuple[Number, ...]]] = {
     "predict": PREDICTORS, "evict": dict.fromkeys(RULES, ()), "admit": ADMISSIONS, "free": FREES, "miss": MISSES,
     "route": ROUTES, "fidelity": FIDELITIES}
@@ -96,7 +98,9 @@ def refusal(choice: Choice, level: str, device: str) -> str:
         return "An uncompressed checkpoint takes no policies; compress it first."
     if choice.route.name == "near-only" and level in SPARSE_LEVELS:
         return f"Where only what is cached may be used the level has to be exact, not {level}; choose exact."
-    if choice.miss.name == "place" and level in SPARSE_LEVELS:
+    if choice.miss.name == "beside" and device == "cpu":
+        return "miss=beside lets the processor help a graphics card; where there is none choose miss=place."
+    if choice.miss.name in ("place", "beside") and level in SPARSE_LEVELS:
         return f"Where whole experts are computed in place the level has to be exact, not {level}; choose exact."
     if choice.fidelity.name == "base" and level in SPARSE_LEVELS:
         return f"A base expert stands in for whole ones, so the level has to be exact, not {level}; choose exact."

@@ -2,10 +2,14 @@
 2408.10284, with curves measured instead of a formula). Plain numbers.
 
 A curve is a list: misses[s] is what a layer misses with s slots, s = 0 .. as many as it may have.
+
+And misses between a card and the processor beside it: which of a layer's missing experts are computed where they lie,
+so that both sides end together (DAOP, arXiv 2501.10375, and APTMoE, SC 2024). Rates are measured, never assumed.
 """
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,3 +55,25 @@ def divide(curves: Sequence[Curve], slots: int, least: int = 0) -> tuple[list[in
         shares.append(int(choice[left]))
         left -= shares[-1]
     return shares[::-1], float(best[slots])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """link: bytes a second that a card fetches; host: bytes a second of packed experts that the processor computes;
+    asking: seconds that it costs to ask the processor at all."""
+
+    link: float
+    host: float
+    asking: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.link > 0 and self.host > 0 and self.asking >= 0, self
+
+    def seconds(self, fetched: int, computed: int) -> float:
+        """Until both sides are done with so many bytes."""
+        return max(fetched / self.link, computed / self.host + (self.asking if computed else 0.0))
+
+
+def host_takes(missing: int, each_bytes: int, rates: Rates) -> int:
+    """How many of a layer's missing experts the processor computes; of equally good numbers the smallest."""
+    return min(range(missing + 1), key=lambda n: (rates.seconds((missing - n) * each_bytes, n * each_bytes), n))

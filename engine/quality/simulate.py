@@ -107,6 +107,9 @@ class _Run:
 
     def __init__(self, of: Simulator, choice: Choice, taught: dict) -> None:
         run, trace = of.run, of.trace
+        if choice.miss.name == "beside":
+            raise UserError("miss=beside goes by what a card and a processor were measured at, which no trace has; "
+                            "replay another miss.")
         self.of, self.choice, self.run, self.trace = of, choice, run, trace
         self.guesses = guesses_of(choice, run.layers, run.experts, run.top_k, trace.embedding.shape[1],
                                   of.learned)

@@ -6,11 +6,13 @@ from itertools import product
 import pytest
 import torch
 
-from kernels.activation import KINDS, Gate
+from kernels.activation import KINDS, FixedPoint, Gate, quantize
 from kernels.apply import apply
-from kernels.dense import dense
+from kernels.cpu import apply as cpu_apply
+from kernels.dense import dense, from_sums, whole_sums
 from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
+from kernels.gpu import whole_sums as gpu_whole_sums
 from kernels.layout import Layout, default_group_size
 from kernels.select import DOWN_ONLY, FLOE, REFINED
 from kernels.weigh import Mixture
@@ -146,3 +148,34 @@ def test_fixed_point(group):
     largest = x.unflatten(1, (-1, group)).abs().amax(-1, keepdim=True)
     assert ((grouped - x.unflatten(1, (-1, group))).abs() <= largest / 2 ** 15).all()
     torch.testing.assert_close(fixed.sums, grouped.sum(-1), rtol=1e-5, atol=1e-5 * float(largest.max()))
+
+
+@pytest.mark.parametrize("hidden, neurons, kind, biased", [
+    (256, 40, "silu", False), (192, 33, "clamped_swiglu", True), (512, 20, "gelu_tanh", False), (256, 20, "relu", True),
+    pytest.param(2880, 150, "silu", True, marks=pytest.mark.slow)])
+def test_whole_sums_are_the_same_bits_wherever_they_are_computed(hidden, neurons, kind, biased):
+    """Reference, processor and card; whatever is computed beside, in whatever parts of the layer."""
+    generator, layout = torch.Generator().manual_seed(neurons), Layout(hidden, neurons, default_group_size(hidden))
+    blobs, place = random_blobs(4, layout, generator), torch.tensor([[2, 0, 3], [1, 2, 0]], dtype=torch.int32)
+    x = torch.nn.functional.pad(torch.randn(2, hidden, generator=generator) * 3, (0, layout.padded - hidden))
+    bias = tuple(torch.randn(2, 2, 3, neurons, generator=generator)) if biased else ()
+    gate, fixed = Gate(kind), FixedPoint(*quantize.reference(x, layout.group)[2:])
+    expected = whole_sums.reference(fixed, blobs, place, layout, gate, *bias)
+    for run in (gpu_whole_sums.whole_sums, cpu_apply.whole_sums):
+        assert torch.equal(run(fixed, blobs, place, layout, gate, *bias), expected), run
+        for part in ([0, 2], [1]):
+            given = (values[:, part].contiguous() for values in (place, *bias))
+            assert torch.equal(run(fixed, blobs, next(given), layout, gate, *given), expected[:, part]), (run, part)
+    plain = dense.reference(x, blobs, place, layout, gate, *bias)
+    torch.testing.assert_close(from_sums(expected), plain, rtol=1e-3, atol=2e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_whole_sums_of_no_number_are_none(bad):
+    layout, generator = Layout(256, 24, 64), torch.Generator().manual_seed(2)
+    blobs, x = random_blobs(1, layout, generator), torch.randn(1, 256, generator=generator)
+    x[0, 70] = bad
+    fixed, place = FixedPoint(*quantize.reference(x, 64)[2:]), torch.zeros(1, 1, dtype=torch.int32)
+    found = [run(fixed, blobs, place, layout, Gate()) for run in (
+        whole_sums.reference, gpu_whole_sums.whole_sums, cpu_apply.whole_sums)]
+    assert all(torch.equal(each, found[0]) for each in found) and from_sums(found[0]).isnan().any()

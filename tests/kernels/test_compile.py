@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
 
-from kernels.activation import Gate
+from kernels.activation import FixedPoint, Gate
 from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
 from kernels.gpu import dequantize as gpu_dequantize
@@ -29,6 +29,7 @@ from kernels.gpu import pool as gpu_pool
 from kernels.gpu import score as gpu_score
 from kernels.gpu import select as gpu_select
 from kernels.gpu import turns as gpu_turns
+from kernels.gpu import whole_sums as gpu_whole_sums
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import choose as gpu_choose
 from kernels.gpu.trunk import delta as gpu_delta
@@ -104,6 +105,15 @@ def dense_call(hidden: int, biased: bool = False) -> Callable:
     return lambda: gpu_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, k),
                                       layout, Gate("clamped_swiglu" if biased else "gelu_tanh"),
                                       *(bias or (None, None)), mixture_of(k, hidden, biased))
+
+
+def whole_sums_call(hidden: int, biased: bool = False) -> Callable:
+    layout, k = layout_of(hidden), 8
+    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    codes, scale = torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups)
+    return lambda: gpu_whole_sums.whole_sums(FixedPoint(codes, codes, scale, scale), bytes_(2, layout.blob_bytes),
+                                             integers(1, k), layout, Gate("clamped_swiglu" if biased else "silu"),
+                                             *bias)
 
 
 def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
@@ -271,6 +281,8 @@ CALLS = {
     "apply 4096": apply_call(4096, n=4300),
     "apply 5120": apply_call(5120),
     "dense": dense_call(2048),
+    "whole sums": whole_sums_call(2048),
+    "whole sums biased": whole_sums_call(2880, biased=True),
     "dense biased": dense_call(2880, biased=True),
     "dequantize": dequantize_call(2048, torch.bfloat16),
     "dequantize 2880": dequantize_call(2880, torch.float16),
@@ -319,7 +331,7 @@ CALLS = {
 SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "score biased", "score up",
               "take four tokens", "take ahead", "bring ahead", "look ahead 2880", "choose neurons 8192",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
-              "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
+              "whole sums biased", "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
               "attend gated, four tokens", "attend in a window, 256", "attend in one",
               "gated of another kind", "choose of groups", "choose, padded",

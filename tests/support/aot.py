@@ -49,7 +49,7 @@ def recorded(call: Callable[[], object], monkeypatch) -> list[Launch]:
     launches = []
 
     def catch(self, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
         launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
 
     with monkeypatch.context() as patch:

@@ -44,13 +44,17 @@ def chat(device: str = "cuda", folder: Path | None = None) -> Iterator[Row]:
         yield Finding("policies are recorded with the step", not note, case=policies, note=note).row()
         if parse(policies).is_exact:
             yield Finding("an answer is the processor's", said == expected, case=policies).row()
+    if device == "cuda":
+        (ours, _, note), (theirs, *_) = (conversation(folder, device, "miss=beside", near) for near in (HALF, 2 * HALF))
+        yield Finding("an answer does not depend on the processor's share", bool(ours) and ours == theirs,
+                      case="miss=beside", note=note).row()
 
 
-def conversation(folder: Path, device: str, policies: str = "") -> tuple[list[str], bool, str]:
+def conversation(folder: Path, device: str, policies: str = "", near_bytes: int = HALF) -> tuple[list[str], bool, str]:
     """Both questions with a job beside them in between -> the answers, whether the device's kernels gave them, and what
     a card does less than it might."""
     talk, said = [], []
-    options = Options("exact", near_bytes=HALF if policies else None, device=device, policies=policies)
+    options = Options("exact", near_bytes=near_bytes if policies else None, device=device, policies=policies)
     with Engine.open(folder, options) as engine:
         for question in QUESTIONS:
             talk.append({"role": "user", "content": question})

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 from engine.bench.blobs import random_blobs, random_matrix
 from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
-from kernels.activation import Gate, quantize, quantize_activation
+from kernels.activation import FixedPoint, Gate, quantize, quantize_activation
 from kernels.apply import apply
-from kernels.dense import dense, dequantize, multiply_tile
+from kernels.dense import dense, dequantize, multiply_tile, whole_sums
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, REFINED, histogram_of, select, select_above
@@ -179,6 +179,13 @@ def _mixed(case: Case) -> Compared:
 def _dense(case: Case) -> Compared:
     given = (case.x, case.blobs, case.place, case.layout, case.gate, *case.bias)
     return (case.call(dense, *given),), (dense.reference(*on_cpu(given)),), VALUES
+
+
+def _whole_sums(case: Case) -> Compared:
+    """Not nearly: the same bits."""
+    x, given = quantize(case.x, case.layout.group)[2:], (case.blobs, case.place, case.layout, case.gate, *case.bias)
+    expected = whole_sums.reference(FixedPoint(*on_cpu(x)), *on_cpu(given))
+    return (case.call(whole_sums, FixedPoint(*x), *given),), (expected,), 0.0
 
 
 def _dense_of_nan(case: Case) -> Compared:
@@ -380,6 +387,7 @@ def _choose(case: Case) -> Compared:
 CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score": _score,
           "histogram of score": _histogram, "score_up": _score_up,
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense, "mixture": _mixed,
+          "whole_sums": _whole_sums,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "multiply_tile": _multiply_tile,
           "linear": _linear, "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend,
           "choose": _choose,

@@ -153,6 +153,10 @@ def test_the_embedded_models_conversation(monkeypatch):
     found = [row["verdict"] for row in chat_checks.chat("cpu")]
     assert found == ["works", "works", "wrong", "wrong", "works", "works", "works",
                      "works", "works", "works", "wrong", "wrong"]
+    said = iter([*[(["a", "b"], device, "") for device in (False, True, True, True, True, True)],
+                 (["a", "b"], True, "rates"), (["a", "c"], True, "rates")])
+    *_, beside = chat_checks.chat("cuda")
+    assert beside["verdict"] == "wrong" and beside["note"] == "rates"
 
 
 def test_page_locked_memory_is_read_back_or_refused():
