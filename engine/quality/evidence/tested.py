@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tested:
-    """test: FILE::NAME below tests/, "" where nothing holds the claim; note: then why."""
+    """test: FILE::NAME below tests/."""
 
     claim: str
-    test: str = ""
-    note: str = ""
+    test: str
 
     @property
     def found(self) -> str:
-        return f"`pytest tests/{self.test}`" if self.test else self.note
+        return f"`pytest tests/{self.test}`"
 
 
 IN_ANSWERS, POLICIES = "engine/chat/test_policies_in_answers.py", "engine/policies/test_policies.py"
@@ -52,6 +51,6 @@ TESTED = (
            f"{SHORTCUT}::test_all_that_is_needed_was_asked_for_at_the_gate"),
     Tested("MoLE: logits of the training form are those of the tables",
            f"{TABLE}::test_the_training_forms_logits_are_the_tables"),
-    Tested("misses of a card computed beside it by the processor, same text", note="does **not** hold: not built, the "
-           "share has to be measured on a card; between memory and the file's map `miss=place` does it"),
+    Tested("misses of a card computed beside it by the processor, same text (by references, no card yet)",
+           "engine/experts/test_beside.py::test_what_is_written_depends_neither_on_the_share_nor_on_what_is_near"),
 )
