@@ -191,6 +191,7 @@ class DeviceRuntime(Runtime):
         sums = torch.empty(*ids.shape, self.far.layout.padded, dtype=torch.int64, device=self.device)
         if rest:  # first, so that the card is at work meanwhile
             place = self._demand(layer.index, ids[:, rest].contiguous(), weights[:, rest])
+            self._side.join()  # a shortcut's, on their way
             sums[:, rest] = whole_sums(fixed, self.near.rows(layer.index, False), place.contiguous(), self.far.layout,
                                        layer.gate, *layer.neuron_biases(ids[:, rest]))
         if left:
