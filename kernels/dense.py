@@ -150,7 +150,7 @@ def multiply_tile(x: Tensor, tokens: Tensor, ends: Tensor, blobs: Tensor, layout
     return out
 
 
-@twin("kernels.gpu.dequantize")
+@twin("kernels.gpu.grouped")
 def dequantize(blobs: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> None:
     """Into 16-bit matrices, for the matrix products of prefill: blobs uint8 [n, blob_bytes] -> gate_up [n, 2I, hidden]
     (rows of gate, then of up) and down [n, I, hidden], in their dtype and without the padding of hidden."""

@@ -6,7 +6,6 @@ import torch
 
 from kernels.activation import KINDS, Gate
 from kernels.dense import dequantize, multiply_tile
-from kernels.gpu import dequantize as gpu_dequantize
 from kernels.gpu import grouped as gpu_grouped
 from kernels.layout import Layout, default_group_size
 from tests.support.random_experts import random_blobs
@@ -22,7 +21,7 @@ def test_dequantize(hidden, neurons, n, dtype):
     layout = Layout(hidden, neurons, default_group_size(hidden))
     blobs = random_blobs(n, layout, torch.Generator().manual_seed(hidden))
     made = []
-    for function in (dequantize.reference, gpu_dequantize.dequantize):
+    for function in (dequantize.reference, gpu_grouped.dequantize):
         gate_up = torch.full((n, 2 * neurons, hidden), torch.nan, dtype=dtype)
         down = torch.full((n, neurons, hidden), torch.nan, dtype=dtype)
         function(blobs, gate_up, down, layout)

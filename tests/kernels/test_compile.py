@@ -19,7 +19,6 @@ pytest.importorskip("triton", reason="needs Triton, which this platform's packag
 from kernels.activation import FixedPoint, Gate
 from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
-from kernels.gpu import dequantize as gpu_dequantize
 from kernels.gpu import evict as gpu_evict
 from kernels.gpu import fetch as gpu_fetch
 from kernels.gpu import fill as gpu_fill
@@ -118,7 +117,7 @@ def whole_sums_call(hidden: int, biased: bool = False) -> Callable:
 
 def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
     layout = layout_of(hidden)
-    return lambda: gpu_dequantize.dequantize(bytes_(1, layout.blob_bytes), torch.zeros(1, 1024, hidden, dtype=dtype),
+    return lambda: gpu_grouped.dequantize(bytes_(1, layout.blob_bytes), torch.zeros(1, 1024, hidden, dtype=dtype),
                                                 torch.zeros(1, 512, hidden, dtype=dtype), layout)
 
 
