@@ -22,8 +22,10 @@ from engine.experts.runtime import Runtime
 from engine.machine import errors
 from engine.machine.detect import machine_for
 from engine.machine.pinned_memory import CudaDriver, Driver, HostMemory
+from engine.model.blocks import is_known
 from engine.model.host_embedding import leave_on_host
 from engine.model.load import Loaded
+from engine.model.packed import nest_head
 from engine.model.placement import trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind
 from engine.paths import demo_model
@@ -88,6 +90,8 @@ def _loaded(model: torch.nn.Module, side: type[Runtime], shape: Shape, calibrati
     """Trunk and experts on the device. given: what the device's side wants to know besides."""
     bits, machine = DEFAULT_TRUNK_BITS[device], machine_for(device, demo_model())
     planner = Planner(shape.spec, machine, bits, shape.layout.group, calibration)
+    if is_known(model):
+        nest_head(model)
     model.to(device)
     near_bytes = planner.near_bytes(options.level, options)
     runtime = bind(model, side, far, planner, options.level, near_bytes, options.predict, device=device, **given)

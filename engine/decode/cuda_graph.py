@@ -130,6 +130,7 @@ class Graphs:
     def _consecutive(self, once: Run, tokens: Sequence[torch.Tensor] = ()) -> tuple[list, list]:
         """Logits and tokens of steps one behind the other. tokens: read in place of what the steps draw."""
         step, logits, drawn = self.step, [], []
+        step.sampler.n_best.zero_()  # all logits are compared: -inf minus -inf is no number
         for i in range(POSITIONS):
             once()
             logits.append(step.logits.clone())

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from engine.core import Sampling
-from engine.decode.sampling import merged, processors
+from engine.decode.sampling import merged, n_best, processors
 
 Tensor = torch.Tensor
 BEST = 256
@@ -27,6 +27,7 @@ class DeviceSampler:
         self.n_drawn = torch.zeros(1, dtype=torch.int64, device=device)
         self.broken = torch.zeros((), dtype=torch.bool, device=device)        # a logit was not a number
         self.numbers = torch.zeros(5, device=device)  # temperature, top_k, 1 - top_p, min_p, repetition_penalty
+        self.n_best = torch.zeros(1, dtype=torch.int64, device=device)        # how many logits decide; 0: all
         self.start(Sampling(), None, [])
 
     def start(self, sampling: Sampling, recommended: GenerationConfig | None, ids: list[int]) -> None:
@@ -37,6 +38,7 @@ class DeviceSampler:
         self._processors = processors(settings | {"repetition_penalty": 1.0})  # that one needs a list; we have a map
         values = (settings["temperature"], min(top_k, self.best), 1 - settings["top_p"], settings["min_p"],
                   settings["repetition_penalty"])
+        self.n_best.fill_(n_best(settings))
         self.numbers.copy_(torch.tensor(values, dtype=torch.float32))
         generator = torch.Generator()
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)

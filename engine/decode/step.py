@@ -41,6 +41,8 @@ class Step:
                  sampler: DeviceSampler) -> None:
         self.model, self.runtime, self.cache, self.sampler = model, runtime, cache, sampler
         self.fused, device = device_step(model, cache), sampler.device
+        if self.fused:
+            self.fused.n_best = sampler.n_best
         runtime.done = self.done = cache.clock.done
         self.logits = torch.zeros(len(sampler.seen), device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -85,7 +87,8 @@ class Step:
     def _changed(self) -> list[Tensor]:
         sampler, runtime = self.sampler, self.runtime
         return [self.logits, self.token, self.left, self.packet, self.done, sampler.seen, sampler.n_drawn,
-                sampler.broken, runtime.counts, runtime.picks, *(runtime.hook.state() if runtime.hook else ())]
+                sampler.n_best, sampler.broken, runtime.counts, runtime.picks,
+                *(runtime.hook.state() if runtime.hook else ())]
 
 
 class Packets:

@@ -109,7 +109,7 @@ class FusedStep:
         self._layers = [_of_block(block_of(layer, config), layer) for layer in base.layers]
         self._norm, self._head = norm(base.norm), matrices(model.lm_head)
         self._cap = getattr(config, "final_logit_softcapping", None)
-        self.n_best = 0   # how many of the largest logits are asked for, the others may be -inf; 0: all
+        self.n_best: int | Tensor = 0   # how many of the largest logits are asked for, the others may be -inf; 0: all
 
     def _logits(self, x: Tensor, turns: Turns, cache: Cache) -> Tensor:
         """x float32 [T, H] -> logits float32 [V] after the last token."""

@@ -14,8 +14,10 @@ from engine.experts.store import Far, FarCheckpoint, FarLocked, FarTable
 from engine.files.manifest import is_compressed
 from engine.machine import errors
 from engine.machine.pinned_memory import Driver, HostMemory
+from engine.model.blocks import is_known
 from engine.model.host_embedding import HostEmbedding, host_bytes, leave_on_host
 from engine.model.lookup_runtime import LookupRuntime
+from engine.model.packed import nest_head
 from engine.model.registration import Report, bind, host_side_of
 from engine.planning import explain
 from engine.planning.plan import Plan
@@ -51,6 +53,8 @@ def onto_gpu(model: nn.Module, far: Far, folder: Path, level: str, planner: Plan
     """Trunk and experts onto the card. MachineError with the plan's sum when they do not fit."""
     embedding = leave_on_host(model, driver)
     try:
+        if is_known(model):
+            nest_head(model)
         model.to("cuda")
         runtime = experts_on_gpu(model, far, folder, level, planner, options, report, driver)
     except BaseException as error:

@@ -27,21 +27,30 @@ DEVIATIONS = 8.0
 MOST_BEST = 256             # rows that may be asked for; more are all
 
 
-@twin(None, "kernels.cpu.trunk.head")
-def best_rows(x: Tensor, head: Matrices, n_best: int, norm: Tensor | None = None, epsilon: float = 0.0,
+@twin("kernels.gpu.trunk.head", "kernels.cpu.trunk.head")
+def best_rows(x: Tensor, head: Matrices, n_best: int | Tensor, norm: Tensor | None = None, epsilon: float = 0.0,
               ) -> Tensor:
     """x float32 [1, K] -> n @ weight.T of the n_best largest rows, at least, and -inf for the others: [R].
 
-    head: one nested matrix, without a bias. n_best: up to MOST_BEST; 0: all rows. n: as of `linears`.
+    head: one nested matrix, without a bias. n_best: up to MOST_BEST; 0: all rows; a recorded step is told by an int64
+    [1] of the device. n: as of `linears`.
     """
     codes, scales, _ = head.parts[0]
     given = x if norm is None else norm * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
     whole = F.linear(given, decode(codes, scales))[0]
-    if not n_best:
+    if not isinstance(n_best, Tensor) and not n_best:
         return whole
     scores, reach = scanned(given, codes, scales)
-    limit = (scores - reach).topk(min(n_best, len(scores))).values[-1]
-    return torch.where(scores + reach >= limit, whole, -torch.inf)
+    return torch.where(scores + reach >= limit_of(scores - reach, n_best), whole, -torch.inf)
+
+
+def limit_of(least: Tensor, n_best: int | Tensor) -> Tensor:
+    """Of what each row has at least [R], the n_best-th, [1]; -inf where all are wanted."""
+    most = min(MOST_BEST, len(least))
+    if not isinstance(n_best, Tensor):
+        return least.topk(min(n_best, most)).values[-1:]
+    found = least.topk(most).values.index_select(0, (n_best - 1).clamp(0, most - 1))
+    return torch.where(n_best > 0, found, -torch.inf)
 
 
 def scanned(x: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from engine.files.skeleton import build_skeleton, experts_modules
 from engine.files.trunk import GROUP, bits_of
 from engine.machine import table
 from engine.model.host_embedding import HostEmbedding, host_bytes
-from engine.model.packed import packed_parameter
+from engine.model.packed import nest_head, packed_parameter
 from engine.model.registration import FloeExperts, bind
 from engine.model.static_cache import StepCache, forward
 from engine.planning.plan import Plan
@@ -60,6 +60,7 @@ def opened(shape: synthetic.Shape, model: torch.nn.Module, level: str, is_roomy:
     for all of them and some records."""
     calibration = synthetic.calibration_of(shape)
     _onto_card(shape, model)
+    nest_head(model)
     small = table.described("rtx-3060-12gb")
     planner = Planner(shape.spec, small, DEFAULT_TRUNK_BITS["cuda"], shape.layout.group, calibration)
     n_near = shape.spec.n_experts_total * shape.layout.sketch_bytes * (6 if is_roomy else 2) // 3

@@ -1,10 +1,13 @@
-"""Cases for Triton's interpreter (run by test_interpreted.py): a trunk matrix times a few tokens, and its rows."""
+"""Cases for Triton's interpreter (run by test_interpreted.py): a trunk matrix times a few tokens, its rows, and a
+head's best."""
 from __future__ import annotations
 
 import pytest
 import torch
 
 from kernels.gpu import linear as gpu_linear
+from kernels.gpu.trunk import head as gpu_head
+from kernels.trunk.head import best_rows, split
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from tests.support.random_experts import random_matrix
 
@@ -91,3 +94,15 @@ def test_matrices_of_one_kind_are_one_section():
     matrices = parts_of(((32, 4), (16, 4), (16, 4)), 64, True)
     assert gpu_linear.sections(matrices) == [list(matrices.parts)]
     assert len(gpu_linear.sections(parts_of(((32, 4), (16, 8)), 64, True))) == 2
+
+
+@pytest.mark.parametrize("rows, columns, n_best, is_normed", [(70, 128, 3, True), (40, 192, 0, False)])
+def test_best_rows(rows, columns, n_best, is_normed):
+    """The rows that the reference finds, whoever says how many."""
+    codes, scales = random_matrix(rows, columns, 8)
+    head, x = Matrices(((split(codes), scales, None),)), torch.randn(1, columns)
+    rest = (torch.rand(columns).bfloat16(), 1e-6) if is_normed else ()
+    expected = best_rows.reference(x, head, n_best, *rest)
+    for n in (n_best, torch.tensor([n_best])):
+        torch.testing.assert_close(gpu_head.best_rows(x, head, n, *rest), expected, rtol=1e-4,
+                                   atol=1e-4 * float(expected[expected.isfinite()].abs().max()))

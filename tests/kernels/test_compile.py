@@ -32,6 +32,7 @@ from kernels.gpu import whole_sums as gpu_whole_sums
 from kernels.gpu.trunk import attend as gpu_attend
 from kernels.gpu.trunk import choose as gpu_choose
 from kernels.gpu.trunk import delta as gpu_delta
+from kernels.gpu.trunk import head as gpu_head
 from kernels.gpu.trunk import latent as gpu_latent
 from kernels.gpu.trunk import settle as gpu_settle
 from kernels.layout import Layout, default_group_size
@@ -39,6 +40,7 @@ from kernels.pool import new_pool
 from kernels.resolve import Link
 from kernels.trunk.attend import Heads
 from kernels.trunk.choose import Entrance, Reader
+from kernels.trunk.head import split
 from kernels.trunk.linear import Matrices
 from kernels.trunk.route import Choice
 from kernels.weigh import Mixture
@@ -164,6 +166,13 @@ def choose_call(hidden: int, n_experts: int, choice: Choice, more: tuple = (), b
     entrance = Entrance(reader((n_experts, 16), *more), n_experts, choice, reader(*beside) if beside else None)
     x, given = torch.zeros(4, hidden), (torch.zeros(4, hidden),) if beside else ()
     return lambda: gpu_choose.choose(x, entrance, layout_of(hidden), *given)
+
+
+def head_call(columns: int, n_best: int) -> Callable:
+    """Of rows enough for the largest blocks."""
+    codes, scales = matrix(4096, columns, 8)
+    head = Matrices(((split(codes), scales, None),))
+    return lambda: gpu_head.best_rows(torch.zeros(1, columns), head, n_best, torch.zeros(columns).bfloat16(), 1e-6)
 
 
 def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int = 0, turned: int | None = None,
@@ -294,6 +303,8 @@ CALLS = {
     "linears 4 bits": linears_call(2048, ((4096, 4), (512, 4), (512, 4)), True),
     "linears 8 bits": linears_call(4096, ((4096, 8), (1024, 8), (1024, 8)), True),
     "linears router": linears_call(2048, ((128, 16),), True),
+    "head": head_call(2048, 20),
+    "head, all rows": head_call(2880, 0),
     "linears added": linears_call(4096, ((2048, 4),), False),
     "linears of two kinds": linears_call(2048, ((8192, 4), (4096, 4), (32, 8), (32, 8)), True),  # Qwen3.6's delta-nets
     "attend": attend_call(32, 4, 128, 4, 128),           # Qwen3 30B
@@ -327,7 +338,7 @@ CALLS = {
 }
 
 
-SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "score biased", "score up",
+SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "head, all rows", "score biased", "score up",
               "take four tokens", "take ahead", "bring ahead", "look ahead 2880", "choose neurons 8192",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
               "whole sums biased", "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",

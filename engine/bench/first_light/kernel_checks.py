@@ -27,6 +27,7 @@ from kernels.trunk.attend import Heads, attend
 from kernels.trunk.choose import Entrance, Reader, choose
 from kernels.trunk.delta import Mixer, delta
 from kernels.trunk.gated import gated_linears
+from kernels.trunk.head import best_rows, split
 from kernels.trunk.latent import Latent, attend_latent
 from kernels.trunk.linear import Matrices, dequantize_rows, linear, linears
 from kernels.trunk.route import Choice
@@ -261,6 +262,18 @@ def _linears(case: Case) -> Compared:
     return *map(tuple, zip(*made, strict=True)), VALUES
 
 
+def _best_rows(case: Case) -> Compared:
+    """Of a head in two planes all rows, and the best 20, told by a number and by a tensor."""
+    codes, scales = random_matrix(4 * case.shape.hidden, case.shape.hidden, 8, torch.Generator().manual_seed(13))
+    head, x = Matrices(((split(codes), scales, None),)), case.x[:1, :case.shape.hidden].contiguous()
+    there, found, expected = Matrices(_there(head.parts, case.device)), [], []
+    for n_best in (0, 20, torch.tensor([20])):
+        made = case.call(best_rows, x, there, _there(n_best, case.device)), best_rows.reference(x.cpu(), head, n_best)
+        for rows, one in zip((found, expected), made, strict=True):
+            rows.append(one.topk(20).values if isinstance(n_best, Tensor) or n_best else one)
+    return tuple(found), tuple(expected), VALUES
+
+
 def _attend(case: Case) -> Compared:
     return _attended(case, Heads(16, 2, 128, 128 ** -0.5), 128)
 
@@ -390,7 +403,7 @@ CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score":
           "whole_sums": _whole_sums,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "multiply_tile": _multiply_tile,
           "linear": _linear, "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend,
-          "choose": _choose,
+          "choose": _choose, "best_rows": _best_rows,
           "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
           "delta": _delta, "gated": _gated, "settle": _settle}
 

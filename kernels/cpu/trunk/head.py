@@ -231,10 +231,10 @@ def finding(x: Tensor, head: Matrices, out: Tensor, n_best: int = 0, norm: Tenso
             Step(_choose, packed, alive, whole=True), Step(_compute, packed, alive)]
 
 
-def best_rows(x: Tensor, head: Matrices, n_best: int, norm: Tensor | None = None, epsilon: float = 0.0,
+def best_rows(x: Tensor, head: Matrices, n_best: int | Tensor, norm: Tensor | None = None, epsilon: float = 0.0,
               ) -> Tensor:
-    """As kernels.trunk.head.best_rows."""
-    if not takes(head):
+    """As kernels.trunk.head.best_rows; what a device would be told by a tensor is left to the reference."""
+    if isinstance(n_best, Tensor) or not takes(head):
         return NotImplemented
     assert x.shape == (1, head.columns) and 0 <= n_best <= MOST_BEST, (x.shape, n_best)
     out, given = torch.empty(head.rows), None if norm is None else torch.empty_like(x)
