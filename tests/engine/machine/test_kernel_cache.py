@@ -14,7 +14,7 @@ from tests.kernels.test_compile import CALLS
 from tests.support import aot
 hits = []
 triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-launch, = aot.recorded(CALLS["weigh"], pytest.MonkeyPatch())
+launch, = aot.recorded(CALLS["quantize"], pytest.MonkeyPatch())
 for card in {cards}:
     aot.compiled(launch, card)
 print(json.dumps(hits))
