@@ -2,8 +2,8 @@
 
 Shared by `bench`, for a folder as it is used, and by `gpu step`, for a synthetic model. What reads a clock or a
 profile is apart from what is made of it. On another card the token's bytes go over its bandwidths; what the measured
-time has left beside its own bytes (launches, arithmetic, waiting) is taken over as it is. Nothing overlaps: that is how
-a step runs today.
+time has left beside its own bytes (launches, arithmetic, waiting) is taken over as it is. Nothing is taken to overlap,
+not even look-ahead's branch.
 """
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from engine.model.packed import stored_bytes
 
 # Kernels of kernels/gpu/ as a profile names them; everything else is transformers', the sampler's or a copy.
 OURS = frozenset({"_quantize", "_score", "_count", "_count_lower", "_select", "_select_above", "_take", "_fill",
-                  "_products", "_down", "_linear", "_add_splits", "_weigh", "_decide", "_free", "_dequantize",
-                  "_halve", "_grouped_gate_up", "_grouped_down"})
+                  "_products", "_down", "_linear", "_add_splits", "_decide", "_free", "_dequantize", "_halve",
+                  "_grouped_gate_up", "_grouped_down", "_choose_neurons", "_look_ahead", "_choose", "_attend",
+                  "_enter", "_expand", "_delta", "_settle", "_settled_linear", "_scan", "_compute",
+                  "_strict_products", "_down_sums"})
 # Waits for a stream or the device; a finished token is read by waiting for an event, which is none of these. The
 # profiler's own wait at its end counts as well.
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})

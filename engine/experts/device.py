@@ -1,4 +1,5 @@
-"""The runtime on a card: one decode step of the experts without a single decision of the host.
+"""The runtime on a card: one decode step of the experts without a decision of the host, but where `miss=beside`
+lets it compute.
 
 Far memory must be readable by the kernels (`FarLocked`). Layers where it is not stay near for good, where near memory
 has room for them; else the host fetches, and such a step cannot be recorded. Prefill streams packed experts tile by

@@ -1,5 +1,6 @@
 """Policies in a running model: the hook that asks engine/policies/ what to fetch ahead, what may stay, which experts
-count and how exactly. With an exact choice the output is the model's own to the bit; the others are for who asked.
+count and how exactly. With an exact choice the output is the model's own to the bit (with `miss=beside` up to
+rounding); the others are for who asked.
 
 One object for one open model. What a policy learns it learns from decode steps of one token, whose end it meets behind
 the last layer. Of a step it remembers only tensors that are changed in place, and looks at no value, so that a recorded

@@ -1,7 +1,7 @@
 """How fast this machine really is: half a second of measuring, kept per machine in the data folder's cache.
 
 Only the machine is measured, never a model: a copy (to the card, or within memory), a matrix times a vector, one
-small tensor operation, packed experts times a token, packed weights decoded, a matrix product. The best of several
+small tensor operation, packed experts times a token and times 32, a matrix product. The best of several
 repeats counts, and it is kept only if both halves of the half second agree: a busy moment must not become the machine's
 speed for good. torch is loaded only when something has to be measured.
 """

@@ -4,7 +4,8 @@ What is not named is the engine's own: the next router's guess, recency, the rou
 `free=layer` frees slots when a layer lacks them, instead of keeping some free for the token to come, which is what
 fetching ahead needs. `miss=place` computes what is not admitted where far memory has it, instead of copying it, on a
 processor (DAOP); `miss=beside` lets the processor compute part of what a graphics card lacks, as much as measured rates
-say (DAOP, APTMoE). Numbers stand behind colons. Only `route` and `fidelity` change what is computed.
+say (DAOP, APTMoE). Numbers stand behind colons. Only `route` and `fidelity` change what is computed;
+`miss=beside` changes its last bits.
 """
 from __future__ import annotations
 

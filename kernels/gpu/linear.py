@@ -1,11 +1,11 @@
 """Device version of kernels/trunk/linear.py: a few rows and stretches of columns a block, four codes a multiplication.
 
-The activation becomes 16-bit fixed point in two int8 halves, as for the experts: what binds is memory, so the second
-half is free, and a token read alone gives the numbers of one read in a prompt. Every block does that for itself, and
-the norm before it, or the gate that joins a shared expert's halves, which spares nodes of the graph; up to three
-matrices of one kind, such as those of queries, keys and values, are a section, and one launch has two. Few rows are
-spread over more blocks, first by fewer rows a block, then (`linear` alone) by splitting the columns, whose sums are
-added in order: by shape alone, never by card.
+The activation becomes 16-bit fixed point in two int8 halves, as for the experts: what is expected to bind is memory, so
+that the second half costs little, and a token read alone gives the numbers of one read in a prompt. Every block does
+that for itself, and the norm before it, or the gate that joins a shared expert's halves, which spares nodes of the
+graph; up to three matrices of one kind, such as those of queries, keys and values, are a section, and one launch has
+two. Few rows are spread over more blocks, first by fewer rows a block, then (`linear` alone) by splitting the
+columns, whose sums are added in order: by shape alone, never by card.
 
 Legend as in kernels/trunk/linear.py; G groups of a row, words are int32 of WORDS a group (4 or 8 codes each). Weights
 that are no codes are WORDS numbers a group.

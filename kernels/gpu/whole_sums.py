@@ -1,8 +1,8 @@
 """Device version of kernels/dense.py's `whole_sums`: the arithmetic that a processor repeats bit by bit.
 
 Groups one after the other, nothing joined to a fused operation (the launches say so), a division that rounds as IEEE
-wants it, and integers wherever the order of adding is the hardware's. Slower than `dense`; for who lets a processor
-compute part of a layer.
+wants it, and integers wherever the order of adding is the hardware's. It takes more operations than `dense`; for who
+lets a processor compute part of a layer.
 
 Legend: T tokens, k routed experts, I neurons, H padded hidden, G groups along H.
 """

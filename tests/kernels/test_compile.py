@@ -1,4 +1,5 @@
-"""The machine code of every device kernel for every card, compiled without one: no spills, wide loads, little work.
+"""The machine code of every device kernel for every card, compiled without one: spills nowhere but where
+`SPILLED` says, wide loads, little work.
 
 The launches are caught from the real wrappers with the shapes of real models, so what is compiled is what would run.
 """

@@ -42,7 +42,7 @@ SYSTEMS = (
     System("Admission on the third use", "published engine notes", "the same hits at 5-8 times fewer uploads",
            ("predict=none,free=layer", "predict=none,free=layer,admit=third,miss=place")),
     System("APTMoE", "SC 2024", "a split of work between processor and card",
-           note="waits for a card, on which the share has to be measured"),
+           note="`miss=beside`, by measured rates: see *Held by tests*; what it gains waits for a card"),
     System("SEER-MoE", "arXiv 2404.05089", "25 % of experts pruned by counts",
            ("popularity (pinned)", "mask by hard", "mask by soft"), "without its second stage, which trains"),
     System("Task-specific expert pruning", "arXiv 2206.00277", "99 % of the benefit with one expert left",

@@ -50,7 +50,7 @@ def test_a_profile_is_summed_by_name_and_token():
 
 
 def test_the_kernels_that_count_as_ours_are_all_that_are_launched(repository):
-    sources = [path.read_text(encoding="utf-8") for path in (repository / "kernels" / "gpu").glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (repository / "kernels" / "gpu").rglob("*.py")]
     assert {name for text in sources for name in re.findall(r"^ +(_\w+)\[", text, re.MULTILINE)} == step_profile.OURS
 
 
