@@ -134,7 +134,8 @@ class DynamicPrefix(Prefix):
         """What the cache takes, the room ahead included."""
         held = [held for layer in getattr(self._cache, "layers", ()) for held in vars(layer).values()]
         tensors = [each for part in held for each in (part if isinstance(part, tuple) else (part,))]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, torch.Tensor))
+        stores = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor))
+        return sum({store.data_ptr(): store.nbytes() for store in stores}.values())     # a window is seen twice
 
     def _is_plain(self) -> bool:
         return type(self._cache) is DynamicCache

@@ -22,6 +22,7 @@ from engine.experts.device import on_host
 from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts
 from engine.experts.runtime import Runtime
+from engine.experts.store import NO_EXPERTS, FarTable
 from engine.experts.working_set import pin
 from engine.policies import fidelity as exactness
 from engine.policies import route
@@ -288,6 +289,11 @@ def choose_policies(runtime: Runtime, model: nn.Module, policies: str) -> None:
     """Put policies (as engine/policies/choice.py reads them) in place of those before; "" for the engine's own.
     UserError, nothing changed, where they do not suit."""
     choice, before = parse(policies), runtime.hook
+    if policies and isinstance(runtime.far, FarTable):
+        raise UserError(NO_EXPERTS)
+    if choice.route.name != "exact" and runtime.has_gaps:
+        raise UserError(f"route={choice.route.name} weighs every pick, and this model's router also picks what has no "
+                        "weights; leave the route out.")
     if why := refusal(choice, runtime.level, device_of(runtime)):
         raise UserError(why)
     hook = PolicyHook(runtime, model, choice) if policies else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from engine.core import UserError
+from engine.core import ModelSpec, UserError
 from engine.files.checkpoint import Checkpoint, ExpertLayer
 from engine.files.folder_writer import FolderWriter, encoded, is_sealed
 from engine.files.key_map import Group
@@ -51,7 +51,7 @@ def compress_checkpoint(checkpoint: Checkpoint, source: Path, dest: Path, origin
                         text: Text = NO_TEXT) -> Manifest:
     """`compress` for a checkpoint that is open already. source: the folder of its tokenizer; origin: see
     `FolderWriter.begin`; check: is called within every expert and before every tensor, and may raise."""
-    if checkpoint.left_out:
+    if checkpoint.left_out and not checkpoint.spec.table_bytes:      # which is made of what the model has not
         report(said(left_out(checkpoint)))
     if checkpoint.warning:
         report(said(checkpoint.warning))
@@ -84,7 +84,8 @@ def _plain(checkpoint: Checkpoint, source: Path, dest: Path, origin: str, group_
 
 def _work(units: list[Unit], writer: FolderWriter, report: Report) -> _Clock:
     """What an earlier run has left of them; -> the clock, which has still to tell the end."""
-    clock = _Clock(sum(bool(unit.layer) for unit in units), writer.spec.experts * writer.spec.expert_params, report)
+    clock = _Clock(sum(bool(unit.layer) for unit in units), writer.spec.experts * writer.spec.expert_params, report,
+                   part_of(writer.spec))
     for unit in units:
         worked = not unit.done
         if worked:
@@ -94,6 +95,11 @@ def _work(units: list[Unit], writer: FolderWriter, report: Report) -> _Clock:
             writer.save()
             clock.report(unit.layer, worked)
     return clock
+
+
+def part_of(spec: ModelSpec) -> str:
+    """What is counted while it is made."""
+    return "part of the table" if spec.table_bytes else "layer"
 
 
 def left_out(checkpoint: Checkpoint) -> str:
@@ -176,8 +182,12 @@ def _table(writer: FolderWriter, checkpoint: Checkpoint, check: Callable[[], Non
         check()
         writer.table.add({block_name(tokens): block(checkpoint, tokens)})
     keys = [part for key in table_keys(checkpoint) for part in checkpoint.source.parts(key)]
+    last: tuple[Unit, ...] = ()         # one after the other, each saved, since all wait for the last shard
     for n, tokens in enumerate(blocks(checkpoint.spec)):
-        yield Unit(keys, partial(rows, tokens), TABLE in writer.done or block_name(tokens) in writer.table, n + 1)
+        there = TABLE in writer.done or block_name(tokens) in writer.table
+        unit = Unit(keys, partial(rows, tokens), there, n + 1, last)
+        last = (unit,)
+        yield unit
 
 
 def _over_text(writer: FolderWriter, checkpoint: Checkpoint, documents: Documents, device: str,
@@ -216,7 +226,8 @@ def noted(documents: Documents, model: Path | None) -> dict:
 class _Clock:
     """Turns layers done into weights per second and time left, counting only what this run worked on."""
 
-    def __init__(self, layers: int, weights_per_layer: int, report: Report) -> None:
+    def __init__(self, layers: int, weights_per_layer: int, report: Report, part: str) -> None:
+        self.part = part
         self.layers, self.weights, self.tell = layers, weights_per_layer, report
         self.start, self.n_worked = time.monotonic(), 0
 
@@ -224,6 +235,6 @@ class _Clock:
         self.n_worked += worked
         per_layer = (time.monotonic() - self.start) / self.n_worked if self.n_worked else 0.0
         rate = self.weights / per_layer if per_layer else 0.0
-        text = (f"Compressing layer {done + 1} of {self.layers}" if done < self.layers else
+        text = (f"Compressing {self.part} {done + 1} of {self.layers}" if done < self.layers else
                 "Compressing the rest" if done == self.layers else "Compressed")
         self.tell(Progress(done, self.layers + 1, rate, per_layer * (self.layers + 1 - done), text))

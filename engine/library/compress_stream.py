@@ -27,7 +27,7 @@ from engine.files.folder_writer import FolderWriter, is_sealed, result_bytes
 from engine.files.manifest import INDEX
 from engine.files.skeleton import read_config
 from engine.files.tensor_source import SafetensorsFolder, open_safetensors, read_index
-from engine.library.compress import PLAIN, Unit, left_out, noted, settled, text_of, units_of, writer_for
+from engine.library.compress import PLAIN, Unit, left_out, noted, part_of, settled, text_of, units_of, writer_for
 from engine.library.hub import Hub, RemoteFile
 from engine.library.installed import Source, partial_share, unfinished
 from engine.library.transfer import MADE, CompressOptions, arrived, begin, fetch_all, finish
@@ -110,7 +110,7 @@ class Stream:
         if self.passes[0] + 1 < self.passes[1]:
             documents = []
         writer = writer_for(checkpoint, self.made, origin, self.choice.group_size, bits, documents, text.model)
-        if checkpoint.left_out:
+        if checkpoint.left_out and not checkpoint.spec.table_bytes:
             self.meter.add(0, left_out(checkpoint))
         try:
             with writer:
@@ -177,11 +177,12 @@ class Stream:
             if unit.is_ready(absent):
                 check(self.stop)
                 n_layers = sum(bool(each.layer) for each in units)
-                self.meter.add(0, f"Compressing layer {unit.layer} of {n_layers}" if unit.layer else "")
+                part = f"Compressing {part_of(writer.spec)} {unit.layer} of {n_layers}"
+                self.meter.add(0, part if unit.layer else "")
                 begun = time.monotonic()
                 unit.work()
                 unit.done = True
-                if unit.after:                  # over a text a layer is hours of work; what it gave to the trunk stays
+                if unit.after:                  # over a text a layer is hours of work: what it gave stays
                     writer.save()
                 self._pace(units, time.monotonic() - begun, bool(unit.layer))
 

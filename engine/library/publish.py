@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.core import MachineError, UserError
 from engine.files.folder_writer import portable
-from engine.files.manifest import CONFIG, COPIED, MANIFEST, Manifest, file_entry, is_compressed
+from engine.files.manifest import CONFIG, COPIED, MANIFEST, TABLE, Manifest, file_entry, is_compressed
 from engine.library import catalogue
 from engine.library.hub import Hub
 from engine.library.installed import Source
@@ -93,6 +93,11 @@ def _own_words(folder: Path) -> tuple[str, str]:
 
 def _sizes(manifest: Manifest) -> str:
     total = sum(entry.bytes for entry in manifest.files)
+    if manifest.has_table:
+        table = next(entry.bytes for entry in manifest.files if entry.path == TABLE)
+        return (f"## Sizes\n\n{manifest.layers} layers of {manifest.experts} experts, kept as a table of 16 bits, "
+                f"{size(table)}, of which a token reads one row. All other weights at {manifest.trunk_bits} bits. "
+                f"Together {size(total)}.")
     experts = sum(entry.bytes for entry in manifest.files if entry.path.startswith("experts-"))
     return (f"## Sizes\n\n{manifest.layers} MoE layers of {manifest.experts} experts ({manifest.top_k} routed), "
             f"{manifest.neurons} neurons each, hidden {manifest.hidden}. Experts: 2-bit sketches and 4-bit records, "
@@ -114,6 +119,8 @@ def _specialist(manifest: Manifest) -> list[str]:
 
 def _levels(manifest: Manifest) -> str:
     levels = manifest.calibration.get("levels") or {}
+    if manifest.has_table:
+        return "## Levels\n\nLevel `exact` only: there is nothing in a table to leave out."
     if not levels:
         return ("## Levels\n\nNot calibrated: level `exact` only. `python -m engine calibrate FOLDER` measures the "
                 "others.")

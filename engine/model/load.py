@@ -24,7 +24,7 @@ from engine.core import ModelSpec, Options, UserError
 from engine.disk import ordinary_files
 from engine.experts.policy_hook import choose_policies
 from engine.experts.runtime import Runtime
-from engine.experts.store import Far, FarCheckpoint, offered
+from engine.experts.store import NO_EXPERTS, Far, FarCheckpoint, FarTable, offered
 from engine.files.chat_parts import VOCABULARIES
 from engine.files.checkpoint import Checkpoint
 from engine.files.config_json import read_config_json
@@ -117,11 +117,23 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
             nest_head(model)
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
-    choose_policies(runtime, model, options.policies)
+    try:
+        choose_policies(runtime, model, _policies(runtime, options))
+    except BaseException:
+        runtime.close()
+        raise
     return_freed()
     taken = _taken_bytes(model, runtime, before)
     check = explain.compare(planner.plan(level, options), taken) if device == "cpu" else ""
     return Loaded(model.eval(), tokenizer, runtime, model.floe_spec, planner, check)
+
+
+def _policies(runtime: Runtime, options: Options) -> str:
+    """The wished ones; a table, which has none of what they are about, opens without."""
+    if not options.policies or not isinstance(runtime.far, FarTable):
+        return options.policies
+    runtime.reason = f"{runtime.reason} {NO_EXPERTS}".strip()
+    return ""
 
 
 def _level(options: Options, levels: tuple[str, ...], planner: Planner) -> str:

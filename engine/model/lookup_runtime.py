@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.core import UserError
+from engine.experts.cache import NearMemory
 from engine.experts.hook import Hook
 from engine.experts.runtime import Runtime
 from engine.experts.store import NO_EXPERTS
@@ -30,6 +31,27 @@ class TableLayer:
     @property
     def router_weight(self) -> None:
         raise UserError(NO_EXPERTS)
+
+
+class NothingNear(NearMemory):
+    """A row is read once, by its token, and stays nowhere."""
+
+    near_bytes = 0
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def pools(self) -> list:
+        return []
+
+    def is_complete(self) -> bool:
+        return True
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def residency(self) -> list[float]:
+        return [0.0] * self.layers
 
 
 class LookupRuntime(Runtime):
@@ -59,10 +81,14 @@ class LookupRuntime(Runtime):
         tokens, weights = tokens.to(self.device), weights.to(self.device)
         if layer.index == 0:
             shape = len(tokens), self.far.layers, self.far.experts, self.far.hidden
+            self._rows_of_step = None       # a prompt's go before the next chunk's come
             self._rows_of_step = self._read(tokens).view(shape)
             self._count(tokens)
         rows = self._rows_of_step[:, layer.index].float()
         return (weights[:, None] @ rows)[:, 0].to(x.device, x.dtype)
+
+    def _new_cache(self) -> NearMemory:
+        return NothingNear(self.far.layers)
 
     def _count(self, tokens: Tensor) -> None:
         """A prompt's rows, or those of steps, in which every expert counts as picked."""

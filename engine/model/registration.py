@@ -252,7 +252,18 @@ def blobs_of(model: nn.Module) -> tuple[FarBlobs | FarTable, Planner]:
     """The far memory of a model whose trunk came from a compressed folder, and its plan for the processor."""
     stored = model.floe_manifest
     planner = Planner(model.floe_spec, model.floe_machine, stored.trunk_bits, stored.group_size, stored.calibration)
-    return (FarTable if stored.has_table else FarBlobs)(Path(model.config.name_or_path), stored), planner
+    folder, spec = Path(model.config.name_or_path), model.floe_spec
+    if stored.has_table != bool(spec.table_bytes):
+        raise UserError(_two_models(folder))
+    far = (FarTable if stored.has_table else FarBlobs)(folder, stored)
+    if stored.has_table and len(far.table) != spec.vocabulary:
+        raise UserError(_two_models(folder))
+    return far, planner
+
+
+def _two_models(folder: Path) -> str:
+    return (f"{folder} is damaged (config.json and floe.json are of different models); download or compress the model "
+            "again.")
 
 
 def _manifest_of(model: nn.Module) -> Manifest:
@@ -264,8 +275,7 @@ def _manifest_of(model: nn.Module) -> Manifest:
     manifest = Manifest.load(folder)
     trunk_bytes = next(entry.bytes for entry in manifest.files if entry.path == TRUNK)
     if spec.trunk_params > 2 * trunk_bytes or any(getattr(manifest, name) != getattr(spec, name) for name in SIZES):
-        raise UserError(f"{folder} is damaged (config.json and floe.json are of different models); download or "
-                        "compress the model again.")
+        raise UserError(_two_models(folder))
     return manifest
 
 

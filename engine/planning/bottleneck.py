@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine.core import Machine, ModelSpec
 from engine.planning import cost_model, miss_curves
-from engine.planning.sizes import near_trunk_bytes
+from engine.planning.sizes import expert_bytes, near_trunk_bytes
 from engine.units import rate, size
 from kernels.layout import Layout, default_group_size
 
@@ -55,7 +55,7 @@ def _parts(spec: ModelSpec, calibration: Mapping, machine: Machine, snapshot: Ma
     answer, level = snapshot["answer"], snapshot["level"]
     layout = _layout(spec, level)
     sparse = miss_curves.calibrated(calibration, spec, layout)
-    each = 2 * spec.expert_params if level == "full" else layout.blob_bytes
+    each = expert_bytes(spec, layout, level)
     far = answer["far_bytes"] / answer["tokens"]
     near = cost_model.Residency(far_bytes=far, needed_bytes=answer["needed_bytes"] / answer["tokens"])
     _, trunk = near_trunk_bytes(spec, snapshot["trunk_bits"], machine.device)

@@ -127,7 +127,8 @@ def token_on_gpu(spec: ModelSpec, machine: Machine, layout: Layout, sparsity: Sp
         experts = near.needed_bytes + budget.refined * layout.sketch_row     # apply reads the sketch row again
     attention = spec.kv_bytes_per_token * context / ATTENTION_SHARE + 2 * spec.state_bytes_at(context)
     nodes = spec.decoder_layers * LAYER_NODES.get(spec.model_type, OTHER_LAYER_NODES) + spec.layers * own
-    launches = nodes * (EAGER_NODE_SECONDS if unlocked else NODE_SECONDS) + unlocked * HOST_FETCH_SECONDS
+    each = EAGER_NODE_SECONDS if unlocked or spec.table_bytes else NODE_SECONDS
+    launches = nodes * each + unlocked * HOST_FETCH_SECONDS
     link = near.far_bytes * link_seconds_per_byte(machine, unlocked / spec.layers)
     link += spec.layers * MISS_LATENCY_SECONDS if near.far_bytes else 0.0
     return (("trunk", trunk_bytes / width), ("experts", experts / width), ("attention", attention / width),

@@ -51,6 +51,8 @@ def plan(model: ModelSpec, machine: Machine, wishes: PlanRequest | None = None,
     layout = _layout(model, wishes)
     measured = (calibration or {}).get("levels")
     known = miss_curves.calibrated(calibration, model, layout) if measured else miss_curves.assumed(model, layout)
+    if model.table_bytes and wishes.level not in (None, "exact"):
+        raise UserError(f"{model.name} is kept as a table, which has no level but exact; leave the level out.")
     choice = (wishes.level,) if wishes.level else _offered(model, wishes, calibration)
     tried = [_at_level(model, machine, wishes, layout, known, level) for level in choice]
     best = _best(tried)
@@ -228,7 +230,8 @@ def _on_cpu(model: ModelSpec, machine: Machine, wishes: PlanRequest, layout: Lay
     # A program's answer that rests has as much context memory again. It comes beside what is near and the file that it
     # is read from, never in their place: more memory must not make a plan worse.
     resting = kv + 2 * model.state_bytes_at(context)
-    gives_way = machine.ram_free_bytes - ram - (0 if wishes.near_bytes is None else far) >= resting
+    beside = model.table_bytes or wishes.near_bytes is not None and near.total_bytes < far
+    gives_way = machine.ram_free_bytes - ram - (far if beside else 0) >= resting
     # Beside an arena of the plan's own choice less than a row is left, now more, now less: no share of the file.
     left = max(0, machine.ram_free_bytes - ram) if model.table_bytes or wishes.near_bytes is not None else 0
     cached = min(1.0, left / far)

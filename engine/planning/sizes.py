@@ -90,7 +90,7 @@ def prefill_bytes(model: ModelSpec, chunk: int, context: int) -> int:
     mixer = max((chunk * each + context * kept + chunk * context * pair for each, kept, pair in model.prefill),
                 default=0)
     experts = 2 * chunk * (8 * model.hidden + model.top_k * (2 * model.hidden + 3 * model.neurons))
-    return max(mixer, experts)
+    return max(mixer, experts) + chunk * model.token_table_bytes
 
 
 def side_bytes(model: ModelSpec, context: int) -> int:

@@ -41,7 +41,8 @@ def best_rows(x: Tensor, head: Matrices, n_best: int | Tensor, norm: Tensor | No
     if not isinstance(n_best, Tensor) and not n_best:
         return whole
     scores, reach = scanned(given, codes, scales)
-    return torch.where(scores + reach >= limit_of(scores - reach, n_best), whole, -torch.inf)
+    below = scores + reach < limit_of(scores - reach, n_best)   # what is no number is below nothing, and stays
+    return torch.where(below, -torch.inf, whole)
 
 
 def limit_of(least: Tensor, n_best: int | Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from engine.files.manifest import TABLE, Manifest
 from engine.files.tensor_source import DTYPES
 
 Tensor = torch.Tensor
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 128 << 20  # each reads the weights of all experts once more
 EMBEDDING = "model.embed_tokens.weight"
 
 

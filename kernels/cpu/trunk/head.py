@@ -198,7 +198,7 @@ def _compute(table):
         for row in range(first, together, TOGETHER):
             _compute_some(a, row, TOGETHER, a.out + 4 * row)
         for row in range(together, last):
-            if not a.n_best or out[row] + reach[row] >= a.limit:
+            if not a.n_best or not (out[row] + reach[row] < a.limit):   # no number stays
                 _compute_some(a, row, 1, a.out + 4 * row)
             else:
                 out[row] = -np.inf

@@ -79,7 +79,7 @@ def _compute(x, norm, upper, lower, scales, out, reach, limit, n_rows, epsilon, 
     wanted = there
     if SCANNED:
         highest = tl.load(out + row, mask=there, other=0) + tl.load(reach + row, mask=there, other=0)
-        wanted = there & (highest >= tl.load(limit))
+        wanted = there & ~(highest < tl.load(limit))    # what is no number is below nothing, and stays
     if tl.max(wanted.to(tl.int32), axis=0) > 0:
         score, _ = _scores(x, norm, upper, lower, scales, row, wanted, epsilon, COLUMNS, GROUPS, WORDS, STEP, STEPS,
                            NORMED, ROWS, LARGEST, True)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import engine.hf  # noqa: F401  registers the folder's kind
 from engine import Engine
 from engine.core import Options, UserError
+from engine.experts.policy_hook import choose_policies
 from engine.files.checkpoint import Checkpoint
 from engine.files.lookup import table
 from engine.files.lookup.modeling import MoleConfig, MoleForCausalLM
@@ -24,6 +26,7 @@ from engine.files.manifest import TABLE, Manifest
 from engine.files.skeleton import read_config, spec_of_folder
 from engine.files.tensor_source import SafetensorsFolder
 from engine.library.compress import Text, compress
+from engine.library.publish import card
 from engine.model import load, placement
 from tests.engine.experts.test_far_locked import Ledger
 from tests.support.small_model import TOKENIZER_FILES
@@ -226,9 +229,20 @@ def test_what_a_table_has_not_is_told_in_a_sentence(folders, tmp_path, demo_chec
         command = [sys.executable, "-m", "engine", verb, tmp_path / "answers", *rest]
         asked = subprocess.run(command, capture_output=True, text=True)
         assert asked.returncode == 2 and "in place of experts" in asked.stderr, asked.stderr
-    with pytest.raises(UserError, match="in place of experts"):
-        model = AutoModelForCausalLM.from_pretrained(made)
-        model.floe.hook = object()
+    with Engine.open(tmp_path / "answers", Options(device="cpu", policies="evict=lfu")) as engine:
+        assert "in place of experts" in engine.snapshot()["note"]       # a wish of the last start keeps nothing shut
+    loaded = load.load(tmp_path / "answers", Options(device="cpu", near_bytes=10_000_000))
+    assert loaded.runtime.near_bytes == 0 and loaded.runtime.residency() == [0.0] * LAYERS
+    for policies in ("evict=lfu", "fidelity=base"):
+        with pytest.raises(UserError, match="in place of experts"):
+            choose_policies(loaded.runtime, loaded.model, policies)
+    with pytest.raises(UserError, match="no level but exact"):
+        loaded.planner.plan("balanced")
+    told = card(tmp_path / "answers", Manifest.load(tmp_path / "answers"), "somebody/model")
+    assert "kept as a table" in told and "nothing in a table" in told
+    loaded.model.floe_spec = replace(loaded.spec, vocabulary=VOCABULARY + 1)
+    with pytest.raises(UserError, match="of different models"):
+        load.blobs_of(loaded.model)
     with (made / TABLE).open("r+b") as file:
         saved = file.read()
         header = saved.replace(b'"rows.0"', b'"rows.1"')
