@@ -87,6 +87,7 @@ class DeviceRuntime(Runtime):
         return self.far.layers - self.far.readable_layers
 
     def reset(self) -> None:
+        self._side.join()       # a step that broke off may have left one, which takes slots
         super().reset()
         self.turns.zero_()
         if self.near.kept:
@@ -130,8 +131,8 @@ class DeviceRuntime(Runtime):
     def _bring_experts(self, layer: int, ids: Tensor, most_ahead: Tensor | None = None) -> Tensor | None:
         """As in runtime.py, in one launch where the card reads far memory by itself. What is fetched ahead has no
         place yet: all of it happens beside the main stream."""
+        self._side.join()       # of a step of many tokens the one before may still be looking ahead
         if not self._links(layer):
-            self._side.join()
             return super()._bring_experts(layer, ids, most_ahead)
         pool, _ = self.near.pools()[0]
         bring = partial(resolve_experts, pool, ids, layer * self.far.experts, self._object_bytes, self.clock,
