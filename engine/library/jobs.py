@@ -123,6 +123,8 @@ def _made(name: str, data: str | Path | None, choice: CompressOptions, report: R
             report(replace(progress, bytes_per_second=0.0))
         if not is_sealed(making):
             work(making, bits, device, heard, partial(check, stop))
-        partial_share(making).unlink(missing_ok=True)
+        share = partial_share(making)
+        for left in (share, share.with_name(f"{share.name}.part")):     # the second of a note that a kill cut short
+            left.unlink(missing_ok=True)
         os.replace(making, dest)
     return dest

@@ -23,7 +23,7 @@ from engine.experts import runtime as experts
 from engine.machine.pinned_memory import CudaDriver, Driver
 from engine.units import parse_bytes, size
 
-BREAKS = {"score and select": "chosen", "take and fill": "fill"}    # what a step would have called next
+BREAKS = {"score and select": "chosen", "copy and product": "apply"}    # what a step would have called next
 PEAK = 1.05     # of what was planned
 ROUNDING = 5e-2     # of the largest logit: 16 bits a layer there, 32 here
 
