@@ -226,7 +226,8 @@ def test_stop_and_a_reload_while_the_model_opens_are_fine(chromium, tmp_path):
         browser.send(page, "Never mind")
         page.wait_for_function("window.pressed")
         expect(page.locator(".message.assistant")).to_contain_text("Stopped.")
-        browser.send(page, "Hello!")  # before the model is there: it is answered as soon as it is
+        with page.expect_response(lambda reply: reply.url.endswith("/send")):     # a reload would break it off
+            browser.send(page, "Hello!")  # before the model is there: it is answered as soon as it is
         page.wait_for_selector(".message.running")
         page.reload()
         wait_ready(page)
