@@ -49,17 +49,27 @@ def _divided(values, power):
 
 
 @triton.jit
-def _halve(x, halves, powers, sums, HIDDEN: tl.constexpr, STEPS: tl.constexpr, K: tl.constexpr):
-    """Grid: T. x [T, H] -> halves float16 [T, H], powers float32 [T], sums of halves float32 [T, H/K]."""
-    token = tl.program_id(0).to(tl.int64)
-    step = tl.arange(0, STEPS)
+def _piece(x, token, step, HIDDEN: tl.constexpr, K: tl.constexpr):
+    """float32 [P, K] of a token's row, and where they stand in it."""
     column = step[:, None] * K + tl.arange(0, K)[None]
-    values = tl.load(x + token * HIDDEN + column, mask=column < HIDDEN, other=0).to(tl.float32)
-    power = _power_below(tl.reshape(values, 1, STEPS * K), 1)
-    divided = _divided(values, power[:, None])
-    tl.store(halves + token * HIDDEN + column, divided, mask=column < HIDDEN)
+    return tl.load(x + token * HIDDEN + column, mask=column < HIDDEN, other=0).to(tl.float32), column
+
+
+@triton.jit
+def _halve(x, halves, powers, sums, HIDDEN: tl.constexpr, STEPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
+    """Grid: T. x [T, H] -> halves float16 [T, H], powers float32 [T], sums of halves float32 [T, H/K]. P steps a time: a
+    whole row does not fit the registers."""
+    token, power = tl.program_id(0).to(tl.int64), tl.zeros((1,), tl.float32)
+    for first in range(0, STEPS, P):
+        values, _ = _piece(x, token, first + tl.arange(0, P), HIDDEN, K)
+        power = tl.maximum(power, _power_below(tl.reshape(values, 1, P * K), 1))
+    for first in range(0, STEPS, P):
+        step = first + tl.arange(0, P)
+        values, column = _piece(x, token, step, HIDDEN, K)
+        divided = _divided(values, power[:, None])
+        tl.store(halves + token * HIDDEN + column, divided, mask=column < HIDDEN)
+        tl.store(sums + token * (HIDDEN // K) + step, tl.sum(divided.to(tl.float32), axis=1), mask=step < HIDDEN // K)
     tl.store(powers + token + tl.arange(0, 1), power)
-    tl.store(sums + token * (HIDDEN // K) + step, tl.sum(divided.to(tl.float32), axis=1), mask=step < HIDDEN // K)
 
 
 @triton.jit
@@ -183,9 +193,7 @@ def multiply_tile(x: Tensor, tokens: Tensor, ends: Tensor, blobs: Tensor, layout
     halves = torch.empty(n_tokens, hidden, dtype=torch.float16, device=x.device)
     powers = torch.empty(n_tokens, dtype=torch.float32, device=x.device)
     sums = torch.empty(n_tokens, hidden // DEPTH, dtype=torch.float32, device=x.device)
-    steps = triton.next_power_of_2(hidden // DEPTH)
-    _halve[(n_tokens,)](x, halves, powers, sums, HIDDEN=hidden, STEPS=steps, K=DEPTH,
-                        num_warps=min(32, max(4, steps * DEPTH // 256)))
+    _halve[(n_tokens,)](x, halves, powers, sums, HIDDEN=hidden, STEPS=hidden // DEPTH, K=DEPTH, P=16, num_warps=4)
     words, row_blocks = words_of(blobs), triton.cdiv(n_rows, ROWS) + n      # a block more where an expert's is not full
     products = torch.empty(n_rows, neurons, dtype=torch.float16, device=x.device)
     product_powers = torch.empty(n_rows, blocks, dtype=torch.float32, device=x.device)
