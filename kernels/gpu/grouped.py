@@ -57,8 +57,8 @@ def _piece(x, token, step, HIDDEN: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _halve(x, halves, powers, sums, HIDDEN: tl.constexpr, STEPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr):
-    """Grid: T. x [T, H] -> halves float16 [T, H], powers float32 [T], sums of halves float32 [T, H/K]. P steps a time: a
-    whole row does not fit the registers."""
+    """Grid: T. x [T, H] -> halves float16 [T, H], powers float32 [T], sums of halves float32 [T, H/K]. P steps a time:
+    a whole row does not fit the registers."""
     token, power = tl.program_id(0).to(tl.int64), tl.zeros((1,), tl.float32)
     for first in range(0, STEPS, P):
         values, _ = _piece(x, token, first + tl.arange(0, P), HIDDEN, K)
