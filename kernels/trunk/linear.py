@@ -104,7 +104,7 @@ def columns(codes: Tensor) -> int:
 
 def joined(codes: Tensor) -> Tensor:
     """Nested codes [R, 2, K/2] as int8 [R, K]; others as they are."""
-    if codes.dim() == 2:
+    if codes.dim() < 3:
         return codes
     upper, lower = codes.unbind(1)
     both = torch.stack((upper << 4 | lower & 15, upper & 240 | lower >> 4), -1).flatten(-2)

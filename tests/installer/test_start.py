@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 until_there = waiting.until
 PARTS = ("app", "assets", "engine", "installer", "kernels", "pyproject.toml")
 PORT = 7961
+PATIENCE = 1500     # seconds for a start on a machine that others keep busy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600),     # it installs everything, three times
               pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the Linux launcher")]
@@ -47,7 +48,7 @@ class Launch:
     def said(self) -> str:
         return self.output.read_text(encoding="utf-8")
 
-    def wait_said(self, what: str, seconds: float = 1500) -> None:
+    def wait_said(self, what: str, seconds: float = PATIENCE) -> None:
         while what not in self.said:
             assert self.process.poll() is None, self.said
             assert time.monotonic() - self.began < seconds, self.said
@@ -159,7 +160,7 @@ def test_a_double_click_ends_in_an_answer(person, tmp_path):
     subprocess.run(["sh", person.folder / "installer/menus/install_shortcut.sh"], check=True, env=person.variables,
                    stdout=subprocess.DEVNULL)
     # A number of its own: two that look for a free screen at one moment (test_scripts.py) find the same.
-    clicked = subprocess.Popen(["xvfb-run", "-a", "-n", "150", "sh", "-c", "gtk-launch floechat; sleep 600"],
+    clicked = subprocess.Popen(["xvfb-run", "-a", "-n", "150", "sh", "-c", f"gtk-launch floechat; sleep {PATIENCE}"],
                                start_new_session=True, env=person.variables | {"BROWSER": str(browser)},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -183,7 +184,7 @@ def _connect(playwright, port: int):
         except httpx.TransportError:
             return False
         return any(tab["url"].startswith("http://127.0.0.1") for tab in tabs)
-    until_there(shows)
+    until_there(shows, PATIENCE)
     return playwright.chromium.connect_over_cdp(f"http://127.0.0.1:{port}")
 
 
