@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.core import MachineError
+from engine.decode import attention
 from engine.decode.device_sampling import DeviceSampler
 from engine.decode.sampling import NOT_NUMBERS
 from engine.experts.device import DeviceRuntime
@@ -43,6 +44,8 @@ class Step:
         self.fused, device = device_step(model, cache), sampler.device
         if self.fused:
             self.fused.n_best = sampler.n_best
+        else:
+            attention.attends(model)
         runtime.done = self.done = cache.clock.done
         self.logits = torch.zeros(len(sampler.seen), device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)

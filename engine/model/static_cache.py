@@ -62,14 +62,15 @@ class Clock:
 
 
 class _KeysAndValues(CacheLayerMixin):
-    """Keys and values float [1, heads, length + 1, D]; made at the first update. wraps: whether its rows turn round."""
+    """Keys and values float [1, heads, length + 1, D]; made at the first update. wraps: whether its rows turn round.
+    window: how many tokens one sees; 0: all. The keys that an update gives out say whose they are: `lender`."""
 
     is_compileable = True
     wraps = False
 
-    def __init__(self, clock: Clock, length: int) -> None:
+    def __init__(self, clock: Clock, length: int, window: int = 0) -> None:
         super().__init__()
-        self.clock, self.length = clock, length
+        self.clock, self.length, self.window = clock, length, window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (states.new_zeros(1, states.shape[1], self.length + 1, states.shape[3])
@@ -81,12 +82,20 @@ class _KeysAndValues(CacheLayerMixin):
         self.values.index_copy_(2, rows, value_states)
 
     def _read(self) -> tuple[Tensor, Tensor]:
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+        keys, values = self.keys[:, :, :self.length], self.values[:, :, :self.length]
+        keys.lender = self
+        return keys, values
 
     def attend(self, projected: Tensor, turn: Tensor, heads: Heads) -> Tensor:
         """As kernels.trunk.attend, behind the position; in place of `update` and all that reads it."""
         rows = self.clock.rows(self.length, self.wraps)
         return attend(projected, turn, self.keys, self.values, self.clock.pos, heads, rows)
+
+    def attend_held(self, query: Tensor, scale: float) -> Tensor:
+        """As kernels.trunk.attend, behind an update of the same tokens: query [T, Q * D], of the cache's type."""
+        cached, size = self.keys.shape[1], self.keys.shape[3]
+        heads = Heads(query.shape[1] // size, cached, size, scale, window=self.window, held=True)
+        return self.attend(query, query.new_empty(2, len(query), 0, dtype=torch.float32), heads)
 
     def get_seq_length(self) -> Tensor:
         return self.clock.pos
@@ -98,9 +107,9 @@ class _KeysAndValues(CacheLayerMixin):
 class FullLayer(_KeysAndValues):
     """Row = position. A window nearly as long as the context is one of these, too: its ring would be as long."""
 
-    def __init__(self, clock: Clock, is_sliding: bool = False) -> None:
-        super().__init__(clock, clock.context)
-        self.is_sliding = is_sliding
+    def __init__(self, clock: Clock, window: int = 0) -> None:
+        super().__init__(clock, clock.context, window)
+        self.is_sliding = window > 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -132,6 +141,9 @@ class RingLayer(_KeysAndValues):
 
     is_sliding, wraps = True, True
 
+    def __init__(self, clock: Clock, window: int) -> None:
+        super().__init__(clock, window + MOST_TOKENS - 1, window)
+
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -140,9 +152,10 @@ class RingLayer(_KeysAndValues):
         if key_states.shape[2] == 1:
             self._write(rows, *last)
             return self._read()
-        seen = tuple(torch.cat(pair, 2) for pair in zip(self._read(), (key_states, value_states), strict=True))
+        keys, values = (torch.cat(pair, 2) for pair in zip(self._read(), (key_states, value_states), strict=True))
         self._write(rows, *last)
-        return seen
+        keys.lender = self
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Tensor]:
         """transformers numbers the keys arange(length) + offset; a tensor of offsets gives every row its position."""
@@ -268,9 +281,8 @@ class StepCache(Cache):
         if kind == "full_attention":
             return FullLayer(self.clock)
         if kind == "sliding_attention":
-            length = given["sliding_window"] + MOST_TOKENS - 1
-            ring = length < self.clock.context
-            return RingLayer(self.clock, length) if ring else FullLayer(self.clock, is_sliding=True)
+            ring = RingLayer(self.clock, given["sliding_window"])
+            return ring if ring.length < self.clock.context else FullLayer(self.clock, ring.window)
         if kind == "linear_attention":
             return RecurrentLayer(self.clock, **given)
         raise NotCapturable(f"Layers of kind {kind} have no cache of fixed shape; this model runs step by step.")

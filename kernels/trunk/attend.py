@@ -18,7 +18,8 @@ class Heads(NamedTuple):
     """How one layer attends. norms float32 of queries and keys: [D], over each head; [Q * D] and [C * D], over all
     heads at once; or None; of values [D] or None. gated: behind a head's query stand as many numbers again, its gate.
     window: how many tokens one sees, itself among them; 0: all. sinks [Q]: a score of each head's that takes its share
-    and gives nothing. in_one: keys and values are projected once, and only then told apart by norms and rotation."""
+    and gives nothing. in_one: keys and values are projected once, and only then told apart by norms and rotation. held:
+    the new rows stand in the cache already, and queries alone are given, as they are multiplied."""
 
     queries: int
     cached: int
@@ -32,10 +33,13 @@ class Heads(NamedTuple):
     sinks: Tensor | None = None
     value_norm: Tensor | None = None
     in_one: bool = False
+    held: bool = False
 
     @property
     def width(self) -> int:
         """Of a row of projections: queries, keys and values one behind the other."""
+        if self.held:
+            return self.queries * self.size
         return (self.queries * (1 + self.gated) + (2 - self.in_one) * self.cached) * self.size
 
 
@@ -51,14 +55,15 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     are written to rows position .. position + T - 1. With `rows` int64 [T] they are written where it says, the position
     is an int64 of the device, too, so that a recorded step goes on with both, and row = position modulo N - 1: in the
     last one nobody reads. Where that turns round, N >= window + T.
+    Where the rows are held, projected is of the cache's type, as is what comes back, and turn is not asked for.
     """
-    n, size = len(projected), heads.size
-    q, k, v, gate = _parts(projected, heads)
-    start, length = int(position), keys.shape[2] - (rows is not None)
+    n, start, length = len(projected), int(position), keys.shape[2] - (rows is not None)
     at = torch.arange(start, start + n) if rows is None else rows
-    new = [_turned(_normed(k, heads.key_norm, heads).view(n, -1, size), turn),
-           _normed(v, heads.value_norm, heads).view(n, -1, size)]
-    new = [part.transpose(0, 1).to(keys.dtype) for part in new]
+    if heads.held:
+        q, gate = projected.float().view(n, -1, heads.size), None
+        new = [kept[0, :, at] for kept in (keys, values)]
+    else:
+        q, gate, new = _entering(projected, turn, heads, keys.dtype)
     seen = torch.arange(max(0, start - length, start + 1 - heads.window if heads.window else 0), start + n)
     both = [torch.cat((kept[:, :, seen[:-n] % length], own[None]), 2).float()
             for kept, own in zip((keys, values), new, strict=True)]
@@ -69,11 +74,18 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     if heads.sinks is not None:     # a key of zeros, whose score is the sink, and a value of zeros
         both = [F.pad(part, (0, 0, 0, 1)) for part in both]
         mask = torch.cat((mask.expand(heads.queries, -1, -1), heads.sinks.float()[:, None, None].expand(-1, n, 1)), -1)
-    q = _turned(_normed(q, heads.query_norm, heads).view(n, -1, size), turn)
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], *both, attn_mask=mask, scale=heads.scale,
                                          enable_gqa=True)
-    out = out[0].transpose(0, 1).reshape(n, -1)
+    out = out[0].transpose(0, 1).reshape(n, -1).to(projected.dtype)
     return out if gate is None else out * gate.sigmoid()
+
+
+def _entering(projected: Tensor, turn: Tensor, heads: Heads, kept: torch.dtype) -> tuple[Tensor, Tensor | None, list]:
+    """-> queries [T, Q, D], gates [T, Q * D], keys and values [C, T, D] as the cache keeps them."""
+    q, k, v, gate = _parts(projected, heads)
+    q, k, v = (_normed(part, norm, heads).view(len(projected), -1, heads.size) for part, norm in (
+        (q, heads.query_norm), (k, heads.key_norm), (v, heads.value_norm)))
+    return _turned(q, turn), gate, [part.transpose(0, 1).to(kept) for part in (_turned(k, turn), v)]
 
 
 def _parts(projected: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -84,6 +84,26 @@ def test_attend_in_a_window(monkeypatch, n_tokens, position, window, rows, sunk,
     torch.testing.assert_close(caches[1], caches[0], rtol=0, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("n_tokens, queries, cached, size, position, window, rows, dtype", [
+    (1, 6, 2, 32, 37, 8, 11, torch.float32), (4, 3, 1, 12, 6, 0, 80, torch.bfloat16),
+    (3, 8, 2, 136, 70, 50, 80, torch.bfloat16), (2, 4, 4, 32, 0, 0, 8, torch.float32)])
+def test_attend_to_rows_that_are_held(monkeypatch, n_tokens, queries, cached, size, position, window, rows, dtype):
+    """Those of the new tokens, too; nothing is written."""
+    monkeypatch.setattr(gpu_attend, "BLOCKS", 4)
+    heads = Heads(queries, cached, size, 0.2, window=window, held=True)
+    query, at = torch.randn(n_tokens, queries * size).to(dtype), torch.arange(position, position + n_tokens) % rows
+    kept = torch.full((2, 1, cached, rows + 1, size), torch.nan, dtype=dtype)
+    for seen in range(max(0, position + 1 - window) if window else 0, position + n_tokens):
+        kept[:, :, :, seen % rows] = torch.randn(2, 1, cached, size).to(dtype)
+    before, turn, made = kept.clone(), torch.empty(2, n_tokens, 0), []
+    for function in (attend.reference, gpu_attend.attend):
+        made.append(function(query, turn, *kept, torch.tensor(position), heads, at))
+    assert made[0].isfinite().all() and made[0].dtype == made[1].dtype == dtype
+    near = dict(rtol=0, atol=1e-4) if dtype == torch.float32 else dict(rtol=1e-2, atol=2e-2)     # both are rounded
+    torch.testing.assert_close(*made, **near)
+    assert torch.equal(kept.nan_to_num(), before.nan_to_num())
+
+
 def entrance_of(choice: Choice, n_experts: int, hidden: int, more: tuple = (), beside: tuple = ()) -> Entrance:
     """more, beside: (rows, bits) of what is read behind the router's norm and behind another one; 16 bits are none."""
     draw = torch.Generator().manual_seed(n_experts)

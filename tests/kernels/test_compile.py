@@ -183,6 +183,13 @@ def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int =
                                      torch.zeros(2, n_tokens, turned or size), *rows, at[0], heads, at)
 
 
+def held_call(queries: int, cached: int, size: int, n_tokens: int, window: int = 0) -> Callable:
+    heads = Heads(queries, cached, size, size ** -0.5, window=window, held=True)
+    rows, at = torch.zeros(2, 1, cached, 65, size).bfloat16(), torch.zeros(n_tokens, dtype=torch.int64)
+    return lambda: gpu_attend.attend(torch.zeros(n_tokens, heads.width).bfloat16(), torch.zeros(2, n_tokens, 0), *rows,
+                                     at[0], heads, at)
+
+
 def delta_call(key_heads: int, per: int, size: int, by_head: bool, n_tokens: int) -> Callable:
     mixer = random_mixer(key_heads, per, size, size, by_head)
     projected, *states = random_step(mixer, n_tokens, 2, torch.bfloat16)
@@ -312,6 +319,8 @@ CALLS = {
     "attend in a window": attend_call(64, 8, 64, 4, window=128, sinks=torch.zeros(64)),     # gpt-oss
     "attend in a window, 256": attend_call(16, 8, 256, 4, 256, window=1024, value_norm=torch.zeros(256)),   # Gemma 4
     "attend in one": attend_call(16, 2, 512, 4, 512, value_norm=torch.zeros(512), in_one=True),
+    "attend held": held_call(64, 8, 128, 1, 512),         # Laguna, within its window
+    "attend held, four tokens": held_call(32, 4, 128, 4),   # Mellum
     "latent": latent_call(20, 192, 256, 4, 1),            # GLM-4.7-Flash
     "latent, four tokens": latent_call(16, 128, 128, 8, 4, cached=True),    # DeepSeek-V2-Lite
     "latent, many heads": latent_call(128, 128, 128, 4, 4),   # DeepSeek-V3
@@ -340,7 +349,7 @@ SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "head,
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
               "whole sums biased", "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
-              "attend gated, four tokens", "attend in a window, 256", "attend in one",
+              "attend gated, four tokens", "attend in a window, 256", "attend in one", "attend held, four tokens",
               "gated of another kind", "choose of groups", "choose, padded",
               "latent, four tokens", "latent, many heads",
               *(f"linear {bits} bits {rows} x {columns}" for bits in (8, 4) for rows, columns in LINEAR_SHAPES[2:])}

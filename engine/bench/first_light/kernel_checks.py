@@ -274,10 +274,6 @@ def _best_rows(case: Case) -> Compared:
     return tuple(found), tuple(expected), VALUES
 
 
-def _attend(case: Case) -> Compared:
-    return _attended(case, Heads(16, 2, 128, 128 ** -0.5), 128)
-
-
 def _there(parts: tuple, device: str) -> tuple:
     """The same with its tensors on the device."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, parts)
@@ -286,9 +282,11 @@ def _there(parts: tuple, device: str) -> tuple:
 def _attended(case: Case, heads: Heads, turned: int, position: int = 70) -> Compared:
     """In a 16-bit cache of 80 rows, of which those that may not be read are no numbers; what it leaves there."""
     draw, first = torch.Generator().manual_seed(7), max(0, position + 1 - heads.window) if heads.window else 0
-    projected = torch.randn(case.n_tokens, heads.width, generator=draw)
+    projected = torch.randn(case.n_tokens, heads.width, generator=draw).bfloat16()
+    projected = projected if heads.held else projected.float()
     angles = torch.randn(case.n_tokens, turned, generator=draw)
-    numbers, readable = torch.randn(2, 1, 2, 80, 128, generator=draw), torch.arange(first, position) % 80
+    numbers, seen = torch.randn(2, 1, 2, 80, 128, generator=draw), position + heads.held * case.n_tokens
+    readable = torch.arange(first, seen) % 80
     kept = torch.full((2, 1, 2, 81, 128), torch.nan).bfloat16()
     kept[:, :, :, readable] = numbers[:, :, :, readable].bfloat16()
     rows, made = torch.arange(position, position + case.n_tokens) % 80, []
@@ -402,8 +400,10 @@ CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score":
           "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense, "mixture": _mixed,
           "whole_sums": _whole_sums,
           "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "multiply_tile": _multiply_tile,
-          "linear": _linear, "dequantize_rows": _dequantize_rows, "linears": _linears, "attend": _attend,
-          "choose": _choose, "best_rows": _best_rows,
+          "linear": _linear, "dequantize_rows": _dequantize_rows, "linears": _linears,
+          "attend": partial(_attended, heads=Heads(16, 2, 128, 128 ** -0.5), turned=128), "choose": _choose,
+          "attend held": partial(_attended, heads=Heads(16, 2, 128, 0.1, window=60, held=True), turned=0, position=130),
+          "best_rows": _best_rows,
           "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
           "delta": _delta, "gated": _gated, "settle": _settle}
 

@@ -177,7 +177,7 @@ def _attend(table):
 def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, heads: Heads,
            rows: Tensor | None = None) -> Tensor:
     """As kernels.trunk.attend.attend; what a device would be told by tensors is left to the reference."""
-    if rows is not None or not takes(heads, keys, values):
+    if rows is not None or heads.held or not takes(heads, keys, values):
         return NotImplemented
     out = torch.empty(len(projected), heads.queries * heads.size, dtype=torch.float32)
     own = projected.contiguous() if heads.gated else projected.clone()

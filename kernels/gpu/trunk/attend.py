@@ -6,7 +6,7 @@ planned context. The heads of queries that share a cached head are, token by tok
 products, whose operands are 16-bit where the cache is; all else is float32. Norms and rotation are done by every block
 for itself. Of a wide head each warp multiplies a piece, and the scores are added: so none keeps all of the queries in
 its registers. The new rows are folded in from where they were projected, rounded as the cache keeps them, by the split
-that writes them: nothing is read that another block writes.
+that writes them: nothing is read that another block writes. Where they are held, it reads them in the cache.
 
 Legend as there; M rows of a tile, of T * Q/C and padding (for heads above WIDE a part of them, as no more fits the
 registers), HALF: the next power of two to D/2.
@@ -150,9 +150,9 @@ def _join(parts, stats, projected, sinks, out, cached, row, token, n_tokens, QUE
 def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm, value_norm, sinks, parts, stats, out,
             counters, n_tokens, length, head_stride, scale, epsilon, QUERIES: tl.constexpr, CACHED: tl.constexpr,
             SIZE: tl.constexpr, HALF: tl.constexpr, STRIDE: tl.constexpr, TURNED: tl.constexpr, NORM: tl.constexpr,
-            VALUE_NORM: tl.constexpr, IN_ONE: tl.constexpr, WINDOW: tl.constexpr, SUNK: tl.constexpr,
-            SPLITS: tl.constexpr, OPERAND: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr,
-            N: tl.constexpr, NORM_STEP: tl.constexpr):
+            VALUE_NORM: tl.constexpr, IN_ONE: tl.constexpr, HELD: tl.constexpr, WINDOW: tl.constexpr,
+            SUNK: tl.constexpr, SPLITS: tl.constexpr, OPERAND: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr,
+            M: tl.constexpr, N: tl.constexpr, NORM_STEP: tl.constexpr):
     """Grid: C * TILES, SPLITS. parts [C, SPLITS, TILES * M, D], sums of values; stats [2, C, SPLITS, TILES * M]:
     largest score, sum; the last of the splits joins them. length: of the cache's rows, where its positions turn
     round."""
@@ -160,7 +160,7 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
     per: tl.constexpr = QUERIES // CACHED
     before: tl.constexpr = QUERIES * STRIDE  # columns of queries
     first_value: tl.constexpr = before if IN_ONE else before + CACHED * SIZE
-    width: tl.constexpr = first_value + CACHED * SIZE
+    width: tl.constexpr = before if HELD else first_value + CACHED * SIZE
     row, side = tile * M + tl.arange(0, M), tl.arange(0, HALF)
     token, inside = row // per, (side < SIZE // 2)[None]
     low, high = _heads_of(projected, query_norm, turn, token, cached * per + row % per, 0, token < n_tokens, n_tokens,
@@ -189,20 +189,28 @@ def _attend(projected, turn, keys, values, position, rows, query_norm, key_norm,
             seen, scale, most, total, out_low, out_high, OPERAND, PIECES)
     if split == 0:
         new, here = tl.arange(0, 16), tl.arange(0, 16) < n_tokens
-        head = tl.zeros_like(new) + cached
-        k_low, k_high = _heads_of(projected, key_norm, turn, new, head, before, here, n_tokens, width, epsilon,
-                                  CACHED, SIZE, SIZE, HALF, NORM, TURNED, 16, NORM_STEP)
-        kept: tl.constexpr = keys.dtype.element_ty
-        k_low, k_high = k_low.to(kept), k_high.to(kept)
-        v_low, v_high = _heads_of(projected, value_norm, turn, new, head, first_value, here, n_tokens, width, epsilon,
-                                  CACHED, SIZE, SIZE, HALF, VALUE_NORM, 0, 16, NORM_STEP)
-        v_low, v_high = v_low.to(kept), v_high.to(kept)
-        at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
-        there = here[:, None] & inside & (tile == 0)
-        tl.store(keys + at, k_low, mask=there)
-        tl.store(keys + at + SIZE // 2, k_high, mask=there)
-        tl.store(values + at, v_low, mask=there)
-        tl.store(values + at + SIZE // 2, v_high, mask=there)
+        if HELD:
+            at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
+            there = here[:, None] & inside
+            k_low = tl.load(keys + at, mask=there, other=0)
+            k_high = tl.load(keys + at + SIZE // 2, mask=there, other=0)
+            v_low = tl.load(values + at, mask=there, other=0)
+            v_high = tl.load(values + at + SIZE // 2, mask=there, other=0)
+        else:
+            head = tl.zeros_like(new) + cached
+            k_low, k_high = _heads_of(projected, key_norm, turn, new, head, before, here, n_tokens, width, epsilon,
+                                      CACHED, SIZE, SIZE, HALF, NORM, TURNED, 16, NORM_STEP)
+            kept: tl.constexpr = keys.dtype.element_ty
+            k_low, k_high = k_low.to(kept), k_high.to(kept)
+            v_low, v_high = _heads_of(projected, value_norm, turn, new, head, first_value, here, n_tokens, width,
+                                      epsilon, CACHED, SIZE, SIZE, HALF, VALUE_NORM, 0, 16, NORM_STEP)
+            v_low, v_high = v_low.to(kept), v_high.to(kept)
+            at = tl.load(rows + new, mask=here, other=0)[:, None] * SIZE + side[None]
+            there = here[:, None] & inside & (tile == 0)
+            tl.store(keys + at, k_low, mask=there)
+            tl.store(keys + at + SIZE // 2, k_high, mask=there)
+            tl.store(values + at, v_low, mask=there)
+            tl.store(values + at + SIZE // 2, v_high, mask=there)
         seen = here[None] & (new[None] <= token[:, None])
         if WINDOW > 0:
             seen = seen & (new[None] > token[:, None] - WINDOW)
@@ -238,17 +246,18 @@ def attend(projected: Tensor, turn: Tensor, keys: Tensor, values: Tensor, positi
     assert cached * tiles <= MOST, (cached, tiles)
     parts = torch.empty(cached, splits, tile, size, dtype=torch.float32, device=projected.device)
     stats = torch.empty(2, cached, splits, tile, dtype=torch.float32, device=projected.device)
-    out = torch.empty(n_tokens, queries * size, dtype=torch.float32, device=projected.device)
+    out = torch.empty(n_tokens, queries * size, dtype=projected.dtype, device=projected.device)
     norms = [projected if norm is None else norm for norm in (heads.query_norm, heads.key_norm, heads.value_norm)]
     _attend[(cached * tiles, splits)](
         projected, turn, keys, values, position, rows, *norms, projected if heads.sinks is None else heads.sinks, parts,
         stats, out, counters(projected.device), n_tokens, length, keys.stride(1), heads.scale, heads.epsilon,
         QUERIES=queries, CACHED=cached, SIZE=size, HALF=max(LEAST_TILE, triton.next_power_of_2(size // 2)),
         STRIDE=size * (1 + heads.gated), TURNED=turned, NORM=norm,
-        VALUE_NORM=NO_NORM if heads.value_norm is None else OF_HEAD, IN_ONE=heads.in_one, WINDOW=heads.window,
-        SUNK=heads.sinks is not None, SPLITS=splits, OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16,
-        PIECES=WARPS if size > WIDE else 1, TILES=tiles, M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP,
-        num_stages=2 if size > WIDE else 3, num_warps=WARPS)
+        VALUE_NORM=NO_NORM if heads.value_norm is None else OF_HEAD, IN_ONE=heads.in_one, HELD=heads.held,
+        WINDOW=heads.window, SUNK=heads.sinks is not None, SPLITS=splits,
+        OPERAND=tl.float32 if keys.dtype == torch.float32 else tl.float16, PIECES=WARPS if size > WIDE else 1,
+        TILES=tiles, M=tile // tiles, N=ROWS, NORM_STEP=NORM_STEP, num_stages=2 if size > WIDE else 3,
+        num_warps=WARPS)
     return out
 
 

@@ -23,7 +23,7 @@ from tests.support.recorded import Recording, asks_the_host, device_nodes, recor
 FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "glm4_moe", "glm4_moe_lite",
          "deepseek_v2", "deepseek_v3", "gemma4_text")
 CAPTURED = ["qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "gemma4_text", "mixtral", "glm4_moe",
-            "glm4_moe_lite", "longcat_flash", "deepseek_v3"]
+            "glm4_moe_lite", "longcat_flash", "deepseek_v3", "afmoe"]
 N_TOKENS, CONTEXT = 200, 224
 PROMPT = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(6))
 SAMPLING = Sampling(4.0, 60, 0.98, 0.001, 1.5, seed=3)  # the small models repeat themselves otherwise
