@@ -34,6 +34,7 @@ from engine.machine import detect, errors
 from engine.machine.pinned_memory import CudaDriver
 from engine.machine.process_memory import own_bytes, own_vram_bytes, return_freed
 from engine.model.blocks import is_known
+from engine.model.mixers.delta_rule import choose_delta_rule
 from engine.model.packed import Packed, nest_head
 from engine.model.placement import onto_gpu, prepare_processor, side_of, trunk_dtype
 from engine.model.registration import Report, UnboundConfig, bind, blobs_of, level_plans, unbound
@@ -118,6 +119,7 @@ def _loaded(folder: Path, options: Options, report: Report) -> Loaded:
     else:
         runtime = onto_gpu(model, far, folder, level, planner, options, report, CudaDriver())
     try:
+        runtime.reason = f"{runtime.reason} {choose_delta_rule(model, device)}".strip()
         choose_policies(runtime, model, _policies(runtime, options))
     except BaseException:
         runtime.close()
