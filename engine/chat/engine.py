@@ -255,7 +255,7 @@ class Engine:
             "prompt": {"tokens": live.prompt_tokens, "seconds": live.prompt_seconds},
             "residency": list(live.residency), "activity": list(live.activity), "near_bytes": live.near_bytes,
             "near_most_bytes": live.near_most_bytes, "near_least_bytes": live.near_least_bytes,
-            "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.layers * far.experts * far.expert_bytes,
+            "near_used_bytes": live.near_used_bytes, "far_total_bytes": far.total_bytes,
             "mark_bytes": live.mark_bytes, "resting_bytes": live.resting_bytes,
             "resting_most_bytes": turns.resting_bytes, "rss_bytes": self._process.memory_info().rss,
             "context": turns.context, "context_used": live.context_used, "n_tokens_total": live.n_tokens_total,
@@ -332,7 +332,7 @@ class Engine:
 
     def _give_way(self, request: Request | None) -> None:
         """What a person asked for meanwhile is answered now, while a program's answer is set aside."""
-        if request is None or not request.owner:
+        if request is None or not request.owner or not self._turns.may_rest:
             return
         with suppress(queue.Empty):
             while job := self._soon.get_nowait():

@@ -72,7 +72,7 @@ class Turns:
         self._recommended = getattr(model, "generation_config", None)
         self._ends = end_tokens(self._recommended, tokenizer)
         self._grammars = Grammars(tokenizer, self._ends)
-        self.resting_bytes = 0  # what the cache of an answer that is set aside may take, where there is room for one
+        self.resting_bytes = self.resting_tokens = 0  # of an answer that is set aside, at most, where there is room
         self._owner = ""  # of what the prefix holds
         self._residency_at = 0.0
         self._other: tuple[Prefix, str] | None = None  # of an answer that another was set aside for, and its owner
@@ -95,8 +95,15 @@ class Turns:
         second one does not fit."""
         return self.resting_bytes > 0
 
+    @property
+    def may_rest(self) -> bool:
+        """Whether the answer under way is no longer than what was planned for one that is set aside: a context that
+        nobody chose is planned shorter than a model reads."""
+        return len(self.prefix.ids) <= self.resting_tokens
+
     def make_room(self, plan: Plan) -> None:
         """Between answers: for one that is set aside, as planned."""
+        self.resting_tokens = plan.context
         self.resting_bytes = plan.resting_bytes if plan.gives_way and not self.decoder.on_device else 0
         self.show("idle")
 

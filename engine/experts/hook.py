@@ -43,7 +43,7 @@ class Hook:
         """Between tokens, before slots are freed: where a policy says what may stay."""
 
     def keep_free(self, reserve: int) -> int:
-        """Slots of experts, or sketches, that are freed for the coming token; reserve: as the runtime would."""
+        """Slots of a pool that are freed for the coming token; reserve: as the runtime would."""
         return reserve
 
     def demanded(self, layer: int, ids: Tensor) -> None:

@@ -167,15 +167,19 @@ class PolicyHook(Hook):
         return 0 if self.choice.free.name == "layer" else reserve
 
     def demanded(self, layer: int, ids: Tensor) -> None:
+        self._make_room(0, torch.where(ids < 0, -1, ids + layer * self.runtime.far.experts))
+
+    def _make_room(self, which: int, things: Tensor) -> None:
+        """Of a pool as many slots as are missing of `things`, -1 for none, where a layer frees what it lacks."""
         runtime, pools = self.runtime, self.runtime.near.pools()
         if self.choice.free.name != "layer" or not pools:
             return
-        pool, rule = pools[0][0], self.rules[0]
+        pool, rule = pools[which][0], self.rules[which]
         if len(pool.object_of) < len(pool.slot_of):
-            missing = (ids >= 0) & (pool.slot_of[(ids.clamp(min=0) + layer * runtime.far.experts).long()] < 0)
+            missing = (things >= 0) & (pool.slot_of[things.clamp(min=0).long()] < 0)
             if rule is not None:
                 pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock, ended=False))
-            runtime.count_wasted(age(pool, runtime.clock, missing.sum(dtype=torch.int32)), False)
+            runtime.count_wasted(age(pool, runtime.clock, missing.sum(dtype=torch.int32)), bool(which))
 
     def stays_far(self, layer: int, ids: Tensor) -> Tensor | None:
         runtime, pools = self.runtime, self.runtime.near.pools()
@@ -217,7 +221,7 @@ class PolicyHook(Hook):
             self._used[0][at] = torch.where(shares[0] == 0, -1, chosen[0] + at * self.runtime.far.experts)
             self._shares[at] = shares[0] / shares[0].sum().clamp_min(1e-12)
         if self.guesses is not None:
-            self._experts[at] = chosen[0]
+            self._experts[at] = torch.where(shares[0] == 0, -1, chosen[0])
         if self.choice.route.name == "exact" and self._bases is None:
             return ids, weights
         lost, different = route.left_out(ids.long(), weights.float(), chosen, shares)
@@ -259,8 +263,10 @@ class PolicyHook(Hook):
             near = pools[1][0].slot_of[things.clamp(min=0)] >= 0 if pools else torch.ones_like(things, dtype=torch.bool)
             neurons, fidelity = exactness.coarser(*self.choice.fidelity.parts, neurons, fidelity, weights, near,
                                                   far.neurons, self._bits)
-        if pools and self.rules[1] is not None:
-            self._used[1][layer.index, :neurons.shape[1]] = self._things(layer.index, ids, neurons)[0]
+        if pools and (self.rules[1] is not None or self.choice.free.name == "layer"):
+            things = self._things(layer.index, ids, neurons)
+            self._used[1][layer.index, :neurons.shape[1]] = things[0]
+            self._make_room(1, things)
         return neurons, fidelity
 
     def _things(self, layer: int, ids: Tensor, neurons: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ class Runtime(Hooked, ABC):
         if self.hook is not None:
             self.hook.token_ended()
         for (pool, reserve), records in zip(self.near.pools(), (False, True), strict=False):
-            if self.hook is not None and not records:
+            if self.hook is not None:
                 reserve = self.hook.keep_free(reserve)
             if len(pool.object_of) < len(pool.slot_of):  # else nothing ever leaves
                 self.count_wasted(age(pool, self.clock, reserve), records)

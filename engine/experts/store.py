@@ -42,6 +42,11 @@ class Far(Protocol):
 
     readable_layers: int  # how many, from the first, the side that computes can read by itself
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all experts."""
+        return self.layers * self.experts * self.expert_bytes
+
     def decode(self, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Write the expert's weights into float32 [I, H] each (any strides)."""
 
@@ -236,6 +241,11 @@ class FarTable(Far):
     @property
     def layout(self) -> Layout:
         raise UserError(NO_EXPERTS)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the rows of all tokens."""
+        return self.table.nbytes
 
     def rows(self, tokens: Tensor) -> Tensor:
         """tokens int [T] -> [T, layers * experts * hidden], read from the file"""

@@ -121,7 +121,8 @@ def fit(trace: RoutingTrace, epochs: int = 20, report: Report = lambda text, sha
     made: dict[str, Predictor] = {"learned": TwoLayers(run.layers, run.experts, hidden),
                                   "sequence": SequenceNetwork(run.layers, run.experts, hidden)}
     inputs, picks = torch.from_numpy(trace.inputs[steps]).float(), torch.from_numpy(trace.experts[steps]).long()
-    wanted = torch.zeros(len(steps), run.layers, run.experts).scatter_(2, picks, 1.0)
+    counts = torch.from_numpy(trace.weights[steps] != 0).float()
+    wanted = torch.zeros(len(steps), run.layers, run.experts).scatter_add_(2, picks, counts)
     network, batches = made["learned"], list(torch.arange(len(steps)).split(256))
     _descend(network, batches, epochs, lambda rows: F.binary_cross_entropy_with_logits(
         network(inputs[rows]), wanted[rows, 1:]), report, "learned")

@@ -37,7 +37,13 @@ class Predictor:
         return None
 
     def end(self, experts: Tensor, logits: Tensor) -> None:
-        """A token has ended: experts int64 [L, k] that it was routed to, logits [L, E]."""
+        """A token has ended: experts int64 [L, k] that it was routed to, -1 for what has no weights (an identity, or
+        what a route left out), logits [L, E]."""
+
+
+def _add(scores: Tensor, experts: Tensor) -> None:
+    """One more of each that was taken; scores [L, E], experts [L, k]."""
+    scores.scatter_add_(1, experts.clamp(min=0), (experts >= 0).float())
 
 
 class Repeat(Predictor):
@@ -52,7 +58,7 @@ class Repeat(Predictor):
         return self.scores
 
     def end(self, experts: Tensor, logits: Tensor) -> None:
-        self.scores.zero_().scatter_(1, experts, 1.0)
+        _add(self.scores.zero_(), experts)
         self.scores.add_(1e-3 * logits.softmax(-1))  # behind the k that it took, those it nearly took
 
 
@@ -66,7 +72,7 @@ class Popularity(Predictor):
         return self.scores
 
     def end(self, experts: Tensor, logits: Tensor) -> None:
-        self.scores.mul_(self._kept).scatter_add_(1, experts, torch.ones_like(experts, dtype=torch.float32))
+        _add(self.scores.mul_(self._kept), experts)
 
 
 class NextRouter(Predictor):
@@ -100,7 +106,7 @@ class Profile(Predictor):
         return self.scores
 
     def end(self, experts: Tensor, logits: Tensor) -> None:
-        self.counts.scatter_add_(1, experts, torch.ones_like(experts, dtype=torch.float32))
+        _add(self.counts, experts)
 
 
 class ExpertMaps(Predictor):
@@ -219,10 +225,11 @@ class Guesses:
         return [(target, self._ranked[target][:self.top_k])]
 
     def end(self, experts: Tensor, logits: Tensor) -> None:
-        """A token has ended: experts int64 [L, k] that came, logits [L, E]."""
+        """A token has ended: experts int64 [L, k] that came, -1 for none, logits [L, E]."""
         guessed = torch.stack([self._ranked.get(layer, self._nothing) for layer in range(self.layers)])
-        self.named.add_((guessed[:, :, None] == experts[:, None]).any(2))
-        self.asked.add_((guessed[:, 0] >= 0) * experts.shape[1])
+        came = torch.where(experts < 0, -2, experts)    # which nobody guesses
+        self.named.add_((guessed[:, :, None] == came[:, None]).any(2))
+        self.asked.add_((guessed[:, 0] >= 0) * (experts >= 0).sum(1))
         self.predictor.end(experts, logits)
 
     def recall(self, times: int = 1) -> list[float]:

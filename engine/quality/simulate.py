@@ -166,7 +166,7 @@ class _Run:
         experts, records = self.of.reserves
         self._free(0, 0 if self.frees_late else experts, ended=True)
         if len(self.pools) > 1:
-            self._free(1, records, ended=True)
+            self._free(1, 0 if self.frees_late else records, ended=True)
         self.clock += 1
 
     def _free(self, which: int, reserve: int, ended: bool) -> None:
@@ -193,6 +193,8 @@ class _Run:
             self._demand(0, things, run.object_bytes)
             if run.is_sparse:
                 records, needs = self._records(row, layer, weights)
+                if self.frees_late:
+                    self._free(1, sum(self.pools[1].slot_of[thing] < 0 for thing in records), ended=False)
                 self._demand(1, records, needs)
                 used += records
             if self.guesses is not None:
@@ -275,7 +277,7 @@ class _Run:
         if len(self.rules) > 1 and self.rules[1] is not None:
             self.rules[1].used(torch.tensor(records, dtype=torch.int64), None)
         if self.guesses is not None:
-            self.guesses.end(self._experts, self._told["logits"][row])
+            self.guesses.end(torch.where(self._left, -1, self._experts), self._told["logits"][row])
 
 
 def sizes_of(run: RunNumbers) -> ArenaSizes:

@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> dict:
     loaded = load.load(args.folder, options, report)
     if args.level and loaded.runtime.level != args.level:
         raise UserError(f"This model cannot run at level {args.level}: it offers {', '.join(loaded.runtime.levels)}.")
+    if loaded.spec.table_bytes and (args.compare or args.compare_llama_cpp):
+        raise UserError("A Mixture of Lookup Experts has a table in place of experts that another program could "
+                        "compute; leave --compare and --compare-llama-cpp out.")
     measured = throughput.Bench(loaded, report=report, copy_bytes_per_second=speeds and speeds.link)
     document = measured.document()
     _print(document)

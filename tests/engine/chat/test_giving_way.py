@@ -90,6 +90,24 @@ def test_where_a_second_cache_does_not_fit_a_person_waits_for_a_programs_answer(
     assert engine.gives_way
 
 
+def test_what_grew_longer_than_was_planned_is_not_set_aside(engine, monkeypatch):
+    """Where nobody chose a context the plan counts a shorter one than the model reads."""
+    turns, planned = engine._turns, engine._planner.plan(engine.options.level, engine.options)
+    n_prompt = engine.count_tokens(LONG)
+    for context, n_turns in ((n_prompt - 1, 1), (n_prompt + 64, 3)):
+        engine._do(turns.make_room, replace(planned, context=context))
+        with monkeypatch.context() as patch:
+            gate = Gate(patch, 20)
+            program = engine.chat(LONG, DRAWN, request=PROGRAM)
+            assert gate.reached.wait(600)
+            person = engine.chat(TALK, GREEDY)
+            gate.open.set()
+            finish(program), finish(person)
+            assert len(gate.turns) == n_turns
+        turns.prefix.reset()
+    engine._do(turns.make_room, planned)
+
+
 def test_who_leaves_meanwhile_ends_and_titles_wait(engine, monkeypatch):
     gate, stop = Gate(monkeypatch, 20), threading.Event()
     program = engine.chat(LONG, DRAWN, request=PROGRAM, stop=stop)

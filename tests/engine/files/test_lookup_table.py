@@ -225,12 +225,14 @@ def test_what_a_table_has_not_is_told_in_a_sentence(folders, tmp_path, demo_chec
         load.load(published, Options(device="cpu"))
     compress(published, tmp_path / "answers")
     for verb, *rest in (["calibrate", "--text", text], ["trace", "--prompts", text, "--out", tmp_path / "trace"],
-                        ["specialise", tmp_path / "half", "--text", text]):
+                        ["specialise", tmp_path / "half", "--text", text], ["bench", "--compare"],
+                        ["bench", "--compare-llama-cpp", "--device", "cpu"]):
         command = [sys.executable, "-m", "engine", verb, tmp_path / "answers", *rest]
         asked = subprocess.run(command, capture_output=True, text=True)
         assert asked.returncode == 2 and "in place of experts" in asked.stderr, asked.stderr
     with Engine.open(tmp_path / "answers", Options(device="cpu", policies="evict=lfu")) as engine:
         assert "in place of experts" in engine.snapshot()["note"]       # a wish of the last start keeps nothing shut
+        assert engine.snapshot()["far_total_bytes"] == 4096 * ROW_BYTES
     loaded = load.load(tmp_path / "answers", Options(device="cpu", near_bytes=10_000_000))
     assert loaded.runtime.near_bytes == 0 and loaded.runtime.residency() == [0.0] * LAYERS
     for policies in ("evict=lfu", "fidelity=base"):

@@ -252,6 +252,18 @@ def test_policies_without_loss_change_nothing(made, policies):
     torch.testing.assert_close(run(loaded.model), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_predictor_remembers_picks_with_weights_alone(made):
+    model, _, folder = made
+    loaded = opened(folder, 0.6)
+    choose_policies(loaded.runtime, loaded.model, "predict=popularity:0")
+    experts, predictor = loaded.runtime.far.experts, loaded.runtime.hook.guesses.predictor
+    run(loaded.model)
+    wanted = torch.zeros_like(predictor.scores)
+    for at, ids in enumerate(picks(model)):
+        wanted[at % len(wanted)].index_add_(0, ids[ids < experts], torch.ones(int((ids < experts).sum())))
+    assert torch.equal(predictor.scores, wanted) and 0 < wanted.sum() < N_STEPS * wanted.shape[0] * 3
+
+
 def test_gradients_go_through_the_experts_and_the_identities(made):
     model, _, folder = made
     ours = opened(folder).model

@@ -14,7 +14,7 @@ from engine.policies.build import guesses_of, rules_of
 from engine.policies.choice import Choice, Named, parse
 from engine.policies.fidelity import by_score, within_bits, without
 from engine.policies.learned import TwoLayers, load_predictors, save_predictors, sparsemax
-from engine.policies.predict import Guesses, NextRouter, Payoff
+from engine.policies.predict import Guesses, NextRouter, Payoff, Popularity, Profile, Repeat
 from engine.policies.residency import RULES, Admitted, Divided, Recency, stamps
 from engine.policies.slots import Slots
 from engine.policies.split import divide, recency_curve
@@ -195,6 +195,23 @@ def test_a_layers_own_router_is_always_right():
             guesses.at(layer, torch.zeros(1, E), LOGITS[t], torch.zeros(4))
         guesses.end(picks[t].expand(L, K), LOGITS[t].expand(L, E))
     assert guesses.recall() == [1.0] * L
+
+
+@pytest.mark.parametrize("made", [Repeat, lambda layers, experts: Popularity(layers, experts, 0), Profile])
+def test_what_has_no_weights_is_no_expert(made):
+    """An identity, -1, is neither remembered nor guessed nor asked for; least of all as expert 0."""
+    predictor, nothing = made(L, E), torch.zeros(L, E)
+    guesses, picks = Guesses(predictor, L, E, K), torch.tensor([3, -1, -1]).expand(L, K)
+    for _ in range(2):
+        predictor.start()
+        guesses.begin(torch.zeros(4))
+        for layer in range(L):
+            guesses.at(layer, nothing, nothing[0], torch.zeros(4))
+        guesses.end(picks, nothing)
+    predictor.start()
+    scores = predictor.begin(torch.zeros(4))
+    assert bool((scores[:, 3] > 0.9).all()) and bool((scores[:, [e for e in range(E) if e != 3]] < 0.1).all())
+    assert guesses.asked.tolist() == [2.0] * L and guesses.recall(1)[0] >= 0.5
 
 
 def test_fetching_ahead_that_does_not_pay_rests_and_is_tried_again():

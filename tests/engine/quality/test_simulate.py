@@ -62,7 +62,8 @@ CASES = [("exact", 0.25, None), ("exact", 0.1, None), ("balanced", 0.25, None), 
          ("exact", 0.25, "free=layer"), ("exact", 0.25, "free=layer,evict=popularity,predict=none"),
          ("exact", 0.25, "predict=profile,evict=divided,route=near:0.1:1"), ("exact", 0.25, "route=skip:0.5"),
          ("balanced", 0.25, "predict=none,evict=lfu,fidelity=score:0.4:0.6"), ("balanced", 0.25, "fidelity=bits:2.6"),
-         ("balanced", 0.25, "route=drop:0.4,admit=third")]
+         ("balanced", 0.25, "route=drop:0.4,admit=third"), ("balanced", 0.5, "predict=none,free=layer"),
+         ("balanced", 0.25, "free=layer,evict=popularity")]
 
 
 @pytest.fixture(scope="module")
