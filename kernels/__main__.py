@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from kernels.activation import FixedPoint, Gate, quantize, quantize_activation
+from kernels.activation import FixedPoint, Gate, NeuronBias, quantize, quantize_activation
 from kernels.apply import apply
 from kernels.dense import dense, dequantize, grouped, multiply_tile, whole_sums
 from kernels.dispatch import compile_all
@@ -133,8 +133,9 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     place, weight = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), torch.rand(2, 2, generator=draw)
     codes, scales = quantize_activation.reference(x, LAYOUT.group)
     yield quantize_activation, (x, LAYOUT.group)
-    yield quantize, (x, LAYOUT.group)
-    yield score, (codes, scales, blobs, place, weight, LAYOUT, gate, None, None)
+    yield quantize, (x[:, :200].contiguous(), LAYOUT.group, LAYOUT.padded)
+    bias = NeuronBias(*torch.rand(2, 4, n, generator=draw), torch.tensor([[3, 1], [0, 2]]))
+    yield score, (codes, scales, blobs, place, weight, LAYOUT, gate, bias)
     yield score_up, (codes, scales, blobs, place, LAYOUT)
     scores, budget = torch.rand(2, 2 * n, generator=draw), [torch.tensor([k], dtype=torch.int32) for k in (20, 50)]
     yield select, (scores, *budget, 60, histogram_of(scores))
@@ -143,7 +144,7 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     records = blobs[:, LAYOUT.sketch_bytes:].reshape(-1, LAYOUT.record)
     where = place.gather(1, (neurons.clamp_min(0) // n).long()) * n + neurons.clamp_min(0) % n
     mixture = Mixture(weight, LAYOUT.hidden - 5, torch.randn(2, LAYOUT.hidden - 5, generator=draw))
-    yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate, None, None, mixture)
+    yield apply, (x, blobs, place, records, where, neurons, fidelity, LAYOUT, gate, bias, mixture)
     yield dense, (x, blobs, place, LAYOUT, gate)
     tokens, ends = torch.arange(70) % 2, torch.tensor([3, 3, 70], dtype=torch.int32)
     yield multiply_tile, (x[:, :LAYOUT.hidden].contiguous(), tokens, ends, blobs, LAYOUT, gate)

@@ -61,21 +61,41 @@ class FixedPoint(NamedTuple):
     sums: Tensor    # float32 [T, G], sum of x over the group
 
 
+def widened(x: Tensor, columns: int | None) -> Tensor:
+    """x [T, W] -> [T, columns], zeros behind its own; None: x itself."""
+    return x if columns in (None, x.shape[1]) else F.pad(x, (0, columns - x.shape[1]))
+
+
+class NeuronBias(NamedTuple):
+    """Biases of gate and up, float32 [E, I] each, and the experts that are computed, int [..]: read where they lie."""
+
+    gate: Tensor
+    up: Tensor
+    ids: Tensor
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Those of `ids`, float32 [.., I] each."""
+        return self.gate[self.ids.long()], self.up[self.ids.long()]
+
+
 @twin("kernels.gpu.activation", "kernels.cpu.activation")
-def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
     """float [T, H] -> codes int8 [T, H] and scales float32 [T, H/group]: x is about codes * scale, group by group.
 
-    A group that holds a NaN or an infinity: codes 0, and a scale that is not finite.
+    A group that holds a NaN or an infinity: codes 0, and a scale that is not finite. columns: H, where x has fewer;
+    what it lacks is zeros.
     """
-    grouped = x.float().unflatten(1, (-1, group))
+    grouped = widened(x, columns).float().unflatten(1, (-1, group))
     scale = grouped.abs().amax(-1).clamp_min(1e-20) / 127
     codes = (grouped / scale[..., None]).round().clamp(-127, 127).nan_to_num(0)
     return codes.to(torch.int8).flatten(1), scale
 
 
 @twin("kernels.gpu.activation")
-def quantize(x: Tensor, group: int) -> tuple[Tensor, ...]:
+def quantize(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, ...]:
     """float [T, H], read once -> codes and scales, as of `quantize_activation`, then the four of FixedPoint."""
+    x = widened(x, columns)
     grouped = x.float().unflatten(1, (-1, group))
     scale = grouped.abs().amax(-1).clamp_min(1e-20) / LARGEST
     code = (grouped * scale.reciprocal()[..., None]).round().clamp(-LARGEST, LARGEST).nan_to_num(0).int()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.activation import FixedPoint, Gate
+from kernels.activation import FixedPoint, Gate, NeuronBias, widened
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
@@ -34,17 +34,16 @@ def neuron_products(x: Tensor, sketch: Tensor, records: Tensor, fidelity: Tensor
 
 @twin("kernels.gpu.apply", "kernels.cpu.apply")
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
-          fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None, mixture: Mixture | None = None,
-          fixed: FixedPoint | None = None) -> Tensor:
+          fidelity: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None,
+          mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
     """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down; or what `mixture` makes
     of them, [T, hidden].
 
-    x float32 [T, H]; sketches uint8 [S, sketch_bytes], place int [T, k]; records uint8 [R, record],
-    record_place int [T, K]; neurons int32 [T, K] in 0..k*I-1, -1 pads; fidelity int8 [T, K];
-    gate_bias, up_bias float32 [T, k, I]; fixed: x as `quantize` gave it, which spares a device one launch.
+    x float32 [T, H], or without its padding; sketches uint8 [S, sketch_bytes], place int [T, k]; records uint8
+    [R, record], record_place int [T, K]; neurons int32 [T, K] in 0..k*I-1, -1 pads; fidelity int8 [T, K]; bias: its ids
+    [T, k], the routed experts; fixed: x as `quantize` gave it, which spares a device one launch.
     """
-    t, k = place.shape
+    x, (t, k) = widened(x, layout.padded), place.shape
     out = torch.zeros(t, k, layout.padded, dtype=torch.float32, device=x.device)
     rows = sketches[:, :layout.neurons * layout.sketch_row].unflatten(1, (layout.neurons, layout.sketch_row))
     for i in range(t):
@@ -53,7 +52,7 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
         expert, neuron = index // layout.neurons, index % layout.neurons
         sketch = rows[place[i].long()[expert], neuron]
         record = records[record_place[i][chosen].long()]
-        bias = (None, None) if gate_bias is None else (gate_bias[i].flatten()[index], up_bias[i].flatten()[index])
-        product = neuron_products(x[i], sketch, record, fidelity[i][chosen], layout, gate, *bias)
+        own = (None, None) if bias is None else (rows[i].flatten()[index] for rows in bias.rows)
+        product = neuron_products(x[i], sketch, record, fidelity[i][chosen], layout, gate, *own)
         out[i].index_add_(0, expert, product[:, None] * decode_down(record, layout))
     return out if mixture is None else weigh(out, mixture)

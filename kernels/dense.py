@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.activation import FixedPoint, Gate
+from kernels.activation import FixedPoint, Gate, NeuronBias, widened
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_up, fine_codes
@@ -22,20 +22,22 @@ Tensor = torch.Tensor
 
 
 @twin("kernels.gpu.apply", "kernels.cpu.apply")
-def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
+def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None,
+          mixture: Mixture | None = None) -> Tensor:
     """-> per-expert sums float32 [T, k, H], before the router's weight and the bias of down; or what `mixture` makes
     of them, [T, hidden].
 
-    x float32 [T, H]; blobs uint8 [S, blob_bytes], place int32 [T, k]; gate_bias, up_bias float32 [T, k, I] or None.
+    x float32 [T, H], or without its padding; blobs uint8 [S, blob_bytes], place int32 [T, k]; bias: its ids [T, k], the
+    routed experts.
     """
+    x = widened(x, layout.padded)
     out = torch.empty(*place.shape, layout.padded, dtype=torch.float32, device=x.device)
     for slot in place.unique().tolist():
         gate_rows, up_rows, down = decode_blob(blobs[slot], layout)
         for i, j in (place == slot).nonzero().tolist():
             g, u = gate_rows @ x[i], up_rows @ x[i]
-            if gate_bias is not None:
-                g, u = g + gate_bias[i, j], u + up_bias[i, j]
+            if bias is not None:
+                g, u = (product + own[i, j] for product, own in zip((g, u), bias.rows, strict=True))
             out[i, j] = gate(g, u) @ down
     return out if mixture is None else weigh(out, mixture)
 
@@ -50,7 +52,7 @@ EXPONENTIAL = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # of r, to 2e-
 
 @twin("kernels.gpu.whole_sums", "kernels.cpu.apply")
 def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
-               gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+               bias: NeuronBias | None = None) -> Tensor:
     """As `dense`, of one of STRICT -> per-expert sums int64 [T, k, H] in 2**-SHIFTths, whose bits depend neither on who
     computes nor on what is computed beside. x: of `quantize`."""
     assert gate.kind in STRICT, gate.kind
@@ -60,8 +62,8 @@ def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate
         (gate_codes, gate_pairs), (up_codes, up_pairs), (down, pairs) = fine_codes(blobs[int(place[i, j])], layout)
         g, u = (_in_order((own * codes[i]).sum(-1), own_pairs, x.scale[i], x.sums[i])
                 for own, own_pairs in ((gate_codes, gate_pairs), (up_codes, up_pairs)))
-        if gate_bias is not None:
-            g, u = g + gate_bias[i, j], u + up_bias[i, j]
+        if bias is not None:
+            g, u = (product + own[i, j] for product, own in zip((g, u), bias.rows, strict=True))
         product = strict_gate(gate, g, u)[:, None]
         factors, offsets = product * pairs[..., 0], product * pairs[..., 1]
         fits = ((factors.abs() <= MOST) & (offsets.abs() <= MOST)).all(0)
@@ -113,38 +115,38 @@ def from_sums(sums: Tensor) -> Tensor:
 
 @twin(None, "kernels.cpu.prefill.grouped")
 def grouped(x: Tensor, blobs: list[Tensor], counts: list[int], layout: Layout, gate: Gate,
-            gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+            bias: NeuronBias | None = None) -> Tensor:
     """Prefill on a processor: each expert over its own tokens, which follow one another -> its sums, float32 [n, H], as
     of `dense`.
 
-    x float32 [n, H]; blobs: an expert each, uint8 [blob_bytes]; counts: of its tokens; gate_bias, up_bias: a row an
-    expert, float32 [.., I], or None.
+    x float32 [n, H], or without its padding; blobs: an expert each, uint8 [blob_bytes]; counts: of its tokens; bias:
+    its ids are the experts'.
     """
     out = []
-    for i, (blob, rows) in enumerate(zip(blobs, x.split(counts), strict=True)):
+    for i, (blob, rows) in enumerate(zip(blobs, widened(x, layout.padded).split(counts), strict=True)):
         gate_rows, up_rows, down = decode_blob(blob, layout)
         g, u = rows @ gate_rows.T, rows @ up_rows.T
-        if gate_bias is not None:
-            g, u = g + gate_bias[i], u + up_bias[i]
+        if bias is not None:
+            g, u = (product + own[i] for product, own in zip((g, u), bias.rows, strict=True))
         out.append(gate(g, u) @ down)
     return torch.cat(out)
 
 
 @twin("kernels.gpu.grouped")
 def multiply_tile(x: Tensor, tokens: Tensor, ends: Tensor, blobs: Tensor, layout: Layout, gate: Gate,
-            gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+                  bias: NeuronBias | None = None) -> Tensor:
     """Prefill on a card: each expert of a tile over its own picks -> [t, hidden] like x, before the bias of down.
 
     x float [T, hidden]; tokens integers [t], the token of each pick, one expert's behind another's; ends int32 [n],
-    behind the picks of each expert; blobs uint8 [n, blob_bytes]; gate_bias, up_bias float32 [n, I] or None.
+    behind the picks of each expert; blobs uint8 [n, blob_bytes]; bias: its ids [n] are the experts'.
     """
     out, begin = torch.empty(len(tokens), layout.hidden, dtype=x.dtype, device=x.device), 0
     for at, end in enumerate(ends.tolist()):
         rows = x[tokens[begin:end].long()].float()
         gate_rows, up_rows, down = (matrix[:, :layout.hidden] for matrix in decode_blob(blobs[at], layout))
         g, u = rows @ gate_rows.T, rows @ up_rows.T
-        if gate_bias is not None:
-            g, u = g + gate_bias[at], u + up_bias[at]
+        if bias is not None:
+            g, u = (product + own[at] for product, own in zip((g, u), bias.rows, strict=True))
         out[begin:end] = gate(g, u) @ down
         begin = end
     return out

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.activation import Gate
+from kernels.activation import Gate, NeuronBias
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.planes import decode_sketch
@@ -30,16 +30,15 @@ def sketch_products(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tens
 
 @twin("kernels.gpu.score", "kernels.cpu.score")
 def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout,
-          gate: Gate, gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
-          histogram: Tensor | None = None) -> Tensor:
+          gate: Gate, bias: NeuronBias | None = None, histogram: Tensor | None = None) -> Tensor:
     """-> scores float32 [T, k*I], all >= 0, or NaN without a sign.
 
-    weight float32 [T, k] router weights; gate_bias, up_bias float32 [T, k, I] of the routed experts or None.
+    weight float32 [T, k] router weights; bias: its ids [T, k], the routed experts.
     histogram int32 [T, BINS], zero before: receives the counts of the scores' upper 12 bits, for `select`.
     """
     g, u = sketch_products(codes, scales, sketches, place, layout)
-    if gate_bias is not None:
-        g, u = g + gate_bias, u + up_bias
+    if bias is not None:
+        g, u = (product + own for product, own in zip((g, u), bias.rows, strict=True))
     scores = (gate(g, u) * weight[..., None]).abs().flatten(1)
     if histogram is not None:
         histogram += histogram_of(scores)
@@ -48,7 +47,7 @@ def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight
 
 @twin("kernels.gpu.score", "kernels.cpu.score")
 def score_up(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, layout: Layout,
-             up_bias: Tensor | None = None) -> Tensor:
+             bias: NeuronBias | None = None) -> Tensor:
     """FloE's score, |u| alone, per expert and without the router's weight -> float32 [T, k*I]."""
     _, u = sketch_products(codes, scales, sketches, place, layout)
-    return (u if up_bias is None else u + up_bias).abs().flatten(1)
+    return (u if bias is None else u + bias.rows[1]).abs().flatten(1)

@@ -21,7 +21,7 @@ from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.prefill import PRODUCT_ROW, Staging, decodes
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
-from kernels.activation import FixedPoint
+from kernels.activation import FixedPoint, NeuronBias
 from kernels.dense import from_sums, whole_sums
 from kernels.layout import Layout
 from kernels.pool import pin
@@ -72,7 +72,7 @@ class DeviceRuntime(Runtime):
         return out
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
-        is_ready = self._ready and self._ready[0].shape == x.shape   # else tokens are taken apart
+        is_ready = self._ready and len(self._ready[0]) == len(x)   # else tokens are taken apart
         return self._ready if is_ready else super()._quantized(x)
 
     # --- near memory --------------------------------------------------------------------------------------------
@@ -152,12 +152,12 @@ class DeviceRuntime(Runtime):
                 self._link(following.index, False, ahead=True)), x)
 
     def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
-                biases: tuple) -> tuple[Tensor, Tensor, Tensor]:
+                bias: NeuronBias | None) -> tuple[Tensor, Tensor, Tensor]:
         """As in runtime.py; the launch that selects for one token brings its records."""
         far, at = self.far, layer.index
         if self.hook is not None or self.level == "floe" or len(ids) > 1 or not self._links(at):
-            return super()._choose(layer, x, place, ids, weights, biases)
-        scores = score(*x, self._rows(at), place, weights, far.layout, layer.gate, *biases, self.histogram[:1])
+            return super()._choose(layer, x, place, ids, weights, bias)
+        scores = score(*x, self._rows(at), place, weights, far.layout, layer.gate, bias, self.histogram[:1])
         pool, _ = self.near.pools()[1]
         return choose_neurons(scores, *self._budget(at), self.capacity[at], self.histogram, ids, pool,
                               at * far.experts * far.neurons, far.layout, self.clock, self.counts, self.done,
@@ -186,16 +186,17 @@ class DeviceRuntime(Runtime):
         arithmetic that they share, so that nobody sees in the text which part that was."""
         if self.hook is None or not self.hook.asks_the_host:
             return super()._whole(layer, x, ids, weights, residual)
-        fixed = FixedPoint(*self._quantized(self._padded(x))[2:])
+        fixed = FixedPoint(*self._quantized(x)[2:])
         far = self.hook.stays_far(layer.index, torch.where(weights == 0, -1, ids)) if len(x) == 1 else None
         left = [] if far is None else far[0].nonzero()[:, 0].tolist()
         rest = [pick for pick in range(ids.shape[1]) if pick not in left]
         sums = torch.empty(*ids.shape, self.far.layout.padded, dtype=torch.int64, device=self.device)
         if rest:  # first, so that the card is at work meanwhile
-            place = self._demand(layer.index, ids[:, rest].contiguous(), weights[:, rest])
+            there = ids[:, rest].contiguous()
+            place = self._demand(layer.index, there, weights[:, rest])
             self._side.join()  # a shortcut's, on their way
             sums[:, rest] = whole_sums(fixed, self.near.rows(layer.index, False), place.contiguous(), self.far.layout,
-                                       layer.gate, *layer.neuron_biases(ids[:, rest]))
+                                       layer.gate, layer.neuron_bias(there))
         if left:
             self.counts[0] += self._object_bytes * len(left)  # wanted; it is neither near nor does it come
             sums[:, left] = on_host(self, layer, fixed, ids[:, left].cpu()).to(self.device)
@@ -220,7 +221,7 @@ class DeviceRuntime(Runtime):
             start, end = first[group[0]], first[group[-1] + 1]
             rows, (experts, ends) = order[start:end], there[:, done:done + len(group)]
             done += len(group)
-            y = self.staging.product(x, tokens[start:end], ends - start, tile, layer.gate, layer.neuron_biases(experts))
+            y = self.staging.product(x, tokens[start:end], ends - start, tile, layer.gate, layer.neuron_bias(experts))
             out[rows] = layer.finish(y, picks[rows].long()).to(out.dtype)
         return _in_order(out.view(*ids.shape, -1), weights)
 
@@ -268,8 +269,10 @@ def _check(far: Far, layers: list[LayerExperts], decoded: torch.dtype | None) ->
 def on_host(runtime: Runtime, layer: LayerExperts, x: FixedPoint, ids: Tensor) -> Tensor:
     """Experts ids int64 [1, n], on the processor, where far memory has them -> their sums int64 [1, n, padded H]
     there. x may lie on a card, which is waited for."""
-    biases = (None if bias is None else bias.cpu() for bias in layer.neuron_biases(ids.to(runtime.device)))
+    bias = layer.neuron_bias(ids.to(runtime.device))
+    if bias is not None:    # of these experts alone
+        bias = NeuronBias(*(rows[0].cpu() for rows in bias.rows), torch.arange(ids.shape[1])[None])
     given = FixedPoint(*(part.cpu() for part in x))
     for expert in ids[0].tolist():
         runtime.far.verify(layer.index, expert)
-    return whole_sums(given, runtime.far.blobs(layer.index)[:, 0], ids.int(), runtime.far.layout, layer.gate, *biases)
+    return whole_sums(given, runtime.far.blobs(layer.index)[:, 0], ids.int(), runtime.far.layout, layer.gate, bias)

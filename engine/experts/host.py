@@ -63,7 +63,8 @@ class HostRuntime(Runtime):
         return self.near is self._mapped
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
-        return quantize_activation(x, self.far.layout.group)  # values are quantised by the product itself
+        layout = self.far.layout
+        return quantize_activation(x, layout.group, layout.padded)  # values are quantised by the product itself
 
     def _budget(self, layer: int) -> tuple[int, int]:
         return self.kept_neurons[layer]  # a step here is never recorded
@@ -78,18 +79,18 @@ class HostRuntime(Runtime):
         if far is None or not bool(far.any()):
             return super()._whole(layer, x, ids, weights, residual)
         far = far[0]
-        here, padded = ids[:, far], self._padded(x)
+        here, layout = ids[:, far], self.far.layout
         self._verify(layer.index, here[0].tolist())
         self.counts[0] += self._object_bytes * here.shape[1]  # wanted; it is neither near nor does it come
-        sums = torch.zeros(1, ids.shape[1], padded.shape[1])
-        sums[:, far] = dense(padded, self.far.blobs(layer.index)[:, 0], here.int(), self.far.layout, layer.gate,
-                             *layer.neuron_biases(here))
+        sums = torch.zeros(1, ids.shape[1], layout.padded)
+        sums[:, far] = dense(x, self.far.blobs(layer.index)[:, 0], here.int(), layout, layer.gate,
+                             layer.neuron_bias(here))
         if not bool(far.all()):
             rest = ids[:, ~far]
             place = self._demand(layer.index, rest, weights[:, ~far])
             self._side.join()  # a shortcut's, on their way
-            sums[:, ~far] = dense(padded, self.near.rows(layer.index, False), place, self.far.layout, layer.gate,
-                                  *layer.neuron_biases(rest))
+            sums[:, ~far] = dense(x, self.near.rows(layer.index, False), place, layout, layer.gate,
+                                  layer.neuron_bias(rest))
         product = partial(weighed, sums)
         return partial(self._mixed, layer, x, product, ids, weights, residual)
 
@@ -175,7 +176,7 @@ class HostRuntime(Runtime):
     def _products(self, layer: LayerExperts, experts: list[int], counts: list[int], x: Tensor) -> Tensor:
         """Whole experts at their 4-bit values, each over its own of x [n, H], which follow one another -> [n, H]."""
         blobs, ids = [self._blob(layer.index, expert) for expert in experts], torch.tensor(experts)
-        y = grouped(self._padded(x), blobs, counts, self.far.layout, layer.gate, *layer.neuron_biases(ids))
+        y = grouped(x, blobs, counts, self.far.layout, layer.gate, layer.neuron_bias(ids))
         return layer.finish(y[:, :self.far.hidden], ids.repeat_interleave(torch.tensor(counts)))
 
     def _blob(self, layer: int, expert: int) -> Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import KINDS, Gate
+from kernels.activation import KINDS, Gate, NeuronBias
 from kernels.weigh import Mixture
 
 Tensor = torch.Tensor
@@ -70,11 +70,12 @@ class LayerExperts:
         half = gate_up.shape[0] // 2
         return (gate_up[::2], gate_up[1::2]) if self.interleaved else (gate_up[:half], gate_up[half:])
 
-    def neuron_biases(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Biases of gate and up of routed experts `ids` [..]: float32 [.., I] each, or None."""
+    def neuron_bias(self, ids: Tensor) -> NeuronBias | None:
+        """Of gate and up of experts `ids`; of none that a shortcut's -1 says, any."""
         if not self.biases:
-            return None, None
-        return self.biases["gate_bias"][ids.long()], self.biases["up_bias"][ids.long()]
+            return None
+        known = ids.clamp(min=0) if self.is_shortcut else ids
+        return NeuronBias(self.biases["gate_bias"], self.biases["up_bias"], known)
 
     def whole(self, x: Tensor, gate_up: Tensor, down: Tensor, expert: int) -> Tensor:
         """One whole expert: x [n, H] -> [n, H], before the router's weight."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.planning.sizes import PACKED_FROM, tile_experts
-from kernels.activation import Gate
+from kernels.activation import Gate, NeuronBias
 from kernels.dense import dequantize, multiply_tile
 from kernels.layout import Layout
 
@@ -75,16 +75,17 @@ class Staging:
         if self._stream is not None:
             self._read[turn % 2].record()
 
-    def product(self, x: Tensor, tokens: Tensor, ends: Tensor, tile: Tensor, gate: Gate, biases: tuple) -> Tensor:
+    def product(self, x: Tensor, tokens: Tensor, ends: Tensor, tile: Tensor, gate: Gate,
+                bias: NeuronBias | None) -> Tensor:
         """The experts of a tile, each over its own picks -> [t, H], as kernels.dense.multiply_tile."""
         if not self._matrices:
-            return multiply_tile(x, tokens, ends, tile, self.layout, gate, *biases)
+            return multiply_tile(x, tokens, ends, tile, self.layout, gate, bias)
         gate_up, down = (matrix[:len(tile)] for matrix in self._matrices)
         dequantize(tile, gate_up, down, self.layout)
         g, u = F.grouped_mm(x[tokens], gate_up.transpose(1, 2), offs=ends).split(self.layout.neurons, 1)
-        if biases[0] is not None:
+        if bias is not None:
             of_row = torch.searchsorted(ends, torch.arange(len(tokens), dtype=ends.dtype, device=x.device), right=True)
-            g, u = g + biases[0][of_row], u + biases[1][of_row]
+            g, u = (product + own[of_row] for product, own in zip((g, u), bias.rows, strict=True))
         return F.grouped_mm(gate(g, u).to(x.dtype), down, offs=ends)
 
 

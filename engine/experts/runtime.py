@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from engine.core import SPARSE_LEVELS, Counters, UserError
 from engine.experts.cache import NearMemory, SparseCache, WholeCache
@@ -29,7 +28,7 @@ from engine.machine.pinned_memory import HostMemory
 from engine.planning.arena import ArenaSizes
 from engine.policies.fidelity import heard
 from engine.policies.prefetch import next_experts
-from kernels.activation import FixedPoint, quantize
+from kernels.activation import FixedPoint, NeuronBias, quantize
 from kernels.apply import apply
 from kernels.dense import dense
 from kernels.evict import age
@@ -295,21 +294,21 @@ class Runtime(Hooked, ABC):
                ) -> Rest:
         """At a level of whole experts; all float32 but ids: [T, H], [T, k], [T, k], [T, H] -> the rest -> [T, H]."""
         place = self._demand(layer.index, ids, weights)
-        blobs, biases = self.near.rows(layer.index, False), layer.neuron_biases(ids)
-        product = partial(dense, self._padded(x), blobs, place, self.far.layout, layer.gate, *biases)
+        blobs, bias = self.near.rows(layer.index, False), layer.neuron_bias(ids)
+        product = partial(dense, x, blobs, place, self.far.layout, layer.gate, bias)
         return partial(self._mixed, layer, x, product, ids, weights, residual)
 
     def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
                 ) -> Rest:
         """Sketches, scores, the layer's budget, the records behind it; the rest is the product. As `_whole`."""
-        biases, padded = layer.neuron_biases(ids), self._padded(x)
+        bias = layer.neuron_bias(ids)
         place = self._demand(layer.index, ids, weights)
         self._side.join()  # a shortcut's sketches
-        codes, scales, *fixed = self._quantized(padded)
-        neurons, fidelity, where = self._choose(layer, (codes, scales), place, ids, weights, biases)
+        codes, scales, *fixed = self._quantized(x)
+        neurons, fidelity, where = self._choose(layer, (codes, scales), place, ids, weights, bias)
         sketches, records = self._rows(layer.index), self.near.rows(layer.index, True)
-        product = partial(apply, padded, sketches, place, records, where, neurons, fidelity, self.far.layout,
-                          layer.gate, *biases, fixed=FixedPoint(*fixed) if fixed else None)
+        product = partial(apply, x, sketches, place, records, where, neurons, fidelity, self.far.layout, layer.gate,
+                          bias, fixed=FixedPoint(*fixed) if fixed else None)
         return partial(self._mixed, layer, x, product, ids, weights, residual)
 
     def _mixed(self, layer: LayerExperts, x: Tensor, product: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
@@ -319,16 +318,16 @@ class Runtime(Hooked, ABC):
         return layer.mixed(product, *given, self.far.hidden, self.may_leave_out)
 
     def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
-                biases: tuple) -> tuple[Tensor, Tensor, Tensor]:
+                bias: NeuronBias | None) -> tuple[Tensor, Tensor, Tensor]:
         """x: codes and scales -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]; where their records
         are near, int32 [T, K]."""
         layout, capacity, given = self.far.layout, self.capacity[layer.index], (*x, self._rows(layer.index), place)
         if self.level == "floe":
             limits = self.thresholds[layer.index][ids.long()].repeat_interleave(layout.neurons, 1)
-            found = select_above(score_up(*given, layout, biases[1]), limits, capacity)
+            found = select_above(score_up(*given, layout, bias), limits, capacity)
         else:
             histogram = self.histogram[:1] if self.histogram is not None and len(place) == 1 else None
-            scores = score(*given, weights, layout, layer.gate, *biases, histogram)
+            scores = score(*given, weights, layout, layer.gate, bias, histogram)
             found = chosen(scores, ids, self._budget(layer.index), capacity, histogram)
         if layer.is_shortcut:
             found = heard(*found, weights, layout.neurons)
@@ -337,16 +336,12 @@ class Runtime(Hooked, ABC):
         return *found, self._bring_neurons(layer.index, ids, *found)
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [T, padded H] -> codes and scales for scores, then what there is of a FixedPoint."""
-        return quantize(x, self.far.layout.group)
+        """x [T, H] -> codes and scales for scores, then what there is of a FixedPoint, all padded."""
+        return quantize(x, self.far.layout.group, self.far.layout.padded)
 
     def _budget(self, layer: int) -> tuple[int | Tensor, ...]:
         """Neurons refined, and all that are kept: tensors, so that a recorded step can be told another level."""
         return self.budgets[layer].split(1)
-
-    def _padded(self, x: Tensor) -> Tensor:
-        padding = self.far.layout.padded - x.shape[1]
-        return F.pad(x, (0, padding)) if padding else x
 
     # --- bytes on their way -------------------------------------------------------------------------------------
     def _demand(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:

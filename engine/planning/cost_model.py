@@ -21,7 +21,7 @@ Times = tuple[tuple[str, float], ...]
 # as one operation, and Floe Chat's own kernels beside it. The larger of two counts: of a capture,
 # and of the card that is not there (tests/fake_card, less SPARSE_NODES). Of those with a fused step
 # (engine/model/fused.py) that card's count alone, look-ahead's included; deepseek_v3 as deepseek_v2, not counted.
-LAYER_NODES = {"qwen3_5_moe": 2, "qwen3_next": 2, "qwen3_moe": 1, "olmoe": 1, "gpt_oss": 4, "mixtral": 1,
+LAYER_NODES = {"qwen3_5_moe": 2, "qwen3_next": 2, "qwen3_moe": 1, "olmoe": 1, "gpt_oss": 1, "mixtral": 1,
                "gemma4": 3, "glm4_moe": 2, "glm4_moe_lite": 5, "deepseek_v2": 5,
                "deepseek_v3": 5, "laguna": 76, "longcat_flash": 191}
 OTHER_LAYER_NODES = 72

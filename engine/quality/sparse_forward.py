@@ -11,12 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.runtime import Runtime
-from kernels.activation import quantize_activation
+from kernels.activation import quantize_activation, widened
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
 from kernels.select import DOWN_ONLY, REFINED, select
 
@@ -86,7 +85,7 @@ class Simulation(Hook):
 
     def _compute(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> LayerTrace:
         far, layout = self.far, self.far.layout
-        padded = F.pad(x, (0, layout.padded - x.shape[1]))
+        padded = widened(x, layout.padded)
         codes, scales = quantize_activation(padded, layout.group)
         rough = (codes.unflatten(1, (layout.groups, -1)).float() * scales[..., None]).flatten(1)
         shape = (*ids.shape, far.neurons)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from numba import carray, njit
 
-from kernels.activation import LARGEST
+from kernels.activation import LARGEST, widened
 from kernels.cpu.dots import DOTS
 from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, EVERY_BYTE, FLOATS, LINE, WORDS
 from kernels.cpu.threads import Step, address, fields, pack, pointer, task
@@ -52,10 +52,10 @@ def _quantize(x, n_groups, group, codes, scales):
             _quantize_group(x + 256 * g, codes + 64 * g, scales + 4 * g, 64)
 
 
-def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
     assert group in (64, 128), group
-    x = x.detach().float().contiguous()
+    x = widened(x.detach(), columns).float().contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)
     _quantize(address(x), scales.numel(), group, address(codes), address(scales))
@@ -148,9 +148,9 @@ def blocks8(codes: Tensor, scales: Tensor) -> Tensor:
     return blocks
 
 
-def blocks16(x: Tensor, group: int) -> Tensor:
-    """What `coarse_row` and `fine_row` take of an activation float32 [T, H]: int8 [T, H/256 * BLOCK16]."""
-    x = x.detach().contiguous()
+def blocks16(x: Tensor, group: int, columns: int) -> Tensor:
+    """What `coarse_row` and `fine_row` take of an activation float32 [T, up to H]: int8 [T, H/256 * BLOCK16]."""
+    x = widened(x.detach(), columns).contiguous()
     assert x.dtype == torch.float32, x.dtype
     blocks = _blocks(x, BLOCK16)
     _lay_out16(address(x), group, x.numel() // CODES, address(blocks))

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numba import carray, float32, int8, int32, int64, njit, uint8, uint16
 
-from kernels.activation import KINDS, FixedPoint, Gate
+from kernels.activation import KINDS, FixedPoint, Gate, NeuronBias
 from kernels.cpu.activation import blocks16
 from kernels.cpu.down import NEURONS, TILE, add_rows, weigh_rows, weights_bytes
-from kernels.cpu.gate import gated, kind_of
+from kernels.cpu.gate import BIAS, bias_fields, biases_of, gated, kind_of
 from kernels.cpu.rows import CODES, LINE, add_lines, ask_for, coarse_rows, fine_rows
 from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
 from kernels.cpu.vectors import LANES
@@ -34,7 +34,7 @@ AHEAD = 2               # neurons whose rows are asked for before their turn
 SIZES = ("plane2", "scales", "group", "groups", "padded", "sketch_row", "sketch_bytes", "record", "prefix",
          "record_scales_at", "refine_at")       # of a layout
 RECORD = fields(" ".join(SIZES) + " pieces n_ranks routed per_expert slots n_slots blobs stride neurons fidelity "
-                "record_places records record_stride x x_bytes kind gate_bias up_bias weights_bytes partial out",
+                "record_places records record_stride x x_bytes kind weights_bytes partial out " + " ".join(BIAS),
                 floats="alpha limit")
 
 
@@ -88,11 +88,10 @@ def _locate(a, token, expert, start, n, row, record, fidelity, index):
 
 
 @njit(cache=True, nogil=True)
-def _products(a, token, n, row, record, fidelity, index, lines, products):
-    """gate(g, u) of n located neurons. lines: room for those of 16 neurons, and for their sums."""
-    x, biases = a.x + token * a.x_bytes, a.routed * a.per_expert
-    gate_bias = carray(pointer(a.gate_bias + 4 * token * biases), biases, float32)
-    up_bias = carray(pointer(a.up_bias + 4 * token * biases), biases, float32)
+def _products(a, token, expert, n, row, record, fidelity, index, lines, products):
+    """gate(g, u) of n located neurons of a routed expert. lines: room for those of 16 neurons, and for their sums."""
+    x, first_neuron = a.x + token * a.x_bytes, expert * a.per_expert
+    gate_bias, up_bias = biases_of(a, token * a.routed + expert, a.per_expert)
     gate, up = lines + 2 * LANES * LINE, lines + (2 * LANES + 1) * LINE
     g, u = carray(pointer(gate), LANES, float32), carray(pointer(up), LANES, float32)
     for first in range(0, n, LANES):
@@ -104,10 +103,10 @@ def _products(a, token, n, row, record, fidelity, index, lines, products):
             _lines(row[i], record[i], fidelity[i], x, a, lines + (i - first) * LINE)
         add_lines(lines, gate)
         add_lines(lines + LANES * LINE, up)
-        if a.gate_bias:
+        if a.bias_ids:
             for i in range(first, min(first + LANES, n)):
-                g[i - first] += gate_bias[index[i]]
-                u[i - first] += up_bias[index[i]]
+                g[i - first] += gate_bias[index[i] - first_neuron]
+                u[i - first] += up_bias[index[i] - first_neuron]
         gated(gate, up, products + 4 * first, a.kind, a.alpha, a.limit)
 
 
@@ -136,7 +135,7 @@ def _add_neurons(table):
         for start in range(first, last, NEURONS):
             n = min(NEURONS, last - start)
             _locate(a, token, expert, start, n, row, record, fidelity, index)
-            _products(a, token, n, row, record, fidelity, index, lines.ctypes.data, products.ctypes.data)
+            _products(a, token, expert, n, row, record, fidelity, index, lines.ctypes.data, products.ctypes.data)
             record[n:], products[n:] = record[0], 0
             _add_down(a, record.ctypes.data, products.ctypes.data, weights.ctypes.data, out)
         piece = claim(table)
@@ -223,8 +222,8 @@ def _weigh(table):
 
 
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
-          fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None, mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
+          fidelity: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None,
+          mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
     """As kernels.apply.apply."""
     if gate.kind not in KINDS:
         return NotImplemented
@@ -232,24 +231,23 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
     assert neurons.shape == record_place.shape == fidelity.shape and fidelity.dtype == torch.int8
     assert records.stride(1) == 1 and records.shape[1] >= layout.record, (records.shape, layout.record)
     chosen = Chosen(neurons, fidelity, record_place, records)
-    return _launch(x, sketches, place, layout, gate, chosen, gate_bias, up_bias, mixture)
+    return _launch(x, sketches, place, layout, gate, chosen, bias, mixture)
 
 
-def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
+def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None,
+          mixture: Mixture | None = None) -> Tensor:
     """As kernels.dense.dense."""
     if gate.kind not in KINDS:
         return NotImplemented
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
-    return _launch(x, blobs, place, layout, gate, None, gate_bias, up_bias, mixture)
+    return _launch(x, blobs, place, layout, gate, None, bias, mixture)
 
 
 def _launch(x: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate: Gate, chosen: Chosen | None,
-            gate_bias: Tensor | None, up_bias: Tensor | None, mixture: Mixture | None) -> Tensor:
-    assert x.shape == (len(place), layout.padded), x.shape
-    place, gate_bias, up_bias = place.int().contiguous(), *(None if bias is None else bias.contiguous()
-                                                            for bias in (gate_bias, up_bias))
-    steps, sums = adding(blocks16(x, layout.group), sketches, place, layout, gate, chosen, gate_bias, up_bias)
+            bias: NeuronBias | None, mixture: Mixture | None) -> Tensor:
+    assert len(x) == len(place) and x.shape[1] in (layout.hidden, layout.padded), (x.shape, layout)
+    blocks = blocks16(x, layout.group, layout.padded)
+    steps, sums = adding(blocks, sketches, place.int().contiguous(), layout, gate, chosen, bias)
     for step in steps:
         call(step)
     return sums if mixture is None else _mixed(sums, mixture)
@@ -280,12 +278,12 @@ def _sizes(layout: Layout) -> dict[str, int]:
 
 
 def adding(blocks: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate: Gate, chosen: Chosen | None,
-           gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> tuple[list[Step], Tensor]:
+           bias: NeuronBias | None = None) -> tuple[list[Step], Tensor]:
     """The steps of `dense`, or of `apply` where neurons were chosen, and the sums float32 [T, k, H] that they make.
     blocks: of `blocks16`; place int32 [T, k]."""
     assert sketches.stride(1) == 1, sketches.stride()
     (tokens, routed), (neurons, fidelity, places, records) = place.shape, chosen or (None,) * 4
-    n_ranks = 0 if chosen is None else neurons.shape[1]
+    (tables, addresses), n_ranks = bias_fields(bias), 0 if chosen is None else neurons.shape[1]
     pieces = (_every_piece(tokens, routed, layout.neurons) if chosen is None else
               np.empty((most_pieces(n_ranks, tokens, routed), 4), np.int32))
     partial = torch.empty(len(pieces), layout.padded, dtype=torch.float32)
@@ -296,10 +294,9 @@ def adding(blocks: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate
         per_expert=layout.neurons, slots=address(place), n_slots=place.numel(), blobs=address(sketches),
         stride=sketches.stride(0), neurons=address(neurons), fidelity=address(fidelity), record_places=address(places),
         records=address(records), record_stride=0 if records is None else records.stride(0), x=address(blocks),
-        x_bytes=blocks.stride(0), kind=kind_of(gate), gate_bias=address(gate_bias), up_bias=address(up_bias),
-        weights_bytes=weights_bytes(layout.groups), partial=address(partial), out=address(out), alpha=gate.alpha,
-        limit=gate.limit)
-    alive = (blocks, sketches, place, chosen, gate_bias, up_bias, pieces, partial, out)
+        x_bytes=blocks.stride(0), kind=kind_of(gate), weights_bytes=weights_bytes(layout.groups),
+        partial=address(partial), out=address(out), alpha=gate.alpha, limit=gate.limit, **addresses)
+    alive = (blocks, sketches, place, chosen, tables, pieces, partial, out)
     steps = [Step(_add_neurons, record, alive), Step(_add_pieces, record, alive, whole=True)]
     return ([] if chosen is None else [Step(_divide, record, alive, whole=True)]) + steps, out
 
@@ -314,7 +311,7 @@ def weighing(sums: Tensor, weights: Tensor, residual: Tensor | None, out: Tensor
 
 # --- one arithmetic for a processor and a card: kernels.dense.whole_sums -------------------------------------------
 SUMS_RECORD = fields(" ".join(SIZES) + " chunks routed per_expert slots n_slots blobs stride codes x_scale x_sum kind "
-                     "gate_bias up_bias halves partial strange", floats="alpha limit")
+                     "halves partial strange " + " ".join(BIAS), floats="alpha limit")
 SILU, GELU_TANH, RELU = (KINDS.index(kind) for kind in ("silu", "gelu_tanh", "relu"))
 POWERS = 2.0 ** np.arange(-126, 127, dtype=np.float32)
 ONE, HALF_ONE, LARGEST, TIMES, HIGH, LOW = map(float32, (1, 0.5, MOST, LOG2E, LN2_HIGH, LN2_LOW))
@@ -385,7 +382,7 @@ def _sum_whole(table):
     piece = claim(table)
     while piece < a.n_pieces:
         slot, chunk = piece // a.chunks, piece % a.chunks
-        token = slot // a.routed
+        token, (gate_bias, up_bias) = slot // a.routed, biases_of(a, slot, a.per_expert)
         codes = carray(pointer(a.codes + 4 * token * a.padded), a.padded, int32)
         scale = carray(pointer(a.x_scale + 4 * token * a.groups), a.groups, float32)
         sums = carray(pointer(a.x_sum + 4 * token * a.groups), a.groups, float32)
@@ -399,33 +396,30 @@ def _sum_whole(table):
                                 carray(pointer(record + a.refine_at + i * a.plane2), a.plane2, uint8),
                                 pairs[2 * (i + 1) * a.groups:], a, codes, scale, sums, halves) for i in range(2)]
             g, u = both[0], both[1]
-            if a.gate_bias:
-                at = 4 * (slot * a.per_expert + neuron)
-                g = g + carray(pointer(a.gate_bias + at), 1, float32)[0]
-                u = u + carray(pointer(a.up_bias + at), 1, float32)[0]
+            if a.bias_ids:
+                g, u = g + gate_bias[neuron], u + up_bias[neuron]
             product = _strict_gate(g, u, a.kind, a.alpha, a.limit)
             _strict_down(carray(pointer(record), 2 * a.plane2, uint8), pairs, a, product, halves, out, strange)
         piece = claim(table)
 
 
 def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
-               gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+               bias: NeuronBias | None = None) -> Tensor:
     """As kernels.dense.whole_sums."""
     if gate.kind not in STRICT:
         return NotImplemented
-    place, gate_bias, up_bias = place.int().contiguous(), *(None if bias is None else bias.contiguous()
-                                                            for bias in (gate_bias, up_bias))
+    place, (tables, addresses) = place.int().contiguous(), bias_fields(bias)
     n, chunks, codes = place.numel(), -(-layout.neurons // PIECE), x.high.int() * 256 + x.low.int()
     partial = torch.zeros(n, chunks, layout.padded, dtype=torch.int64)
     strange = torch.zeros(n, chunks, layout.groups, dtype=torch.int8)
     scale, sums = x.scale.contiguous(), x.sums.contiguous()
-    alive = codes, scale, sums, place, blobs, gate_bias, up_bias, partial, strange
+    alive = codes, scale, sums, place, blobs, tables, partial, strange
     call(Step(_sum_whole, pack(
         SUMS_RECORD, n * chunks, n * layout.blob_bytes, **_sizes(layout), chunks=chunks, routed=place.shape[1],
         per_expert=layout.neurons, slots=address(place), n_slots=n, blobs=address(blobs), stride=blobs.stride(0),
         codes=address(codes), x_scale=address(scale), x_sum=address(sums), kind=kind_of(gate),
-        gate_bias=address(gate_bias), up_bias=address(up_bias), halves=address(_halves()), partial=address(partial),
-        strange=address(strange), alpha=gate.alpha, limit=gate.limit), alive))
+        halves=address(_halves()), partial=address(partial), strange=address(strange), alpha=gate.alpha,
+        limit=gate.limit, **addresses), alive))
     bad = strange.any(1).repeat_interleave(layout.group, 1)
     return torch.where(bad, NO_NUMBER, partial.sum(1)).view(*place.shape, layout.padded)
 

@@ -1,16 +1,20 @@
-"""The gate of kernels/activation.py, compiled, 16 neurons at a time. NaN stays NaN in all of its kinds."""
+"""The gate of kernels/activation.py, compiled, 16 neurons at a time, and what is added before. NaN stays NaN in all of
+its kinds."""
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from numba import carray, float32, njit
+import torch
+from numba import carray, float32, int64, njit
 
-from kernels.activation import KINDS, Gate
+from kernels.activation import KINDS, Gate, NeuronBias
 from kernels.cpu.rows import FLOATS, LINE
-from kernels.cpu.threads import pointer
+from kernels.cpu.threads import address, pointer
 from kernels.cpu.vectors import LANES, Code, Value, in_vectors
 
+Tensor = torch.Tensor
+BIAS = ("gate_bias", "up_bias", "bias_ids")   # of a record
 SILU, GELU, GELU_TANH, RELU, CLAMPED = (
     KINDS.index(kind) for kind in ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"))
 SIGMOID = len(KINDS)    # of what is gated by a sigmoid alone
@@ -21,6 +25,19 @@ SERIES = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.
 
 def kind_of(gate: Gate) -> int:
     return KINDS.index(gate.kind)
+
+
+def bias_fields(bias: NeuronBias | None) -> tuple[tuple[Tensor, ...], dict[str, int]]:
+    """What has to stay alive, and a record's BIAS."""
+    tables = () if bias is None else (bias.gate.contiguous(), bias.up.contiguous(), bias.ids.long().contiguous())
+    return tables, dict(zip(BIAS, map(address, tables or (None,) * 3), strict=True))
+
+
+@njit(cache=True, nogil=True)
+def biases_of(a, pick, neurons):
+    """Gate's and up's float32 [I] for one of a record's ids; without ids nothing that may be read."""
+    at = 4 * neurons * carray(pointer(a.bias_ids + 8 * pick), 1, int64)[0] if a.bias_ids else 0
+    return carray(pointer(a.gate_bias + at), neurons, float32), carray(pointer(a.up_bias + at), neurons, float32)
 
 
 def exponential(code: Code, x: Value) -> Value:

@@ -36,12 +36,14 @@ def codes_of(values, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, codes, scales, high, low, scale, sums, GROUPS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-              SCORES: tl.constexpr, VALUES: tl.constexpr, LARGEST: tl.constexpr):
-    """Grid: GROUPS/STEP, T. Writes codes and scales for SCORES, the rest for VALUES."""
-    group = tl.program_id(1) * GROUPS + tl.program_id(0) * STEP + tl.arange(0, STEP)
-    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None]
-    quantized(tl.load(x + at).to(tl.float32), group, at, codes, scales, high, low, scale, sums, SCORES, VALUES, LARGEST)
+def _quantize(x, codes, scales, high, low, scale, sums, WIDTH: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+              STEP: tl.constexpr, SCORES: tl.constexpr, VALUES: tl.constexpr, LARGEST: tl.constexpr):
+    """Grid: GROUPS/STEP, T. x [T, WIDTH]. Writes codes and scales for SCORES, the rest for VALUES, of GROUPS."""
+    token, own = tl.program_id(1), tl.program_id(0) * STEP + tl.arange(0, STEP)
+    column = own[:, None] * GROUP + tl.arange(0, GROUP)[None]
+    values = tl.load(x + token * WIDTH + column, mask=column < WIDTH, other=0).to(tl.float32)
+    quantized(values, token * GROUPS + own, token * (GROUPS * GROUP) + column, codes, scales, high, low, scale, sums,
+              SCORES, VALUES, LARGEST)
 
 
 @triton.jit
@@ -61,23 +63,23 @@ def quantized(values, group, at, codes, scales, high, low, scale, sums, SCORES: 
         tl.store(sums + group, tl.sum(code, axis=1).to(tl.float32) * unit)
 
 
-def quantize_activation(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_activation(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
-    found = room(*x.shape, group, x.device)[:2]
+    found = room(len(x), columns or x.shape[1], group, x.device)[:2]
     _launch(x, group, found, None)
     return found
 
 
-def fixed_point(x: Tensor, group: int) -> FixedPoint:
+def fixed_point(x: Tensor, group: int, columns: int | None = None) -> FixedPoint:
     """float [T, H] -> 16 bits each."""
-    found = FixedPoint(*room(*x.shape, group, x.device)[2:])
+    found = FixedPoint(*room(len(x), columns or x.shape[1], group, x.device)[2:])
     _launch(x, group, None, found)
     return found
 
 
-def quantize(x: Tensor, group: int) -> tuple[Tensor, ...]:
+def quantize(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, ...]:
     """As kernels.activation.quantize: one launch."""
-    found = room(*x.shape, group, x.device)
+    found = room(len(x), columns or x.shape[1], group, x.device)
     _launch(x, group, found[:2], FixedPoint(*found[2:]))
     return found
 
@@ -90,9 +92,10 @@ def room(n_tokens: int, width: int, group: int, device: torch.device) -> tuple[T
 
 
 def _launch(x: Tensor, group: int, scores: tuple[Tensor, Tensor] | None, values: FixedPoint | None) -> None:
-    assert x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous() and x.shape[1] % group == 0
-    groups = x.shape[1] // group
+    assert x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.is_contiguous(), (x.dtype, x.stride())
+    groups = (scores or values)[-1].shape[1]
+    assert x.shape[1] <= groups * group, (x.shape, groups, group)
     step = groups_at_once(groups, 8)
     _quantize[(groups // step, x.shape[0])](
-        x, *(scores or (x, x)), *(values or (x, x, x, x)), GROUPS=groups, GROUP=group, STEP=step,
+        x, *(scores or (x, x)), *(values or (x, x, x, x)), WIDTH=x.shape[1], GROUPS=groups, GROUP=group, STEP=step,
         SCORES=scores is not None, VALUES=values is not None, LARGEST=LARGEST, num_warps=4)

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from kernels import select
-from kernels.activation import FixedPoint, Gate
+from kernels.activation import FixedPoint, Gate, NeuronBias
 from kernels.gpu.activation import fixed_point
-from kernels.gpu.gate import check_gate, gated, kind_of
+from kernels.gpu.gate import bias_tables, biased, check_gate, gated, kind_of
 from kernels.gpu.planes import add_splits, dot2, groups_at_once, scale_offset, words_of, x_words
 from kernels.gpu.trunk.last import counters, is_last
 from kernels.layout import Layout
@@ -92,7 +92,7 @@ def _gate_and_up(row, record, fidelity, valid, high, low, x_scale, x_sum, PLANE:
 
 @triton.jit
 def _products(high, low, x_scale, x_sum, sketches, place, records, record_place, neurons, fidelity, gate_bias, up_bias,
-              products, starts, n_ranks, n_routed, sketch16, record16, alpha, limit,
+              bias_ids, products, starts, n_ranks, n_routed, sketch16, record16, alpha, limit,
               NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
               PLANE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
               SCALES_AT: tl.constexpr, RECORD_SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr, KIND: tl.constexpr,
@@ -122,9 +122,7 @@ def _products(high, low, x_scale, x_sum, sketches, place, records, record_place,
                             x_scale + token * GROUPS, x_sum + token * GROUPS, PLANE, GROUPS, WORDS, STEP, SCALES_AT,
                             RECORD_SCALES_AT, REFINE_AT, ROWS)
     if BIASED:
-        at = token * n_routed * NEURONS + index
-        gate += tl.load(gate_bias + at, mask=valid, other=0)
-        up += tl.load(up_bias + at, mask=valid, other=0)
+        gate, up = biased(gate, up, gate_bias, up_bias, bias_ids + token * n_routed, index, valid, NEURONS)
     tl.store(products + token * n_ranks + rank, gated(gate, up, alpha, limit, KIND), mask=there)
 
 
@@ -233,34 +231,32 @@ def _down(products, starts, sketches, place, records, record_place, out, counter
 
 
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
-          fidelity: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None, mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
+          fidelity: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None,
+          mixture: Mixture | None = None, fixed: FixedPoint | None = None) -> Tensor:
     """As kernels.apply.apply."""
     assert neurons.dtype == record_place.dtype == torch.int32 and fidelity.dtype == torch.int8
     for table in (record_place, neurons, fidelity):
         assert table.is_contiguous() and table.shape == neurons.shape
     assert records.dim() == 2 and records.shape[1] >= layout.record
-    return _launch(x, sketches, place, (records, record_place, neurons, fidelity), neurons.shape[1], layout, gate,
-                   gate_bias, up_bias, mixture, fixed)
+    return _launch(x, sketches, place, (records, record_place, neurons, fidelity), neurons.shape[1], layout, gate, bias,
+                   mixture, fixed)
 
 
-def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, gate_bias: Tensor | None = None,
-          up_bias: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
+def dense(x: Tensor, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None,
+          mixture: Mixture | None = None) -> Tensor:
     """As kernels.dense.dense."""
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
-    return _launch(x, blobs, place, None, place.shape[1] * layout.neurons, layout, gate, gate_bias, up_bias,
-                   mixture)
+    return _launch(x, blobs, place, None, place.shape[1] * layout.neurons, layout, gate, bias, mixture)
 
 
 def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ...] | None, n_ranks: int,
-            layout: Layout, gate: Gate, gate_bias: Tensor | None, up_bias: Tensor | None,
-            mixture: Mixture | None, fixed: FixedPoint | None = None) -> Tensor:
+            layout: Layout, gate: Gate, bias: NeuronBias | None, mixture: Mixture | None,
+            fixed: FixedPoint | None = None) -> Tensor:
     check_gate(gate)
     n_tokens, n_routed = place.shape
-    assert x.shape == (n_tokens, layout.padded) and x.dtype == torch.float32, (x.shape, x.dtype)
+    assert len(x) == n_tokens and x.shape[1] in (layout.hidden, layout.padded), (x.shape, layout)
+    assert x.dtype == torch.float32, x.dtype
     assert place.dtype in (torch.int32, torch.int64) and place.is_contiguous() and sketches.dim() == 2
-    for bias in (gate_bias, up_bias):
-        assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     products = torch.empty(n_tokens, n_ranks, dtype=torch.float32, device=x.device)
     starts = torch.empty(n_tokens, n_routed + 1, dtype=torch.int32, device=x.device)
     records, record_place, neurons, fidelity = sparse or (sketches, place, place, place)
@@ -269,14 +265,14 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
              "record16": records.stride(0) // 16, "NEURONS": layout.neurons, "ROW": layout.sketch_row // 4,
              "RECORD": layout.record // 4, "RECORDS_AT": layout.sketch_bytes // 4, "GROUPS": layout.groups,
              "RECORD_SCALES_AT": layout.record_scales_at // 4, "DENSE": sparse is None}
-    fixed = fixed or fixed_point(x, layout.group)
+    fixed = fixed or fixed_point(x, layout.group, layout.padded)
     _products[(triton.cdiv(n_ranks + 1, PRODUCT_ROWS), n_tokens)](
         fixed.high.view(torch.int32), fixed.low.view(torch.int32), fixed.scale, fixed.sums, blob_words, place,
-        record_words, record_place, neurons, fidelity, products if gate_bias is None else gate_bias,
-        products if up_bias is None else up_bias, products, starts, alpha=float(gate.alpha), limit=float(gate.limit),
+        record_words, record_place, neurons, fidelity, *bias_tables(bias, place.shape, layout.neurons, products),
+        products, starts, alpha=float(gate.alpha), limit=float(gate.limit),
         PLANE=layout.plane2 // 4, WORDS=layout.group // 16, STEP=groups_at_once(layout.groups, 2048 // layout.group),
         SCALES_AT=layout.sketch_scales_at // 4, REFINE_AT=layout.refine_at // 4, KIND=kind_of(gate),
-        BIASED=gate_bias is not None, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
+        BIASED=bias is not None, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
     splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK))))
     partial = torch.empty(n_tokens, n_routed, splits, layout.padded, dtype=torch.float32, device=x.device)
     tables, mixes = _mixing(mixture, n_tokens, n_routed, partial)

@@ -1,10 +1,14 @@
-"""Device version of the gate in kernels/activation.py: how gate and up become one product."""
+"""Device version of the gate in kernels/activation.py: how gate and up become one product, and what is added to both
+before."""
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.activation import KINDS, Gate
+from kernels.activation import KINDS, Gate, NeuronBias
+
+Tensor = torch.Tensor
 
 SILU = tl.constexpr(KINDS.index("silu"))
 GELU = tl.constexpr(KINDS.index("gelu"))
@@ -19,6 +23,23 @@ def check_gate(gate: Gate) -> None:
 
 def kind_of(gate: Gate) -> int:
     return KINDS.index(gate.kind)
+
+
+def bias_tables(bias: NeuronBias | None, picks: tuple[int, ...], neurons: int, none: Tensor) -> tuple[Tensor, ...]:
+    """Gate's, up's and the ids, whose shape is `picks`, for a kernel; none: for what there is not."""
+    if bias is None:
+        return none, none, none
+    for table in bias[:2]:
+        assert table.dtype == torch.float32 and table.is_contiguous() and table.shape[1] == neurons, table.shape
+    assert bias.ids.shape == picks and bias.ids.is_contiguous() and not bias.ids.is_floating_point(), bias.ids.shape
+    return bias
+
+
+@triton.jit
+def biased(gate, up, gate_bias, up_bias, ids, index, valid, NEURONS: tl.constexpr):
+    """Neurons `index` [R] of a token's routed experts `ids` [k]."""
+    at = tl.load(ids + index // NEURONS, mask=valid, other=0) * NEURONS + index % NEURONS
+    return gate + tl.load(gate_bias + at, mask=valid, other=0), up + tl.load(up_bias + at, mask=valid, other=0)
 
 
 @triton.jit

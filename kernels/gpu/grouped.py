@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.activation import Gate
-from kernels.gpu.gate import check_gate, gated, kind_of
+from kernels.activation import Gate, NeuronBias
+from kernels.gpu.gate import bias_tables, check_gate, gated, kind_of
 from kernels.gpu.planes import scale_offset, words_of
 from kernels.layout import Layout
 
@@ -109,8 +109,8 @@ def _added(total, x, sum_x, codes, pair):
 
 
 @triton.jit
-def _grouped_gate_up(halves, powers, sums, tokens, ends, blobs, gate_bias, up_bias, products, product_powers, n, blob16,
-                     alpha, limit, NEURONS: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr,
+def _grouped_gate_up(halves, powers, sums, tokens, ends, blobs, gate_bias, up_bias, bias_ids, products, product_powers,
+                     n, blob16, alpha, limit, NEURONS: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr,
                      SKETCH_ROW: tl.constexpr, SKETCHES: tl.constexpr, RECORD: tl.constexpr, PLANE: tl.constexpr,
                      SCALES: tl.constexpr, SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr, KIND: tl.constexpr,
                      BIASED: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
@@ -137,8 +137,9 @@ def _grouped_gate_up(halves, powers, sums, tokens, ends, blobs, gate_bias, up_bi
     power = tl.load(powers + token, mask=there, other=0)[:, None]
     gate, up = gate * power, up * power
     if BIASED:
-        gate += tl.load(gate_bias + expert * NEURONS + near)[None]
-        up += tl.load(up_bias + expert * NEURONS + near)[None]
+        at = tl.load(bias_ids + expert) * NEURONS + near
+        gate += tl.load(gate_bias + at)[None]
+        up += tl.load(up_bias + at)[None]
     product = tl.where(valid[None], gated(gate, up, alpha, limit, KIND), 0.0)
     power = _power_below(product, 1)
     here = row.to(tl.int64)
@@ -180,14 +181,12 @@ def _grouped_down(products, powers, ends, blobs, out, n, blob16, NEURONS: tl.con
 
 
 def multiply_tile(x: Tensor, tokens: Tensor, ends: Tensor, blobs: Tensor, layout: Layout, gate: Gate,
-            gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+                  bias: NeuronBias | None = None) -> Tensor:
     """As kernels.dense.multiply_tile."""
     check_gate(gate)
     n_tokens, hidden, neurons, n_rows, n = len(x), layout.hidden, layout.neurons, len(tokens), len(blobs)
     assert x.shape[1] == hidden and x.is_contiguous() and ends.shape == (n,) and ends.dtype == torch.int32
     assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
-    for bias in (gate_bias, up_bias):
-        assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and bias.shape == (n, neurons))
     assert hidden % DEPTH == 0 and layout.group % DEPTH == 0 and layout.group % COLUMNS == 0, layout
     blocks = triton.cdiv(neurons, NEURONS)
     halves = torch.empty(n_tokens, hidden, dtype=torch.float16, device=x.device)
@@ -201,10 +200,10 @@ def multiply_tile(x: Tensor, tokens: Tensor, ends: Tensor, blobs: Tensor, layout
              "SKETCHES": layout.sketch_bytes // 4, "RECORD": layout.record // 4,
              "SCALES_AT": layout.record_scales_at // 4, "EXPERTS": triton.next_power_of_2(n), "M": ROWS}
     _grouped_gate_up[(blocks, row_blocks)](
-        halves, powers, sums, tokens, ends, words, sums if gate_bias is None else gate_bias,
-        sums if up_bias is None else up_bias, products, product_powers, alpha=float(gate.alpha),
+        halves, powers, sums, tokens, ends, words, *bias_tables(bias, (n,), neurons, sums), products, product_powers,
+        alpha=float(gate.alpha),
         limit=float(gate.limit), SKETCH_ROW=layout.sketch_row // 4, PLANE=layout.plane2 // 4, SCALES=layout.groups,
-        REFINE_AT=layout.refine_at // 4, KIND=kind_of(gate), BIASED=gate_bias is not None, N=NEURONS, K=DEPTH,
+        REFINE_AT=layout.refine_at // 4, KIND=kind_of(gate), BIASED=bias is not None, N=NEURONS, K=DEPTH,
         num_warps=4, **sizes)
     out = torch.empty(n_rows, hidden, dtype=x.dtype, device=x.device)
     _grouped_down[(hidden // COLUMNS, row_blocks)](products, product_powers, ends, words, out, N=COLUMNS, K=NEURONS,

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.activation import Gate
-from kernels.gpu.gate import check_gate, gated, kind_of
+from kernels.activation import Gate, NeuronBias
+from kernels.gpu.gate import bias_tables, check_gate, gated, kind_of
 from kernels.gpu.planes import dot2, groups_at_once, scale_offset, sum_x, words_of, x_words
 from kernels.layout import Layout
 from kernels.select import BINS, KEY_SHIFT
@@ -47,10 +47,10 @@ def _products(row, rows_valid, x, scales, PLANE: tl.constexpr, GROUPS: tl.conste
 
 
 @triton.jit
-def _score(x, scales, sketches, place, weight, gate_bias, up_bias, scores, histogram, n_routed, sketch16, alpha, limit,
-           NEURONS: tl.constexpr, PLANE: tl.constexpr, ROW: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-           STEP: tl.constexpr, SCALES_AT: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, UP: tl.constexpr,
-           COUNTED: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
+def _score(x, scales, sketches, place, weight, gate_bias, up_bias, bias_ids, scores, histogram, n_routed, sketch16,
+           alpha, limit, NEURONS: tl.constexpr, PLANE: tl.constexpr, ROW: tl.constexpr, GROUPS: tl.constexpr,
+           WORDS: tl.constexpr, STEP: tl.constexpr, SCALES_AT: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr,
+           UP: tl.constexpr, COUNTED: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
     """Grid: blocks of neurons, T*k. x int32 [T, 4*PLANE]; PLANE, ROW, SCALES_AT in words; sketch16 in 16 bytes."""
     routed = tl.program_id(1)
     token = routed // n_routed
@@ -60,51 +60,49 @@ def _score(x, scales, sketches, place, weight, gate_bias, up_bias, scores, histo
     row = sketches + slot * sketch16 * 4 + neuron * ROW
     gate, up = _products(row, valid, x + token * (4 * PLANE), scales + token * GROUPS, PLANE, GROUPS, WORDS, STEP,
                          SCALES_AT, UP, ROWS)
-    at = routed * NEURONS + neuron
     if BIASED:
-        up += tl.load(up_bias + at, mask=valid, other=0)
+        of_expert = tl.load(bias_ids + routed) * NEURONS + neuron
+        up += tl.load(up_bias + of_expert, mask=valid, other=0)
         if not UP:
-            gate += tl.load(gate_bias + at, mask=valid, other=0)
+            gate += tl.load(gate_bias + of_expert, mask=valid, other=0)
     if UP:
         value = tl.abs(up)
     else:
         value = tl.abs(gated(gate, up, alpha, limit, KIND) * tl.load(weight + routed))
-    tl.store(scores + at, value, mask=valid)
+    tl.store(scores + routed * NEURONS + neuron, value, mask=valid)
     if COUNTED:
         tl.atomic_add(histogram + token * BINS + (value.to(tl.int32, bitcast=True) >> BIN_SHIFT), 1, mask=valid,
                       sem="relaxed")
 
 
 def score(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout, gate: Gate,
-          gate_bias: Tensor | None = None, up_bias: Tensor | None = None, histogram: Tensor | None = None) -> Tensor:
+          bias: NeuronBias | None = None, histogram: Tensor | None = None) -> Tensor:
     """As kernels.score.score."""
     assert weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape == place.shape
     check_gate(gate)
-    return _launch(codes, scales, sketches, place, weight, layout, gate, gate_bias, up_bias, histogram, False)
+    return _launch(codes, scales, sketches, place, weight, layout, gate, bias, histogram, False)
 
 
 def score_up(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, layout: Layout,
-             up_bias: Tensor | None = None) -> Tensor:
+             bias: NeuronBias | None = None) -> Tensor:
     """As kernels.score.score_up."""
-    return _launch(codes, scales, sketches, place, scales, layout, Gate(), None, up_bias, None, True)
+    return _launch(codes, scales, sketches, place, scales, layout, Gate(), bias, None, True)
 
 
 def _launch(codes: Tensor, scales: Tensor, sketches: Tensor, place: Tensor, weight: Tensor, layout: Layout, gate: Gate,
-            gate_bias: Tensor | None, up_bias: Tensor | None, histogram: Tensor | None, up_only: bool) -> Tensor:
+            bias: NeuronBias | None, histogram: Tensor | None, up_only: bool) -> Tensor:
     n_tokens, n_routed = place.shape
     assert codes.dtype == torch.int8 and codes.shape == (n_tokens, layout.padded) and codes.is_contiguous()
     assert scales.dtype == torch.float32 and scales.shape == (n_tokens, layout.groups) and scales.is_contiguous()
     assert place.dtype in (torch.int32, torch.int64) and place.is_contiguous() and sketches.dim() == 2
-    for bias in (gate_bias, up_bias):
-        assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     assert histogram is None or (histogram.dtype == torch.int32 and histogram.shape == (n_tokens, BINS))
     scores = torch.empty(n_tokens, n_routed * layout.neurons, dtype=torch.float32, device=codes.device)
     _score[(triton.cdiv(layout.neurons, ROWS), n_tokens * n_routed)](
-        codes.view(torch.int32), scales, words_of(sketches), place, weight, scores if gate_bias is None else gate_bias,
-        scores if up_bias is None else up_bias, scores, place if histogram is None else histogram, n_routed,
-        sketches.stride(0) // 16, float(gate.alpha), float(gate.limit),
+        codes.view(torch.int32), scales, words_of(sketches), place, weight,
+        *bias_tables(bias, place.shape, layout.neurons, scores), scores, place if histogram is None else histogram,
+        n_routed, sketches.stride(0) // 16, float(gate.alpha), float(gate.limit),
         NEURONS=layout.neurons, PLANE=layout.plane2 // 4, ROW=layout.sketch_row // 4, GROUPS=layout.groups,
         WORDS=layout.group // 16, STEP=groups_at_once(layout.groups, 2048 // layout.group),
-        SCALES_AT=layout.sketch_scales_at // 4, KIND=kind_of(gate), BIASED=up_bias is not None, UP=up_only,
+        SCALES_AT=layout.sketch_scales_at // 4, KIND=kind_of(gate), BIASED=bias is not None, UP=up_only,
         COUNTED=histogram is not None, BINS=BINS, ROWS=ROWS, num_warps=WARPS)
     return scores

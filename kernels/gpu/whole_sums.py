@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from kernels import dense
-from kernels.activation import KINDS, FixedPoint, Gate
+from kernels.activation import KINDS, FixedPoint, Gate, NeuronBias
 from kernels.gpu import apply as product
-from kernels.gpu.gate import NAN, kind_of
+from kernels.gpu.gate import NAN, bias_tables, biased, kind_of
 from kernels.gpu.planes import scale_offset, words_of
 from kernels.layout import Layout
 
@@ -52,8 +52,8 @@ def _gated(gate, up, alpha, limit, KIND: tl.constexpr):
 
 
 @triton.jit
-def _strict_products(high, low, x_scale, x_sum, blobs, place, gate_bias, up_bias, products, n_ranks, n_routed, blob16,
-                     alpha, limit, NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr,
+def _strict_products(high, low, x_scale, x_sum, blobs, place, gate_bias, up_bias, bias_ids, products, n_ranks, n_routed,
+                     blob16, alpha, limit, NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr,
                      RECORDS_AT: tl.constexpr, PLANE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
                      SCALES_AT: tl.constexpr, RECORD_SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr,
                      KIND: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr):
@@ -69,8 +69,7 @@ def _strict_products(high, low, x_scale, x_sum, blobs, place, gate_bias, up_bias
                             x_scale + token * GROUPS, x_sum + token * GROUPS, PLANE, GROUPS, WORDS, 1, SCALES_AT,
                             RECORD_SCALES_AT, REFINE_AT, ROWS)
     if BIASED:
-        gate += tl.load(gate_bias + token * n_ranks + rank, mask=there, other=0)
-        up += tl.load(up_bias + token * n_ranks + rank, mask=there, other=0)
+        gate, up = biased(gate, up, gate_bias, up_bias, bias_ids + token * n_routed, rank, there, NEURONS)
     tl.store(products + token * n_ranks + rank, _gated(gate, up, alpha, limit, KIND), mask=there)
 
 
@@ -134,7 +133,7 @@ def _down_sums(products, blobs, place, out, n_ranks, n_routed, blob16, NEURONS: 
 
 
 def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
-               gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+               bias: NeuronBias | None = None) -> Tensor:
     """As kernels.dense.whole_sums."""
     assert gate.kind in dense.STRICT and place.is_contiguous() and blobs.shape[1] >= layout.blob_bytes, gate.kind
     (n_tokens, n_routed), device = place.shape, blobs.device
@@ -146,10 +145,10 @@ def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate
              "RECORD_SCALES_AT": layout.record_scales_at // 4, "enable_fp_fusion": False}
     _strict_products[(triton.cdiv(n_ranks, product.PRODUCT_ROWS), n_tokens)](
         x.high.view(torch.int32), x.low.view(torch.int32), x.scale, x.sums, words, place,
-        products if gate_bias is None else gate_bias, products if up_bias is None else up_bias, products,
+        *bias_tables(bias, place.shape, layout.neurons, products), products,
         alpha=float(gate.alpha), limit=float(gate.limit), ROW=layout.sketch_row // 4, PLANE=layout.plane2 // 4,
         WORDS=layout.group // 16, SCALES_AT=layout.sketch_scales_at // 4, REFINE_AT=layout.refine_at // 4,
-        KIND=kind_of(gate), BIASED=gate_bias is not None, ROWS=product.PRODUCT_ROWS, num_warps=4, **sizes)
+        KIND=kind_of(gate), BIASED=bias is not None, ROWS=product.PRODUCT_ROWS, num_warps=4, **sizes)
     _down_sums[(layout.padded // product.DOWN_CODES, n_routed, n_tokens)](
         products, words, place, out, WORDS4=layout.group // 8, STEP=product.DOWN_CODES // layout.group,
         ROWS=product.DOWN_ROWS, num_warps=8, **sizes)

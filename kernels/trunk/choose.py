@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from kernels.activation import quantize
 from kernels.dispatch import twin
@@ -53,4 +52,4 @@ def choose(x: Tensor, entrance: Entrance, layout: Layout | None = None, given: T
     ids, shares = route(found[:, :n_experts], choice)
     if layout is None:
         return rest, normed, ids, shares
-    return rest, normed, ids, shares, *quantize(F.pad(normed, (0, layout.padded - x.shape[1])), layout.group)
+    return rest, normed, ids, shares, *quantize(normed, layout.group, layout.padded)

@@ -11,7 +11,7 @@ from kernels.gpu import select as gpu_select
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import REFINED, histogram_of, select, select_above
-from tests.support.random_experts import SEEDS, random_blobs, random_shape
+from tests.support.random_experts import SEEDS, random_bias, random_blobs, random_shape
 
 # H, I, k, T
 SHAPES = [(256, 100, 2, 4), (2880, 33, 1, 1)]
@@ -42,15 +42,15 @@ def test_score(hidden, neurons, k, n_tokens, biased):
     x = torch.randn(n_tokens, layout.padded, generator=generator)
     codes, scales = quantize_activation.reference(x, layout.group)
     weight = torch.rand(n_tokens, k, generator=generator)
-    bias = torch.randn(2, n_tokens, k, neurons, generator=generator) if biased else (None, None)
+    bias = random_bias((n_tokens, k), neurons, generator, biased)
     gate = Gate("clamped_swiglu") if biased else Gate("silu")
-    expected = score.reference(codes, scales, sketches, place, weight, layout, gate, *bias)
+    expected = score.reference(codes, scales, sketches, place, weight, layout, gate, bias)
     counts = torch.zeros(n_tokens, 4096, dtype=torch.int32)
-    found = gpu_score.score(codes, scales, sketches, place, weight, layout, gate, *bias, counts)
+    found = gpu_score.score(codes, scales, sketches, place, weight, layout, gate, bias, counts)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
     assert torch.equal(counts, histogram_of(found))
-    torch.testing.assert_close(gpu_score.score_up(codes, scales, sketches, place, layout, bias[1]),
-                               score_up.reference(codes, scales, sketches, place, layout, bias[1]),
+    torch.testing.assert_close(gpu_score.score_up(codes, scales, sketches, place, layout, bias),
+                               score_up.reference(codes, scales, sketches, place, layout, bias),
                                rtol=1e-4, atol=1e-4)
 
 
@@ -79,6 +79,17 @@ def test_quantized_activation_bit_for_bit(hidden, n_tokens, dtype):
             assert torch.equal(mine, theirs)
         for mine, theirs in zip(gpu_activation.quantize(x, group), quantize.reference(x, group), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("hidden, group", [(192, 64), (2880, 64), (2816, 128), (100, 128)])
+def test_what_is_narrower_than_the_experts_is_quantised_with_zeros_behind(hidden, group):
+    x, columns = torch.randn(3, hidden, generator=torch.Generator().manual_seed(hidden)), -(-hidden // 256) * 256
+    found = gpu_activation.quantize(x, group, columns)
+    for mine, theirs in zip(found, quantize.reference(x, group, columns), strict=True):
+        assert torch.equal(mine, theirs) and len(mine) == 3
+    assert found[0].shape == (3, columns) and not found[0][:, hidden:].any()
+    for mine, theirs in zip(gpu_activation.quantize_activation(x, group, columns), found, strict=False):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -8,7 +8,7 @@ from kernels.activation import KINDS, Gate
 from kernels.dense import dequantize, multiply_tile
 from kernels.gpu import grouped as gpu_grouped
 from kernels.layout import Layout, default_group_size
-from tests.support.random_experts import random_blobs
+from tests.support.random_experts import random_bias, random_blobs
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -52,8 +52,8 @@ def test_grouped(hidden, neurons, counts, biased, kind):
     layout, n_tokens = Layout(hidden, neurons, default_group_size(hidden)), 40
     blobs = random_blobs(len(counts), layout, draw)
     x = torch.randn(n_tokens, hidden, generator=draw) * torch.logspace(-2, 2, n_tokens)[:, None]
-    bias = torch.randn(2, len(counts), neurons, generator=draw) if biased else (None, None)
-    given = *routed(counts, n_tokens, draw), blobs, layout, Gate(kind), *bias
+    bias = random_bias((len(counts),), neurons, draw, biased)
+    given = *routed(counts, n_tokens, draw), blobs, layout, Gate(kind), bias
     expected, found = (run(x, *given) for run in (multiply_tile.reference, gpu_grouped.multiply_tile))
     assert found.shape == expected.shape == (sum(counts), hidden) and expected.isfinite().all()
     largest = expected.abs().amax(1, keepdim=True).clamp_min(1e-9)

@@ -16,7 +16,7 @@ from kernels.gpu import whole_sums as gpu_whole_sums
 from kernels.layout import Layout, default_group_size
 from kernels.select import DOWN_ONLY, FLOE, REFINED
 from kernels.weigh import Mixture
-from tests.support.random_experts import SEEDS, random_blobs, random_shape
+from tests.support.random_experts import SEEDS, random_bias, random_blobs, random_shape
 
 
 def random_case(seed: int) -> tuple[int, ...]:
@@ -81,10 +81,10 @@ def test_apply(hidden, neurons, k, n_tokens, n, biased):
     record_place = shuffled.argsort()[(expert * neurons + chosen.clamp_min(0) % neurons).long()].int()
     record_place[chosen < 0] = -1
     records = records_of(blobs, layout)[shuffled]
-    x = torch.randn(n_tokens, layout.padded, generator=generator)
-    bias = torch.randn(2, n_tokens, k, neurons, generator=generator) if biased else ()
+    x = torch.randn(n_tokens, hidden, generator=generator)
+    bias = random_bias((n_tokens, k), neurons, generator, biased)
     gate = Gate("clamped_swiglu") if biased else Gate("silu")
-    arguments = (x, blobs, place, records, record_place, chosen, fidelity, layout, gate, *bias)
+    arguments = (x, blobs, place, records, record_place, chosen, fidelity, layout, gate, bias)
     expected = apply.reference(*arguments)
     found = gpu_apply.apply(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
@@ -103,7 +103,7 @@ def test_what_becomes_of_the_sums(monkeypatch, biased, added, ranks):
     mixture = Mixture(torch.rand(2, 2, generator=generator), 192,
                       torch.randn(2, 192, generator=generator) if added else None,
                       *((torch.randn(5, 192, generator=generator), torch.tensor([[4, 0], [1, 4]])) if biased else ()))
-    rest = layout, Gate(), None, None, mixture
+    rest = layout, Gate(), None, mixture
     chosen = every, torch.full_like(every, REFINED, dtype=torch.int8)
     expected = dense.reference(x, blobs, place, *rest)
     for found in (gpu_apply.dense(x, blobs, place, *rest),
@@ -132,10 +132,10 @@ def test_dense(monkeypatch, hidden, neurons, k, n_tokens, biased, kind):
     layout = Layout(hidden, neurons, default_group_size(hidden))
     blobs = random_blobs(3, layout, generator)
     place = torch.randint(0, 3, (n_tokens, k), generator=generator).int()
-    x = torch.randn(n_tokens, layout.padded, generator=generator)
-    bias = torch.randn(2, n_tokens, k, neurons, generator=generator) if biased else ()
-    expected = dense.reference(x, blobs, place, layout, Gate(kind), *bias)
-    found = gpu_apply.dense(x, blobs, place, layout, Gate(kind), *bias)
+    x = torch.randn(n_tokens, hidden, generator=generator)
+    bias = random_bias((n_tokens, k), neurons, generator, biased)
+    expected = dense.reference(x, blobs, place, layout, Gate(kind), bias)
+    found = gpu_apply.dense(x, blobs, place, layout, Gate(kind), bias)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
 
 
@@ -157,16 +157,16 @@ def test_whole_sums_are_the_same_bits_wherever_they_are_computed(hidden, neurons
     """Reference, processor and card; whatever is computed beside, in whatever parts of the layer."""
     generator, layout = torch.Generator().manual_seed(neurons), Layout(hidden, neurons, default_group_size(hidden))
     blobs, place = random_blobs(4, layout, generator), torch.tensor([[2, 0, 3], [1, 2, 0]], dtype=torch.int32)
-    x = torch.nn.functional.pad(torch.randn(2, hidden, generator=generator) * 3, (0, layout.padded - hidden))
-    bias = tuple(torch.randn(2, 2, 3, neurons, generator=generator)) if biased else ()
-    gate, fixed = Gate(kind), FixedPoint(*quantize.reference(x, layout.group)[2:])
-    expected = whole_sums.reference(fixed, blobs, place, layout, gate, *bias)
+    x, bias = torch.randn(2, hidden, generator=generator) * 3, random_bias((2, 3), neurons, generator, biased)
+    gate, fixed = Gate(kind), FixedPoint(*quantize.reference(x, layout.group, layout.padded)[2:])
+    expected = whole_sums.reference(fixed, blobs, place, layout, gate, bias)
     for run in (gpu_whole_sums.whole_sums, cpu_apply.whole_sums):
-        assert torch.equal(run(fixed, blobs, place, layout, gate, *bias), expected), run
+        assert torch.equal(run(fixed, blobs, place, layout, gate, bias), expected), run
         for part in ([0, 2], [1]):
-            given = (values[:, part].contiguous() for values in (place, *bias))
-            assert torch.equal(run(fixed, blobs, next(given), layout, gate, *given), expected[:, part]), (run, part)
-    plain = dense.reference(x, blobs, place, layout, gate, *bias)
+            own = bias and bias._replace(ids=bias.ids[:, part].contiguous())
+            found = run(fixed, blobs, place[:, part].contiguous(), layout, gate, own)
+            assert torch.equal(found, expected[:, part]), (run, part)
+    plain = dense.reference(x, blobs, place, layout, gate, bias)
     torch.testing.assert_close(from_sums(expected), plain, rtol=1e-3, atol=2e-4 * float(plain.abs().max()))
 
 

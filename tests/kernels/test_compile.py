@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which this platform's package index may not have")
 
-from kernels.activation import FixedPoint, Gate
+from kernels.activation import FixedPoint, Gate, NeuronBias
 from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
 from kernels.gpu import evict as gpu_evict
@@ -69,10 +69,10 @@ def layout_of(hidden: int) -> Layout:
 
 def score_call(hidden: int, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 8
-    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    bias = bias_of(1, k) if biased else None
     return lambda: gpu_score.score(torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups),
                                       bytes_(9, layout.sketch_bytes), integers(1, k), torch.zeros(1, k), layout,
-                                      Gate("clamped_swiglu" if biased else "silu"), *bias,
+                                      Gate("clamped_swiglu" if biased else "silu"), bias,
                                       histogram=integers(1, 4096))
 
 
@@ -82,6 +82,11 @@ def score_up_call(hidden: int) -> Callable:
                                          bytes_(9, layout.sketch_bytes), integers(1, 8), layout)
 
 
+def bias_of(*picks: int, neurons: int = 512) -> NeuronBias:
+    """As a step gives it: ids are the router's int64."""
+    return NeuronBias(*torch.zeros(2, 32, neurons), integers(*picks).long())
+
+
 def mixture_of(k: int, hidden: int, biased: bool) -> Mixture:
     bias = (torch.zeros(32, hidden), integers(1, k).long()) if biased else ()
     return Mixture(torch.zeros(1, k), hidden, torch.zeros(1, hidden), *bias)
@@ -89,29 +94,29 @@ def mixture_of(k: int, hidden: int, biased: bool) -> Mixture:
 
 def apply_call(hidden: int, n: int = 1229, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 4
-    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
-    return lambda: gpu_apply.apply(torch.zeros(1, layout.padded), bytes_(9, layout.sketch_bytes), integers(1, k),
+    bias = bias_of(1, k) if biased else None
+    return lambda: gpu_apply.apply(torch.zeros(1, hidden), bytes_(9, layout.sketch_bytes), integers(1, k),
                                       bytes_(9, layout.record), integers(1, n), integers(1, n),
                                       integers(1, n).to(torch.int8), layout,
-                                      Gate("clamped_swiglu" if biased else "silu"), *(bias or (None, None)),
+                                      Gate("clamped_swiglu" if biased else "silu"), bias,
                                       mixture_of(k, hidden, biased))
 
 
 def dense_call(hidden: int, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 8
-    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
-    return lambda: gpu_apply.dense(torch.zeros(1, layout.padded), bytes_(2, layout.blob_bytes), integers(1, k),
+    bias = bias_of(1, k) if biased else None
+    return lambda: gpu_apply.dense(torch.zeros(1, hidden), bytes_(2, layout.blob_bytes), integers(1, k),
                                       layout, Gate("clamped_swiglu" if biased else "gelu_tanh"),
-                                      *(bias or (None, None)), mixture_of(k, hidden, biased))
+                                      bias, mixture_of(k, hidden, biased))
 
 
 def whole_sums_call(hidden: int, biased: bool = False) -> Callable:
     layout, k = layout_of(hidden), 8
-    bias = (torch.zeros(1, k, 512), torch.zeros(1, k, 512)) if biased else ()
+    bias = bias_of(1, k) if biased else None
     codes, scale = torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups)
     return lambda: gpu_whole_sums.whole_sums(FixedPoint(codes, codes, scale, scale), bytes_(2, layout.blob_bytes),
                                              integers(1, k), layout, Gate("clamped_swiglu" if biased else "silu"),
-                                             *bias)
+                                             bias)
 
 
 def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
@@ -123,9 +128,9 @@ def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
 def grouped_call(hidden: int, neurons: int, kind: str = "silu", biased: bool = False, n: int = 4,
                  dtype: torch.dtype = torch.bfloat16) -> Callable:
     layout = Layout(hidden, neurons, default_group_size(hidden))
-    bias = (torch.zeros(n, neurons), torch.zeros(n, neurons)) if biased else ()
+    bias = bias_of(n, neurons=neurons) if biased else None
     return lambda: gpu_grouped.multiply_tile(torch.zeros(40, hidden, dtype=dtype), torch.zeros(300, dtype=torch.int64),
-                                          integers(n), bytes_(n, layout.blob_bytes), layout, Gate(kind), *bias)
+                                          integers(n), bytes_(n, layout.blob_bytes), layout, Gate(kind), bias)
 
 
 def matrix(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,6 +265,7 @@ LINEAR_SHAPES = [(8192, 2048), (512, 2048), (2048, 512), (256, 2880), (4096, 281
 CALLS = {
     "quantize": lambda: gpu_activation.quantize_activation(torch.zeros(1, 2048), 128),
     "quantize for both": lambda: gpu_activation.quantize(torch.zeros(1, 2048), 128),
+    "quantize padded": lambda: gpu_activation.quantize(torch.zeros(1, 2880), 64, 3072),
     "score biased": score_call(2880, biased=True),
     "score up": score_up_call(2048),
     "select 4096": select_call(4096, True),

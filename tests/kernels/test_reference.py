@@ -31,7 +31,7 @@ from kernels.planes import (
 from kernels.pool import PINNED, new_pool, pin, take
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, FLOE, REFINED, histogram_of, select, select_above
-from tests.support.random_experts import blob_of, random_blobs, random_expert
+from tests.support.random_experts import blob_of, random_bias, random_blobs, random_expert
 
 LAYOUTS = [Layout(256, 5, 128), Layout(320, 3, 64), Layout(2880, 4, 64), Layout(2048, 3, 128)]
 
@@ -120,16 +120,17 @@ def test_score_is_the_dense_product_of_the_sketch(kind):
     codes, scales = quantize_activation(torch.randn(2, 256, generator=seeded(9)), 128)
     x = codes.float() * scales.repeat_interleave(128, dim=1)
     place, weight = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32), torch.rand(2, 2, generator=seeded(8))
-    bias = torch.randn(2, 2, 2, 7, generator=seeded(7))
+    bias = random_bias((2, 2), 7, seeded(7))
     histogram = torch.zeros(2, BINS, dtype=torch.int32)
-    found = score(codes, scales, blobs, place, weight, layout, Gate(kind), *bias, histogram)
+    found = score(codes, scales, blobs, place, weight, layout, Gate(kind), bias, histogram)
     for t in range(2):
         for j in range(2):
             gate, up, _ = experts[int(place[t, j])]
-            g, u = (values(m.codes >> 2, m.coarse, 128) @ x[t] + b[t, j] for m, b in zip((gate, up), bias, strict=True))
+            g, u = (values(m.codes >> 2, m.coarse, 128) @ x[t] + b[bias.ids[t, j]]
+                    for m, b in zip((gate, up), bias[:2], strict=True))
             torch.testing.assert_close(found.view(2, 2, 7)[t, j], Gate(kind)(g, u).abs() * weight[t, j],
                                        rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(score_up(codes, scales, blobs, place, layout, bias[1]).view(2, 2, 7)[t, j],
+            torch.testing.assert_close(score_up(codes, scales, blobs, place, layout, bias).view(2, 2, 7)[t, j],
                                        u.abs(), rtol=1e-4, atol=1e-5)
     assert torch.equal(histogram, histogram_of(found)) and histogram.sum() == found.numel()
 
@@ -180,23 +181,25 @@ def test_apply_is_the_masked_dense_product(layout, biased):
     experts = [random_expert(layout, seeded(i)) for i in range(3)]
     blobs = torch.stack([blob_of(*expert, layout) for expert in experts])
     place = torch.tensor([[2, 0]], dtype=torch.int32)
-    x = torch.randn(1, layout.padded, generator=seeded(5))
-    bias = torch.randn(2, 1, 2, layout.neurons, generator=seeded(6)) if biased else torch.zeros(2, 1, 2, layout.neurons)
+    x = torch.randn(1, layout.hidden, generator=seeded(5))
+    bias = random_bias((1, 2), layout.neurons, seeded(6), biased)
     gate = Gate("clamped_swiglu") if biased else Gate()
     chosen = torch.tensor([[0, 2, layout.neurons, layout.neurons + 1, -1]], dtype=torch.int32)
     fidelity = torch.tensor([[REFINED, DOWN_ONLY, FLOE, REFINED, 0]], dtype=torch.int8)
     records = blobs[:, layout.sketch_bytes:].reshape(-1, layout.record)
     where = torch.tensor([[int(place[0, i // layout.neurons]) * layout.neurons + i % layout.neurons if i >= 0 else -1
                            for i in chosen[0].tolist()]], dtype=torch.int32)
-    found = apply(x, blobs, place, records, where, chosen, fidelity, layout, gate, *(bias if biased else ()))
+    found = apply(x, blobs, place, records, where, chosen, fidelity, layout, gate, bias)
     expected = torch.zeros(2, layout.padded)
     for index, kind in zip(chosen[0].tolist(), fidelity[0].tolist(), strict=True):
         if index < 0:
             continue
         e, n = index // layout.neurons, index % layout.neurons
         gates, ups, downs = experts[int(place[0, e])]
-        g = row_at(gates, n, kind != DOWN_ONLY, layout) @ x[0] + bias[0, 0, e, n]
-        u = row_at(ups, n, kind == REFINED, layout) @ x[0] + bias[1, 0, e, n]
+        g = row_at(gates, n, kind != DOWN_ONLY, layout)[:layout.hidden] @ x[0]
+        u = row_at(ups, n, kind == REFINED, layout)[:layout.hidden] @ x[0]
+        if biased:
+            g, u = (product + table[bias.ids[0, e], n] for product, table in zip((g, u), bias[:2], strict=True))
         expected[e] += gate(g, u) * values(downs.codes, downs.fine, layout.group)[n]
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
 

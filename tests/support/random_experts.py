@@ -5,6 +5,7 @@ import random
 
 import torch
 
+from kernels.activation import NeuronBias
 from kernels.layout import Layout
 from kernels.planes import Nested, record_rows, sketch_rows
 from kernels.trunk.delta import Mixer
@@ -46,6 +47,14 @@ def blob_of(gate: Nested, up: Nested, down: Nested, layout: Layout) -> Tensor:
 def random_blobs(n: int, layout: Layout, generator: torch.Generator) -> Tensor:
     """uint8 [n, blob_bytes]."""
     return torch.stack([blob_of(*random_expert(layout, generator), layout) for _ in range(n)])
+
+
+def random_bias(picks: tuple[int, ...], neurons: int, generator: torch.Generator, is_there: bool = True,
+                ) -> NeuronBias | None:
+    """Of picks out of five experts."""
+    if not is_there:
+        return None
+    return NeuronBias(*torch.randn(2, 5, neurons, generator=generator), torch.randint(5, picks, generator=generator))
 
 
 def random_matrix(rows: int, columns: int, bits: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from engine.bench.blobs import random_blobs, random_matrix
 from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
-from kernels.activation import FixedPoint, Gate, quantize, quantize_activation
+from kernels.activation import FixedPoint, Gate, NeuronBias, quantize, quantize_activation
 from kernels.apply import apply
 from kernels.dense import dense, dequantize, multiply_tile, whole_sums
 from kernels.layout import Layout, default_group_size
@@ -74,14 +75,11 @@ class Case:
         shape, draw = self.shape, torch.Generator().manual_seed(self.n_tokens)
         layout, n_experts, k = shape.layout, shape.top_k + 1, shape.top_k
         self.layout, self.gate = layout, Gate(shape.kind)
-        x = torch.randn(self.n_tokens, layout.padded, generator=draw)
-        x[:, layout.hidden:] = 0
+        x = torch.randn(self.n_tokens, layout.hidden, generator=draw)
         place = torch.stack([torch.randperm(n_experts, generator=draw)[:k] for _ in range(self.n_tokens)]).int()
-        bias = 0.1 * torch.randn(2, self.n_tokens, k, shape.neurons, generator=draw)
-        self.x, self.place, self.blobs = x.to(self.device), place.to(self.device), random_blobs(
-            layout, n_experts).to(self.device)
-        self.weight = torch.rand(self.n_tokens, k, generator=draw).to(self.device)
-        self.bias = tuple(bias.to(self.device)) if shape.biased else (None, None)
+        made = x, place, random_blobs(layout, n_experts), torch.rand(place.shape, generator=draw)
+        self.x, self.place, self.blobs, self.weight = _there(made, self.device)
+        self.bias = _there(_bias(place.shape, shape, draw), self.device)
         self.n_total, self.n_refined = (int(share * k * shape.neurons) for share in (TOTAL, REFINED_SHARE))
 
     def call(self, function: Callable, *given):
@@ -95,10 +93,10 @@ class Case:
 
     def scored(self) -> tuple[tuple, Tensor, Tensor]:
         """What `score` is given, its scores, and the histogram that it counted."""
-        codes, scales = quantize_activation.reference(self.x.cpu(), self.layout.group)
+        codes, scales = quantize_activation.reference(self.x.cpu(), self.layout.group, self.layout.padded)
         histogram = torch.zeros(self.n_tokens, BINS, dtype=torch.int32, device=self.device)
         given = (codes.to(self.device), scales.to(self.device), self.blobs, self.place, self.weight, self.layout,
-                 self.gate, *self.bias)
+                 self.gate, self.bias)
         return given, self.call(score, *given, histogram), histogram
 
     def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,8 +109,14 @@ class Case:
         return neurons.int().to(self.device), fidelity.to(self.device), where.int().to(self.device)
 
 
-def on_cpu(given: Iterable) -> list:
-    return [value.cpu() if isinstance(value, Tensor) else value for value in given]
+def _bias(picks: tuple[int, ...], shape: KernelShape, draw: torch.Generator) -> NeuronBias | None:
+    """Of picks out of nine experts, where the model has them."""
+    tables = 0.1 * torch.randn(2, 9, shape.neurons, generator=draw)
+    return NeuronBias(*tables, torch.randint(9, picks, generator=draw)) if shape.biased else None
+
+
+def on_cpu(given: tuple) -> tuple:
+    return _there(given, "cpu")
 
 
 # --- a function each -> (found, expected, share of the largest value that they may differ by; 0: the same bits) -------
@@ -120,12 +124,12 @@ Compared = tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]
 
 
 def _quantize(case: Case) -> Compared:
-    given = (case.x, case.layout.group)
+    given = (case.x, case.layout.group, case.layout.padded)
     return case.call(quantize_activation, *given), quantize_activation.reference(*on_cpu(given)), 0.0
 
 
 def _quantize_both(case: Case) -> Compared:
-    given = (case.x, case.layout.group)
+    given = (case.x, case.layout.group, case.layout.padded)
     return case.call(quantize, *given), quantize.reference(*on_cpu(given)), 0.0
 
 
@@ -140,7 +144,7 @@ def _histogram(case: Case) -> Compared:
 
 
 def _score_up(case: Case) -> Compared:
-    given = (*case.scored()[0][:4], case.layout, case.bias[1])
+    given = (*case.scored()[0][:4], case.layout, case.bias)
     return (case.call(score_up, *given),), (score_up.reference(*on_cpu(given)),), VALUES
 
 
@@ -160,9 +164,9 @@ def _select_above(case: Case) -> Compared:
 
 
 def _apply(case: Case) -> Compared:
-    neurons, fidelity, where = case.chosen()
-    records = case.blobs[:, case.layout.sketch_bytes:].reshape(-1, case.layout.record)
-    given = (case.x, case.blobs, case.place, records, where, neurons, fidelity, case.layout, case.gate, *case.bias)
+    (neurons, fidelity, where), layout = case.chosen(), case.layout
+    records = case.blobs[:, layout.sketch_bytes:].reshape(-1, layout.record)
+    given = (case.x, case.blobs, case.place, records, where, neurons, fidelity, layout, case.gate, case.bias)
     return (case.call(apply, *given),), (apply.reference(*on_cpu(given)),), VALUES
 
 
@@ -172,30 +176,28 @@ def _mixed(case: Case) -> Compared:
     residual = torch.randn(case.n_tokens, shape.hidden, generator=draw)
     bias = (torch.randn(shape.top_k, shape.hidden, generator=draw), torch.arange(shape.top_k).repeat(case.n_tokens, 1))
     mixture = Mixture(case.weight.cpu(), shape.hidden, residual, *(bias if shape.biased else ()))
-    given = (case.x, case.blobs, case.place, case.layout, case.gate, *case.bias)
-    there = Mixture(*_there(tuple(mixture), case.device))
-    return (case.call(dense, *given, there),), (dense.reference(*on_cpu(given), mixture),), VALUES
+    given = (case.x, case.blobs, case.place, case.layout, case.gate, case.bias, _there(mixture, case.device))
+    return (case.call(dense, *given),), (dense.reference(*on_cpu(given)),), VALUES
 
 
 def _dense(case: Case) -> Compared:
-    given = (case.x, case.blobs, case.place, case.layout, case.gate, *case.bias)
+    given = (case.x, case.blobs, case.place, case.layout, case.gate, case.bias)
     return (case.call(dense, *given),), (dense.reference(*on_cpu(given)),), VALUES
 
 
 def _whole_sums(case: Case) -> Compared:
     """Not nearly: the same bits."""
-    x, given = quantize(case.x, case.layout.group)[2:], (case.blobs, case.place, case.layout, case.gate, *case.bias)
-    expected = whole_sums.reference(FixedPoint(*on_cpu(x)), *on_cpu(given))
-    return (case.call(whole_sums, FixedPoint(*x), *given),), (expected,), 0.0
+    fixed = FixedPoint(*quantize(case.x, case.layout.group, case.layout.padded)[2:])
+    given = (fixed, case.blobs, case.place, case.layout, case.gate, case.bias)
+    return (case.call(whole_sums, *given),), (whole_sums.reference(*on_cpu(given)),), 0.0
 
 
 def _dense_of_nan(case: Case) -> Compared:
     """What is no number must not become one: the token that has it ends as not numbers, the others stay."""
     x = case.x.clone()
     x[0, 3] = float("nan")
-    found = case.call(dense, x, case.blobs, case.place, case.layout, case.gate, *case.bias).isfinite()
-    expected = torch.ones(found.shape, dtype=torch.bool)
-    expected[0] = False
+    found = case.call(dense, x, case.blobs, case.place, case.layout, case.gate, case.bias).isfinite()
+    expected = (torch.arange(len(found)) > 0)[:, None, None].expand(found.shape)
     return (found,), (expected,), 0.0
 
 
@@ -216,9 +218,8 @@ def _multiply_tile(case: Case) -> Compared:
     draw, shape = torch.Generator().manual_seed(23), case.shape
     ends = torch.tensor([0, 1, 18, 130], dtype=torch.int32)[:len(case.blobs)]
     n, tokens = len(ends), torch.randint(0, 70, (int(ends[-1]),), generator=draw)
-    bias = (0.1 * torch.randn(2, n, shape.neurons, generator=draw)) if shape.biased else (None, None)
     given = (torch.randn(70, shape.hidden, generator=draw), tokens, ends, case.blobs[:n].cpu(), case.layout, case.gate,
-             *bias)
+             _bias((n,), shape, draw))
     return (case.call(multiply_tile, *_there(given, case.device)),), (multiply_tile.reference(*given),), SIXTEEN_BITS
 
 
@@ -231,8 +232,7 @@ def _matrices(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _linear(case: Case) -> Compared:
-    x = case.x[:, :case.shape.hidden].contiguous()
-    given = [(x, *matrix) for matrix in _matrices(case)]
+    given = [(case.x, *matrix) for matrix in _matrices(case)]
     return (tuple(case.call(linear, *each) for each in given),
             tuple(linear.reference(*on_cpu(each)) for each in given), VALUES)
 
@@ -250,7 +250,7 @@ def _dequantize_rows(case: Case) -> Compared:
 
 def _linears(case: Case) -> Compared:
     """Queries, keys and values behind a norm in one launch, a router's plain numbers, and what is added."""
-    x, draw = case.x[:, :case.shape.hidden].contiguous(), torch.Generator().manual_seed(5)
+    x, draw = case.x, torch.Generator().manual_seed(5)
     coded = tuple((*random_matrix(n_rows, case.shape.hidden, 4, draw), None) for n_rows in (128, 32, 32))
     plain = ((torch.randn(8, case.shape.hidden, generator=draw).bfloat16(), None, torch.ones(8)),)
     made = []
@@ -265,7 +265,7 @@ def _linears(case: Case) -> Compared:
 def _best_rows(case: Case) -> Compared:
     """Of a head in two planes all rows, and the best 20, told by a number and by a tensor."""
     codes, scales = random_matrix(512, case.shape.hidden, 8, torch.Generator().manual_seed(13))
-    head, x = Matrices(((split(codes), scales, None),)), case.x[:1, :case.shape.hidden].contiguous()
+    head, x = Matrices(((split(codes), scales, None),)), case.x[:1]
     there, found, expected = Matrices(_there(head.parts, case.device)), [], []
     for n_best in (0, 20, torch.tensor([20])):
         made = case.call(best_rows, x, there, _there(n_best, case.device)), best_rows.reference(x.cpu(), head, n_best)
@@ -274,7 +274,7 @@ def _best_rows(case: Case) -> Compared:
     return tuple(found), tuple(expected), VALUES
 
 
-def _there(parts: tuple, device: str) -> tuple:
+def _there(parts: Any, device: str) -> Any:
     """The same with its tensors on the device."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, parts)
 

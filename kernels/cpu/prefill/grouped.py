@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numba import carray, float32, int64, njit
 
-from kernels.activation import KINDS, Gate
+from kernels.activation import KINDS, Gate, NeuronBias
 from kernels.cpu.activation import blocks16
 from kernels.cpu.apply import AHEAD, PIECE, SIZES
 from kernels.cpu.dots import DOTS
 from kernels.cpu.down import NEURONS, TILE, rows_into_words, weigh_rows, weights_bytes, words_times
-from kernels.cpu.gate import gated, kind_of
+from kernels.cpu.gate import BIAS, bias_fields, biases_of, gated, kind_of
 from kernels.cpu.rows import CODES, LINE, add_lines, ask_for, fine_tokens
 from kernels.cpu.threads import address, claim, fields, pointer, run, task
 from kernels.cpu.vectors import LANES
@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 TOGETHER = 32                           # tokens: their activations and sums stay in the second cache
 AT_ONCE = 8 if DOTS.parts == 1 else 4   # tokens that share a code's register: as many sums as there are registers for
 LINES = 2 * LANES * LINE                # bytes: gate's and up's lines of 16 neurons, of one token
-RECORD = fields(" ".join(SIZES) + " neurons items x x_bytes kind gate_bias up_bias weights_bytes out",
+RECORD = fields(" ".join(SIZES) + " neurons items x x_bytes kind weights_bytes out " + " ".join(BIAS),
                 floats="alpha limit")
 
 
@@ -58,8 +58,7 @@ def _lines(row, record, x, n, a, lines):
 def _products(blob, first, n_neurons, x, n_tokens, expert, a, lines, products):
     """gate(g, u) of up to 32 neurons from `first` on -> products float32 [tokens, 32]. Addresses but for numbers."""
     size = AT_ONCE if n_tokens >= AT_ONCE else 2 if n_tokens >= 2 else 1
-    gate_bias = carray(pointer(a.gate_bias + 4 * expert * a.neurons), a.neurons, float32)
-    up_bias = carray(pointer(a.up_bias + 4 * expert * a.neurons), a.neurons, float32)
+    gate_bias, up_bias = biases_of(a, expert, a.neurons)
     sums = lines + AT_ONCE * LINES
     g, u = carray(pointer(sums), LANES, float32), carray(pointer(sums + LINE), LANES, float32)
     for begin in range(0, n_tokens, size):
@@ -77,7 +76,7 @@ def _products(blob, first, n_neurons, x, n_tokens, expert, a, lines, products):
             for t in range(size):
                 add_lines(lines + t * LINES, sums)
                 add_lines(lines + t * LINES + LANES * LINE, sums + LINE)
-                if a.gate_bias:
+                if a.bias_ids:
                     for i in range(n):
                         g[i] += gate_bias[first + start + i]
                         u[i] += up_bias[first + start + i]
@@ -127,20 +126,20 @@ def _experts(table):
 
 
 def grouped(x: Tensor, blobs: list[Tensor], counts: list[int], layout: Layout, gate: Gate,
-            gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+            bias: NeuronBias | None = None) -> Tensor:
     """As kernels.dense.grouped."""
     if gate.kind not in KINDS:
         return NotImplemented
-    assert x.shape == (sum(counts), layout.padded), (x.shape, counts)
-    gate_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
-    blocks, out, first, items = blocks16(x, layout.group), torch.empty_like(x), 0, []
+    assert len(x) == sum(counts) and x.shape[1] in (layout.hidden, layout.padded), (x.shape, counts)
+    blocks, first, items = blocks16(x, layout.group, layout.padded), 0, []
+    out, (tables, addresses) = torch.empty(len(x), layout.padded), bias_fields(bias)
     for expert, (blob, count) in enumerate(zip(blobs, counts, strict=True)):
         items += [(address(blob), expert, first + at, min(TOGETHER, count - at)) for at in range(0, count, TOGETHER)]
         first += count
     table = np.array(items, np.int64).reshape(-1, 4)
     run(_experts, RECORD, len(table), len(table) * layout.blob_bytes,
         **{name: getattr(layout, name) for name in SIZES}, neurons=layout.neurons, items=table.ctypes.data,
-        x=address(blocks), x_bytes=blocks.stride(0), kind=kind_of(gate), gate_bias=address(gate_bias),
-        up_bias=address(up_bias), weights_bytes=weights_bytes(layout.groups), out=address(out), alpha=gate.alpha,
-        limit=gate.limit)
+        x=address(blocks), x_bytes=blocks.stride(0), kind=kind_of(gate), weights_bytes=weights_bytes(layout.groups),
+        out=address(out), alpha=gate.alpha, limit=gate.limit, **addresses)
+    del tables      # read until here
     return out

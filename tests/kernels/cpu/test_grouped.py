@@ -15,6 +15,7 @@ from kernels.cpu.prefill import grouped as cpu_grouped
 from kernels.dense import grouped
 from kernels.layout import Layout
 from tests.kernels.cpu.test_twins import LARGE, Case, cases, close, tries
+from tests.support.random_experts import random_bias
 
 Tensor = torch.Tensor
 counted = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -26,17 +27,17 @@ def made(case: Case, counts: list[int]) -> tuple[tuple, Tensor]:
     x = torch.randn(len(owner), case.layout.padded, generator=case.draw)
     x[:, case.layout.hidden:] = 0
     blobs = [case.blobs[i % len(case.blobs)] for i in range(len(counts))]
-    biases = torch.randn(2, len(counts), case.layout.neurons, generator=case.draw) if case.biased else ()
-    return (x, blobs, counts, case.layout, case.gate, *biases), owner
+    bias = random_bias((len(counts),), case.layout.neurons, case.draw, case.biased)
+    return (x, blobs, counts, case.layout, case.gate, bias), owner
 
 
 def check(case: Case, counts: list[int]) -> None:
     arguments, owner = made(case, counts)
-    x, blobs, _, layout, gate, *biases = arguments
+    x, blobs, _, layout, gate, bias = arguments
     found = cpu_grouped.grouped(*arguments)
     close(found, grouped.reference(*arguments), 2e-4)
     alone = cpu_apply.dense(x, torch.stack(blobs), owner[:, None].int(), layout, gate,
-                            *(bias[owner][:, None] for bias in biases))
+                            bias and bias._replace(ids=bias.ids[owner][:, None]))
     assert torch.equal(found, alone[:, 0])
 
 

@@ -21,7 +21,7 @@ from kernels.dense import dense
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
 from kernels.select import BINS, DOWN_ONLY, FLOE, REFINED, select, select_above
-from tests.support.random_experts import random_blobs
+from tests.support.random_experts import random_bias, random_blobs
 
 Tensor = torch.Tensor
 SMALL, LARGE = (64, 256, 320), (2048, 2816, 2880, 4096)     # hidden; 320 and 2880 are padded
@@ -44,11 +44,9 @@ class Case:
         self.blobs = random_blobs(self.routed + 1, self.layout, self.draw)
         self.place = torch.stack([torch.randperm(self.routed + 1, generator=self.draw)[:self.routed]
                                   for _ in range(self.tokens)]).int()
-        self.x = torch.randn(self.tokens, self.layout.padded, generator=self.draw)
-        self.x[:, self.layout.hidden:] = 0
+        self.x = torch.randn(self.tokens, self.layout.hidden, generator=self.draw)
         self.weight = torch.randn(self.tokens, self.routed, generator=self.draw)
-        shape = (2, self.tokens, self.routed, self.layout.neurons)
-        self.biases = tuple(torch.randn(shape, generator=self.draw)) if self.biased else ()
+        self.bias = random_bias((self.tokens, self.routed), self.layout.neurons, self.draw, self.biased)
 
     def choice(self, share: float) -> tuple[Tensor, ...]:
         """records, record_place, neurons and fidelity as `apply` takes them: records lie in any order, the last token
@@ -67,7 +65,7 @@ class Case:
         return records, where, neurons, fidelity
 
     def scored(self) -> tuple:
-        return (*quantize_activation.reference(self.x, self.layout.group), self.blobs, self.place)
+        return (*quantize_activation.reference(self.x, self.layout.group, self.layout.padded), self.blobs, self.place)
 
 
 @st.composite
@@ -97,9 +95,10 @@ def close(found: Tensor, expected: Tensor, of_largest: float) -> None:
 def test_codes_and_scales_bit_for_bit(tokens, groups, group, dtype, seed):
     x = torch.randn(tokens, groups * group, generator=torch.Generator().manual_seed(seed)).to(dtype)
     x[0, :group] = 0
-    for found, expected in zip(cpu_activation.quantize_activation(x, group), quantize_activation.reference(x, group),
-                               strict=True):
-        assert torch.equal(found, expected)
+    for columns in (None, (groups + 2) * group):
+        for found, expected in zip(cpu_activation.quantize_activation(x, group, columns),
+                                   quantize_activation.reference(x, group, columns), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -116,12 +115,12 @@ def test_what_is_no_number_has_no_scale(value):
 def check_scores(case: Case) -> None:
     given_ = case.scored()
     histograms = torch.zeros(2, case.tokens, BINS, dtype=torch.int32)
-    expected = score.reference(*given_, case.weight, case.layout, case.gate, *case.biases, histogram=histograms[0])
-    found = cpu_score.score(*given_, case.weight, case.layout, case.gate, *case.biases, histogram=histograms[1])
+    expected = score.reference(*given_, case.weight, case.layout, case.gate, case.bias, histogram=histograms[0])
+    found = cpu_score.score(*given_, case.weight, case.layout, case.gate, case.bias, histogram=histograms[1])
     close(found, expected, 1e-5)
     assert histograms.sum(-1).tolist() == [[expected.shape[1]] * case.tokens] * 2
-    up_bias = case.biases[1:]
-    close(cpu_score.score_up(*given_, case.layout, *up_bias), score_up.reference(*given_, case.layout, *up_bias), 1e-5)
+    given_ = *given_, case.layout, case.bias
+    close(cpu_score.score_up(*given_), score_up.reference(*given_), 1e-5)
 
 
 @tries
@@ -172,9 +171,9 @@ def test_everything_above_a_threshold(n, tokens, level, seed):
 # --- products ------------------------------------------------------------------------------------------------------
 
 def check_products(case: Case, share: float) -> None:
-    arguments = (case.x, case.blobs, case.place, case.layout, case.gate, *case.biases)
+    arguments = (case.x, case.blobs, case.place, case.layout, case.gate, case.bias)
     close(cpu_apply.dense(*arguments), dense.reference(*arguments), 2e-4)
-    arguments = (case.x, case.blobs, case.place, *case.choice(share), case.layout, case.gate, *case.biases)
+    arguments = (case.x, case.blobs, case.place, *case.choice(share), case.layout, case.gate, case.bias)
     close(cpu_apply.apply(*arguments), apply.reference(*arguments), 2e-4)
 
 
@@ -197,8 +196,8 @@ def test_what_is_no_number_stays_none(case, value, at, token):
     token %= case.tokens
     case.x[token, at] = value
     codes, scales, *rest = case.scored()
-    found = [cpu_score.score(codes, scales, *rest, case.weight, case.layout, case.gate, *case.biases),
-             cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, *case.biases).flatten(1)]
+    found = [cpu_score.score(codes, scales, *rest, case.weight, case.layout, case.gate, case.bias),
+             cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, case.bias).flatten(1)]
     for rows in found:
         broken = rows.isnan()
         assert broken[token].all() and broken.sum() == rows.shape[1]
@@ -222,7 +221,7 @@ def test_a_gate_that_only_python_knows_is_left_to_the_reference():
 def test_what_asks_for_gradients_is_computed_without():
     case = Case(Layout(256, 20, 128), 1, 2, Gate(), True, 0)
     case.x.requires_grad_()
-    found = cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, *case.biases)
+    found = cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, case.bias)
     codes, _ = cpu_activation.quantize_activation(case.x, 128)
     assert found.isfinite().all() and not found.requires_grad and codes.any()
 
@@ -235,10 +234,10 @@ def test_any_number_of_threads_makes_the_same_bits(share, monkeypatch):
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            found.append((cpu_score.score(*case.scored(), case.weight, case.layout, case.gate, *case.biases),
-                          cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, *case.biases),
+            found.append((cpu_score.score(*case.scored(), case.weight, case.layout, case.gate, case.bias),
+                          cpu_apply.dense(case.x, case.blobs, case.place, case.layout, case.gate, case.bias),
                           cpu_apply.apply(case.x, case.blobs, case.place, *chosen, case.layout, case.gate,
-                                          *case.biases)))
+                                          case.bias)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
