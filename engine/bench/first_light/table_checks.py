@@ -1,4 +1,5 @@
-"""Step 2: the tables of near memory and the choice of neurons, to the bit, over several tokens and at full sizes."""
+"""Step 2: the tables of near memory, the choice of neurons and what comes over the link, to the bit, over several
+tokens and at full sizes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -11,8 +12,8 @@ from engine.bench.rows import Row
 from kernels.evict import age
 from kernels.layout import Layout
 from kernels.pool import Pool, new_pool
-from kernels.resolve import Resolved, resolve_experts, resolve_neurons
-from kernels.select import histogram_of, select
+from kernels.resolve import Link, Resolved, choose_neurons, look_ahead, resolve_experts, resolve_neurons
+from kernels.select import BINS, histogram_of, select
 
 Tensor = torch.Tensor
 
@@ -42,6 +43,9 @@ def tables(sizes: Sizes | None = None, device: str = "cuda") -> Iterator[Row]:
     for n in sizes.scores:
         for kind in ("random", "ties"):
             yield compared("select", f"{n} {kind}", lambda n=n, kind=kind: _selected(n, kind, device))
+    for n in sizes.scores:
+        yield compared("choose_neurons", f"{n} scores", lambda n=n: _chosen(sizes, n, device))
+    yield compared("look_ahead", f"{sizes.experts} experts", lambda: _looked_ahead(sizes, device))
     yield compared("age", f"{sizes.slots} slots", lambda: _aged(sizes.slots, device))
 
 
@@ -106,6 +110,64 @@ def _selected(n: int, kind: str, device: str) -> Compared:
             found += select.on_gpu()(scores.to(device), *budget, max(1, n_total), histogram)
             expected += select.reference(scores, n_refined, n_total, max(1, n_total))
     return tuple(found), tuple(expected), 0.0
+
+
+@dataclass
+class _Linked:
+    """A side with near memory of n_slots, and `extra` rows more, and far memory that it may read."""
+
+    where: str
+    far: Tensor
+    n_slots: int
+    extra: int
+
+    def __post_init__(self) -> None:
+        self.pool = new_pool(self.far.shape[0] * self.far.shape[1], self.n_slots, self.where)
+        self.near = torch.zeros(self.n_slots + self.extra, self.far.shape[2], dtype=torch.uint8, device=self.where)
+        self.turn = torch.zeros(4, dtype=torch.int32, device=self.where)
+        self.counts = torch.zeros(5, dtype=torch.int64, device=self.where)
+        self.link = Link(self.far.pin_memory() if self.where == "cuda" else self.far, self.near, self.turn)
+
+    def now(self, clock: int) -> tuple[Tensor, Tensor, Tensor]:
+        """clock, counts, done of a kernel."""
+        return (torch.tensor([clock], dtype=torch.int32, device=self.where), self.counts,
+                torch.zeros((), dtype=torch.bool, device=self.where))
+
+    def tables(self) -> list[Tensor]:
+        return [*_listed_pool(self.pool), self.counts.clone(), self.turn.clone()]
+
+
+def _chosen(sizes: Sizes, n: int, device: str) -> Compared:
+    """What is chosen of n scores, where its records are, the bytes that came; no count and no turn stays."""
+    layout = Layout(sizes.layout.hidden, n // sizes.top_k, sizes.layout.group)
+    draw, kept = torch.Generator().manual_seed(n), max(1, 3 * n // 10)
+    far = torch.randint(0, 256, (sizes.top_k + 1, layout.neurons, layout.record), dtype=torch.uint8, generator=draw)
+    seen, sides = ([], []), [_Linked(where, far, n // 3, kept) for where in (device, "cpu")]
+    for clock in range(1, sizes.clocks + 1):
+        scores, ids = torch.rand(1, n, generator=draw) ** 4, torch.randperm(sizes.top_k + 1, generator=draw)
+        counted = torch.cat((histogram_of(scores), torch.zeros(2, BINS, dtype=torch.int32)))
+        for found, side, run in zip(seen, sides, (choose_neurons.on_gpu(), choose_neurons.reference), strict=True):
+            histogram, budget = counted.clone().to(side.where), torch.tensor([[kept // 2], [kept]]).int().to(side.where)
+            found += run(scores.to(side.where), *budget, kept, histogram, ids[None, :sizes.top_k].to(side.where),
+                         side.pool, 0, layout, *side.now(clock), side.link)
+            found += *side.tables(), histogram
+    return (*seen[0], sides[0].near), (*seen[1], sides[1].near), 0.0
+
+
+def _looked_ahead(sizes: Sizes, device: str) -> Compared:
+    """Sketches of the experts that a router would pick on the last row: some, as far as the bytes reach, none."""
+    draw, each = torch.Generator().manual_seed(29), sizes.layout.sketch_bytes
+    far = torch.randint(0, 256, (sizes.experts, 1, each), dtype=torch.uint8, generator=draw)
+    router = torch.randn(sizes.experts, sizes.layout.hidden, generator=draw)
+    seen, sides = ([], []), [_Linked(where, far, sizes.experts // 2, 0) for where in (device, "cpu")]
+    for clock in range(1, sizes.clocks + 1):
+        x = torch.randn(1 + clock % 2, sizes.layout.hidden, generator=draw)
+        for found, side, run in zip(seen, sides, (look_ahead.on_gpu(), look_ahead.reference), strict=True):
+            most = torch.tensor([each * (sizes.top_k, 2, 0)[clock % 3]], dtype=torch.int32, device=side.where)
+            found += _listed(run(x.to(side.where), router.to(side.where), sizes.top_k, side.pool, 0, each,
+                                 *side.now(clock), most, side.link))
+            found += side.tables()
+    return (*seen[0], sides[0].near), (*seen[1], sides[1].near), 0.0
 
 
 def _aged(n_slots: int, device: str) -> Compared:

@@ -67,7 +67,8 @@ def test_tables_and_choices_are_the_references_to_the_bit():
     sizes = "t.Sizes(Layout(256, 6, 128), experts=7, top_k=3, clocks=3, scores=(300,), slots=100)"
     rows = rows_of("-c", INTERPRETED.format(rows=f't.tables({sizes}, "cpu")'), TRITON_INTERPRET="1")
     assert verdicts(rows) == dict.fromkeys(
-        ("resolve and age, neurons", "resolve and age, experts", "select", "age"), {"works"}) and len(rows) == 11
+        ("resolve and age, neurons", "resolve and age, experts", "select", "choose_neurons", "look_ahead", "age"),
+        {"works"}) and len(rows) == 13
 
 
 @without_triton
