@@ -15,7 +15,7 @@ from kernels.gpu.fill import COPYING_WARPS, copied, copying
 from kernels.gpu.pool import EXPERTS, LARGEST_TILE, NEURONS, taken
 from kernels.gpu.select import LARGEST_TILE as TILE
 from kernels.gpu.select import count_lower, selected, selected_of_many, warps_of
-from kernels.gpu.turns import draw, finish, leave, publish, wait
+from kernels.gpu.turns import draw, finish, publish
 from kernels.layout import Layout
 from kernels.pool import Pool
 from kernels.resolve import Link, Resolved, new_resolved
@@ -68,10 +68,8 @@ def _look_ahead(x, router, logits, chosen, slot_of, object_of, stamp, held, ahea
                   True, TILE)
             publish(turn)
         piece = draw(turn)
-    wait(turn)
-    copied(far, source, near, place, have, need, misses, piece - pieces, tl.num_programs(0), far_expert16, far_object16,
-           near16, OBJECTS, CHUNKS, CHUNK, ENTRIES)
-    leave(turn)
+    copied(turn, far, source, near, place, have, need, misses, piece - pieces, far_expert16, far_object16, near16,
+           OBJECTS, CHUNKS, CHUNK, ENTRIES)
 
 
 def look_ahead(x: Tensor, router: Tensor, top_k: int, pool: Pool, first: int, n_bytes: int, clock: Tensor,
@@ -127,10 +125,8 @@ def _choose_neurons(scores, n_refined, n_total, histogram, neurons, fidelity, id
                   PREFIX, WHOLE, 1, False, True, LIST)
             publish(turn)
         piece = draw(turn)
-    wait(turn)
-    copied(far, source, near, place, have, need, misses, piece - pieces, tl.num_programs(0), far_expert16, far_object16,
-           near16, OBJECTS, CHUNKS, CHUNK, ENTRIES)
-    leave(turn)
+    copied(turn, far, source, near, place, have, need, misses, piece - pieces, far_expert16, far_object16, near16,
+           OBJECTS, CHUNKS, CHUNK, ENTRIES)
 
 
 def choose_neurons(scores: Tensor, n_refined: Tensor, n_total: Tensor, capacity: int, histogram: Tensor, ids: Tensor,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.planes import words_of
-from kernels.gpu.turns import WORDS
+from kernels.gpu.turns import WORDS, leave, wait
 from kernels.resolve import Link
 
 Tensor = torch.Tensor
@@ -42,11 +42,13 @@ def _fill(far, source, near, place, have, need, misses, n_entries, far_expert16,
 
 
 @triton.jit
-def copied(far, source, near, place, have, need, misses, first, step, far_expert16, far_object16, near16,
+def copied(turn, far, source, near, place, have, need, misses, first, far_expert16, far_object16, near16,
            OBJECTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr):
-    """Copies the misses that other blocks of this launch listed, ENTRIES at a time, each step-th from first on."""
+    """The last thing of every block: of the misses that one of them publishes, a share, ENTRIES at a time, the blocks
+    in turn from this one's `first` on."""
+    wait(turn)
     n = tl.load(misses, cache_modifier=".cg")
-    for work in range(first, tl.cdiv(n, ENTRIES) * CHUNKS, step):
+    for work in range(first, tl.cdiv(n, ENTRIES) * CHUNKS, tl.num_programs(0)):
         at = work // CHUNKS * ENTRIES + tl.arange(0, ENTRIES)
         entry = tl.load(misses + 1 + at, mask=at < n, other=-1, cache_modifier=".cg")
         there = entry >= 0
@@ -59,6 +61,7 @@ def copied(far, source, near, place, have, need, misses, first, step, far_expert
         wanted = (word >= low[:, None]) & (word < high[:, None])
         words = tl.load(far + (start * 4)[:, None] + word, mask=wanted, cache_modifier=".cg")
         tl.store(near + (to.to(tl.int64) * near16 * 4)[:, None] + word, words, mask=wanted)
+    leave(turn)
 
 
 def copying(link: Link | None, none: Tensor, warps: int) -> tuple[tuple, dict[str, int]]:

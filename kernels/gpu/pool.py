@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.gpu.fill import COPYING_WARPS, copied, copying
 from kernels.gpu.planes import device_value
-from kernels.gpu.turns import draw, leave, publish, wait
+from kernels.gpu.turns import draw, publish
 from kernels.layout import Layout
 from kernels.pool import Pool
 from kernels.resolve import Link, Resolved, new_resolved
@@ -144,12 +144,9 @@ def _take(wishes, bytes_of, fidelity, ids, slot_of, object_of, stamp, held, ahea
               PREFIX, WHOLE, ROWS, AHEAD, LISTED, TILE)
         if COPIES:
             publish(turn)
-    else:
-        wait(turn)
     if COPIES:
-        copied(far, source, near, place, have, need, misses, block, tl.num_programs(0), far_expert16, far_object16,
-               near16, OBJECTS, CHUNKS, CHUNK, ENTRIES)
-        leave(turn)
+        copied(turn, far, source, near, place, have, need, misses, block, far_expert16, far_object16, near16, OBJECTS,
+               CHUNKS, CHUNK, ENTRIES)
 
 
 def take(pool: Pool, objects: Tensor, need: Tensor, clock: int | Tensor, ahead: bool = False,

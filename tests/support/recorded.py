@@ -13,6 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from engine.decode.step import Step
 from engine.experts import device, policy_hook, runtime, window
 from engine.model import fused, host_embedding, packed, static_cache
 
@@ -67,6 +68,20 @@ def kernels_as_nodes():
     finally:
         for module, name, function in before:
             setattr(module, name, function)
+
+
+def from_here(step: Step, start: tuple, once: Callable[[], object], n: int) -> tuple[list[list], list[torch.Tensor]]:
+    """Packets and logits of n steps from `start` and an empty near memory on; a hook has read the prompt."""
+    step.restore(start)
+    step.runtime.reset()
+    if step.runtime.hook is not None:
+        step.runtime.hook.prompt_read()
+    packets, logits = [], []
+    for _ in range(n):
+        once()
+        packets.append(step.packet.tolist())
+        logits.append(step.logits.clone())
+    return packets, logits
 
 
 def record(step: Callable[[], None]) -> tuple[torch.fx.GraphModule, list[str]]:

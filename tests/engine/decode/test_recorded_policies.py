@@ -13,7 +13,7 @@ from engine.policies.choice import parse
 from engine.policies.learned import TwoLayers
 from tests.engine.decode.test_recorded_step import N_TOKENS, PROMPT, opened
 from tests.support.folders import compressed
-from tests.support.recorded import asks_the_host, record
+from tests.support.recorded import asks_the_host, from_here, record
 
 EXACT = [("exact", "predict=next:2,evict=lfu,admit=third"), ("exact", "predict=repeat,evict=popularity"),
          ("fast", "predict=popularity,evict=hobbit,admit=third"), ("exact", "free=layer,predict=none,evict=popularity"),
@@ -39,22 +39,6 @@ def hooked(folder, level: str, text: str) -> Step:
     return step
 
 
-def from_here(step: Step, start: tuple, once, is_hooked: bool = True) -> tuple[list, list]:
-    """Packets and logits of N_TOKENS steps from `start` and an empty near memory on."""
-    step.restore(start)
-    step.runtime.reset()
-    if is_hooked:
-        step.runtime.hook.prompt_read()
-    else:
-        step.runtime.hook = None
-    packets, logits = [], []
-    for _ in range(N_TOKENS):
-        once()
-        packets.append(step.packet.tolist())
-        logits.append(step.logits.clone())
-    return packets, logits
-
-
 @pytest.mark.parametrize("level, text", [*EXACT, *LOSSY])
 @torch.no_grad()
 def test_a_replay_chooses_as_the_step_itself(folder, level, text):
@@ -65,14 +49,15 @@ def test_a_replay_chooses_as_the_step_itself(folder, level, text):
     assert not asks_the_host(names)
     found = []
     for once in (step.run, graph):
-        packets, logits = from_here(step, start, once)
+        packets, logits = from_here(step, start, once, N_TOKENS)
         found.append((packets, torch.stack(logits), float(hook.dropped), int(hook.changed)))
     (eager, logits, *lost), (replayed, others, *lost_too) = found
     assert replayed == eager and torch.equal(logits, others) and lost == lost_too
     assert eager[-1][1] == 1 and len({packet[0] for packet in eager}) > 10
     assert eager[-1][5] == 0 if "near-only" in text else 0 < eager[-1][5] < eager[-1][3]
     if hook.choice.is_exact:
-        assert torch.equal(torch.stack(from_here(step, start, step.run, is_hooked=False)[1]), logits)
+        step.runtime.hook = None
+        assert torch.equal(torch.stack(from_here(step, start, step.run, N_TOKENS)[1]), logits)
     else:
         assert hook.lossy and (lost[0] > 0) == hook.leaves_out
 

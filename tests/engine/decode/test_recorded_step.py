@@ -18,7 +18,7 @@ from engine.model.static_cache import StepCache, forward
 from engine.planning import cost_model
 from tests.engine.experts.on_device import take_over
 from tests.support.folders import compressed
-from tests.support.recorded import Recording, asks_the_host, device_nodes, record
+from tests.support.recorded import Recording, asks_the_host, device_nodes, from_here, record
 
 FUSED = ("qwen3_moe", "mixtral", "olmoe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "glm4_moe", "glm4_moe_lite",
          "deepseek_v2", "deepseek_v3", "gemma4_text")
@@ -46,17 +46,6 @@ def opened(folder, level: str) -> Step:
     return step
 
 
-def from_here(step: Step, once) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Packets and logits of N_TOKENS steps from an empty near memory on."""
-    step.runtime.reset()
-    packets, logits = [], []
-    for _ in range(N_TOKENS):
-        once()
-        packets.append(step.packet.tolist())
-        logits.append(step.logits.clone())
-    return packets, logits
-
-
 @pytest.mark.parametrize("name, trunk_bits", [*((name, 16) for name in CAPTURED), ("qwen3_5_moe_text", 4),
                                               ("gpt_oss", 4), ("olmoe", 4), ("deepseek_v2", 4),
                                               pytest.param("gemma4_text", 8, marks=pytest.mark.slow)])
@@ -76,10 +65,8 @@ def test_replay_equals_eager(name, trunk_bits, tmp_path, monkeypatch):
         graphs.launch(PROMPT.shape[1] - 1)
         assert (step.fused is not None) == (name in FUSED)
         assert graphs.reason == ""                   # as a card's graph proves itself: at two positions
-        step.restore(start)
-        eager, expected = from_here(step, step.run)
-        step.restore(start)
-        replayed, found = from_here(step, graph)
+        eager, expected = from_here(step, start, step.run, N_TOKENS)
+        replayed, found = from_here(step, start, graph, N_TOKENS)
         assert replayed == eager
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
