@@ -4,7 +4,8 @@ First one number per chosen neuron, gate(g, u), from its sketch row and refineme
 point; then the down rows, weighted by those numbers, summed per expert. Neither depends on where a record lies, and the
 second one's partition depends only on the list of neurons, so hits and misses give the same bits. Long lists are split
 over several blocks; of all blocks of the same columns the last to finish adds their sums, in order, together with all
-that follows (`_weighed`, kernels/weigh.py).
+that follows (`_weighed`, kernels/weigh.py). A mixture of chosen neurons is weighed by the first launch, and the second
+divides the list by ranks, whosever they are: the budget is the layer's, and one expert may have most of it.
 
 Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the list of neurons, G groups along H.
 Byte counts of kernels/layout.py are words (int32) here.
@@ -92,12 +93,13 @@ def _gate_and_up(row, record, fidelity, valid, high, low, x_scale, x_sum, PLANE:
 
 @triton.jit
 def _products(high, low, x_scale, x_sum, sketches, place, records, record_place, neurons, fidelity, gate_bias, up_bias,
-              bias_ids, products, starts, n_ranks, n_routed, sketch16, record16, alpha, limit,
+              bias_ids, weights, products, starts, n_ranks, n_routed, sketch16, record16, alpha, limit,
               NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
               PLANE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, STEP: tl.constexpr,
               SCALES_AT: tl.constexpr, RECORD_SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr, KIND: tl.constexpr,
-              BIASED: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr):
-    """Grid: blocks of ranks (one more than there are), T. -> products [T, N]; starts [T, k+1]: first rank of each."""
+              BIASED: tl.constexpr, DENSE: tl.constexpr, WEIGHED: tl.constexpr, ROWS: tl.constexpr):
+    """Grid: blocks of ranks (one more than there are), T. -> products [T, N]; starts [T, k+1]: first rank of each.
+    WEIGHED: times the router's weights [T, k]."""
     token = tl.program_id(1)
     rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rank < n_ranks
@@ -123,7 +125,10 @@ def _products(high, low, x_scale, x_sum, sketches, place, records, record_place,
                             RECORD_SCALES_AT, REFINE_AT, ROWS)
     if BIASED:
         gate, up = biased(gate, up, gate_bias, up_bias, bias_ids + token * n_routed, index, valid, NEURONS)
-    tl.store(products + token * n_ranks + rank, gated(gate, up, alpha, limit, KIND), mask=there)
+    product = gated(gate, up, alpha, limit, KIND)
+    if WEIGHED:
+        product *= tl.load(weights + token * n_routed + index // NEURONS, mask=valid, other=0)
+    tl.store(products + token * n_ranks + rank, product, mask=there)
 
 
 @triton.jit
@@ -133,20 +138,31 @@ def _nibble(words, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _summed(parts, first, at, there, padded, SPLITS: tl.constexpr):
+    """Columns `at` of SPLITS parts, in order, which other blocks of this launch wrote."""
+    total = tl.zeros(at.shape, tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + (first + split) * padded + at, mask=there, other=0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
 def _weighed(parts, weights, residual, bias, ids, out, token, at, n_routed, padded, hidden, SPLITS: tl.constexpr,
-            ADDED: tl.constexpr, BIASED: tl.constexpr):
-    """Columns `at` of one token. parts [T, k, SPLITS, padded], which other blocks of this launch wrote."""
+             BY_RANK: tl.constexpr, ADDED: tl.constexpr, BIASED: tl.constexpr):
+    """Columns `at` of one token. parts [T, k, SPLITS, padded], or BY_RANK, weighed already, [T, SPLITS, padded]."""
     there = at < hidden
     total = tl.zeros(at.shape, tl.float32)
-    for routed in range(n_routed):
-        pick = token * n_routed + routed
-        summed = tl.zeros(at.shape, tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = parts + (pick * SPLITS + split) * padded + at
-            summed += tl.load(part, mask=there, other=0, cache_modifier=".cg")
-        if BIASED:
-            summed += tl.load(bias + tl.load(ids + pick) * hidden + at, mask=there, other=0)
-        total += tl.load(weights + pick) * summed
+    if BY_RANK:
+        total = _summed(parts, token * SPLITS, at, there, padded, SPLITS)
+    if BIASED or not BY_RANK:
+        for routed in range(n_routed):
+            pick = token * n_routed + routed
+            summed = tl.zeros(at.shape, tl.float32)
+            if not BY_RANK:
+                summed = _summed(parts, pick * SPLITS, at, there, padded, SPLITS)
+            if BIASED:
+                summed += tl.load(bias + tl.load(ids + pick) * hidden + at, mask=there, other=0)
+            total += tl.load(weights + pick) * summed
     if ADDED:
         total = tl.load(residual + token * hidden + at, mask=there, other=0) + total
     tl.store(out + token * hidden + at, total, mask=there)
@@ -157,15 +173,18 @@ def _down(products, starts, sketches, place, records, record_place, out, counter
           n_ranks, n_routed, sketch16, record16, hidden,
           NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
           GROUPS: tl.constexpr, WORDS4: tl.constexpr, STEP: tl.constexpr, RECORD_SCALES_AT: tl.constexpr,
-          SPLITS: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr, MIXED: tl.constexpr,
+          SPLITS: tl.constexpr, BY_RANK: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr, MIXED: tl.constexpr,
           ADDED: tl.constexpr, BIASED_DOWN: tl.constexpr):
-    """Grid: blocks of H, k*SPLITS, T. out float32 [T, k, SPLITS, H]. WORDS4: words of 4-bit codes of a group. MIXED:
-    mixed float32 [T, hidden] as well, by the last block of each of H."""
+    """Grid: blocks of H, k*SPLITS, T. out float32 [T, k, SPLITS, H]; BY_RANK SPLITS alone, of all experts. WORDS4:
+    words of 4-bit codes of a group. MIXED: mixed float32 [T, hidden] as well, by the last block of each of H."""
     token = tl.program_id(2)
     routed = tl.program_id(1) // SPLITS
     if DENSE:
         low = routed * NEURONS
         high = low + NEURONS
+    elif BY_RANK:
+        low = 0
+        high = tl.load(starts + token * (n_routed + 1) + n_routed)
     else:
         low = tl.load(starts + token * (n_routed + 1) + routed)
         high = tl.load(starts + token * (n_routed + 1) + routed + 1)
@@ -214,7 +233,7 @@ def _down(products, starts, sketches, place, records, record_place, out, counter
         weight = weight_next
     constant = tl.sum(offsets, axis=0)[:, None]
     parts = out
-    out += (token * n_routed * SPLITS + tl.program_id(1)) * (GROUPS * WORDS4 * 8)
+    out += (token * tl.num_programs(1) + tl.program_id(1)) * (GROUPS * WORDS4 * 8)
     tl.store(out + word * 8, tl.sum(t0, axis=0) + constant)
     tl.store(out + word * 8 + 1, tl.sum(t1, axis=0) + constant)
     tl.store(out + word * 8 + 2, tl.sum(t2, axis=0) + constant)
@@ -227,7 +246,7 @@ def _down(products, starts, sketches, place, records, record_place, out, counter
         if is_last(counter + token * tl.num_programs(0) + tl.program_id(0), tl.num_programs(1)):
             columns: tl.constexpr = STEP * WORDS4 * 8
             _weighed(parts, weights, residual, bias, ids, mixed, token, tl.program_id(0) * columns +
-                    tl.arange(0, columns), n_routed, GROUPS * WORDS4 * 8, hidden, SPLITS, ADDED, BIASED_DOWN)
+                    tl.arange(0, columns), n_routed, GROUPS * WORDS4 * 8, hidden, SPLITS, BY_RANK, ADDED, BIASED_DOWN)
 
 
 def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
@@ -265,21 +284,24 @@ def _launch(x: Tensor, sketches: Tensor, place: Tensor, sparse: tuple[Tensor, ..
              "record16": records.stride(0) // 16, "NEURONS": layout.neurons, "ROW": layout.sketch_row // 4,
              "RECORD": layout.record // 4, "RECORDS_AT": layout.sketch_bytes // 4, "GROUPS": layout.groups,
              "RECORD_SCALES_AT": layout.record_scales_at // 4, "DENSE": sparse is None}
+    by_rank = sparse is not None and mixture is not None
     fixed = fixed or fixed_point(x, layout.group, layout.padded)
     _products[(triton.cdiv(n_ranks + 1, PRODUCT_ROWS), n_tokens)](
         fixed.high.view(torch.int32), fixed.low.view(torch.int32), fixed.scale, fixed.sums, blob_words, place,
         record_words, record_place, neurons, fidelity, *bias_tables(bias, place.shape, layout.neurons, products),
-        products, starts, alpha=float(gate.alpha), limit=float(gate.limit),
+        products if mixture is None else mixture.weights, products, starts, alpha=float(gate.alpha),
+        limit=float(gate.limit),
         PLANE=layout.plane2 // 4, WORDS=layout.group // 16, STEP=groups_at_once(layout.groups, 2048 // layout.group),
         SCALES_AT=layout.sketch_scales_at // 4, REFINE_AT=layout.refine_at // 4, KIND=kind_of(gate),
-        BIASED=bias is not None, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
-    splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, n_routed * RANKS_OF_BLOCK))))
-    partial = torch.empty(n_tokens, n_routed, splits, layout.padded, dtype=torch.float32, device=x.device)
+        BIASED=bias is not None, WEIGHED=by_rank, ROWS=PRODUCT_ROWS, num_warps=4, **sizes)
+    parts = 1 if by_rank else n_routed
+    splits = min(16, triton.next_power_of_2(max(1, triton.cdiv(n_ranks, parts * RANKS_OF_BLOCK))))
+    partial = torch.empty(n_tokens, parts, splits, layout.padded, dtype=torch.float32, device=x.device)
     tables, mixes = _mixing(mixture, n_tokens, n_routed, partial)
-    _down[(layout.padded // DOWN_CODES, n_routed * splits, n_tokens)](
+    _down[(layout.padded // DOWN_CODES, parts * splits, n_tokens)](
         products, starts, blob_words, place, record_words, record_place, partial, counters(x.device), *tables,
-        WORDS4=layout.group // 8, STEP=DOWN_CODES // layout.group, SPLITS=splits, ROWS=DOWN_ROWS, num_warps=8, **sizes,
-        **mixes)
+        WORDS4=layout.group // 8, STEP=DOWN_CODES // layout.group, SPLITS=splits, BY_RANK=by_rank, ROWS=DOWN_ROWS,
+        num_warps=8, **sizes, **mixes)
     if mixture is not None:
         return tables[-1]
     if splits == 1:
