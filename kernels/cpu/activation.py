@@ -9,7 +9,7 @@ from numba import carray, njit
 
 from kernels.activation import LARGEST, widened
 from kernels.cpu.dots import DOTS
-from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, EVERY_BYTE, FLOATS, LINE, WORDS
+from kernels.cpu.rows import BLOCK8, BLOCK16, CODES, EVERY_BYTE, FLOATS, GROUPS, LINE, WORDS
 from kernels.cpu.threads import Step, address, fields, pack, pointer, task
 from kernels.cpu.vectors import FLOAT, INT8, INT32, LANES, Code, Value, in_vectors, joined, vector
 
@@ -35,7 +35,7 @@ def halves_of(whole: list[Value]) -> tuple[list[Value], list[Value]]:
     return [(part + 128).signed_shift(8).to_bytes() for part in whole], [part.to_bytes() for part in whole]
 
 
-@in_vectors("void(i64, i64, i64) 1")
+@in_vectors("void(i64, i64, i64) 1", GROUPS)
 def _quantize_group(code: Code, group: int, x: Value, codes: Value, scale: Value) -> None:
     every, whole = in_steps(code, x, group // LANES, 127)
     for i, part in enumerate(whole):
@@ -46,10 +46,7 @@ def _quantize_group(code: Code, group: int, x: Value, codes: Value, scale: Value
 @njit("void(int64, int64, int64, int64, int64)", cache=True, nogil=True)
 def _quantize(x, n_groups, group, codes, scales):
     for g in range(n_groups):
-        if group == 128:
-            _quantize_group(x + 512 * g, codes + 128 * g, scales + 4 * g, 128)
-        else:
-            _quantize_group(x + 256 * g, codes + 64 * g, scales + 4 * g, 64)
+        _quantize_group(x + 4 * group * g, codes + group * g, scales + 4 * g, group)
 
 
 def quantize_activation(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
@@ -74,7 +71,7 @@ def _store_lines(code: Code, lines: list[Value], at: Value) -> None:
         code.store(line, at + i * LINE)
 
 
-@in_vectors("void(i64, i64, i64) 1")
+@in_vectors("void(i64, i64, i64) 1", GROUPS)
 def _enter8(code: Code, group: int, codes: Value, scales: Value, at: Value) -> None:
     """256 codes int8 and their groups' scales -> a block."""
     lines = _by_shift([code.load(codes + i * LANES, vector(INT8)) for i in range(LANES)])
@@ -85,7 +82,7 @@ def _enter8(code: Code, group: int, codes: Value, scales: Value, at: Value) -> N
     _store_lines(code, [*lines, every, every * DOTS.sums(total).to_float()], at)
 
 
-@in_vectors("void(i64, i64) 1")
+@in_vectors("void(i64, i64) 1", GROUPS)
 def _enter16(code: Code, group: int, x: Value, at: Value) -> None:
     """256 numbers float32 -> a block."""
     steps, words = [], []
@@ -101,19 +98,13 @@ def _enter16(code: Code, group: int, x: Value, at: Value) -> None:
 @njit("void(int64, int64, int64, int64, int64)", cache=True, nogil=True)
 def _lay_out8(codes, scales, group, n_blocks, blocks):
     for b in range(n_blocks):
-        if group == 128:
-            _enter8(codes + CODES * b, scales + 4 * (CODES // 128) * b, blocks + BLOCK8 * b, 128)
-        else:
-            _enter8(codes + CODES * b, scales + 4 * (CODES // 64) * b, blocks + BLOCK8 * b, 64)
+        _enter8(codes + CODES * b, scales + 4 * (CODES // group) * b, blocks + BLOCK8 * b, group)
 
 
 @njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
 def _lay_out16(x, group, n_blocks, blocks):
     for b in range(n_blocks):
-        if group == 128:
-            _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, 128)
-        else:
-            _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, 64)
+        _enter16(x + 4 * CODES * b, blocks + BLOCK16 * b, group)
 
 
 RECORD = fields("x groups group codes scales blocks8 blocks16")

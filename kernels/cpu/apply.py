@@ -44,23 +44,13 @@ def _lines(row, record, kind, x, a, out):
     pairs, fine = record + a.record_scales_at + a.scales, record + a.refine_at
     coarse, blocks = row + 2 * a.plane2, a.padded // CODES
     if kind == REFINED:
-        if a.group == 128:
-            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 128, 2)
-        else:
-            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 64, 2)
+        fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, a.group, 2)
     elif kind == DOWN_ONLY:
-        if a.group == 128:
-            coarse_rows(row, coarse, a.scales, x, blocks, out, LANES * LINE, 128, 2)
-        else:
-            coarse_rows(row, coarse, a.scales, x, blocks, out, LANES * LINE, 64, 2)
+        coarse_rows(row, coarse, a.scales, x, blocks, out, LANES * LINE, a.group, 2)
     else:       # FLOE: of up the sketch
         up, up_pairs, up_out = row + a.plane2, coarse + a.scales, out + LANES * LINE
-        if a.group == 128:
-            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 128, 1)
-            coarse_rows(up, up_pairs, a.scales, x, blocks, up_out, LANES * LINE, 128, 1)
-        else:
-            fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, 64, 1)
-            coarse_rows(up, up_pairs, a.scales, x, blocks, up_out, LANES * LINE, 64, 1)
+        fine_rows(row, fine, pairs, a.scales, x, blocks, out, LANES * LINE, a.group, 1)
+        coarse_rows(up, up_pairs, a.scales, x, blocks, up_out, LANES * LINE, a.group, 1)
 
 
 @njit(cache=True, nogil=True)
@@ -114,10 +104,7 @@ def _products(a, token, expert, n, row, record, fidelity, index, lines, products
 def _add_down(a, records, products, weights, out):
     """out float32 [H] += the 32 down rows, each times its product. Addresses all."""
     weigh_rows(records, products, a.record_scales_at, (a.groups + 15) // 16, weights)
-    if a.group == 128:
-        add_rows(records, weights, a.padded // TILE, out, 128)
-    else:
-        add_rows(records, weights, a.padded // TILE, out, 64)
+    add_rows(records, weights, a.padded // TILE, out, a.group)
 
 
 @task

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from kernels.activation import LARGEST
 from kernels.cpu.dots import ADDS, DOTS
-from kernels.cpu.rows import EVERY_BYTE, FLOATS, LINE, WORDS
+from kernels.cpu.rows import EVERY_BYTE, FLOATS, GROUPS, LINE, WORDS
 from kernels.cpu.vectors import FLOAT, INT8, INT16, INT64, LANES, Code, Value, in_vectors, vector
 
 NEURONS = 4 * ADDS          # at a time
@@ -124,7 +124,7 @@ def _add_tile(code: Code, group: int, codes: Callable[[int], list[Value]], weigh
         code.store(code.load(out + i * LINE, FLOATS) + value, out + i * LINE)
 
 
-@in_vectors("void(i64, i64, i64, i64) 1")
+@in_vectors("void(i64, i64, i64, i64) 1", GROUPS)
 def add_rows(code: Code, group: int, records: Value, weights: Value, n_tiles: Value, out: Value) -> None:
     """out float32 [128 * n_tiles] += the 32 down rows, each times its product."""
     with code.loop(n_tiles) as tile:
@@ -140,7 +140,7 @@ def rows_into_words(code: Code, records: Value, tile: Value, words: Value) -> No
             code.store(line, words + (8 * four + i) * LINE)
 
 
-@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 1")
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 1", GROUPS)
 def words_times(code: Code, group: int, words: Value, weights: Value, weights_bytes: Value, tile: Value,
                 n_tokens: Value, out: Value, out_bytes: Value) -> None:
     """As `add_rows` for one tile of n tokens, whose weights and sums [.., H] lie so many bytes apart."""

@@ -18,6 +18,8 @@ CODES = 256                             # of a block
 LINE = 64                               # bytes: a block's words, and a cache line
 BLOCK8, BLOCK16 = 6 * LINE, 10 * LINE   # bytes of an activation's block: codes, scales, sums
 EVERY_BYTE = 0x01010101
+GROUPS = (64, 128)                      # codes that share a scale
+AT_ONCE = 8 if DOTS.parts == 1 else 4   # tokens that share a code's register: as many sums as there are registers for
 
 
 def scale_and_offset(code: Code, pairs: Value, group: int) -> tuple[Value, Value]:
@@ -95,21 +97,21 @@ def _fine(code: Code, plane: Value, refine: Value, n_blocks: Value) -> Callable:
     return codes
 
 
-@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 2")
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 2", GROUPS)
 def score_rows(code: Code, group: int, n: int, plane: Value, pairs: Value, pair_bytes: Value, x: Value, n_blocks: Value,
                out: Value, out_bytes: Value) -> None:
     """n rows of 2-bit codes times 8-bit activations."""
     _rows(code, group, n, x, SIZES8, n_blocks, _coarse(code, plane, n_blocks), (pairs, pair_bytes), (out, out_bytes))
 
 
-@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 2")
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64) 2", GROUPS)
 def coarse_rows(code: Code, group: int, n: int, plane: Value, pairs: Value, pair_bytes: Value, x: Value,
                 n_blocks: Value, out: Value, out_bytes: Value) -> None:
     """n rows of 2-bit codes times 16-bit activations."""
     _rows(code, group, n, x, SIZES16, n_blocks, _coarse(code, plane, n_blocks), (pairs, pair_bytes), (out, out_bytes))
 
 
-@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 2")
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 2", GROUPS)
 def fine_rows(code: Code, group: int, n: int, plane: Value, refine: Value, pairs: Value, pair_bytes: Value, x: Value,
               n_blocks: Value, out: Value, out_bytes: Value) -> None:
     """n rows of nested 4-bit codes times 16-bit activations."""
@@ -117,7 +119,7 @@ def fine_rows(code: Code, group: int, n: int, plane: Value, refine: Value, pairs
     _rows(code, group, n, x, SIZES16, n_blocks, codes, (pairs, pair_bytes), (out, out_bytes))
 
 
-@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 2")
+@in_vectors("void(i64, i64, i64, i64, i64, i64, i64, i64) 2", GROUPS, (1, 2, AT_ONCE))
 def fine_tokens(code: Code, group: int, n: int, plane: Value, refine: Value, pairs: Value, x: Value, x_bytes: Value,
                 n_blocks: Value, out: Value, out_bytes: Value) -> None:
     """One row of nested 4-bit codes times n 16-bit activations; each one's sum is that of `fine_rows`."""

@@ -29,14 +29,9 @@ def _lines(row, x, n_blocks, a, lines):
     """Of a neuron gate's line and up's, or up's alone."""
     if a.kind == UP_ONLY:
         at, pairs, up = row + a.plane, row + 2 * a.plane + a.scales, lines + LANES * LINE
-        if a.group == 128:
-            score_rows(at, pairs, a.scales, x, n_blocks, up, LANES * LINE, 128, 1)
-        else:
-            score_rows(at, pairs, a.scales, x, n_blocks, up, LANES * LINE, 64, 1)
-    elif a.group == 128:
-        score_rows(row, row + 2 * a.plane, a.scales, x, n_blocks, lines, LANES * LINE, 128, 2)
+        score_rows(at, pairs, a.scales, x, n_blocks, up, LANES * LINE, a.group, 1)
     else:
-        score_rows(row, row + 2 * a.plane, a.scales, x, n_blocks, lines, LANES * LINE, 64, 2)
+        score_rows(row, row + 2 * a.plane, a.scales, x, n_blocks, lines, LANES * LINE, a.group, 2)
 
 
 RECORD = fields("pairs routed neurons row_bytes plane scales group x x_bytes sketches stride place weight kind scores "

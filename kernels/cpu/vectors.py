@@ -6,9 +6,10 @@ a function of a `Code` and of `Scalar` arguments; addresses are int64 and offset
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from itertools import product
 
 from llvmlite import ir
 from numba import types
@@ -211,6 +212,15 @@ class Code:
         return Variable(self, place)
 
     @contextmanager
+    def only_if(self, *equal: tuple[ir.Value, int]) -> Iterator[None]:
+        """The body, where all of these numbers are what they should be; of none, always."""
+        with ExitStack() as stack:
+            for value, number in equal:
+                same = self.builder.icmp_signed("==", value, ir.Constant(value.type, number))
+                stack.enter_context(self.builder.if_then(same))
+            yield
+
+    @contextmanager
     def loop(self, count: Value) -> Iterator[Value]:
         """`with code.loop(n) as i`: the body, for i = 0 .. n-1."""
         with cgutils.for_range(self.builder, count.value) as step:
@@ -231,11 +241,12 @@ class Variable:
         self.code.builder.store(value.value, self.place)
 
 
-def in_vectors(signature: str) -> Callable:
+def in_vectors(signature: str, *choices: tuple[int, ...]) -> Callable:
     """Decorate `body(code, literal..., *arguments)` to be called from numba code as f(*arguments, *literals).
 
     signature: "f32(i64, i64) 1": result, arguments, and how many literal ints (compiled in) follow them. result "void"
-    for none.
+    for none, which alone may have choices: of each literal the numbers that it may be where a caller knows it only
+    when it runs, each with code of its own.
     """
     result, _, rest = signature.partition("(")
     names, _, n_literals = rest.partition(")")
@@ -247,13 +258,18 @@ def in_vectors(signature: str) -> Callable:
     def decorate(body: Callable) -> object:
         def typing(context, *given):
             literals = given[len(kinds):]
-            numbers = [literal.literal_value for literal in literals]
+            known = [(kind.literal_value,) if isinstance(kind, types.Literal) else None for kind in literals]
 
             def generate(context, builder, signature, arguments):
                 code = Code(builder)
-                found = body(code, *numbers, *(Value(code, value) for value in arguments[:len(kinds)]))
+                values, told = [Value(code, value) for value in arguments[:len(kinds)]], arguments[len(kinds):]
+                found = None
+                for numbers in product(*(one or choices[i] for i, one in enumerate(known))):
+                    with code.only_if(*((told[i], number) for i, number in enumerate(numbers) if known[i] is None)):
+                        found = body(code, *numbers, *values)
                 return context.get_dummy_value() if found is None else found.value
-            return numba_types[result](*declared, *literals), generate
+            return numba_types[result](*declared, *(kind if one else types.int64 for kind, one in zip(
+                literals, known, strict=True))), generate
         words = ["context", *(f"argument{i}" for i in range(len(kinds) + n_literals))]
         typing.__signature__ = Signature([Parameter(word, Parameter.POSITIONAL_OR_KEYWORD) for word in words])
         typing.__name__, typing.__doc__ = body.__name__, body.__doc__

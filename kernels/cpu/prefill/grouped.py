@@ -15,10 +15,9 @@ from numba import carray, float32, int64, njit
 from kernels.activation import KINDS, Gate, NeuronBias
 from kernels.cpu.activation import blocks16
 from kernels.cpu.apply import AHEAD, PIECE, SIZES
-from kernels.cpu.dots import DOTS
 from kernels.cpu.down import NEURONS, TILE, rows_into_words, weigh_rows, weights_bytes, words_times
 from kernels.cpu.gate import BIAS, bias_fields, biases_of, gated, kind_of
-from kernels.cpu.rows import CODES, LINE, add_lines, ask_for, fine_tokens
+from kernels.cpu.rows import AT_ONCE, CODES, LINE, add_lines, ask_for, fine_tokens
 from kernels.cpu.threads import address, claim, fields, pointer, run, task
 from kernels.cpu.vectors import LANES
 from kernels.layout import Layout
@@ -26,7 +25,6 @@ from kernels.layout import Layout
 Tensor = torch.Tensor
 
 TOGETHER = 32                           # tokens: their activations and sums stay in the second cache
-AT_ONCE = 8 if DOTS.parts == 1 else 4   # tokens that share a code's register: as many sums as there are registers for
 LINES = 2 * LANES * LINE                # bytes: gate's and up's lines of 16 neurons, of one token
 RECORD = fields(" ".join(SIZES) + " neurons items x x_bytes kind weights_bytes out " + " ".join(BIAS),
                 floats="alpha limit")
@@ -39,19 +37,7 @@ def _lines(row, record, x, n, a, lines):
     for which in range(2):
         plane, fine = row + which * a.plane2, record + a.refine_at + which * a.plane2
         pairs, out = record + a.record_scales_at + (1 + which) * a.scales, lines + which * LANES * LINE
-        if a.group == 128:
-            if n == AT_ONCE:
-                fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, 128, AT_ONCE)
-            elif n == 2:
-                fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, 128, 2)
-            else:
-                fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, 128, 1)
-        elif n == AT_ONCE:
-            fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, 64, AT_ONCE)
-        elif n == 2:
-            fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, 64, 2)
-        else:
-            fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, 64, 1)
+        fine_tokens(plane, fine, pairs, x, a.x_bytes, blocks, out, LINES, a.group, n)
 
 
 @njit(cache=True, nogil=True)
@@ -91,10 +77,7 @@ def _add_down(records, products, n_tokens, a, weights, words, out):
                    weights + t * a.weights_bytes)
     for tile in range(a.padded // TILE):
         rows_into_words(records, tile, words)
-        if a.group == 128:
-            words_times(words, weights, a.weights_bytes, tile, n_tokens, out, 4 * a.padded, 128)
-        else:
-            words_times(words, weights, a.weights_bytes, tile, n_tokens, out, 4 * a.padded, 64)
+        words_times(words, weights, a.weights_bytes, tile, n_tokens, out, 4 * a.padded, a.group)
 
 
 @task
