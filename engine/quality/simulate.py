@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 import torch
@@ -247,10 +248,7 @@ class _Run:
     def _records(self, row: int, layer: int, weights: np.ndarray) -> tuple[list[int], list[int]]:
         """Records that a sparse level chose, and the bytes wanted of each."""
         run, trace = self.run, self.trace
-        neurons = np.flatnonzero(np.unpackbits(trace.kept[row, layer]))
-        whole = np.unpackbits(trace.refined[row, layer])[neurons]
-        heard = weights[neurons // run.neurons] != 0
-        neurons, whole = neurons[heard], whole[heard]
+        neurons, whole = _kept(trace, row, layer, weights)
         experts = self._experts[layer].numpy() + layer * run.experts
         things = experts[neurons // run.neurons] * run.neurons + neurons % run.neurons
         if self.choice.fidelity.name != "exact":
@@ -289,30 +287,62 @@ def sizes_of(run: RunNumbers) -> ArenaSizes:
 
 
 def optimum(trace: RoutingTrace, near_bytes: int) -> Replay:
-    """Belady's: of whole experts, or sketches, the one that is wanted last makes room, or nothing does. It is told the
-    whole future, keeps every slot in use, and fetches on demand. Records count as in `Simulator`, none of them here."""
+    """Belady's: of whole experts, or of sketches and of records, the one that is wanted last makes room, or nothing
+    does. It is told the whole future, keeps every slot in use, and fetches on demand. Of records, of which a part may
+    be near, it is the fewest misses and not quite the fewest bytes. Near memory is divided as ever."""
     run, split = trace.run, sizes_of(trace.run).divided(near_bytes)
     uses = (trace.experts[trace.steps].astype(np.int64) + run.experts * np.arange(run.layers)[:, None])
     uses = uses[trace.weights[trace.steps] != 0]
+    needed = len(uses) * run.object_bytes
+    stay = run.is_sparse and split.slots == run.layers * run.experts    # before the first step, uncounted
+    hit, passed = (needed, 0) if stay else _last_wanted(uses, np.full(len(uses), run.object_bytes), split.slots)
+    if run.is_sparse:
+        things, needs = (np.concatenate(part) for part in zip(*(
+            _record_uses(trace, row, layer) for row in trace.steps for layer in range(run.layers)), strict=True))
+        more = _last_wanted(things, needs, split.record_slots)
+        needed, hit, passed = needed + int(needs.sum()), hit + more[0], passed + more[1]
+    return Replay("Belady's optimum", len(trace.steps), split.slots, Counters(needed, hit, needed - hit), passed)
+
+
+def _last_wanted(uses: np.ndarray, needs: np.ndarray, slots: int) -> tuple[int, int]:
+    """-> bytes that were hit, bytes that passed through."""
     following, last = np.full(len(uses), MOST, np.int64), {}
     for at in range(len(uses) - 1, -1, -1):
         following[at] = last.get(uses[at], MOST)
         last[uses[at]] = at
-    near: dict[int, int] = {}
-    hits = passed = 0
-    for thing, again in zip(uses.tolist(), following.tolist(), strict=True):
-        if thing in near:
-            hits += 1
-        elif len(near) >= split.slots:
-            latest = max(near, key=near.get, default=None)
-            if latest is None or near[latest] <= again:
-                passed += 1
+    near: dict[int, tuple[int, int]] = {}           # when it is wanted again, and bytes of it
+    queue: list[tuple[int, int]] = []               # last wanted first; of each only the newest counts
+    hit = passed = 0
+    for thing, need, again in zip(uses.tolist(), needs.tolist(), following.tolist(), strict=True):
+        held = near[thing][1] if thing in near else 0
+        hit += min(held, need)
+        if thing not in near and len(near) >= slots:
+            while queue and near.get(queue[0][1], (0, 0))[0] != -queue[0][0]:
+                heappop(queue)
+            if not queue or -queue[0][0] <= again:
+                passed += need
                 continue
-            del near[latest]
-        near[thing] = again
-    each, needed = run.object_bytes, len(uses) * run.object_bytes
-    return Replay("Belady's optimum", len(trace.steps), split.slots,
-                  Counters(needed, hits * each, needed - hits * each), passed * each)
+            del near[heappop(queue)[1]]
+        near[thing] = again, max(held, need)
+        heappush(queue, (-again, thing))
+    return hit, passed
+
+
+def _record_uses(trace: RoutingTrace, row: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a step's layer kept: records as a pool numbers them, and the bytes wanted of each."""
+    run = trace.run
+    neurons, whole = _kept(trace, row, layer, trace.weights[row, layer])
+    experts = trace.experts[row, layer].astype(np.int64) + layer * run.experts
+    return (experts[neurons // run.neurons] * run.neurons + neurons % run.neurons,
+            np.where(whole, run.record_bytes, run.prefix_bytes))
+
+
+def _kept(trace: RoutingTrace, row: int, layer: int, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Neurons of a step's layer, numbered through its experts, of those that have weight, and which are refined."""
+    neurons = np.flatnonzero(np.unpackbits(trace.kept[row, layer]))
+    whole = np.unpackbits(trace.refined[row, layer])[neurons]
+    heard = weights[neurons // trace.run.neurons] != 0
+    return neurons[heard], whole[heard]
 
 
 def _weights(trace: RoutingTrace) -> list[route.Weights | None]:

@@ -14,7 +14,7 @@ from engine.policies.choice import parse
 from engine.policies.predict import Predictor
 from engine.policies.residency import USES, WINDOW
 from engine.policies.trace import RoutingTrace
-from engine.quality.simulate import Replay, Simulator, baselines, by_popularity, sizes_of, taught
+from engine.quality.simulate import Replay, Simulator, baselines, by_popularity, optimum, sizes_of, taught
 
 LOSSLESS = ("predict=none,evict=popularity", "predict=none,evict=hobbit", "predict=none,evict=divided",
             "predict=maps,evict=finemoe", "predict=none,admit=third", "predict=none,evict=popularity,admit=third",
@@ -24,6 +24,14 @@ LOSSLESS = ("predict=none,evict=popularity", "predict=none,evict=hobbit", "predi
             "predict=next:1", "predict=next:2", "predict=next:3", "predict=repeat", "predict=popularity",
             "predict=profile", "predict=maps", "predict=learned", "predict=sequence",
             "predict=next:1,evict=popularity", "predict=learned,evict=popularity", "predict=sequence,evict=popularity")
+
+RECORDS = ("predict=none", "predict=none,evict=lfu", "predict=none,free=layer", "predict=none,free=layer,evict=lfu")
+
+
+def record_rows(trace: RoutingTrace, near_bytes: int) -> list[Replay]:
+    """Of a sparse level, whose records are cached: `RECORDS`, then what nobody can do better."""
+    simulator = Simulator(trace, near_bytes)
+    return [*map(simulator.run_choice, map(parse, RECORDS)), optimum(trace, near_bytes)]
 
 
 def lossless_rows(train: RoutingTrace, test: RoutingTrace, near_bytes: int, learned: Mapping[str, Predictor],

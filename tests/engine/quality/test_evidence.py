@@ -18,7 +18,7 @@ from engine.quality.evidence.live import Live
 from engine.quality.evidence.replayed import coverage, lossless_rows, on_demand
 from engine.quality.evidence.report import Found, Judged, bars, costs, gap_closed, page, scatter
 from engine.quality.evidence.tested import TESTED
-from engine.quality.simulate import Simulator, baselines, optimum, recalls, sizes_of, taught
+from engine.quality.simulate import Simulator, _last_wanted, baselines, optimum, recalls, sizes_of, taught
 from engine.quality.specialists.make import Losses
 
 L, E, K, H, N = 3, 8, 2, 16, 4
@@ -69,6 +69,28 @@ def test_no_rule_passes_the_optimum_and_all_see_the_same_picks(rows, traces):
     for n_slots in (2, 5, 9):
         size = (n_slots + K) * 1000
         assert optimum(traces[1], size).far_per_token <= on_demand(traces[1], size, False).far_per_token
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_optimum_hits_as_often_as_trying_everything(seed):
+    """Nine uses of five things in two slots; a miss may pass through."""
+    uses = np.random.default_rng(seed).integers(0, 5, 9)
+    best = {frozenset(): 0}      # what is near -> hits, over every choice so far
+    for use in uses.tolist():
+        after: dict[frozenset, int] = {}
+        for near, hits in best.items():
+            kept = [near] if use in near or len(near) == 2 else []
+            kept += [near - {gone} | {use} for gone in near] if use not in near and len(near) == 2 else []
+            for each in kept or [near | {use}]:
+                after[each] = max(after.get(each, 0), hits + (use in near))
+        best = after
+    assert _last_wanted(uses, np.full(9, 7), 2)[0] == 7 * max(best.values())
+
+
+def test_a_prefix_that_is_near_hits_as_much_as_it_has():
+    """The second use wants more than the first brought, the third less; the other thing passes through."""
+    uses, needs = np.array([1, 1, 2, 1]), np.array([10, 30, 30, 10])
+    assert _last_wanted(uses, needs, 1) == (10 + 10, 30)
 
 
 def test_popularity_is_another_traces_or_says_that_it_is_hindsight(traces, rows):

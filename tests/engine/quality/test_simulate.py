@@ -14,6 +14,7 @@ from engine.experts.working_set import pin
 from engine.model import load
 from engine.policies.choice import parse
 from engine.policies.trace import RoutingTrace
+from engine.quality.evidence.replayed import RECORDS, record_rows
 from engine.quality.recorder import Recorder, record
 from engine.quality.simulate import Simulator
 
@@ -90,6 +91,14 @@ def test_a_replay_counts_what_the_engine_counted(demo, prompts, plain, level, ne
     if hook is not None:
         assert found.counters.dropped_weight == pytest.approx(float(hook.dropped))
         assert found.changed == int(hook.changed)
+
+
+def test_no_rule_for_records_passes_the_optimum(demo, plain):
+    far, trace = demo.runtime.far, plain["balanced"]
+    *rows, best = record_rows(trace, far.layers * far.experts * far.expert_bytes // 2)
+    assert [row.name for row in rows] == list(RECORDS) and best.counters.far_bytes > 0
+    assert all(row.counters.needed_bytes == best.counters.needed_bytes for row in rows)
+    assert all(row.counters.far_bytes >= best.counters.far_bytes for row in rows)
 
 
 @pytest.mark.parametrize("level, choice", [("exact", "route=near:0:1"), ("balanced", "fidelity=score:1:1,route=skip:1"),
