@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 CAPABILITIES = (75, 86, 89, 90, 120)
 SHARED_LIMIT = {75: 64 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8",
-         torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+         torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
