@@ -79,8 +79,9 @@ class Calibration:
         self.report("Measuring level exact, with which the others are compared")
         self.probe = LossProbe(self.model, self._simulating, self.fit, self._log, self._skipped)
         tables = self._tables()
-        for level, promise in PROMISES.items():
-            self.plans[level] = LevelPlan(self._budgets(level, promise, tables))
+        for level, promise in sorted(PROMISES.items(), key=lambda item: -item[1]):  # the surest ratio comes first
+            self._search(level, tables, math.log1p(promise))
+        self.plans = {level: LevelPlan(self._budgets(level, promise, tables)) for level, promise in PROMISES.items()}
         self.plans["floe"] = LevelPlan(thresholds=self._thresholds())
         levels = self._measured()
         traces, usage = self._traces()
@@ -146,20 +147,21 @@ class Calibration:
 
     def _budgets(self, level: str, promise: float, tables: list[LayerTable]) -> Budgets:
         """The cheapest budgets tried, for any level, that keep the promise on the worst of the texts."""
-        target = math.log1p(promise)
-        self._search(level, tables, target)
         everything = tuple((table.edges[-1], 0) for table in tables)
-        good = [budgets for budgets in self.tried if self.probe.worst(LevelPlan(budgets)) <= target]
+        good = [budgets for budgets in self.tried if self._worst(budgets) <= math.log1p(promise)]
         best = min(good, key=lambda budgets: record_bytes(budgets, self.layout), default=everything)
         kept = sum(map(sum, best)) / sum(table.edges[-1] for table in tables)
         self.report(f"Trying level {level}: {kept:.0%} of the neurons, "
                     f"{record_bytes(best, self.layout):,} record bytes a token")
         return best
 
+    def _worst(self, budgets: Budgets) -> float:
+        return self.probe.worst(LevelPlan(budgets), [LevelPlan(tried) for tried in self.tried])
+
     def _search(self, level: str, tables: list[LayerTable], target: float) -> None:
         """Narrow the predicted loss whose budgets really lose `target`, from all that was tried so far."""
         for _ in range(STEPS):
-            losses = {predicted: self.probe.worst(LevelPlan(budgets)) for budgets, predicted in self.tried.items()}
+            losses = {predicted: self._worst(budgets) for budgets, predicted in self.tried.items()}
             low = max((p for p, loss in losses.items() if loss <= target), default=0.0)
             high = min((p for p, loss in losses.items() if loss > target and p > low), default=math.inf)
             if losses.get(low, 0.0) >= 0.98 * target:
@@ -170,9 +172,8 @@ class Calibration:
             if budgets in self.tried:  # the grid has nothing between
                 return
             self.tried[budgets] = predicted
-            loss = self.probe.worst(LevelPlan(budgets))
             self.report(f"Trying level {level}: {record_bytes(budgets, self.layout):,} record bytes, "
-                        f"{math.expm1(loss):+.2%}")
+                        f"{math.expm1(self._worst(budgets)):+.2%}")
 
     def _thresholds(self) -> tuple:
         """FloE's rule at the record bytes of `balanced`: per expert the |u| that keeps the same share everywhere."""

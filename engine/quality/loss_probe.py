@@ -2,9 +2,9 @@
 
 The difference of two losses on some thousand tokens is mostly chance: +0.3 % on one half of a corpus, +0.6 % on the
 other. Their divergence (KL) hardly differs between halves, but is not what a level promises. Per text their ratio is
-one number for all plans, nearly (0.4 on stories, 0.65 on chats, on the pilot model); it is measured over everything
-that was tried, and a plan's rise is its divergence times that: times its upper bound, where a promise has to hold on
-other texts of the kind.
+one number for all budgets, nearly (0.4 on stories, 0.65 on chats, on the pilot model); it is measured over all that
+were tried, and the rise of one is its divergence times that. A promise has to hold on other texts of the kind: so it
+is times the upper end of the ratio's interval there, by how the ratio differs between documents.
 
 What was measured is noted a line a document, so that a calibration that was stopped or killed goes on from there.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from engine.paths import CALIBRATION_LOG
 Tensor = torch.Tensor
 Documents = list[Tensor]  # int64 [1, n] each: a loss is measured from the start of a document, as in a conversation
 Simulating = Callable[[LevelPlan | None], AbstractContextManager]
-CAUTION = 1.25            # standard errors of the ratio between loss and divergence that a promise allows for
+CONFIDENCE = 1.645        # standard errors above an estimate, below which the truth lies 95 times of 100
 KEPT = 256                # probabilities of a token that are kept one by one; the others count as one
 
 
@@ -90,7 +90,7 @@ class Rise:
 
 
 class LossProbe:
-    """Measures plans on texts against `exact`, which is run once; remembers them for the ratio.
+    """Measures plans on texts against `exact`, which is run once; a plan is measured once too.
 
     log: what an earlier run has measured; skipped: is told the tokens that were not read for it.
     """
@@ -129,24 +129,30 @@ class LossProbe:
             self._log.put(plan, text, number, found)
         return found
 
-    def ratios(self, plans: Sequence[LevelPlan] | None = None, errors: float = 0.0) -> list[float]:
-        """Loss per divergence of each text, over these plans (None: all that were measured), never below a tenth;
-        errors: how many standard errors, between documents, are added."""
-        measured = [self.measure(plan) for plan in plans] if plans else list(self._measured.values())
-        return [max(0.1, _ratio(text, errors)) for text in zip(*measured, strict=True)]
+    def ratios(self, plans: Sequence[LevelPlan]) -> list[float]:
+        """Loss per divergence of each text, over these plans, never below a tenth."""
+        return [max(0.1, sum(rise.loss for rise in rises) / max(1e-12, sum(rise.divergence for rise in rises)))
+                for rises in self._by_text(plans)]
 
-    def worst(self, plan: LevelPlan) -> float:
-        """The upper bound of a plan's rise of the loss, in nats, on the text where it is largest."""
-        ratios = self.ratios(errors=CAUTION)
-        return max(ratio * rise.divergence for ratio, rise in zip(ratios, self.measure(plan), strict=True))
+    def worst(self, plan: LevelPlan, plans: Sequence[LevelPlan]) -> float:
+        """The most that a plan's loss may rise, in nats, on the text where that is most: its divergence times the upper
+        end of the ratio over `plans`, which leave out neurons in all layers as it does."""
+        highest = (max(0.1, highest_ratio(rises)) for rises in self._by_text(plans))
+        return max(ratio * rise.divergence for ratio, rise in zip(highest, self.measure(plan), strict=True))
+
+    def _by_text(self, plans: Sequence[LevelPlan]) -> Iterator[tuple[Rise, ...]]:
+        return zip(*map(self.measure, plans), strict=True)
 
 
-def _ratio(rises: Sequence[Rise], errors: float) -> float:
-    """Ratio estimate over the documents of one text, all plans together, and its standard error."""
+def highest_ratio(rises: Sequence[Rise]) -> float:
+    """The upper end of the one-sided 95 % interval of loss over divergence, all plans on one text together, by its
+    documents: a ratio estimate with Student's t to the first order in 1 / degrees of freedom (Abramowitz and Stegun,
+    26.7.5)."""
     losses, divergences = sum(rise.losses for rise in rises), sum(rise.divergences for rise in rises)
-    whole = divergences.sum().clamp_min(1e-12)
+    whole, free = divergences.sum().clamp_min(1e-12), max(1, len(losses) - 1)
     ratio = losses.sum() / whole
-    return float(ratio + errors * (losses - ratio * divergences).square().sum().sqrt() / whole)
+    error = ((losses - ratio * divergences).square().sum() * len(losses) / free).sqrt() / whole
+    return float(ratio + CONFIDENCE * (1 + (CONFIDENCE ** 2 + 1) / (4 * free)) * error)
 
 
 @dataclass(frozen=True)
