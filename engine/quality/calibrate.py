@@ -79,16 +79,16 @@ class Calibration:
         self.report("Measuring level exact, with which the others are compared")
         self.probe = LossProbe(self.model, self._simulating, self.fit, self._log, self._skipped)
         tables = self._tables()
-        for level, promise in sorted(PROMISES.items(), key=lambda item: -item[1]):  # the surest ratio comes first
-            self._search(level, tables, math.log1p(promise))
-        self.plans = {level: LevelPlan(self._budgets(level, promise, tables)) for level, promise in PROMISES.items()}
+        loosest_first = sorted(PROMISES, key=PROMISES.get, reverse=True)  # what loses most tells the ratio most surely
+        found = {level: LevelPlan(self._budgets(level, PROMISES[level], tables)) for level in loosest_first}
+        self.plans = {level: found[level] for level in PROMISES}
         self.plans["floe"] = LevelPlan(thresholds=self._thresholds())
         levels = self._measured()
         traces, usage = self._traces()
         self.report("Working out how much has to be fetched")
-        found = {"levels": levels, "miss_curves": {name: miss_curve(trace) for name, trace in traces.items()},
-                 "tokens": sum(ids.numel() for documents in self.fit for ids in documents)}
-        return found, usage
+        stored = {"levels": levels, "miss_curves": {name: miss_curve(trace) for name, trace in traces.items()},
+                  "tokens": sum(ids.numel() for documents in self.fit for ids in documents)}
+        return stored, usage
 
     def _simulating(self, plan: LevelPlan | None, observe: Callable[[LayerTrace], None] | None = None,
                     ) -> AbstractContextManager:
@@ -147,8 +147,10 @@ class Calibration:
 
     def _budgets(self, level: str, promise: float, tables: list[LayerTable]) -> Budgets:
         """The cheapest budgets tried, for any level, that keep the promise on the worst of the texts."""
+        target = math.log1p(promise)
+        self._search(level, tables, target)
         everything = tuple((table.edges[-1], 0) for table in tables)
-        good = [budgets for budgets in self.tried if self._worst(budgets) <= math.log1p(promise)]
+        good = [budgets for budgets in self.tried if self._worst(budgets) <= target]
         best = min(good, key=lambda budgets: record_bytes(budgets, self.layout), default=everything)
         kept = sum(map(sum, best)) / sum(table.edges[-1] for table in tables)
         self.report(f"Trying level {level}: {kept:.0%} of the neurons, "

@@ -29,7 +29,7 @@ from engine.paths import CALIBRATION_LOG
 Tensor = torch.Tensor
 Documents = list[Tensor]  # int64 [1, n] each: a loss is measured from the start of a document, as in a conversation
 Simulating = Callable[[LevelPlan | None], AbstractContextManager]
-CONFIDENCE = 1.645        # standard errors above an estimate, below which the truth lies 95 times of 100
+CONFIDENCE = 1.2816       # standard errors above an estimate, below which the truth lies 9 times of 10
 KEPT = 256                # probabilities of a token that are kept one by one; the others count as one
 
 
@@ -145,7 +145,7 @@ class LossProbe:
 
 
 def highest_ratio(rises: Sequence[Rise]) -> float:
-    """The upper end of the one-sided 95 % interval of loss over divergence, all plans on one text together, by its
+    """The upper end of the one-sided 90 % interval of loss over divergence, all plans on one text together, by its
     documents: a ratio estimate with Student's t to the first order in 1 / degrees of freedom (Abramowitz and Stegun,
     26.7.5)."""
     losses, divergences = sum(rise.losses for rise in rises), sum(rise.divergences for rise in rises)

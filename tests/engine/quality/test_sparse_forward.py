@@ -158,7 +158,7 @@ def test_a_rise_is_the_difference_of_losses_and_the_divergence(loaded):
     assert all(found > rise.loss / rise.divergence for found, rise in zip(highest, measured, strict=True))
 
 
-def test_the_upper_end_of_the_ratio_lies_above_the_true_one_19_times_of_20():
+def test_the_upper_end_of_the_ratio_lies_above_the_true_one_9_times_of_10():
     """Two plans on documents of any length, each with a ratio of its own besides the chance of its tokens, which is the
     same for both plans; how many documents there are changes how far the end lies off, not how often it holds."""
     draw, true, off = torch.Generator().manual_seed(6), 0.4, {}
@@ -171,7 +171,7 @@ def test_the_upper_end_of_the_ratio_lies_above_the_true_one_19_times_of_20():
             rises = [Rise(share * unit, share * tokens, int(tokens.sum())) for share in (0.02, 0.05)]
             found.append(highest_ratio(rises))
             held += found[-1] >= true
-        assert 0.93 <= held / 2000 <= 0.97, n_documents
+        assert 0.88 <= held / 2000 <= 0.92, n_documents
         off[n_documents] = sum(found) / 2000 - true
     assert 3 * off[60] < off[6]
 
