@@ -91,10 +91,10 @@ class _KeysAndValues(CacheLayerMixin):
         rows = self.clock.rows(self.length, self.wraps)
         return attend(projected, turn, self.keys, self.values, self.clock.pos, heads, rows)
 
-    def attend_held(self, query: Tensor, scale: float) -> Tensor:
+    def attend_held(self, query: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
         """As kernels.trunk.attend, behind an update of the same tokens: query [T, Q * D], of the cache's type."""
         cached, size = self.keys.shape[1], self.keys.shape[3]
-        heads = Heads(query.shape[1] // size, cached, size, scale, window=self.window, held=True)
+        heads = Heads(query.shape[1] // size, cached, size, scale, window=self.window, sinks=sinks, held=True)
         return self.attend(query, query.new_empty(2, len(query), 0, dtype=torch.float32), heads)
 
     def get_seq_length(self) -> Tensor:

@@ -90,7 +90,7 @@ def test_attend_in_a_window(monkeypatch, n_tokens, position, window, rows, sunk,
 def test_attend_to_rows_that_are_held(monkeypatch, n_tokens, queries, cached, size, position, window, rows, dtype):
     """Those of the new tokens, too; nothing is written."""
     monkeypatch.setattr(gpu_attend, "BLOCKS", 4)
-    heads = Heads(queries, cached, size, 0.2, window=window, held=True)
+    heads = Heads(queries, cached, size, 0.2, window=window, sinks=torch.randn(queries) if window else None, held=True)
     query, at = torch.randn(n_tokens, queries * size).to(dtype), torch.arange(position, position + n_tokens) % rows
     kept = torch.full((2, 1, cached, rows + 1, size), torch.nan, dtype=dtype)
     for seen in range(max(0, position + 1 - window) if window else 0, position + n_tokens):

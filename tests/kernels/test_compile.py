@@ -188,8 +188,8 @@ def attend_call(queries: int, cached: int, size: int, n_tokens: int, norm: int =
                                      torch.zeros(2, n_tokens, turned or size), *rows, at[0], heads, at)
 
 
-def held_call(queries: int, cached: int, size: int, n_tokens: int, window: int = 0) -> Callable:
-    heads = Heads(queries, cached, size, size ** -0.5, window=window, held=True)
+def held_call(queries: int, cached: int, size: int, n_tokens: int, **rest) -> Callable:
+    heads = Heads(queries, cached, size, size ** -0.5, held=True, **rest)
     rows, at = torch.zeros(2, 1, cached, 65, size).bfloat16(), torch.zeros(n_tokens, dtype=torch.int64)
     return lambda: gpu_attend.attend(torch.zeros(n_tokens, heads.width).bfloat16(), torch.zeros(2, n_tokens, 0), *rows,
                                      at[0], heads, at)
@@ -325,8 +325,8 @@ CALLS = {
     "attend in a window": attend_call(64, 8, 64, 4, window=128, sinks=torch.zeros(64)),     # gpt-oss
     "attend in a window, 256": attend_call(16, 8, 256, 4, 256, window=1024, value_norm=torch.zeros(256)),   # Gemma 4
     "attend in one": attend_call(16, 2, 512, 4, 512, value_norm=torch.zeros(512), in_one=True),
-    "attend held": held_call(64, 8, 128, 1, 512),         # Laguna, within its window
-    "attend held, four tokens": held_call(32, 4, 128, 4),   # Mellum
+    "attend held": held_call(64, 8, 128, 1, window=512),  # Laguna
+    "attend held, four tokens": held_call(32, 4, 128, 4, window=128, sinks=torch.zeros(32).bfloat16()),   # Flint
     "latent": latent_call(20, 192, 256, 4, 1),            # GLM-4.7-Flash
     "latent, four tokens": latent_call(16, 128, 128, 8, 4, cached=True),    # DeepSeek-V2-Lite
     "latent, many heads": latent_call(128, 128, 128, 4, 4),   # DeepSeek-V3

@@ -12,10 +12,10 @@ from tests.support.architectures import SMALL, build, config
 
 ATTENDED = [name for name in (
     "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-    "granitemoe", "granitemoehybrid", "granitemoeshared", "hy_v3", "hunyuan_v1_moe", "kolibri1", "laguna", "mellum",
-    "minimax_m2", "phimoe", "qwen2_moe", "solar_open") if name in SMALL]
-CHANGED = {"mellum": dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
-           "laguna": dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])}
+    "flint", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v3", "hunyuan_v1_moe",
+    "kolibri1", "laguna", "mellum", "minimax_m2", "phimoe", "qwen2_moe", "solar_open") if name in SMALL]
+WINDOWED = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+CHANGED = dict.fromkeys(("mellum", "laguna", "flint", "granitemoe_swa"), WINDOWED)
 TOKENS = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(4))
 
 
@@ -37,9 +37,10 @@ def test_logits_are_those_of_eager_attention(name, calls):
     """Past every window, a prompt, then one token or a few at a time; several at once only where transformers' own
     states take them."""
     model = build(name, **CHANGED.get(name, {}))
+    own = model.config._attn_implementation
     model.set_attn_implementation("eager")
     expected = model(TOKENS, use_cache=False).logits
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(own)
     assert attention.attends(model)
     cache = StepCache(model.config, 48)
     attending = [layer for layer in cache.layers if isinstance(layer, FullLayer | RingLayer)]
@@ -53,9 +54,9 @@ def test_logits_are_those_of_eager_attention(name, calls):
     assert calls == [size for size in sizes if size <= 4 for _ in attending] and attending
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "minimax_m3_vl_text", "longcat_flash"])
+@pytest.mark.parametrize("name", ["mimo_v2_flash", "deepseek_v3", "minimax_m3_vl_text", "longcat_flash"])
 def test_others_keep_their_own(name):
-    """Eager ones; heads whose values are narrower than their keys; masks of their own."""
+    """Heads whose values are narrower than their keys; masks of their own."""
     if name in SMALL:
         model = build(name)
         own = model.config._attn_implementation
@@ -82,4 +83,4 @@ def test_what_is_not_known_goes_to_transformers(calls):
     found = attention.attention(module, query, keys, values, None, position_bias=bias)[0]
     assert found.shape == (1, 1, 4, 16) and not calls
     assert attention.attention(module, query, keys, values, None)[0].shape == (1, 1, 4, 16) and calls == [1]
-    assert config("mellum")._attn_implementation != attention.NAME
+    assert config("mellum")._attn_implementation not in attention.OURS.values()
