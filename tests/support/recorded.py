@@ -70,11 +70,15 @@ def kernels_as_nodes():
             setattr(module, name, function)
 
 
-def from_here(step: Step, start: tuple, once: Callable[[], object], n: int) -> tuple[list[list], list[torch.Tensor]]:
-    """Packets and logits of n steps from `start` and an empty near memory on; a hook has read the prompt."""
+def from_here(step: Step, start: tuple, once: Callable[[], object], n: int, is_hooked: bool = True,
+              ) -> tuple[list[list], list[torch.Tensor]]:
+    """Packets and logits of n steps from `start` and an empty near memory on. Its hook, if it has one, has read the
+    prompt; or is taken off."""
     step.restore(start)
     step.runtime.reset()
-    if step.runtime.hook is not None:
+    if not is_hooked:
+        step.runtime.hook = None
+    elif step.runtime.hook is not None:
         step.runtime.hook.prompt_read()
     packets, logits = [], []
     for _ in range(n):
