@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kernels.activation import FixedPoint, Gate, NeuronBias, widened
+from kernels.dense import strict_sum
 from kernels.dispatch import twin
 from kernels.layout import Layout
 from kernels.planes import decode_down, decode_gate, decode_sketch, decode_up
@@ -56,3 +57,20 @@ def apply(x: Tensor, sketches: Tensor, place: Tensor, records: Tensor, record_pl
         product = neuron_products(x[i], sketch, record, fidelity[i][chosen], layout, gate, *own)
         out[i].index_add_(0, expert, product[:, None] * decode_down(record, layout))
     return out if mixture is None else weigh(out, mixture)
+
+
+@twin("kernels.gpu.whole_sums", "kernels.cpu.whole_sums")
+def chosen_sums(x: FixedPoint, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
+                fidelity: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None) -> Tensor:
+    """As `apply`, in the arithmetic of kernels.dense.whole_sums -> per-expert sums int64 [T, k, H]: a card may compute
+    some of the neurons and a processor the others. x: of `quantize`."""
+    out = torch.zeros(*place.shape, layout.padded, dtype=torch.int64, device=sketches.device)
+    rows = sketches[:, :layout.neurons * layout.sketch_row].unflatten(1, (layout.neurons, layout.sketch_row))
+    for i, j in torch.cartesian_prod(*map(torch.arange, place.shape)).view(-1, 2).tolist():
+        own = ((neurons[i] >= 0) & (neurons[i] // layout.neurons == j)).nonzero()[:, 0]
+        neuron, kinds = (neurons[i, own] % layout.neurons).long(), fidelity[i, own]
+        biases = (None, None) if bias is None else (side[i, j, neuron] for side in bias.rows)
+        out[i, j] = strict_sum(FixedPoint(*(part[i] for part in x)), rows[int(place[i, j]), neuron],
+                               records[record_place[i, own].long()], (kinds != DOWN_ONLY, kinds == REFINED), layout,
+                               gate, *biases)
+    return out

@@ -15,7 +15,7 @@ import torch
 from kernels.activation import FixedPoint, Gate, NeuronBias, widened
 from kernels.dispatch import twin
 from kernels.layout import Layout
-from kernels.planes import decode_down, decode_gate, decode_up, fine_codes
+from kernels.planes import codes_of, decode_down, decode_gate, decode_up
 from kernels.weigh import Mixture, weigh
 
 Tensor = torch.Tensor
@@ -50,26 +50,39 @@ LOG2E, LN2_HIGH, LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
 EXPONENTIAL = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # of r, to 2e-7 for |r| up to ln 2 / 2
 
 
-@twin("kernels.gpu.whole_sums", "kernels.cpu.apply")
+@twin("kernels.gpu.whole_sums", "kernels.cpu.whole_sums")
 def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
                bias: NeuronBias | None = None) -> Tensor:
     """As `dense`, of one of STRICT -> per-expert sums int64 [T, k, H] in 2**-SHIFTths, whose bits depend neither on who
     computes nor on what is computed beside. x: of `quantize`."""
-    assert gate.kind in STRICT, gate.kind
-    codes = (x.high.int() * 256 + x.low.int()).unflatten(1, (layout.groups, layout.group))
     out = torch.zeros(*place.shape, layout.padded, dtype=torch.int64, device=blobs.device)
+    every = torch.ones(layout.neurons, dtype=torch.bool, device=blobs.device)
     for i, j in torch.cartesian_prod(*map(torch.arange, place.shape)).view(-1, 2).tolist():
-        (gate_codes, gate_pairs), (up_codes, up_pairs), (down, pairs) = fine_codes(blobs[int(place[i, j])], layout)
-        g, u = (_in_order((own * codes[i]).sum(-1), own_pairs, x.scale[i], x.sums[i])
-                for own, own_pairs in ((gate_codes, gate_pairs), (up_codes, up_pairs)))
-        if bias is not None:
-            g, u = (product + own[i, j] for product, own in zip((g, u), bias.rows, strict=True))
-        product = strict_gate(gate, g, u)[:, None]
-        factors, offsets = product * pairs[..., 0], product * pairs[..., 1]
-        fits = ((factors.abs() <= MOST) & (offsets.abs() <= MOST)).all(0)
-        total = (_fixed(factors)[..., None] * down).sum(0) + _fixed(offsets).sum(0)[:, None]
-        out[i, j] = torch.where(fits[:, None], total, NO_NUMBER).flatten()
+        biases = (None, None) if bias is None else (side[i, j] for side in bias.rows)
+        rows = _rows(blobs[int(place[i, j])], layout)
+        out[i, j] = strict_sum(FixedPoint(*(part[i] for part in x)), *rows, (every, every), layout, gate, *biases)
     return out
+
+
+def strict_sum(x: FixedPoint, sketch: Tensor, records: Tensor, fine: tuple[Tensor, Tensor], layout: Layout, gate: Gate,
+               gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    """What neurons of one expert, as of `codes_of`, add for one token -> int64 [H]; biases float32 [R] or None."""
+    assert gate.kind in STRICT, gate.kind
+    activation = (x.high.int() * 256 + x.low.int()).unflatten(0, (layout.groups, layout.group))
+    *both, (down, pairs) = codes_of(sketch, records, fine, layout)
+    g, u = (_in_order((codes * activation).sum(-1), own_pairs, x.scale, x.sums) for codes, own_pairs in both)
+    if gate_bias is not None:
+        g, u = g + gate_bias, u + up_bias
+    product = strict_gate(gate, g, u)[:, None]
+    factors, offsets = product * pairs[..., 0], product * pairs[..., 1]
+    fits = ((factors.abs() <= MOST) & (offsets.abs() <= MOST)).all(0)
+    total = (_fixed(factors)[..., None] * down).sum(0) + _fixed(offsets).sum(0)[:, None]
+    return torch.where(fits[:, None], total, NO_NUMBER).flatten()
+
+
+def together(sums: Tensor, others: Tensor) -> Tensor:
+    """What two sides added of the same experts, int64."""
+    return torch.where((sums == NO_NUMBER) | (others == NO_NUMBER), NO_NUMBER, sums + others)
 
 
 def _in_order(dots: Tensor, pairs: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
@@ -164,6 +177,11 @@ def dequantize(blobs: Tensor, gate_up: Tensor, down: Tensor, layout: Layout) -> 
 
 def decode_blob(blob: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 [blob_bytes] -> gate, up, down float32 [I, H] at 4 bits."""
-    sketch = blob[:layout.neurons * layout.sketch_row].view(layout.neurons, layout.sketch_row)
-    records = blob[layout.sketch_bytes:layout.blob_bytes].view(layout.neurons, layout.record)
+    sketch, records = _rows(blob, layout)
     return decode_gate(sketch, records, layout), decode_up(sketch, records, layout), decode_down(records, layout)
+
+
+def _rows(blob: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """uint8 [blob_bytes] -> sketch rows and records."""
+    return (blob[:layout.neurons * layout.sketch_row].view(layout.neurons, layout.sketch_row),
+            blob[layout.sketch_bytes:layout.blob_bytes].view(layout.neurons, layout.record))

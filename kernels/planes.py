@@ -104,17 +104,20 @@ def decode_up(sketch: Tensor, records: Tensor, layout: Layout) -> Tensor:
     return _refined(sketch, records, layout, 1)
 
 
-def fine_codes(blob: Tensor, layout: Layout) -> tuple[tuple[Tensor, Tensor], ...]:
-    """uint8 [blob_bytes] -> of gate, up and down the 4-bit codes int32 [R, G, group] and their pairs float32
-    [R, G, 2]."""
-    sketch = blob[:layout.neurons * layout.sketch_row].view(layout.neurons, layout.sketch_row)
-    records = blob[layout.sketch_bytes:layout.blob_bytes].view(layout.neurons, layout.record)
-    p, at = layout.plane2, layout.refine_at
-    codes = [unpack2(sketch[:, i * p:(i + 1) * p]) << 2 | unpack2(records[:, at + i * p:at + (i + 1) * p])
-             for i in range(2)] + [unpack4(records[:, :layout.plane4])]
-    return tuple((own.int().unflatten(1, (layout.groups, layout.group)),
-                  _scales(records, layout.record_scales_at + n * layout.scales, layout))
-                 for own, n in zip(codes, (1, 2, 0), strict=True))
+def codes_of(sketch: Tensor, records: Tensor, fine: tuple[Tensor, Tensor], layout: Layout,
+             ) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Sketch rows and records of the same neurons -> of gate, up and down the codes int32 [R, G, group] and their pairs
+    float32 [R, G, 2]; of gate and of up at 4 bits where `fine`, bool [R] each, else those of the sketch."""
+    found, p = [], layout.plane2
+    for i, wanted in enumerate(fine):
+        coarse, at = unpack2(sketch[:, i * p:(i + 1) * p]), layout.refine_at + i * p
+        codes = torch.where(wanted[:, None], coarse << 2 | unpack2(records[:, at:at + p]), coarse)
+        pairs = torch.where(wanted[:, None, None],
+                            _scales(records, layout.record_scales_at + (1 + i) * layout.scales, layout),
+                            _scales(sketch, layout.sketch_scales_at + i * layout.scales, layout))
+        found.append((codes, pairs))
+    found.append((unpack4(records[:, :layout.plane4]), _scales(records, layout.record_scales_at, layout)))
+    return tuple((codes.int().unflatten(1, (layout.groups, layout.group)), pairs) for codes, pairs in found)
 
 
 def _refined(sketch: Tensor, records: Tensor, layout: Layout, which: int) -> Tensor:

@@ -9,24 +9,30 @@ Legend: T tokens of a step, k routed experts, I neurons, H hidden, E experts, L 
 """
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 
 from engine.core import SPARSE_LEVELS, UserError
-from engine.experts.cache import kept_objects
+from engine.experts.cache import MappedCache, kept_objects
 from engine.experts.layer import LayerExperts, LevelPlan
 from engine.experts.prefill import PRODUCT_ROW, Staging, decodes
 from engine.experts.runtime import Runtime
 from engine.experts.store import Far, FarBlobs
-from kernels.activation import FixedPoint, NeuronBias
-from kernels.dense import from_sums, whole_sums
+from engine.policies.split import Rates, host_takes
+from engine.units import size
+from kernels.activation import FixedPoint, NeuronBias, quantize
+from kernels.apply import chosen_sums
+from kernels.dense import STRICT, from_sums, together, whole_sums
 from kernels.layout import Layout
-from kernels.pool import pin
+from kernels.pool import forget, pin
 from kernels.resolve import Link, choose_neurons, look_ahead, resolve_experts, resolve_neurons
 from kernels.score import score
+from kernels.select import DOWN_ONLY, REFINED
 from kernels.weigh import weighed
 
 Tensor = torch.Tensor
@@ -199,7 +205,28 @@ class DeviceRuntime(Runtime):
                                        layer.gate, layer.neuron_bias(there))
         if left:
             self.counts[0] += self._object_bytes * len(left)  # wanted; it is neither near nor does it come
-            sums[:, left] = on_host(self, layer, fixed, ids[:, left].cpu()).to(self.device)
+            sums[:, left] = self.hook.beside.experts(layer, fixed, ids[:, left]).to(self.device)
+        return partial(self._mixed, layer, x, partial(weighed, from_sums(sums)), ids, weights, residual)
+
+    def _sparse(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor, residual: Tensor | None = None,
+                ) -> Callable[[], Tensor]:
+        """The same of the neurons that the card has chosen: what they add is integers, whoever adds it."""
+        if self.hook is None or not self.hook.asks_the_host:
+            return super()._sparse(layer, x, ids, weights, residual)
+        at, layout, bias = layer.index, self.far.layout, layer.neuron_bias(ids)
+        place = self._demand(at, ids, weights)
+        self._side.join()  # a shortcut's sketches
+        codes, scales, *fixed = self._quantized(x)
+        chosen = self._selected(layer, (codes, scales), place, ids, weights, bias)
+        far = self.hook.neurons_stay_far(at, ids, chosen[0]) if len(x) == 1 else None
+        left, own = (None, chosen) if far is None or not far.any() else _parted(chosen, far[0])
+        where = self._bring_neurons(at, ids, *own)
+        sums = chosen_sums(FixedPoint(*fixed), self._rows(at), place, self.near.rows(at, True), where, *own, layout,
+                           layer.gate, bias)
+        if left:
+            whole = (left[1] != DOWN_ONLY).sum()
+            self.counts[0] += whole * layout.record + (left[1].numel() - whole) * layout.prefix
+            sums = together(sums, self.hook.beside.neurons(layer, FixedPoint(*fixed), ids, *left).to(self.device))
         return partial(self._mixed, layer, x, partial(weighed, from_sums(sums)), ids, weights, residual)
 
     # --- prefill ------------------------------------------------------------------------------------------------
@@ -247,6 +274,14 @@ class DeviceRuntime(Runtime):
             at = end
 
 
+def _parted(chosen: tuple[Tensor, ...], far: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Neurons and fidelity [1, K]: where `far`, bool [K] on the processor, [1, n], and the others in their order, then
+    none, [1, K]."""
+    left, own = (tuple(table[:, kept.nonzero()[:, 0].to(table.device)] for table in chosen) for kept in (far, ~far))
+    n = left[0].shape[1]
+    return left, (F.pad(own[0], (0, n), value=-1), F.pad(own[1], (0, n)))
+
+
 def _in_order(y: Tensor, weights: Tensor) -> Tensor:
     """y [T, k, H], weights [T, k] -> float32 [T, H], summed in the order of the picks."""
     out = torch.zeros(len(y), y.shape[2], dtype=torch.float32, device=y.device)
@@ -266,13 +301,94 @@ def _check(far: Far, layers: list[LayerExperts], decoded: torch.dtype | None) ->
         raise NoDevicePath("The device kernels do not know the activation of these experts; they run on the host.")
 
 
-def on_host(runtime: Runtime, layer: LayerExperts, x: FixedPoint, ids: Tensor) -> Tensor:
-    """Experts ids int64 [1, n], on the processor, where far memory has them -> their sums int64 [1, n, padded H]
-    there. x may lie on a card, which is waited for."""
-    bias = layer.neuron_bias(ids.to(runtime.device))
-    if bias is not None:    # of these experts alone
-        bias = NeuronBias(*(rows[0].cpu() for rows in bias.rows), torch.arange(ids.shape[1])[None])
-    given = FixedPoint(*(part.cpu() for part in x))
-    for expert in ids[0].tolist():
-        runtime.far.verify(layer.index, expert)
-    return whole_sums(given, runtime.far.blobs(layer.index)[:, 0], ids.int(), runtime.far.layout, layer.gate, bias)
+# --- the processor beside a card (`miss=beside`) ------------------------------------------------------------
+REPEATS = 3  # of a measurement, of which the best counts
+
+
+class Beside:
+    """What it computes where far memory has it, in the arithmetic that both sides share; of one open model. UserError
+    for experts that only one side can compute."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        if kinds := {layer.gate.kind for layer in runtime.layers} - {*STRICT}:
+            raise UserError(f"The experts of this model use {', '.join(sorted(kinds))}, which a processor and a card "
+                            "do not round alike; choose another miss.")
+        self.far = runtime.far
+
+    @cached_property
+    def _lying(self) -> MappedCache:
+        """Far memory as places; nothing of it is copied."""
+        return MappedCache(self.far)
+
+    def experts(self, layer: LayerExperts, x: FixedPoint, ids: Tensor) -> Tensor:
+        """Whole experts ids int [1, n] -> their sums int64 [1, n, padded H] on the processor. What is given may lie on
+        a card, which is waited for."""
+        x, ids, bias = self._here(layer, x, ids)
+        return whole_sums(x, self._lying.rows(layer.index, False), ids, self.far.layout, layer.gate, bias)
+
+    def neurons(self, layer: LayerExperts, x: FixedPoint, ids: Tensor, neurons: Tensor, fidelity: Tensor) -> Tensor:
+        """Some neurons of experts ids int [1, k], int32 [1, n] ascending through the k, fidelity int8 [1, n] -> as
+        `experts`."""
+        x, ids, bias = self._here(layer, x, ids)
+        neurons, fidelity = neurons.cpu(), fidelity.cpu()
+        return chosen_sums(x, self._lying.rows(layer.index, False), ids, self._lying.rows(layer.index, True),
+                           self._lying.record_places(ids, neurons), neurons, fidelity, self.far.layout, layer.gate,
+                           bias)
+
+    def _here(self, layer: LayerExperts, x: FixedPoint, ids: Tensor) -> tuple[FixedPoint, Tensor, NeuronBias | None]:
+        own = ids.cpu().clamp(min=0)    # none is any expert, of which no neuron is asked for
+        for expert in own[0].tolist():
+            self.far.verify(layer.index, expert)
+        bias = layer.neuron_bias(ids)
+        if bias is not None:    # of these experts alone
+            bias = NeuronBias(*(rows[0].cpu() for rows in bias.rows), torch.arange(ids.shape[1])[None])
+        return FixedPoint(*(part.cpu() for part in x)), own.int(), bias
+
+
+def measured(runtime: Runtime, beside: Beside) -> Rates:
+    """Of this machine and what is near at this level, experts or neurons, by the first layer's; near memory is empty
+    afterwards."""
+    layer, device = runtime.layers[0], runtime.device
+    ids = torch.arange(min(runtime.top_k, runtime.far.experts), dtype=torch.int32, device=device)[None]
+    x = FixedPoint(*quantize(torch.ones(1, runtime.far.layout.padded, device=device), runtime.far.layout.group)[2:])
+    n, each = what_is_missed(runtime)
+    things = torch.arange(n, dtype=torch.int32, device=device)
+    if runtime.is_sparse:
+        chosen = things[None], torch.full((1, n), REFINED, dtype=torch.int8, device=device)
+        computed = _best(lambda: beside.neurons(layer, x, ids, *chosen))
+    else:
+        computed = _best(lambda: beside.experts(layer, x, ids))
+    asked = _best(lambda: [part.cpu() for part in x])
+
+    def fetched() -> None:
+        runtime.bring(0, things, records=runtime.is_sparse)
+        runtime.counts.tolist()  # waits for the card
+    rates = Rates(n * each / _best(fetched, lambda: forget(runtime.near.pools()[-1][0])), n * each / computed, asked)
+    runtime.reset()
+    return rates
+
+
+def what_is_missed(runtime: Runtime) -> tuple[int, int]:
+    """Of a layer, at most: how many records, or experts, and the bytes of each."""
+    if runtime.is_sparse:
+        return max(1, runtime.most_records()[0]), runtime.far.layout.record
+    return min(runtime.top_k, runtime.far.experts), runtime.far.expert_bytes
+
+
+def told(rates: Rates, runtime: Runtime) -> str:
+    """The share in a sentence."""
+    n, each = what_is_missed(runtime)
+    return (f"Measured: {'neurons' if runtime.is_sparse else 'experts'} come over the link at {size(rates.link)} a "
+            f"second, and the processor computes them where they lie at {size(rates.host)} a second; of {n} missing "
+            f"ones it takes {host_takes(n, each, rates)}. Steps are launched one by one meanwhile.")
+
+
+def _best(work: Callable, before: Callable = lambda: None) -> float:
+    """Seconds of `work`; the first run, which may compile, does not count."""
+    found = []
+    for _ in range(REPEATS + 1):
+        before()
+        begun = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begun)
+    return max(min(found[1:]), 1e-9)

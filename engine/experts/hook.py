@@ -54,6 +54,10 @@ class Hook:
         memory has it, and nobody fetches. None: nothing."""
         return None
 
+    def neurons_stay_far(self, layer: int, ids: Tensor, neurons: Tensor) -> Tensor | None:
+        """The same of neurons [1, K] that a sparse level's step has chosen of experts ids [1, k]: bool [1, K]."""
+        return None
+
     def token_begins(self) -> None:
         """Slots are free; nothing of the coming token has been asked for yet: where a policy may fetch ahead."""
 

@@ -9,7 +9,6 @@ while a prompt is read or between tokens.
 """
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from engine.core import UserError
 from engine.experts.base_experts import BaseExperts
 from engine.experts.cache import pinnable
-from engine.experts.device import on_host
+from engine.experts.device import Beside, measured, told
 from engine.experts.hook import Hook
 from engine.experts.layer import LayerExperts
 from engine.experts.runtime import Runtime
@@ -31,15 +30,11 @@ from engine.policies.choice import Choice, parse, refusal
 from engine.policies.predict import Payoff, Predictor
 from engine.policies.residency import Admitted, stamps, stays_far
 from engine.policies.split import Rates, host_takes
-from engine.units import size
-from kernels.activation import FixedPoint, quantize
-from kernels.dense import STRICT
 from kernels.evict import age
 
 Tensor = torch.Tensor
 SAMPLE = 64  # tokens of a prompt from which it is told how a router weighs
 MOST = torch.iinfo(torch.int32).max
-REPEATS = 3  # of a measurement, of which the best counts
 
 
 class PolicyHook(Hook):
@@ -65,10 +60,10 @@ class PolicyHook(Hook):
             self._experts = torch.zeros(far.layers, k, dtype=torch.int64)
             self._shares = torch.zeros(far.layers, k, dtype=torch.float32)
             self._read = torch.zeros(far.layers * far.experts, dtype=torch.float32)
-        if self.asks_the_host:
-            check_gates(runtime)
-            self.rates = measured(runtime)
-            self.note = told(self.rates, k, far.expert_bytes)
+        self.beside = Beside(runtime) if self.asks_the_host else None
+        self._rates: dict[bool, Rates] = {}  # by whether records are near, or whole experts
+        if self.beside is not None:
+            self._measure()
         self.payoff, self._began_at = Payoff(), int(runtime.clock)
         prefix, record, weights = far.layout.prefix, far.layout.record, 3 * far.layout.padded
         self._bits = (8 * prefix / weights, 8 * record / weights)
@@ -150,6 +145,8 @@ class PolicyHook(Hook):
             self.guesses.end(self._experts, self._logits)
 
     def token_ended(self) -> None:
+        if self.beside is not None:
+            self._measure()
         runtime, pools = self.runtime, [pool for pool, _ in self.runtime.near.pools()]
         self._make_rules()
         if self.guesses is not None:
@@ -188,10 +185,34 @@ class PolicyHook(Hook):
         pool, things = pools[0][0], (ids[0].clamp(min=0) + layer * runtime.far.experts).long()
         missing = (ids[0] >= 0) & (pool.slot_of[things] < 0)
         if self.asks_the_host:  # those that the router likes least
-            at = missing.cpu().nonzero()[:, 0]
-            n = host_takes(len(at), runtime.far.expert_bytes, self.rates)
-            return torch.zeros(1, ids.shape[1], dtype=torch.bool).index_fill_(1, at[len(at) - n:], True)
+            return self._for_the_host(missing, runtime.far.expert_bytes)
         return stays_far(self.rules[0], things, missing, int(pool.n_free))[None]
+
+    def neurons_stay_far(self, layer: int, ids: Tensor, neurons: Tensor) -> Tensor | None:
+        things = self._things(layer, ids, neurons)[0]
+        missing = (things >= 0) & (self.runtime.near.pools()[1][0].slot_of[things.clamp(min=0)] < 0)
+        return self._for_the_host(missing, self.runtime.far.layout.record)
+
+    def _for_the_host(self, missing: Tensor, each_bytes: int) -> Tensor:
+        """bool [1, n], on the processor: of what is missing, bool [n], the last ones, as many as it takes."""
+        at = missing.cpu().nonzero()[:, 0]
+        n = host_takes(len(at), each_bytes, self.rates)
+        return torch.zeros(1, len(missing), dtype=torch.bool).index_fill_(1, at[len(at) - n:], True)
+
+    @property
+    def rates(self) -> Rates:
+        """Of this level's kind."""
+        return self._rates[self.runtime.is_sparse]
+
+    def _measure(self) -> None:
+        """Where a level of another kind was chosen since: before its first step, when nothing is near."""
+        if self.runtime.is_sparse not in self._rates:
+            self._rates[self.runtime.is_sparse] = measured(self.runtime, self.beside)
+
+    @property
+    def note(self) -> str:
+        is_known = self.runtime.is_sparse in self._rates
+        return told(self.rates, self.runtime) if is_known else ""
 
     def token_begins(self) -> None:
         if self.guesses is not None and self.runtime.looks_ahead:
@@ -306,47 +327,3 @@ def choose_policies(runtime: Runtime, model: nn.Module, policies: str) -> None:
     if isinstance(before, PolicyHook):
         before.close()
     runtime.hook = hook
-
-
-# --- the processor beside a card ---------------------------------------------------------------------------
-def check_gates(runtime: Runtime) -> None:
-    """UserError for experts that only one side can compute."""
-    if kinds := {layer.gate.kind for layer in runtime.layers} - {*STRICT}:
-        raise UserError(f"The experts of this model use {', '.join(sorted(kinds))}, which a processor and a card do "
-                        "not round alike; choose another miss.")
-
-
-def measured(runtime: Runtime) -> Rates:
-    """Of this machine and these experts, by the first layer's; near memory is empty afterwards."""
-    far, layer, n = runtime.far, runtime.layers[0], min(runtime.top_k, runtime.far.experts)
-    ids = torch.arange(n, dtype=torch.int32, device=runtime.device)
-    x = FixedPoint(*quantize(torch.ones(1, far.layout.padded, device=runtime.device), far.layout.group)[2:])
-    on_card, one = x, torch.zeros(1, n, dtype=torch.int64)
-    one[0] = torch.arange(n)
-    x = FixedPoint(*(part.cpu() for part in x))
-
-    def fetched() -> None:
-        runtime.reset()
-        runtime.bring(0, ids)
-        runtime.counts.tolist()  # waits for the card
-    computed, asked = _best(lambda: on_host(runtime, layer, x, one)), _best(lambda: [part.cpu() for part in on_card])
-    rates = Rates(n * far.expert_bytes / _best(fetched), n * far.expert_bytes / computed, asked)
-    runtime.reset()
-    return rates
-
-
-def told(rates: Rates, top_k: int, each_bytes: int) -> str:
-    """The share in a sentence."""
-    return (f"Measured: experts come over the link at {size(rates.link)} a second, and the processor computes them "
-            f"where they lie at {size(rates.host)} a second; of {top_k} missing ones it takes "
-            f"{host_takes(top_k, each_bytes, rates)}. Steps are launched one by one meanwhile.")
-
-
-def _best(work) -> float:
-    """Seconds; the first run, which may compile, does not count."""
-    found = []
-    for _ in range(REPEATS + 1):
-        begun = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - begun)
-    return max(min(found[1:]), 1e-9)

@@ -203,8 +203,7 @@ class Runtime(Hooked, ABC):
 
     # --- numbers ------------------------------------------------------------------------------------------------
     def counters(self) -> Counters:
-        """Totals since the model was opened, decode only: as of the last token that came back, where `counted` has
-        them; else waits for the device."""
+        """Totals since the model was opened, decode only; waits for the device where no token has come back."""
         return Counters(*(self.counts.tolist() if self.counted is None else self.counted))
 
     @property
@@ -219,8 +218,7 @@ class Runtime(Hooked, ABC):
         return self.near.residency()
 
     def activity(self) -> list[list[float]]:
-        """Per layer and expert the share of the last tokens that were routed to it, newer ones counting more; decode
-        only. Rows of E numbers, 0 to 1."""
+        """[L][E] numbers, 0 to 1: shares of the last decoded tokens that took an expert, newer ones counting more."""
         return self.busy.shares()
 
     def count_wasted(self, aged: Tensor, records: bool) -> None:
@@ -319,8 +317,13 @@ class Runtime(Hooked, ABC):
 
     def _choose(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
                 bias: NeuronBias | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x: codes and scales -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]; where their records
-        are near, int32 [T, K]."""
+        """`_selected`, and where their records are near, int32 [T, K]."""
+        found = self._selected(layer, x, place, ids, weights, bias)
+        return *found, self._bring_neurons(layer.index, ids, *found)
+
+    def _selected(self, layer: LayerExperts, x: tuple[Tensor, Tensor], place: Tensor, ids: Tensor, weights: Tensor,
+                  bias: NeuronBias | None) -> tuple[Tensor, Tensor]:
+        """x: codes and scales -> neurons int32 [T, K] ascending, then -1; fidelity int8 [T, K]."""
         layout, capacity, given = self.far.layout, self.capacity[layer.index], (*x, self._rows(layer.index), place)
         if self.level == "floe":
             limits = self.thresholds[layer.index][ids.long()].repeat_interleave(layout.neurons, 1)
@@ -331,9 +334,7 @@ class Runtime(Hooked, ABC):
             found = chosen(scores, ids, self._budget(layer.index), capacity, histogram)
         if layer.is_shortcut:
             found = heard(*found, weights, layout.neurons)
-        if self.hook is not None:
-            found = self.hook.selected(layer, ids, weights, *found)
-        return *found, self._bring_neurons(layer.index, ids, *found)
+        return found if self.hook is None else self.hook.selected(layer, ids, weights, *found)
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [T, H] -> codes and scales for scores, then what there is of a FixedPoint, all padded."""
@@ -429,8 +430,7 @@ class Runtime(Hooked, ABC):
         return self.predict and self.headroom and not self.near.is_complete()
 
     def _look_ahead(self, layer: LayerExperts, x: Tensor) -> None:
-        """Fetch what a later layer is likely to want, behind this layer's demand, beside its product and all that comes
-        before the next layer's experts."""
+        """Fetch what a later layer is likely to want, behind this layer's demand and beside its product."""
         if not self.looks_ahead:
             return
         guesses = None if self.hook is None else self.hook.guess(layer, x)

@@ -3,9 +3,9 @@
 What is not named is the engine's own: the next router's guess, recency, the router's experts, the level's fidelity.
 `free=layer` frees slots when a layer lacks them, instead of keeping some free for the token to come, which is what
 fetching ahead needs. `miss=place` computes what is not admitted where far memory has it, instead of copying it, on a
-processor (DAOP); `miss=beside` lets the processor compute part of what a graphics card lacks, as much as measured rates
-say (DAOP, APTMoE). Numbers stand behind colons. Only `route` and `fidelity` change what is computed;
-`miss=beside` changes its last bits.
+processor (DAOP); `miss=beside` lets the processor compute part of what a graphics card lacks, whole experts or single
+neurons, as much as measured rates say (DAOP, APTMoE). Numbers stand behind colons. Only `route` and `fidelity` change
+what is computed; `miss=beside` changes its last bits.
 """
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def refusal(choice: Choice, level: str, device: str) -> str:
         return f"Where only what is cached may be used the level has to be exact, not {level}; choose exact."
     if choice.miss.name == "beside" and device == "cpu":
         return "miss=beside lets the processor help a graphics card; where there is none choose miss=place."
-    if choice.miss.name in ("place", "beside") and level in SPARSE_LEVELS:
+    if choice.miss.name == "place" and level in SPARSE_LEVELS:
         return f"Where whole experts are computed in place the level has to be exact, not {level}; choose exact."
     if choice.fidelity.name == "base" and level in SPARSE_LEVELS:
         return f"A base expert stands in for whole ones, so the level has to be exact, not {level}; choose exact."

@@ -3,7 +3,7 @@
 
 A curve is a list: misses[s] is what a layer misses with s slots, s = 0 .. as many as it may have.
 
-And misses between a card and the processor beside it: which of a layer's missing experts are computed where they lie,
+And misses between a card and the processor beside it: what of a layer's missing experts is computed where it lies,
 so that both sides end together (DAOP, arXiv 2501.10375, and APTMoE, SC 2024). Rates are measured, never assumed.
 """
 from __future__ import annotations
@@ -75,5 +75,8 @@ class Rates:
 
 
 def host_takes(missing: int, each_bytes: int, rates: Rates) -> int:
-    """How many of a layer's missing experts the processor computes; of equally good numbers the smallest."""
-    return min(range(missing + 1), key=lambda n: (rates.seconds((missing - n) * each_bytes, n * each_bytes), n))
+    """How many of a layer's missing experts, or neurons, the processor computes; of equally good numbers the least."""
+    # Both sides' times are lines: none, or beside where they meet.
+    meet = (missing * each_bytes / rates.link - rates.asking) / (each_bytes / rates.link + each_bytes / rates.host)
+    near = range(max(1, int(meet) - 1), min(missing, int(meet) + 2) + 1)
+    return min((0, *near), key=lambda n: (rates.seconds((missing - n) * each_bytes, n * each_bytes), n))

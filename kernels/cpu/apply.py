@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, float32, int8, int32, int64, njit, uint8, uint16
+from numba import carray, float32, int8, int32, int64, njit
 
 from kernels.activation import KINDS, FixedPoint, Gate, NeuronBias
 from kernels.cpu.activation import blocks16
@@ -22,7 +22,6 @@ from kernels.cpu.gate import BIAS, bias_fields, biases_of, gated, kind_of
 from kernels.cpu.rows import CODES, LINE, add_lines, ask_for, coarse_rows, fine_rows
 from kernels.cpu.threads import Step, address, call, claim, fields, pack, pointer, task
 from kernels.cpu.vectors import LANES
-from kernels.dense import EXPONENTIAL, LN2_HIGH, LN2_LOW, LOG2E, MOST, NO_NUMBER, SHIFT, STRICT
 from kernels.layout import Layout
 from kernels.select import DOWN_ONLY, REFINED
 from kernels.weigh import Mixture
@@ -54,7 +53,7 @@ def _lines(row, record, kind, x, a, out):
 
 
 @njit(cache=True, nogil=True)
-def _locate(a, token, expert, start, n, row, record, fidelity, index):
+def locate(a, token, expert, start, n, row, record, fidelity, index):
     """Addresses of n neurons from rank `start` on, and what is wanted of them."""
     slot = carray(pointer(a.slots), a.n_slots, int32)[token * a.routed + expert]
     blob, first = a.blobs + slot * a.stride, token * a.n_ranks + start
@@ -121,7 +120,7 @@ def _add_neurons(table):
         carray(pointer(out), a.padded, float32)[:] = 0
         for start in range(first, last, NEURONS):
             n = min(NEURONS, last - start)
-            _locate(a, token, expert, start, n, row, record, fidelity, index)
+            locate(a, token, expert, start, n, row, record, fidelity, index)
             _products(a, token, expert, n, row, record, fidelity, index, lines.ctypes.data, products.ctypes.data)
             record[n:], products[n:] = record[0], 0
             _add_down(a, record.ctypes.data, products.ctypes.data, weights.ctypes.data, out)
@@ -134,7 +133,7 @@ def most_pieces(n_ranks, tokens, routed):
 
 
 @njit(cache=True, nogil=True)
-def _list_pieces(neurons, routed, per_expert, pieces):
+def list_pieces(neurons, routed, per_expert, pieces):
     """neurons int32 [T, N] ascending, then -1 -> how many pieces, int32 [.., 4]: token, expert, first rank, and the one
     behind."""
     n = 0
@@ -157,12 +156,12 @@ def _divide(table):
     tokens = a.n_slots // a.routed
     neurons = carray(pointer(a.neurons), (tokens, a.n_ranks), int32)
     pieces = carray(pointer(a.pieces), (most_pieces(a.n_ranks, tokens, a.routed), 4), int32)
-    carray(pointer(table), 2, int64)[1] = _list_pieces(neurons, a.routed, a.per_expert, pieces)
+    carray(pointer(table), 2, int64)[1] = list_pieces(neurons, a.routed, a.per_expert, pieces)
 
 
 @lru_cache(64)
-def _every_piece(tokens: int, routed: int, per_expert: int) -> np.ndarray:
-    """As of `_list_pieces`, where every neuron is in the list."""
+def every_piece(tokens: int, routed: int, per_expert: int) -> np.ndarray:
+    """As of `list_pieces`, where every neuron is in the list."""
     firsts = np.arange(0, per_expert, PIECE)
     pieces = np.empty((tokens, routed, len(firsts), 4), np.int32)
     pieces[..., 0] = np.arange(tokens)[:, None, None]
@@ -260,7 +259,7 @@ class Chosen(NamedTuple):
 
 
 @lru_cache(64)
-def _sizes(layout: Layout) -> dict[str, int]:
+def sizes_of(layout: Layout) -> dict[str, int]:
     return {name: getattr(layout, name) for name in SIZES}
 
 
@@ -271,13 +270,13 @@ def adding(blocks: Tensor, sketches: Tensor, place: Tensor, layout: Layout, gate
     assert sketches.stride(1) == 1, sketches.stride()
     (tokens, routed), (neurons, fidelity, places, records) = place.shape, chosen or (None,) * 4
     (tables, addresses), n_ranks = bias_fields(bias), 0 if chosen is None else neurons.shape[1]
-    pieces = (_every_piece(tokens, routed, layout.neurons) if chosen is None else
+    pieces = (every_piece(tokens, routed, layout.neurons) if chosen is None else
               np.empty((most_pieces(n_ranks, tokens, routed), 4), np.int32))
     partial = torch.empty(len(pieces), layout.padded, dtype=torch.float32)
     out = torch.empty(tokens, routed, layout.padded, dtype=torch.float32)
     n_read = (tokens * n_ranks or tokens * routed * layout.neurons) * (layout.sketch_row + layout.record)
     record = pack(
-        RECORD, len(pieces), n_read, **_sizes(layout), pieces=pieces.ctypes.data, n_ranks=n_ranks, routed=routed,
+        RECORD, len(pieces), n_read, **sizes_of(layout), pieces=pieces.ctypes.data, n_ranks=n_ranks, routed=routed,
         per_expert=layout.neurons, slots=address(place), n_slots=place.numel(), blobs=address(sketches),
         stride=sketches.stride(0), neurons=address(neurons), fidelity=address(fidelity), record_places=address(places),
         records=address(records), record_stride=0 if records is None else records.stride(0), x=address(blocks),
@@ -294,124 +293,3 @@ def weighing(sums: Tensor, weights: Tensor, residual: Tensor | None, out: Tensor
     record = pack(WEIGH_RECORD, 1, tokens=tokens, routed=routed, padded=padded, hidden=hidden, sums=address(sums),
                   weights=address(weights), residual=address(residual), out=address(out))
     return Step(_weigh, record, (sums, weights, residual, out), whole=True)
-
-
-# --- one arithmetic for a processor and a card: kernels.dense.whole_sums -------------------------------------------
-SUMS_RECORD = fields(" ".join(SIZES) + " chunks routed per_expert slots n_slots blobs stride codes x_scale x_sum kind "
-                     "halves partial strange " + " ".join(BIAS), floats="alpha limit")
-SILU, GELU_TANH, RELU = (KINDS.index(kind) for kind in ("silu", "gelu_tanh", "relu"))
-POWERS = 2.0 ** np.arange(-126, 127, dtype=np.float32)
-ONE, HALF_ONE, LARGEST, TIMES, HIGH, LOW = map(float32, (1, 0.5, MOST, LOG2E, LN2_HIGH, LN2_LOW))
-C0, C1, C2, C3, C4 = map(float32, EXPONENTIAL[:5])
-UNIT, TANH, CUBE = map(float32, (2.0 ** SHIFT, 1.5957691216057308, 0.044715))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _strict_sigmoid(x):
-    if x != x:
-        return x
-    z = min(max(-x, float32(-87)), float32(87))
-    n = np.floor(z * TIMES + HALF_ONE)
-    r = (z - n * HIGH) - n * LOW
-    total = (((((C0 * r + C1) * r + C2) * r + C3) * r + C4) * r + ONE) * r + ONE
-    return ONE / (ONE + total * POWERS[int64(n) + 126])
-
-
-@njit(cache=True, nogil=True)
-def _strict_gate(g, u, kind, alpha, limit):
-    if kind == SILU:
-        return g * _strict_sigmoid(g) * u
-    if kind == RELU:
-        return (g if g > 0 or g != g else float32(0)) * u
-    if kind == GELU_TANH:
-        return g * _strict_sigmoid(TANH * (g + CUBE * g * g * g)) * u
-    g = limit if g > limit else g
-    u = limit if u > limit else -limit if u < -limit else u
-    return (u + ONE) * g * _strict_sigmoid(g * alpha)
-
-
-@njit(cache=True, nogil=True)
-def _strict_sum(coarse, fine, pairs, a, codes, scale, sums, halves):
-    """Group after group: a row of gate, or of up, times the activation."""
-    total = float32(0)
-    for group in range(a.groups):
-        dot = int32(0)
-        for word in range(group * a.group // 16, (group + 1) * a.group // 16):
-            for b in range(4):
-                high, low = int32(coarse[4 * word + b]), int32(fine[4 * word + b])
-                for s in range(4):
-                    code = (high >> (2 * s) & 3) * 4 + (low >> (2 * s) & 3)
-                    dot += int32(code) * codes[16 * word + 4 * s + b]
-        part = halves[pairs[2 * group]] * (float32(dot) * scale[group])
-        total = total + (part + halves[pairs[2 * group + 1]] * sums[group])
-    return total
-
-
-@njit(cache=True, nogil=True)
-def _strict_down(plane, pairs, a, product, halves, out, strange):
-    for group in range(a.groups):
-        factor, offset = product * halves[pairs[2 * group]], product * halves[pairs[2 * group + 1]]
-        if not (abs(factor) <= LARGEST and abs(offset) <= LARGEST):
-            strange[group] = 1
-            continue
-        times, add = int64(np.floor(factor * UNIT + HALF_ONE)), int64(np.floor(offset * UNIT + HALF_ONE))
-        for word in range(group * a.group // 8, (group + 1) * a.group // 8):
-            for b in range(4):
-                byte = int64(plane[4 * word + b])
-                out[8 * word + b] += (byte & 15) * times + add
-                out[8 * word + 4 + b] += (byte >> 4) * times + add
-
-
-@task
-def _sum_whole(table):
-    a = carray(pointer(table), 1, SUMS_RECORD)[0]
-    slots, halves = carray(pointer(a.slots), a.n_slots, int32), carray(pointer(a.halves), 1 << 16, float32)
-    piece = claim(table)
-    while piece < a.n_pieces:
-        slot, chunk = piece // a.chunks, piece % a.chunks
-        token, (gate_bias, up_bias) = slot // a.routed, biases_of(a, slot, a.per_expert)
-        codes = carray(pointer(a.codes + 4 * token * a.padded), a.padded, int32)
-        scale = carray(pointer(a.x_scale + 4 * token * a.groups), a.groups, float32)
-        sums = carray(pointer(a.x_sum + 4 * token * a.groups), a.groups, float32)
-        out = carray(pointer(a.partial + 8 * piece * a.padded), a.padded, int64)
-        strange = carray(pointer(a.strange + piece * a.groups), a.groups, int8)
-        for neuron in range(chunk * PIECE, min((chunk + 1) * PIECE, a.per_expert)):
-            row = a.blobs + slots[slot] * a.stride + neuron * a.sketch_row
-            record = a.blobs + slots[slot] * a.stride + a.sketch_bytes + neuron * a.record
-            pairs = carray(pointer(record + a.record_scales_at), 6 * a.groups, uint16)
-            both = [_strict_sum(carray(pointer(row + i * a.plane2), a.plane2, uint8),
-                                carray(pointer(record + a.refine_at + i * a.plane2), a.plane2, uint8),
-                                pairs[2 * (i + 1) * a.groups:], a, codes, scale, sums, halves) for i in range(2)]
-            g, u = both[0], both[1]
-            if a.bias_ids:
-                g, u = g + gate_bias[neuron], u + up_bias[neuron]
-            product = _strict_gate(g, u, a.kind, a.alpha, a.limit)
-            _strict_down(carray(pointer(record), 2 * a.plane2, uint8), pairs, a, product, halves, out, strange)
-        piece = claim(table)
-
-
-def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
-               bias: NeuronBias | None = None) -> Tensor:
-    """As kernels.dense.whole_sums."""
-    if gate.kind not in STRICT:
-        return NotImplemented
-    place, (tables, addresses) = place.int().contiguous(), bias_fields(bias)
-    n, chunks, codes = place.numel(), -(-layout.neurons // PIECE), x.high.int() * 256 + x.low.int()
-    partial = torch.zeros(n, chunks, layout.padded, dtype=torch.int64)
-    strange = torch.zeros(n, chunks, layout.groups, dtype=torch.int8)
-    scale, sums = x.scale.contiguous(), x.sums.contiguous()
-    alive = codes, scale, sums, place, blobs, tables, partial, strange
-    call(Step(_sum_whole, pack(
-        SUMS_RECORD, n * chunks, n * layout.blob_bytes, **_sizes(layout), chunks=chunks, routed=place.shape[1],
-        per_expert=layout.neurons, slots=address(place), n_slots=n, blobs=address(blobs), stride=blobs.stride(0),
-        codes=address(codes), x_scale=address(scale), x_sum=address(sums), kind=kind_of(gate),
-        halves=address(_halves()), partial=address(partial), strange=address(strange), alpha=gate.alpha,
-        limit=gate.limit, **addresses), alive))
-    bad = strange.any(1).repeat_interleave(layout.group, 1)
-    return torch.where(bad, NO_NUMBER, partial.sum(1)).view(*place.shape, layout.padded)
-
-
-@lru_cache(1)
-def _halves() -> Tensor:
-    """float32 [65536]: every float16."""
-    return torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()

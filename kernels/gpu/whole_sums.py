@@ -1,10 +1,12 @@
-"""Device version of kernels/dense.py's `whole_sums`: the arithmetic that a processor repeats bit by bit.
+"""Device version of kernels/dense.py's `whole_sums` and of kernels/apply.py's `chosen_sums`: the arithmetic that a
+processor repeats bit by bit.
 
 Groups one after the other, nothing joined to a fused operation (the launches say so), a division that rounds as IEEE
 wants it, and integers wherever the order of adding is the hardware's. It takes more operations than `dense`; for who
 lets a processor compute part of a layer.
 
-Legend: T tokens, k routed experts, I neurons, H padded hidden, G groups along H.
+Legend: T tokens, k routed experts, I neurons, H padded hidden, N ranks in the list of neurons (of whole experts k * I),
+G groups along H.
 """
 from __future__ import annotations
 
@@ -52,24 +54,30 @@ def _gated(gate, up, alpha, limit, KIND: tl.constexpr):
 
 
 @triton.jit
-def _strict_products(high, low, x_scale, x_sum, blobs, place, gate_bias, up_bias, bias_ids, products, n_ranks, n_routed,
-                     blob16, alpha, limit, NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr,
-                     RECORDS_AT: tl.constexpr, PLANE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-                     SCALES_AT: tl.constexpr, RECORD_SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr,
-                     KIND: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr):
-    """Grid: blocks of neurons, T. -> products [T, k * I]."""
+def _strict_products(high, low, x_scale, x_sum, blobs, place, records, record_place, neurons, fidelity, gate_bias,
+                     up_bias, bias_ids, products, n_ranks, n_routed, blob16, record16, alpha, limit,
+                     NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
+                     PLANE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, SCALES_AT: tl.constexpr,
+                     RECORD_SCALES_AT: tl.constexpr, REFINE_AT: tl.constexpr, KIND: tl.constexpr,
+                     BIASED: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr):
+    """Grid: blocks of ranks, T. -> products [T, N]."""
     token = tl.program_id(1)
     rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rank < n_ranks
-    index = tl.where(there, rank, -1)
-    row, record = _locate(index, rank, token, blobs, place, blobs, place, n_ranks, n_routed, blob16, blob16, NEURONS,
-                          ROW, RECORD, RECORDS_AT, True)
-    kind = tl.full((ROWS,), REFINED, tl.int32)
-    gate, up = _gate_and_up(row, record, kind, there, high + token * (4 * PLANE), low + token * (4 * PLANE),
+    if DENSE:
+        index = tl.where(there, rank, -1)
+        kind = tl.full((ROWS,), REFINED, tl.int32)
+    else:
+        index = tl.load(neurons + token * n_ranks + rank, mask=there, other=-1)
+        kind = tl.load(fidelity + token * n_ranks + rank, mask=there, other=0).to(tl.int32)
+    valid = index >= 0
+    row, record = _locate(index, rank, token, blobs, place, records, record_place, n_ranks, n_routed, blob16, record16,
+                          NEURONS, ROW, RECORD, RECORDS_AT, DENSE)
+    gate, up = _gate_and_up(row, record, kind, valid, high + token * (4 * PLANE), low + token * (4 * PLANE),
                             x_scale + token * GROUPS, x_sum + token * GROUPS, PLANE, GROUPS, WORDS, 1, SCALES_AT,
                             RECORD_SCALES_AT, REFINE_AT, ROWS)
     if BIASED:
-        gate, up = biased(gate, up, gate_bias, up_bias, bias_ids + token * n_routed, rank, there, NEURONS)
+        gate, up = biased(gate, up, gate_bias, up_bias, bias_ids + token * n_routed, index, valid, NEURONS)
     tl.store(products + token * n_ranks + rank, _gated(gate, up, alpha, limit, KIND), mask=there)
 
 
@@ -85,23 +93,33 @@ def _times(words, factor, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _down_sums(products, blobs, place, out, n_ranks, n_routed, blob16, NEURONS: tl.constexpr, RECORD: tl.constexpr,
-               RECORDS_AT: tl.constexpr, GROUPS: tl.constexpr, WORDS4: tl.constexpr, STEP: tl.constexpr,
-               RECORD_SCALES_AT: tl.constexpr, ROWS: tl.constexpr):
-    """Grid: blocks of H, k, T. out int64 [T, k, H]. WORDS4: words of 4-bit codes of a group."""
+def _down_sums(products, blobs, place, records, record_place, starts, out, n_ranks, n_routed, blob16, record16,
+               NEURONS: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr, GROUPS: tl.constexpr,
+               WORDS4: tl.constexpr, STEP: tl.constexpr, RECORD_SCALES_AT: tl.constexpr, DENSE: tl.constexpr,
+               ROWS: tl.constexpr):
+    """Grid: blocks of H, k, T. out int64 [T, k, H]; starts [T, k + 1]: the first rank of each expert. WORDS4: words of
+    4-bit codes of a group."""
     token, routed = tl.program_id(2), tl.program_id(1)
     group = tl.program_id(0) * STEP + tl.arange(0, STEP)
     word = group[:, None] * WORDS4 + tl.arange(0, WORDS4)[None]
     blob = blobs + tl.load(place + token * n_routed + routed).to(tl.int64) * blob16 * 4
+    low, high = routed * NEURONS, (routed + 1) * NEURONS
+    if not DENSE:
+        low = tl.load(starts + token * (n_routed + 1) + routed)
+        high = tl.load(starts + token * (n_routed + 1) + routed + 1)
     t0 = tl.zeros((STEP, WORDS4), tl.int64)
     t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
     offsets = tl.zeros((STEP,), tl.int64)
     strange = tl.zeros((STEP,), tl.int32)
-    for start in range(0, NEURONS, ROWS):
-        neuron = start + tl.arange(0, ROWS)
-        valid = neuron < NEURONS
-        weight = tl.load(products + token * n_ranks + routed * NEURONS + neuron, mask=valid, other=0)
-        record = blob + (RECORDS_AT + neuron * RECORD)
+    for start in range(low, high, ROWS):
+        rank = start + tl.arange(0, ROWS)
+        valid = rank < high
+        weight = tl.load(products + token * n_ranks + rank, mask=valid, other=0)
+        if DENSE:
+            record = blob + (RECORDS_AT + (rank - low) * RECORD)
+        else:
+            at = tl.load(record_place + token * n_ranks + rank, mask=valid, other=0).to(tl.int64)
+            record = records + at * record16 * 4
         words = tl.load(record[:, None, None] + word[None], mask=valid[:, None, None], other=0)
         scale, offset = scale_offset(tl.load(record[:, None] + (RECORD_SCALES_AT + group[None]), mask=valid[:, None],
                                              other=0))
@@ -135,21 +153,43 @@ def _down_sums(products, blobs, place, out, n_ranks, n_routed, blob16, NEURONS: 
 def whole_sums(x: FixedPoint, blobs: Tensor, place: Tensor, layout: Layout, gate: Gate,
                bias: NeuronBias | None = None) -> Tensor:
     """As kernels.dense.whole_sums."""
-    assert gate.kind in dense.STRICT and place.is_contiguous() and blobs.shape[1] >= layout.blob_bytes, gate.kind
-    (n_tokens, n_routed), device = place.shape, blobs.device
-    n_ranks = n_routed * layout.neurons
+    assert blobs.shape[1] >= layout.blob_bytes, (blobs.shape, layout.blob_bytes)
+    return _launch(x, blobs, place, (blobs, place, place, place), place.shape[1] * layout.neurons, place, layout, gate,
+                   bias, DENSE=True)
+
+
+def chosen_sums(x: FixedPoint, sketches: Tensor, place: Tensor, records: Tensor, record_place: Tensor, neurons: Tensor,
+                fidelity: Tensor, layout: Layout, gate: Gate, bias: NeuronBias | None = None) -> Tensor:
+    """As kernels.apply.chosen_sums."""
+    assert neurons.dtype == record_place.dtype == torch.int32 and fidelity.dtype == torch.int8
+    assert all(table.is_contiguous() for table in (record_place, neurons, fidelity))
+    n_tokens, n_routed = place.shape
+    ends = torch.arange(n_routed + 1, dtype=torch.int32, device=neurons.device) * layout.neurons
+    listed = torch.where(neurons < 0, n_routed * layout.neurons, neurons)
+    starts = torch.searchsorted(listed, ends.expand(n_tokens, -1).contiguous(), out_int32=True)
+    return _launch(x, sketches, place, (records, record_place, neurons, fidelity), neurons.shape[1], starts, layout,
+                   gate, bias, DENSE=False)
+
+
+def _launch(x: FixedPoint, sketches: Tensor, place: Tensor, chosen: tuple[Tensor, ...], n_ranks: int, starts: Tensor,
+            layout: Layout, gate: Gate, bias: NeuronBias | None, DENSE: bool) -> Tensor:
+    assert gate.kind in dense.STRICT and place.is_contiguous(), gate.kind
+    (n_tokens, n_routed), device = place.shape, sketches.device
+    (records, record_place, neurons, fidelity), words = chosen, words_of(sketches)
+    record_words = words_of(records)
     products = torch.empty(n_tokens, n_ranks, dtype=torch.float32, device=device)
-    out, words = torch.empty(n_tokens, n_routed, layout.padded, dtype=torch.int64, device=device), words_of(blobs)
-    sizes = {"n_ranks": n_ranks, "n_routed": n_routed, "blob16": blobs.stride(0) // 16, "NEURONS": layout.neurons,
-             "RECORD": layout.record // 4, "RECORDS_AT": layout.sketch_bytes // 4, "GROUPS": layout.groups,
-             "RECORD_SCALES_AT": layout.record_scales_at // 4, "enable_fp_fusion": False}
-    _strict_products[(triton.cdiv(n_ranks, product.PRODUCT_ROWS), n_tokens)](
-        x.high.view(torch.int32), x.low.view(torch.int32), x.scale, x.sums, words, place,
-        *bias_tables(bias, place.shape, layout.neurons, products), products,
+    out = torch.empty(n_tokens, n_routed, layout.padded, dtype=torch.int64, device=device)
+    sizes = {"n_ranks": n_ranks, "n_routed": n_routed, "blob16": sketches.stride(0) // 16,
+             "record16": records.stride(0) // 16, "NEURONS": layout.neurons, "RECORD": layout.record // 4,
+             "RECORDS_AT": layout.sketch_bytes // 4, "GROUPS": layout.groups,
+             "RECORD_SCALES_AT": layout.record_scales_at // 4, "DENSE": DENSE, "enable_fp_fusion": False}
+    _strict_products[(triton.cdiv(max(1, n_ranks), product.PRODUCT_ROWS), n_tokens)](
+        x.high.view(torch.int32), x.low.view(torch.int32), x.scale, x.sums, words, place, record_words, record_place,
+        neurons, fidelity, *bias_tables(bias, place.shape, layout.neurons, products), products,
         alpha=float(gate.alpha), limit=float(gate.limit), ROW=layout.sketch_row // 4, PLANE=layout.plane2 // 4,
         WORDS=layout.group // 16, SCALES_AT=layout.sketch_scales_at // 4, REFINE_AT=layout.refine_at // 4,
         KIND=kind_of(gate), BIASED=bias is not None, ROWS=product.PRODUCT_ROWS, num_warps=4, **sizes)
     _down_sums[(layout.padded // product.DOWN_CODES, n_routed, n_tokens)](
-        products, words, place, out, WORDS4=layout.group // 8, STEP=product.DOWN_CODES // layout.group,
-        ROWS=product.DOWN_ROWS, num_warps=8, **sizes)
+        products, words, place, record_words, record_place, starts, out, WORDS4=layout.group // 8,
+        STEP=product.DOWN_CODES // layout.group, ROWS=product.DOWN_ROWS, num_warps=8, **sizes)
     return out

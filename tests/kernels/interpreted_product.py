@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kernels.activation import KINDS, FixedPoint, Gate, quantize
-from kernels.apply import apply
-from kernels.cpu import apply as cpu_apply
-from kernels.dense import dense, from_sums, whole_sums
+from kernels.apply import apply, chosen_sums
+from kernels.cpu import whole_sums as cpu_whole_sums
+from kernels.dense import dense, from_sums, together, whole_sums
 from kernels.gpu import activation as gpu_activation
 from kernels.gpu import apply as gpu_apply
 from kernels.gpu import whole_sums as gpu_whole_sums
@@ -160,7 +160,7 @@ def test_whole_sums_are_the_same_bits_wherever_they_are_computed(hidden, neurons
     x, bias = torch.randn(2, hidden, generator=generator) * 3, random_bias((2, 3), neurons, generator, biased)
     gate, fixed = Gate(kind), FixedPoint(*quantize.reference(x, layout.group, layout.padded)[2:])
     expected = whole_sums.reference(fixed, blobs, place, layout, gate, bias)
-    for run in (gpu_whole_sums.whole_sums, cpu_apply.whole_sums):
+    for run in (gpu_whole_sums.whole_sums, cpu_whole_sums.whole_sums):
         assert torch.equal(run(fixed, blobs, place, layout, gate, bias), expected), run
         for part in ([0, 2], [1]):
             own = bias and bias._replace(ids=bias.ids[:, part].contiguous())
@@ -170,6 +170,37 @@ def test_whole_sums_are_the_same_bits_wherever_they_are_computed(hidden, neurons
     torch.testing.assert_close(from_sums(expected), plain, rtol=1e-3, atol=2e-4 * float(plain.abs().max()))
 
 
+@pytest.mark.parametrize("hidden, neurons, n, kind, biased", [
+    (256, 40, 50, "silu", False), (192, 33, 99, "clamped_swiglu", True), (512, 20, 30, "gelu_tanh", False),
+    (256, 20, 0, "relu", False), pytest.param(2880, 150, 200, "silu", True, marks=pytest.mark.slow)])
+def test_chosen_sums_are_the_same_bits_wherever_they_are_computed(hidden, neurons, n, kind, biased):
+    """At every fidelity; in one part, and in two that nobody sees in their sum."""
+    generator, layout = torch.Generator().manual_seed(neurons), Layout(hidden, neurons, default_group_size(hidden))
+    blobs, place = random_blobs(4, layout, generator), torch.tensor([[2, 0, 3], [1, 2, 0]], dtype=torch.int32)
+    x, bias = torch.randn(2, hidden, generator=generator) * 3, random_bias((2, 3), neurons, generator, biased)
+    gate, fixed = Gate(kind), FixedPoint(*quantize.reference(x, layout.group, layout.padded)[2:])
+    chosen, fidelity = choice(layout, 3, 2, n, generator)
+    expert = place.gather(1, (chosen.clamp_min(0) // neurons).long())
+    where = torch.where(chosen < 0, -1, expert * neurons + chosen % neurons).int()
+    rest = layout, gate, bias
+
+    def run(function, *listed):
+        return function(fixed, blobs, place, records_of(blobs, layout), *listed, *rest)
+    expected = run(chosen_sums.reference, where, chosen, fidelity)
+    for function in (gpu_whole_sums.chosen_sums, cpu_whole_sums.chosen_sums):
+        assert torch.equal(run(function, where, chosen, fidelity), expected), function
+        parts = [run(function, *(part[:, kept].contiguous() for part in (where, chosen, fidelity)))
+                 for kept in (slice(0, None, 2), slice(1, None, 2))]
+        assert torch.equal(together(*parts), expected), function
+    plain = apply.reference(x, blobs, place, records_of(blobs, layout), where, chosen, fidelity, *rest)
+    torch.testing.assert_close(from_sums(expected), plain, rtol=1e-3, atol=2e-4 * float(plain.abs().max()))
+    every = torch.arange(3 * neurons, dtype=torch.int32).expand(2, -1).contiguous()
+    where = (place.gather(1, (every // neurons).long()) * neurons + every % neurons).int()
+    refined = torch.full_like(every, REFINED, dtype=torch.int8)
+    assert torch.equal(run(chosen_sums.reference, where, every, refined),
+                       whole_sums.reference(fixed, blobs, place, *rest)), "all of them are the whole expert"
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 def test_whole_sums_of_no_number_are_none(bad):
     layout, generator = Layout(256, 24, 64), torch.Generator().manual_seed(2)
@@ -177,5 +208,5 @@ def test_whole_sums_of_no_number_are_none(bad):
     x[0, 70] = bad
     fixed, place = FixedPoint(*quantize.reference(x, 64)[2:]), torch.zeros(1, 1, dtype=torch.int32)
     found = [run(fixed, blobs, place, layout, Gate()) for run in (
-        whole_sums.reference, gpu_whole_sums.whole_sums, cpu_apply.whole_sums)]
+        whole_sums.reference, gpu_whole_sums.whole_sums, cpu_whole_sums.whole_sums)]
     assert all(torch.equal(each, found[0]) for each in found) and from_sums(found[0]).isnan().any()

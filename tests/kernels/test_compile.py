@@ -110,13 +110,16 @@ def dense_call(hidden: int, biased: bool = False) -> Callable:
                                       bias, mixture_of(k, hidden, biased))
 
 
-def whole_sums_call(hidden: int, biased: bool = False) -> Callable:
+def whole_sums_call(hidden: int, biased: bool = False, n: int = 0) -> Callable:
+    """n: of chosen neurons alone."""
     layout, k = layout_of(hidden), 8
     bias = bias_of(1, k) if biased else None
     codes, scale = torch.zeros(1, layout.padded, dtype=torch.int8), torch.zeros(1, layout.groups)
-    return lambda: gpu_whole_sums.whole_sums(FixedPoint(codes, codes, scale, scale), bytes_(2, layout.blob_bytes),
-                                             integers(1, k), layout, Gate("clamped_swiglu" if biased else "silu"),
-                                             bias)
+    fixed, rest = FixedPoint(codes, codes, scale, scale), (layout, Gate("clamped_swiglu" if biased else "silu"), bias)
+    if n:
+        chosen = bytes_(n, layout.record), integers(1, n), integers(1, n), torch.zeros(1, n, dtype=torch.int8)
+        return lambda: gpu_whole_sums.chosen_sums(fixed, bytes_(2, layout.sketch_bytes), integers(1, k), *chosen, *rest)
+    return lambda: gpu_whole_sums.whole_sums(fixed, bytes_(2, layout.blob_bytes), integers(1, k), *rest)
 
 
 def dequantize_call(hidden: int, dtype: torch.dtype) -> Callable:
@@ -301,6 +304,8 @@ CALLS = {
     "dense": dense_call(2048),
     "whole sums": whole_sums_call(2048),
     "whole sums biased": whole_sums_call(2880, biased=True),
+    "chosen sums": whole_sums_call(2048, n=1229),
+    "chosen sums biased": whole_sums_call(2880, biased=True, n=1229),
     "dense biased": dense_call(2880, biased=True),
     "dequantize": dequantize_call(2048, torch.bfloat16),
     "dequantize 2880": dequantize_call(2880, torch.float16),
@@ -353,7 +358,8 @@ CALLS = {
 SLOW_CALLS = {"select 8192", "select uncounted", "select uncounted 8192", "head, all rows", "score biased", "score up",
               "take four tokens", "take ahead", "bring ahead", "look ahead 2880", "choose neurons 8192",
               "resolve ahead", "apply biased", "apply 4096", "apply 5120", "dense", "dense biased", "dequantize 2880",
-              "whole sums biased", "linear biased", "linear biased, split", "rows 8 bits", "linears 8 bits",
+              "whole sums biased", "chosen sums biased", "linear biased", "linear biased, split", "rows 8 bits",
+              "linears 8 bits",
               "attend one", "attend norm of all", "delta by head",
               "attend gated, four tokens", "attend in a window, 256", "attend in one", "attend held, four tokens",
               "gated of another kind", "choose of groups", "choose, padded",

@@ -19,7 +19,7 @@ from engine.bench.blobs import random_blobs, random_matrix
 from engine.bench.first_light.findings import Finding
 from engine.bench.rows import Row
 from kernels.activation import FixedPoint, Gate, NeuronBias, quantize, quantize_activation
-from kernels.apply import apply
+from kernels.apply import apply, chosen_sums
 from kernels.dense import dense, dequantize, multiply_tile, whole_sums
 from kernels.layout import Layout, default_group_size
 from kernels.score import score, score_up
@@ -185,11 +185,13 @@ def _dense(case: Case) -> Compared:
     return (case.call(dense, *given),), (dense.reference(*on_cpu(given)),), VALUES
 
 
-def _whole_sums(case: Case) -> Compared:
+def _whole_sums(case: Case, function: Callable = whole_sums) -> Compared:
     """Not nearly: the same bits."""
     fixed = FixedPoint(*quantize(case.x, case.layout.group, case.layout.padded)[2:])
-    given = (fixed, case.blobs, case.place, case.layout, case.gate, case.bias)
-    return (case.call(whole_sums, *given),), (whole_sums.reference(*on_cpu(given)),), 0.0
+    neurons, fidelity, where = case.chosen()
+    chosen = case.blobs[:, case.layout.sketch_bytes:].reshape(-1, case.layout.record), where, neurons, fidelity
+    given = fixed, case.blobs, case.place, *(chosen * (function is chosen_sums)), case.layout, case.gate, case.bias
+    return (case.call(function, *given),), (function.reference(*on_cpu(given)),), 0.0
 
 
 def _dense_of_nan(case: Case) -> Compared:
@@ -396,16 +398,14 @@ def _choose(case: Case) -> Compared:
 
 
 CHECKS = {"quantize_activation": _quantize, "quantize": _quantize_both, "score": _score,
-          "histogram of score": _histogram, "score_up": _score_up,
-          "select": _select, "select_above": _select_above, "apply": _apply, "dense": _dense, "mixture": _mixed,
-          "whole_sums": _whole_sums,
-          "dense of what is no number": _dense_of_nan, "dequantize": _dequantize, "multiply_tile": _multiply_tile,
-          "linear": _linear, "dequantize_rows": _dequantize_rows, "linears": _linears,
-          "attend": partial(_attended, heads=Heads(16, 2, 128, 128 ** -0.5), turned=128), "choose": _choose,
+          "histogram of score": _histogram, "score_up": _score_up, "select": _select, "select_above": _select_above,
+          "apply": _apply, "dense": _dense, "mixture": _mixed, "whole_sums": _whole_sums, "best_rows": _best_rows,
+          "chosen_sums": partial(_whole_sums, function=chosen_sums), "dense of what is no number": _dense_of_nan,
+          "dequantize": _dequantize, "multiply_tile": _multiply_tile, "linear": _linear, "gated": _gated,
+          "dequantize_rows": _dequantize_rows, "linears": _linears, "choose": _choose, "settle": _settle,
+          "attend": partial(_attended, heads=Heads(16, 2, 128, 128 ** -0.5), turned=128), "delta": _delta,
           "attend held": partial(_attended, heads=Heads(16, 2, 128, 0.1, window=60, held=True), turned=0, position=130),
-          "best_rows": _best_rows,
-          "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent,
-          "delta": _delta, "gated": _gated, "settle": _settle}
+          "attend gated": _attend_gated, "attend windowed": _attend_windowed, "attend_latent": _attend_latent}
 
 
 def kernels() -> Iterator[Row]:
