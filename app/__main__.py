@@ -22,7 +22,7 @@ from engine import (
     empty_trash,
     make_private,
     only_one,
-    speak_plainly,
+    begin_process,
     typed,
 )
 
@@ -128,5 +128,5 @@ def _keep_inside(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    speak_plainly("app")
+    begin_process("app")
     sys.exit(main())

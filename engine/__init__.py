@@ -30,7 +30,7 @@ _DOORS = {  # module: its names that are everybody's
     "disk": ("only_one", "trouble"),
     "files.chat_parts": ("check_chat_parts",),
     "paths": ("data_dir", "demo_model", "models_dirs", "choose_models_dir", "make_private", "typed", "FIRST_LIGHT"),
-    "plain_process": ("speak_plainly",),
+    "plain_process": ("begin_process",),
     "progress": ("Progress",),
     "machine.gpu_monitor": ("CardMeter",),
     "planning.explain": ("plan_text",),

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from engine.core import MachineError, UserError
 from engine.paths import data_path, typed
-from engine.plain_process import speak_plainly
+from engine.plain_process import begin_process
 
 GROUPS = {
     "models": {
@@ -119,5 +119,5 @@ def _failed(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    speak_plainly("engine")
+    begin_process("engine")
     sys.exit(main())

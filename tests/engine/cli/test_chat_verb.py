@@ -44,8 +44,8 @@ def test_a_conversation_in_the_terminal(repository, demo_checkpoint):
 
 def test_an_answer_in_a_file_is_utf_8_and_python_may_be_told_to_optimise(repository, demo_checkpoint):
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
-    said = ("from engine.cli.chat.chat import _say; from engine.core import Event; from engine import speak_plainly; "
-            "speak_plainly('engine'); _say(Event('answer', 'boat ⛵'), True); from transformers.utils import logging; "
+    said = ("from engine.cli.chat.chat import _say; from engine.core import Event; from engine import begin_process; "
+            "begin_process('engine'); _say(Event('answer', 'boat ⛵'), True); from transformers.utils import logging; "
             "logging.get_logger('transformers').warning('Install something.')")
     done = subprocess.run([sys.executable, "-c", said], cwd=repository, capture_output=True, env=variables)
     assert (done.stdout.decode("utf-8"), done.stderr) == ("boat ⛵", b"")
