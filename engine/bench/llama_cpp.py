@@ -2,7 +2,8 @@
 
 llama.cpp comes as the package llama-cpp-python, built for this processor in an environment of its own under the data
 folder. It reads a GGUF file of the same weights, quantised by its own tool to Q4_K_M. Its process waits while ours
-computes, and ours while it does.
+computes, and ours while it does. Ours draws the likeliest token of every step; llama.cpp computes all logits, and
+nobody draws.
 """
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from time import perf_counter
 import torch
 
 from engine.bench.gguf_writer import write
-from engine.bench.throughput import ROUNDS, Run, Sizes
+from engine.bench.throughput import GREEDY, ROUNDS, Run, Sizes
 from engine.core import MachineError
-from engine.decode.decoder import HostDecoder, given, steps
+from engine.decode.decoder import HostDecoder
 from engine.model.load import Loaded
 from engine.model.packed import stored_bytes
 
@@ -128,6 +129,6 @@ def _ours(loaded: Loaded, decoder: HostDecoder, level: str, prompt: list[int], t
     start = perf_counter()
     prefix.feed(prompt)
     prefilled = perf_counter()
-    for _ in steps(prefix, tokens[:1], given([*tokens[1:], 0]), len(tokens)):
+    for _ in decoder.retold(tokens, GREEDY, None):
         pass
     return Run(prefilled - start, prefilled - start, perf_counter() - prefilled)

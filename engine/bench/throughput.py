@@ -29,7 +29,7 @@ from engine.bench.rows import Row
 from engine.bench.step_profile import TimedAnswer
 from engine.chat.tokenizer import Tokens
 from engine.core import Counters, Machine, Options, Sampling, UserError
-from engine.decode.decoder import Decoder, HostDecoder, decoder_for, given, steps
+from engine.decode.decoder import Decoder, HostDecoder, decoder_for
 from engine.decode.step import Drawn
 from engine.experts.device import DeviceRuntime
 from engine.experts.host import HostRuntime
@@ -209,11 +209,12 @@ class Bench:
             self.decoder.prefix.feed(ids[at:at + self.chunk])
 
     def _decode(self, ids: list[int]) -> Iterator[Drawn]:
-        """A step for each of the tokens; on a device the first of them is given, the others are drawn."""
+        """A step for each of the tokens, each drawn greedily; on a device the first of them is given, the others are
+        drawn at random."""
         prefix = self.decoder.prefix
         if self.decoder.on_device:
             return self.decoder.tokens([*prefix.ids, ids[0]], RANDOM, None, frozenset(), len(ids))
-        return steps(prefix, ids[:1], given([*ids[1:], 0]), len(ids))
+        return self.decoder.retold(ids, GREEDY, None)
 
     @staticmethod
     def _median_of(runs: list[Run]) -> Run:

@@ -56,12 +56,27 @@ class HostDecoder:
     def tokens(self, ids: list[int], sampling: Sampling, recommended, ends: frozenset[int], limit: int,
                around: Around | None = None) -> Iterator[Drawn]:
         """At most `limit` tokens behind the prompt `ids`, whose beginning `prefix` holds. around: the sampler's."""
-        sampler, fused = Sampler(sampling, recommended, self._model.device), self.prefix.fused
-        if fused and not around:
-            fused.n_best = sampler.n_best
+        sampler = Sampler(sampling, recommended, self._model.device)
+        draw, n_best = (around(sampler), 0) if around else (sampler, sampler.n_best)
+        yield from self._drawn(ids[len(self.prefix.ids):], draw, n_best, limit, ends)
+
+    def retold(self, ids: list[int], sampling: Sampling, recommended) -> Iterator[Drawn]:
+        """A step for each of these tokens, behind those that `prefix` holds: each is drawn as an answer's are, and then
+        given. What an answer costs, whatever the model would say."""
+        sampler, rest = Sampler(sampling, recommended, self._model.device), given([*ids[1:], 0])
+
+        def draw(logits: torch.Tensor, before: list[int]) -> int:
+            sampler(logits, before)
+            return rest(logits, before)
+        yield from self._drawn(ids[:1], draw, sampler.n_best, len(ids), frozenset())
+
+    def _drawn(self, ids: list[int], draw: Draw, n_best: int, limit: int, ends: frozenset[int]) -> Iterator[Drawn]:
+        """n_best: how many of the largest logits `draw` looks at; 0: all."""
+        fused = self.prefix.fused
+        if fused:
+            fused.n_best = n_best
         try:
-            draw = around(sampler) if around else sampler
-            yield from steps(self.prefix, ids[len(self.prefix.ids):], draw, limit, ends)
+            yield from steps(self.prefix, ids, draw, limit, ends)
         finally:
             if fused:
                 fused.n_best = 0
