@@ -69,10 +69,11 @@ def few_multiprocessors(n: int | None) -> Iterator[None]:
         context.pop_context()
 
 
-def runs(shape: Shape, refined: int, down_only: int, device: str) -> dict[str, Run]:
-    """One call of each kernel, on other experts every time."""
+def runs(shape: Shape, refined: int, down_only: int, device: str, n_experts: int | None = None) -> dict[str, Run]:
+    """One call of each kernel, on other experts every time. n_experts: made-up ones, by default as many as PLACES calls
+    need, or the model has."""
     spec, layout, draw, gate = shape.spec, shape.layout, torch.Generator().manual_seed(0), Gate()
-    blobs = random_blobs(layout, min(spec.experts, PLACES * spec.top_k)).to(device)
+    blobs = random_blobs(layout, n_experts or min(spec.experts, PLACES * spec.top_k)).to(device)
     sketches = blobs[:, :layout.sketch_bytes].contiguous()
     records = blobs[:, layout.sketch_bytes:].reshape(-1, layout.record)
     x = torch.randn(1, layout.padded, generator=draw).to(device)
@@ -82,7 +83,8 @@ def runs(shape: Shape, refined: int, down_only: int, device: str) -> dict[str, R
     neurons = torch.randperm(spec.top_k * spec.neurons, generator=draw)[:refined + down_only].sort().values.int()[None]
     fidelity = torch.full_like(neurons, DOWN_ONLY, dtype=torch.int8)
     fidelity[0, torch.randperm(refined + down_only, generator=draw)[:refined]] = REFINED
-    picks = [torch.randperm(len(blobs), generator=draw)[:spec.top_k].int()[None] for _ in range(PLACES)]
+    picks = [torch.randperm(len(blobs), generator=draw)[:spec.top_k].int()[None]
+             for _ in range(max(PLACES, len(blobs) // spec.top_k))]
     where = [_record_places(place[0], neurons[0], layout.neurons)[None].to(device) for place in picks]
     places, chosen = [place.to(device) for place in picks], (neurons.to(device), fidelity.to(device))
     scored, applied, whole = cycle(places), cycle(zip(places, where, strict=True)), cycle(places)

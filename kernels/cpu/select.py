@@ -1,5 +1,5 @@
-"""Compiled twin of kernels/select.py: three counts, digit after digit, find the smallest key that is kept and the
-smallest that is refined, one pass lists them. The first digit is the largest, so that few keys count behind it.
+"""Compiled twin of kernels/select.py: counts, digit after digit, find the smallest key that is kept and the smallest
+that is refined, one pass lists them. The first digit is the largest: all keys count for it, few behind it.
 
 Legend: T tokens, N scores of a token.
 """
@@ -14,8 +14,8 @@ from kernels.select import FLOE, KEY_SHIFT, REFINED
 
 Tensor = torch.Tensor
 
-FIRST = 10                              # bits of the largest digit
-DIGITS = ((14, FIRST), (7, 7), (0, 7))  # where each begins in a key, and its bits
+FIRST, REST = 10, 14        # bits of the largest digit, and behind it
+DIGITS = ((7, 7), (0, 7))   # the others: where each begins in a key, and its bits
 
 
 @njit(cache=True, nogil=True)
@@ -29,20 +29,34 @@ def _down(counts, above, left, bits):
 
 
 @njit(cache=True, nogil=True)
-def _choose(scores, n_refined, n_total, counts, neurons, fidelity):
-    """One token's: scores float32 [N], neurons int32 and fidelity int8 [capacity]. counts: room, int32 [2, 2**FIRST]"""
-    keys = (scores.view(np.int32) & 0x7FFFFFFF) >> KEY_SHIFT
-    least, best, equal, equally_good = 0, 0, n_total, n_refined
+def _key_of(found, left, keys, candidates, counts):
+    """Of all that begin with the digit `found` the key number `left`, from the largest -> it, and its number among its
+    equals. candidates: room, int32 [N]"""
+    n = 0
+    for key in keys:        # without branches, as below
+        candidates[n] = key
+        n += key >> REST == found
     for shift, bits in DIGITS:
-        counts[:, :2**bits] = 0
-        for key in keys:
-            above, digit = key >> shift + bits, key >> shift & 2**bits - 1
-            if above == least:
-                counts[0, digit] += 1
-            if above == best:
-                counts[1, digit] += 1
-        least, equal = _down(counts[0], least, equal, bits)
-        best, equally_good = _down(counts[1], best, equally_good, bits)
+        counts[:2**bits] = 0
+        for key in candidates[:n]:
+            counts[key >> shift & 2**bits - 1] += key >> shift + bits == found
+        found, left = _down(counts, found, left, bits)
+    return found, left
+
+
+@njit(cache=True, nogil=True)
+def _choose(scores, n_refined, n_total, counts, candidates, neurons, fidelity):
+    """One token's: scores float32 [N], neurons int32 and fidelity int8 [capacity]. counts, candidates: room, int32
+    [2, 2**FIRST] and [N]"""
+    keys = (scores.view(np.int32) & 0x7FFFFFFF) >> KEY_SHIFT
+    counts[:] = 0
+    for i in range(len(keys)):      # by turns: equal neighbours would wait for each other's count
+        counts[i & 1, keys[i] >> REST] += 1
+    counts[0] += counts[1]
+    digit, equal = _down(counts[0], 0, n_total, FIRST)
+    digit_of_best, equally_good = _down(counts[0], 0, n_refined, FIRST)
+    least, equal = _key_of(digit, equal, keys, candidates, counts[1])
+    best, equally_good = _key_of(digit_of_best, equally_good, keys, candidates, counts[1])
     at = neuron = 0
     while at < n_total:     # without branches, which nobody could foresee
         key = keys[neuron]
@@ -64,9 +78,9 @@ def _select(table):
     scores = carray(pointer(a.scores), (a.tokens, a.per_token), float32)
     neurons = carray(pointer(a.neurons), (a.tokens, a.capacity), int32)
     fidelity = carray(pointer(a.fidelity), (a.tokens, a.capacity), int8)
-    counts = np.empty((2, 2**FIRST), np.int32)
+    counts, candidates = np.empty((2, 2**FIRST), np.int32), np.empty(a.per_token, np.int32)
     for t in range(a.tokens):
-        _choose(scores[t], a.refined, a.total, counts, neurons[t], fidelity[t])
+        _choose(scores[t], a.refined, a.total, counts, candidates, neurons[t], fidelity[t])
 
 
 def selecting(scores: Tensor, n_refined: int, n_total: int, capacity: int) -> tuple[Step, Tensor, Tensor]:

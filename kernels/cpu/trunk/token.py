@@ -137,7 +137,7 @@ class Token:
         at = 0
         while (at := self._program.run(at)) < len(self._program):
             bring(self._layer_of[at])
-        return self._out[0].clone()
+        return torch.from_numpy(self._out[0].numpy().copy())    # torch's own copy would start its threads
 
 
 def _room(n: int) -> Tensor:

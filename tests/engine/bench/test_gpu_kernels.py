@@ -31,6 +31,7 @@ def test_kernels_alone_read_what_they_must():
 def test_the_processors_functions_are_set_against_a_copy(monkeypatch):
     pytest.importorskip("numba", reason="needs numba, which compiles these functions")
     monkeypatch.setattr(cpu_kernels, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(cpu_kernels, "WEIGHTS", 1 << 20)
     rows = list(cpu_kernels.measured(synthetic.shape_of(tiny("qwen3.6-35b-a3b")), rounds=2))
     assert [row["name"] for row in rows] == ["score", "apply", "dense", "linear8", "linear4"]
     for row in rows:
