@@ -1,25 +1,29 @@
 """What an answer costs a token on its way to a reader: text, events, counters, and the queue between two threads.
 
 The engine answers as it answers the page, and the bare decoder writes the same tokens, greedily and in turns, in one
-process. Its processor time counts, of all of its threads, so that other programs do not. Prints nothing.
+process. Its processor time counts, of all of its threads, so that other programs do not. And where the time of a bare
+token goes, where it is one compiled call. Prints nothing.
 """
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from statistics import median
 
 import torch
 
-from engine.bench.throughput import QUESTIONS, ROUNDS, Sizes
+from engine.bench.throughput import GREEDY, QUESTIONS, ROUNDS, Sizes
 from engine.chat.engine import Engine
 from engine.chat.tokenizer import Tokens
 from engine.core import Options, Sampling, UserError
 from engine.decode.decoder import HostDecoder
+from engine.decode.step import Drawn
 from engine.model.load import Loaded
 
 Report = Callable[[str], None]
+PRODUCTS = frozenset({"_multiply", "_score", "_add_neurons", "_add_pieces", "_sum_whole", "_scan_all", "_compute"})
+ATTENTION = frozenset({"_attend", "_part", "_recur"})
 
 
 def overhead(loaded: Loaded, options: Options, report: Report = lambda text: None, rounds: int = ROUNDS,
@@ -65,3 +69,43 @@ def _alone(decoder: HostDecoder, ids: list[int], sampling: Sampling, n: int) -> 
     for _ in drawn:
         pass
     return (time.process_time() - begun) / (n - 1)
+
+
+@torch.inference_mode()
+def parts(loaded: Loaded, sizes: Sizes | None = None) -> dict[str, float]:
+    """Milliseconds of a token: "products", "attention", and "rest", which is norms, rotations, routers, choices, Python
+    and the sampler; medians. Empty where a token is not one compiled call. Every token is read twice, so that the
+    second time nothing is waited for."""
+    sizes, decoder, found = sizes or Sizes.of(loaded.spec.context), HostDecoder(loaded.model), []
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(loaded.model.config.get_text_config().vocab_size, (2, sizes.decode), generator=draw).tolist()
+    loaded.runtime.phase = "auto"
+    for is_second in (False, True):
+        decoder.prefix.reset()
+        decoder.prefix.feed(ids[0])
+        for drawn in _watched(decoder.retold(ids[1], GREEDY, None)):
+            found += [drawn] if is_second else []
+    if not all(token["attention"] for token in found):
+        return {}
+    return {kind: 1e3 * median(token[kind] for token in found) for kind in found[0]}
+
+
+def _watched(drawn: Iterator[Drawn]) -> Iterator[dict[str, float]]:
+    """Seconds of each token by kind of work."""
+    from kernels.cpu.program import Program
+    token: dict[str, float] = {}
+
+    def watch(task: str, seconds: float) -> None:
+        kind = "products" if task in PRODUCTS else "attention" if task in ATTENTION else "rest"
+        token[kind] += seconds
+    Program.watch = staticmethod(watch)
+    try:
+        while True:
+            token.update(products=0.0, attention=0.0, rest=0.0)
+            begun = time.perf_counter()
+            if next(drawn, None) is None:
+                return
+            token["rest"] = time.perf_counter() - begun - token["products"] - token["attention"]
+            yield dict(token)
+    finally:
+        Program.watch = None

@@ -6,6 +6,9 @@ called does what it waits for, and goes on from that step.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from time import perf_counter
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from numba import carray, int64, njit, types
 from numba.extending import intrinsic
 
 from kernels.cpu import threads
-from kernels.cpu.threads import Step, parallel, pointer
+from kernels.cpu.threads import Step, call, parallel, pointer
 from kernels.cpu.vectors import INT32, INT64
 
 STOP = -1
@@ -58,7 +61,13 @@ def _run(table, first, start, n_threads, grain):
 
 
 class Program:
-    """Steps in their order, for as often as they are run."""
+    """Steps in their order, for as often as they are run.
+
+    watch: of all programs, while somebody measures: it is told a step's task and its seconds, and each is a call of its
+    own.
+    """
+
+    watch: ClassVar[Callable[[str, float], None] | None] = None
 
     def __init__(self, steps: list[Step]) -> None:
         self._steps = tuple(steps)      # the table knows addresses only
@@ -71,4 +80,16 @@ class Program:
 
     def run(self, first: int = 0) -> int:
         """From this step on -> the number of the one that stopped; at the end, their number."""
+        if Program.watch is not None:
+            return self._watched(first, Program.watch)
         return _run(self._table, first, self._start, torch.get_num_threads(), threads.GRAIN)
+
+    def _watched(self, first: int, watch: Callable[[str, float], None]) -> int:
+        for at, step in enumerate(self._steps[first:], first):
+            counter = np.frombuffer(step.record, np.int64, 1)
+            counter[0], begun = 0, perf_counter()
+            call(step)
+            watch(step.task.__name__, perf_counter() - begun)
+            if counter[0] == STOP:
+                return at
+        return len(self)

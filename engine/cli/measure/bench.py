@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare-llama-cpp", action="store_true",
                         help="also run llama.cpp at Q4_K_M on the same weights (the first time it is built, with pip)")
     parser.add_argument("--stream", action="store_true",
-                        help="also what an answer through the engine costs a token beside the bare decoder")
+                        help="also what a token costs by kind of work, and more on its way through the engine")
     parser.add_argument("--source", type=typed, metavar="CHECKPOINT",
                         help="with --compare: take the uncompressed weights from here, not from FOLDER's 4-bit values")
     parser.add_argument("--vram", type=parse_bytes, metavar="SIZE", help="on a card: occupy what it has above this")
@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> dict:
         _print_rows(document["compare_llama_cpp"])
     if args.stream:     # last: it closes the model
         from engine.bench import stream
+        document["parts"] = parts = stream.parts(loaded)
+        if parts:
+            report(", ".join(f"{kind} {ms:.2f} ms ({ms / sum(parts.values()):.1%})" for kind, ms in parts.items())
+                   + " a token, each step a call of its own")
         document["stream"] = found = stream.overhead(loaded, options, report)
         report(f"through the engine {found['streamed_ms']:.2f} ms of processor time a token, bare "
                f"{found['bare_ms']:.2f}: {found['overhead_ms']:.2f} more")

@@ -161,6 +161,16 @@ def test_the_stream_stands_beside_the_bare_decoder(folders, monkeypatch) -> None
     assert [n for n, _ in told] == drawn[1::2] and len(told) == 2
 
 
+def test_a_token_is_taken_apart(folders) -> None:
+    """Every token has all kinds of work, and afterwards nobody is told of a step."""
+    pytest.importorskip("numba", reason="needs numba, which compiles these functions")
+    from kernels.cpu.program import Program
+    loaded = load.load(folders[1], Options(level="exact", device="cpu"))
+    found = stream.parts(loaded, throughput.Sizes(8, 6))
+    assert list(found) == ["products", "attention", "rest"] and all(ms > 0 for ms in found.values())
+    assert Program.watch is None
+
+
 def test_sizes_follow_the_context() -> None:
     assert throughput.Sizes.of(None) == throughput.Sizes.of(4096) == throughput.Sizes(512, 128)
     assert throughput.Sizes.of(640) == throughput.Sizes(512, 128)
