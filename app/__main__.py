@@ -18,11 +18,11 @@ from engine import (
     MachineError,
     Options,
     UserError,
+    begin_process,
     data_dir,
     empty_trash,
     make_private,
     only_one,
-    begin_process,
     typed,
 )
 
