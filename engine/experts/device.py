@@ -204,7 +204,7 @@ class DeviceRuntime(Runtime):
             sums[:, rest] = whole_sums(fixed, self.near.rows(layer.index, False), place.contiguous(), self.far.layout,
                                        layer.gate, layer.neuron_bias(there))
         if left:
-            self.counts[0] += self._object_bytes * len(left)  # wanted; it is neither near nor does it come
+            self._count_wanted(self._object_bytes * len(left))
             sums[:, left] = self.hook.beside.experts(layer, fixed, ids[:, left]).to(self.device)
         return partial(self._mixed, layer, x, partial(weighed, from_sums(sums)), ids, weights, residual)
 
@@ -225,9 +225,13 @@ class DeviceRuntime(Runtime):
                            layer.gate, bias)
         if left:
             whole = (left[1] != DOWN_ONLY).sum()
-            self.counts[0] += whole * layout.record + (left[1].numel() - whole) * layout.prefix
+            self._count_wanted(whole * layout.record + (left[1].numel() - whole) * layout.prefix)
             sums = together(sums, self.hook.beside.neurons(layer, FixedPoint(*fixed), ids, *left).to(self.device))
         return partial(self._mixed, layer, x, partial(weighed, from_sums(sums)), ids, weights, residual)
+
+    def _count_wanted(self, n_bytes: int | Tensor) -> None:
+        """What the processor computes: it is neither near nor does it come."""
+        self.counts[:1].add_(n_bytes * self.done.logical_not())
 
     # --- prefill ------------------------------------------------------------------------------------------------
     def _prefill(self, layer: LayerExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -360,10 +364,14 @@ def measured(runtime: Runtime, beside: Beside) -> Rates:
         computed = _best(lambda: beside.experts(layer, x, ids))
     asked = _best(lambda: [part.cpu() for part in x])
 
+    def emptied() -> None:
+        forget(runtime.near.pools()[-1][0])
+        runtime.counts.tolist()  # waits for the card, before the clock starts
+
     def fetched() -> None:
         runtime.bring(0, things, records=runtime.is_sparse)
-        runtime.counts.tolist()  # waits for the card
-    rates = Rates(n * each / _best(fetched, lambda: forget(runtime.near.pools()[-1][0])), n * each / computed, asked)
+        runtime.counts.tolist()
+    rates = Rates(n * each / _best(fetched, emptied), n * each / computed, asked)
     runtime.reset()
     return rates
 

@@ -17,11 +17,13 @@ class Hook:
     that are changed in place. lossy: by what it changes answers, in the words of engine/policies/choice.py. leaves_out:
     whether it may give an expert weight 0, of which nothing is fetched then. sees_near: whether a step computes other
     numbers where other experts are near. asks_the_host: whether every step waits for the processor, so that none is
-    recorded; note: a sentence about it.
+    recorded; beside: an engine/experts/device.py `Beside`, which computes what such a hook says stays far; note: a
+    sentence about it.
     """
 
     lossy = note = ""
     leaves_out, sees_near, asks_the_host = True, False, False
+    beside = None
 
     def state(self) -> list[Tensor]:
         """What a step changes of it, to be put back where a step is run only to be recorded."""

@@ -164,16 +164,20 @@ class PolicyHook(Hook):
         return 0 if self.choice.free.name == "layer" else reserve
 
     def demanded(self, layer: int, ids: Tensor) -> None:
-        self._make_room(0, torch.where(ids < 0, -1, ids + layer * self.runtime.far.experts))
+        self._make_room(0, layer, torch.where(ids < 0, -1, ids + layer * self.runtime.far.experts))
 
-    def _make_room(self, which: int, things: Tensor) -> None:
-        """Of a pool as many slots as are missing of `things`, -1 for none, where a layer frees what it lacks."""
+    def _make_room(self, which: int, layer: int, things: Tensor) -> None:
+        """Of a pool as many slots as are missing of a layer's `things`, -1 for none, where a layer frees what it
+        lacks."""
         runtime, pools = self.runtime, self.runtime.near.pools()
         if self.choice.free.name != "layer" or not pools:
             return
         pool, rule = pools[which][0], self.rules[which]
         if len(pool.object_of) < len(pool.slot_of):
-            missing = (things >= 0) & (pool.slot_of[things.clamp(min=0).long()] < 0)
+            n = len(pool.slot_of) // runtime.far.layers
+            wanted = things.new_zeros(n + 1, dtype=torch.bool)  # tokens of a step want the same: it counts once
+            wanted.index_fill_(0, torch.where(things < 0, n, things - layer * n).flatten().long(), True)
+            missing = wanted[:n] & (pool.slot_of[layer * n:(layer + 1) * n] < 0)
             if rule is not None:
                 pool.stamp.copy_(stamps(rule, pool.object_of, pool.stamp, runtime.clock, ended=False))
             runtime.count_wasted(age(pool, runtime.clock, missing.sum(dtype=torch.int32)), bool(which))
@@ -191,7 +195,9 @@ class PolicyHook(Hook):
     def neurons_stay_far(self, layer: int, ids: Tensor, neurons: Tensor) -> Tensor | None:
         things = self._things(layer, ids, neurons)[0]
         missing = (things >= 0) & (self.runtime.near.pools()[1][0].slot_of[things.clamp(min=0)] < 0)
-        return self._for_the_host(missing, self.runtime.far.layout.record)
+        far = self._for_the_host(missing, self.runtime.far.layout.record)
+        self._make_room(1, layer, torch.where(far[0].to(things.device), -1, things)[None])
+        return far
 
     def _for_the_host(self, missing: Tensor, each_bytes: int) -> Tensor:
         """bool [1, n], on the processor: of what is missing, bool [n], the last ones, as many as it takes."""
@@ -287,7 +293,8 @@ class PolicyHook(Hook):
         if pools and (self.rules[1] is not None or self.choice.free.name == "layer"):
             things = self._things(layer.index, ids, neurons)
             self._used[1][layer.index, :neurons.shape[1]] = things[0]
-            self._make_room(1, things)
+            if not self.asks_the_host or len(neurons) > 1:  # else behind the choice of what comes at all
+                self._make_room(1, layer.index, things)
         return neurons, fidelity
 
     def _things(self, layer: int, ids: Tensor, neurons: Tensor) -> Tensor:

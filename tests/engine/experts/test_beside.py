@@ -56,6 +56,61 @@ def written(folder, monkeypatch, near: float, rates: Rates, level: str, text: st
     return torch.stack(logits), runtime.counters()
 
 
+@pytest.fixture
+def opened(folder, monkeypatch):
+    """-> the device's side at a level with such policies, near memory for 40 % of the experts, and its model; the
+    processor is the quicker by far."""
+    def opened(level: str, text: str, tokens: int = 1):
+        loaded = load.load(folder, Options("exact", device="cpu"))
+        loaded.runtime.plans.update(PLANS)
+        runtime = take_over(loaded, tokens=tokens)
+        runtime.set_level(level)
+        runtime.set_level(level, max(runtime.smallest_bytes(), int(0.4 * runtime.everything_bytes())))
+        monkeypatch.setattr(policy_hook, "measured", lambda runtime, beside: Rates(1e-9, 1e9))
+        choose_policies(runtime, loaded.model, text)
+        runtime.phase = "decode"
+        return runtime, loaded.model
+    return opened
+
+
+def filled(runtime, records: bool) -> torch.Tensor:
+    """A pool full of the first objects of the last layer, all used long ago -> its number of free slots."""
+    pool = runtime.near.pools()[records][0]
+    n = len(pool.object_of)
+    assert 2 < n <= len(pool.slot_of) // L
+    runtime.bring(L - 1, torch.arange(n, dtype=torch.int32), records=records)
+    runtime.clock.add_(9)
+    assert int(pool.n_free) == 0
+    return pool.n_free
+
+
+def test_a_step_that_wants_a_thing_twice_makes_room_for_it_once(opened):
+    runtime, _ = opened("exact", "free=layer", tokens=3)
+    n_free = filled(runtime, records=False)
+    runtime.hook.demanded(0, torch.tensor([[0, 1], [1, 0], [-1, 1]]))
+    assert int(n_free) == 2
+
+
+@pytest.mark.parametrize("text, is_freed", [("free=layer", True), ("free=layer,miss=beside", False)])
+@torch.no_grad()
+def test_no_room_is_made_for_neurons_that_the_processor_computes(opened, text, is_freed):
+    runtime, model = opened("fast", text)
+    n_free = filled(runtime, records=True)
+    before = runtime.near.pools()[1][0].slot_of.clone()
+    model(torch.tensor([[5]]))
+    assert runtime.counters().needed_bytes > 0 and int(n_free) == 0
+    assert torch.equal(runtime.near.pools()[1][0].slot_of, before) != is_freed
+
+
+@pytest.mark.parametrize("level", ["exact", "fast"])
+@torch.no_grad()
+def test_behind_an_answers_end_nothing_is_counted(opened, level):
+    runtime, model = opened(level, "miss=beside")
+    runtime.done.fill_(True)
+    model(torch.tensor([[5]]))
+    assert not any(runtime.counts.tolist())
+
+
 @pytest.mark.parametrize("level", ["exact", *PLANS])
 @torch.no_grad()
 def test_what_is_written_depends_neither_on_the_share_nor_on_what_is_near(folder, monkeypatch, level):
