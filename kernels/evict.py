@@ -1,7 +1,8 @@
-"""Once a token: free the longest unused slots, so that the next token finds enough of them on the free stack.
+"""Once a token: free the longest unused slots, so that the next token finds enough of them on the free stack; with
+`free=layer` before a layer asks, as many as it lacks.
 
 The only place where anything leaves near memory. Oldest first, ties by slot index, what was not used for AGES - 1
-tokens or more counting as equally old; what was used in the token that just ended stays, and so does what is pinned.
+tokens or more counting as equally old; what was used in the clock's token stays, and so does what is pinned.
 """
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ AGES = 1024     # ages told apart; more would not fit the registers of the kerne
 def age(pool: Pool, clock: int | Tensor, reserve: int | Tensor) -> Tensor:
     """Evict until `reserve` slots are free -> int64 [2]: slots evicted, of them never asked for since fetched ahead.
 
-    clock: the token that just ended; its slots are kept. reserve: what the next token may need at most; no more is
-    freed than there are objects outside. What is freed lies on the stack in slot order.
+    clock: the token that just ended, or the one under way; its slots are kept. reserve: what the next token, or the
+    layer, may need at most; no more is freed than there are objects outside. What is freed lies on the stack in slot
+    order.
     """
     clock, reserve = int(clock), int(reserve)
     n_free = int(pool.n_free)

@@ -3,7 +3,8 @@
 A pool is an array of equal slots followed by a bounce area. A missing object takes a slot from the free stack, or,
 when the stack is empty, a row of the bounce area that holds it for this layer only. Places count through both:
 0 .. n_slots-1 are slots, n_slots .. are bounce rows. Slots return to the stack only in kernels/evict.py, between
-tokens, so nothing that a token uses can disappear in it. A slot whose stamp is PINNED never returns.
+tokens or (`free=layer`) before a layer asks, so nothing that a layer has looked up can disappear in it. A slot whose
+stamp is PINNED never returns.
 """
 from __future__ import annotations
 

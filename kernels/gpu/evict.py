@@ -1,8 +1,9 @@
 """Device version of kernels/evict.py: count the slots by age, find where the wanted number is reached, free those.
 
-Three kernels of many blocks, once a token. All counts are integers and slots are freed in slot order, so the tables
-come out exactly as the reference's. A block adds up the counts of the blocks before it by itself. The first kernel
-leaves every slot's age in 16 bits for the two others: 8 bytes a slot are read once, and 2 twice.
+Three kernels of many blocks, once a token or (`free=layer`) before each layer asks. All counts are integers and slots
+are freed in slot order, so the tables come out exactly as the reference's. A block adds up the counts of the blocks
+before it by itself. The first kernel leaves every slot's age in 16 bits for the two others: 8 bytes a slot are read
+once, and 2 twice.
 """
 from __future__ import annotations
 
