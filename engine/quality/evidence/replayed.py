@@ -29,7 +29,7 @@ RECORDS = ("predict=none", "predict=none,evict=lfu", "predict=none,free=layer", 
 
 
 def record_rows(trace: RoutingTrace, near_bytes: int) -> list[Replay]:
-    """Of a sparse level, whose records are cached: `RECORDS`, then what nobody can do better."""
+    """Of a sparse level, whose records are cached: `RECORDS`, then Belady's optimum (fewest misses)."""
     simulator = Simulator(trace, near_bytes)
     return [*map(simulator.run_choice, map(parse, RECORDS)), optimum(trace, near_bytes)]
 

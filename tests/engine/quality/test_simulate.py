@@ -98,6 +98,7 @@ def test_no_rule_for_records_passes_the_optimum(demo, plain):
     *rows, best = record_rows(trace, far.layers * far.experts * far.expert_bytes // 2)
     assert [row.name for row in rows] == list(RECORDS) and best.counters.far_bytes > 0
     assert all(row.counters.needed_bytes == best.counters.needed_bytes for row in rows)
+    # fewest misses are promised; that they are the fewest bytes, where misses are of unlike size, is of this trace
     assert all(row.counters.far_bytes >= best.counters.far_bytes for row in rows)
 
 
