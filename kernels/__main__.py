@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kernels.activation import FixedPoint, Gate, NeuronBias, quantize, quantize_activation
-from kernels.apply import apply
+from kernels.apply import apply, chosen_sums
 from kernels.dense import dense, dequantize, grouped, multiply_tile, whole_sums
 from kernels.dispatch import compile_all
 from kernels.evict import age
@@ -149,7 +149,9 @@ def _products(draw: torch.Generator) -> Iterator[Case]:
     tokens, ends = torch.arange(70) % 2, torch.tensor([3, 3, 70], dtype=torch.int32)
     yield multiply_tile, (x[:, :LAYOUT.hidden].contiguous(), tokens, ends, blobs, LAYOUT, gate)
     yield grouped, (x, [blobs[2], blobs[0]], [1, 1], LAYOUT, gate)
-    yield whole_sums, (FixedPoint(*quantize.reference(x, LAYOUT.group)[2:]), blobs, place, LAYOUT, gate)
+    fixed = FixedPoint(*quantize.reference(x, LAYOUT.group)[2:])
+    yield whole_sums, (fixed, blobs, place, LAYOUT, gate)
+    yield chosen_sums, (fixed, blobs, place, records, where, neurons, fidelity, LAYOUT, gate, bias)
     yield dequantize, (blobs, torch.zeros(3, 2 * n, LAYOUT.hidden), torch.zeros(3, n, LAYOUT.hidden), LAYOUT)
 
 

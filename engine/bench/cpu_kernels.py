@@ -3,7 +3,7 @@
 Other programs share memory and cores, so every round times a copy and each function, and the medians of all rounds are
 set against each other. A copy's bytes are read and written: both count. What it leaves in the caches is written back
 before the functions run, because no token of an answer meets that. A function runs IN_A_ROW times, as in a token, where
-its threads are awake; its weights are together a gigabyte, which no cache holds.
+its threads are awake; its weights are a gigabyte of whole experts, of which a third is sketches, or of matrices.
 """
 from __future__ import annotations
 

@@ -20,9 +20,10 @@ from engine.core import Options, Sampling, UserError
 from engine.decode.decoder import HostDecoder
 from engine.decode.step import Drawn
 from engine.model.load import Loaded
+from kernels import dispatch
 
 Report = Callable[[str], None]
-PRODUCTS = frozenset({"_multiply", "_score", "_add_neurons", "_add_pieces", "_sum_whole", "_scan_all", "_compute"})
+PRODUCTS = frozenset({"_multiply", "_score", "_add_neurons", "_add_pieces", "_scan_all", "_compute"})
 ATTENTION = frozenset({"_attend", "_part", "_recur"})
 
 
@@ -76,6 +77,8 @@ def parts(loaded: Loaded, sizes: Sizes | None = None) -> dict[str, float]:
     """Milliseconds of a token: "products", "attention", and "rest", which is norms, rotations, routers, choices, Python
     and the sampler; medians. Empty where a token is not one compiled call. Every token is read twice, so that the
     second time nothing is waited for."""
+    if dispatch.compile_all():
+        return {}
     sizes, decoder, found = sizes or Sizes.of(loaded.spec.context), HostDecoder(loaded.model), []
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(loaded.model.config.get_text_config().vocab_size, (2, sizes.decode), generator=draw).tolist()

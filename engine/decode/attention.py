@@ -1,9 +1,9 @@
 """transformers' attention door, for the architectures whose recorded step is transformers' own forward.
 
 There a step multiplies with every row of the planned context and hides most by a mask. Ours reads the rows up to the
-position, in splits, whatever was planned (kernels/gpu/trunk/attend.py), in as many nodes. It knows no mask but that of
-causality and of the layer's window, so it serves those alone whose attention is known to have no other; prompts, and
-whatever it does not know of one of these, go on to transformers' own.
+position, in splits, whatever was planned (kernels/gpu/trunk/attend.py), in as many nodes as sdpa and fewer than eager.
+It knows no mask but that of causality and of the layer's window, so it serves those alone whose attention is known to
+have no other; prompts, and whatever it does not know of one of these, go on to transformers' own.
 """
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ CPU_CALLED = CPU_ONE_CALL | {"gpt_oss", "gemma4", "glm4_moe", "glm4_moe_lite", "
 # (1.4 us) measure; a layer's part of it is its cache's.
 CPU_TOKEN_OPERATIONS, CPU_ONE_CALL_OPERATIONS, CPU_CALLED_OPERATIONS = 130, 5, 60
 # What a compiled function reads a second, over `dense`, which is what `packed_bytes_per_second` measures: the newest
-# rows of tests/bench/cpu.csv, the mean of both kinds of instructions (tests/engine/planning/test_processor_costs.py).
+# rows of tests/bench/cpu.csv, mean of both kinds of instructions (tests/engine/planning/test_processor_costs.py). All
+# of large pages; of a mapped file the system's cache may have small ones, which cost `score` more than `dense`.
 CPU_SHARES = {"dense": 1.0, "score": 0.95, "apply": 0.60, "linear8": 1.06, "linear4": 0.95}
 CPU_SCANNED = 0.57             # of the time of all rows, where the 20 best of 151,936 are wanted (NOTES.md)
 CPU_ATTENTION_SHARE = 0.6      # of the bandwidth of `gemv`: keys and values meet several queries (NOTES.md)

@@ -51,7 +51,7 @@ def _quantize(x, n_groups, group, codes, scales):
 
 def quantize_activation(x: Tensor, group: int, columns: int | None = None) -> tuple[Tensor, Tensor]:
     """As kernels.activation.quantize_activation."""
-    assert group in (64, 128), group
+    assert group in GROUPS, group
     x = widened(x.detach(), columns).float().contiguous()
     codes = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from kernels.activation import KINDS, FixedPoint, Gate, quantize
 from kernels.apply import apply, chosen_sums
@@ -94,8 +95,10 @@ def test_apply(hidden, neurons, k, n_tokens, n, biased):
 @pytest.mark.parametrize("biased, added", [(False, True), (True, False)])
 @pytest.mark.parametrize("ranks", [20, 256])
 def test_what_becomes_of_the_sums(monkeypatch, biased, added, ranks):
-    """Of several tokens, in one part an expert and in several: weights, bias of down, residual."""
+    """Of several tokens, in one part an expert and in several, a list that ends early: weights, bias of down,
+    residual."""
     monkeypatch.setattr(gpu_apply, "RANKS_OF_BLOCK", ranks)
+    monkeypatch.setattr(gpu_apply, "DOWN_ROWS", 16)
     generator, layout = torch.Generator().manual_seed(ranks), Layout(192, 40, 64)
     blobs, place = random_blobs(3, layout, generator), torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
     x, every = torch.randn(2, 256, generator=generator), torch.arange(80, dtype=torch.int32).expand(2, -1).contiguous()
@@ -104,6 +107,7 @@ def test_what_becomes_of_the_sums(monkeypatch, biased, added, ranks):
                       torch.randn(2, 192, generator=generator) if added else None,
                       *((torch.randn(5, 192, generator=generator), torch.tensor([[4, 0], [1, 4]])) if biased else ()))
     rest = layout, Gate(), None, mixture
+    where, every = (pad(part, (0, 7), value=-1) for part in (where, every))
     chosen = every, torch.full_like(every, REFINED, dtype=torch.int8)
     expected = dense.reference(x, blobs, place, *rest)
     for found in (gpu_apply.dense(x, blobs, place, *rest),

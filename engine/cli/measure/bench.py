@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> dict:
     if args.stream:     # last: it closes the model
         from engine.bench import stream
         document["parts"] = parts = stream.parts(loaded)
-        if parts:
-            report(", ".join(f"{kind} {ms:.2f} ms ({ms / sum(parts.values()):.1%})" for kind, ms in parts.items())
-                   + " a token, each step a call of its own")
+        told = [f"{kind} {ms:.2f} ms ({ms / sum(parts.values()):.1%})" for kind, ms in parts.items()]
+        report(", ".join(told) + " a token, each step a call of its own" if told else
+               "A token of this model is not one compiled call here, so its time is not told by kind of work.")
         document["stream"] = found = stream.overhead(loaded, options, report)
         report(f"through the engine {found['streamed_ms']:.2f} ms of processor time a token, bare "
                f"{found['bare_ms']:.2f}: {found['overhead_ms']:.2f} more")

@@ -3,7 +3,9 @@ else transformers' own chunked form.
 
 transformers takes the functions of `fla` and `causal_conv1d` wherever these packages can be imported, unasked: on cards
 where they are wrong, and on processors, where they cannot run. Here all of them are transformers' own again whenever a
-model opens, but for the one that has just been tried on that model's shapes. It costs nothing where none is installed.
+model with such nets opens, but for the one that has just been tried on that model's shapes. It costs nothing where none
+is installed. Other mixers that take these packages' functions (convolutions of lfm2_moe, jamba, granitemoehybrid; kda)
+are left as transformers has them.
 
 Legend: T tokens, K heads of keys, V heads of values.
 """

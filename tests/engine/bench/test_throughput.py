@@ -161,7 +161,7 @@ def test_the_stream_stands_beside_the_bare_decoder(folders, monkeypatch) -> None
     assert [n for n, _ in told] == drawn[1::2] and len(told) == 2
 
 
-def test_a_token_is_taken_apart(folders) -> None:
+def test_a_token_is_taken_apart(folders, repository) -> None:
     """Every token has all kinds of work, and afterwards nobody is told of a step."""
     pytest.importorskip("numba", reason="needs numba, which compiles these functions")
     from kernels.cpu.program import Program
@@ -169,6 +169,9 @@ def test_a_token_is_taken_apart(folders) -> None:
     found = stream.parts(loaded, throughput.Sizes(8, 6))
     assert list(found) == ["products", "attention", "rest"] and all(ms > 0 for ms in found.values())
     assert Program.watch is None
+    tasks = {line.split("(")[0] for path in (repository / "kernels" / "cpu").rglob("*.py")
+             for line in path.read_text(encoding="utf-8").split("@task\ndef ")[1:]}
+    assert stream.PRODUCTS | stream.ATTENTION <= tasks
 
 
 def test_sizes_follow_the_context() -> None:

@@ -54,13 +54,17 @@ def test_logits_are_those_of_eager_attention(name, calls):
     assert calls == [size for size in sizes if size <= 4 for _ in attending] and attending
 
 
-@pytest.mark.parametrize("name", ["mimo_v2_flash", "deepseek_v3", "minimax_m3_vl_text", "longcat_flash"])
+@pytest.mark.parametrize("name", [name for name in ("mimo_v2_flash", "deepseek_v3", "minimax_m3_vl_text",
+                                                    "longcat_flash") if name in SMALL])
 def test_others_keep_their_own(name):
     """Heads whose values are narrower than their keys; masks of their own."""
-    if name in SMALL:
-        model = build(name)
-        own = model.config._attn_implementation
-        assert not attention.attends(model) and model.config._attn_implementation == own
+    model = build(name)
+    own = model.config._attn_implementation
+    assert not attention.attends(model) and model.config._attn_implementation == own
+
+
+def test_all_that_attend_here_are_tried():
+    assert len(ATTENDED) == sum(map(len, attention.MASKED_PLAINLY.values()))
 
 
 @torch.no_grad()
