@@ -156,7 +156,7 @@ class HostStep(FusedStep):
         weight, is_plain = self._embed.weight, type(self._embed) is nn.Embedding    # Gemma's scales its rows
         if len(ids) > 1 or not is_plain or not isinstance(weight, Packed) or self._embed._forward_hooks:
             return self._embed(torch.tensor(ids))
-        at, row = slice(ids[0], ids[0] + 1), torch.empty(1, columns(weight.codes))
+        at, row = slice(ids[0], ids[0] + 1), torch.empty(1, columns(weight.codes), dtype=torch.float32)
         dequantize_rows(weight.codes[at], weight.scales[at], row)
         return row
 

@@ -123,7 +123,8 @@ def _enter(table):
 
 def entering(x: Tensor, group: int, scored: bool) -> tuple[Step, Tensor | None, Tensor]:
     """What makes `blocks8` (None unless scored) and `blocks16` of x float32 [1, H], and both."""
-    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(1, x.shape[1] // group)
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    scales = torch.empty(1, x.shape[1] // group, dtype=torch.float32)
     eight, sixteen = _blocks(x, BLOCK8) if scored else None, _blocks(x, BLOCK16)
     record = pack(RECORD, 1, x=address(x), groups=scales.numel(), group=group, codes=address(codes) if scored else 0,
                   scales=address(scales), blocks8=address(eight), blocks16=address(sixteen))

@@ -115,7 +115,7 @@ def grouped(x: Tensor, blobs: list[Tensor], counts: list[int], layout: Layout, g
         return NotImplemented
     assert len(x) == sum(counts) and x.shape[1] in (layout.hidden, layout.padded), (x.shape, counts)
     blocks, first, items = blocks16(x, layout.group, layout.padded), 0, []
-    out, (tables, addresses) = torch.empty(len(x), layout.padded), bias_fields(bias)
+    out, (tables, addresses) = torch.empty(len(x), layout.padded, dtype=torch.float32), bias_fields(bias)
     for expert, (blob, count) in enumerate(zip(blobs, counts, strict=True)):
         items += [(address(blob), expert, first + at, min(TOGETHER, count - at)) for at in range(0, count, TOGETHER)]
         first += count

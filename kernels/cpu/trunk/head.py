@@ -219,7 +219,8 @@ def finding(x: Tensor, head: Matrices, out: Tensor, n_best: int = 0, norm: Tenso
     codes, scales, _ = head.parts[0]
     (rows, n), groups = (len(codes), head.columns), scales.shape[1]
     enter, blocks = entering(x, n, norm, epsilon, given)
-    squares, reach = torch.empty(groups // LANES * LANES + groups % LANES * LANES), torch.empty(rows)
+    squares = torch.empty(groups // LANES * LANES + groups % LANES * LANES, dtype=torch.float32)
+    reach = torch.empty(rows, dtype=torch.float32)
     n_bytes = codes.nbytes // 2 + scales.nbytes
     packed = pack(RECORD, -(-rows // ROWS), n_bytes, columns=n, rows=rows, n_best=n_best,
                   given=address(x if norm is None else given), upper=address(codes[:, 0]),
@@ -237,6 +238,6 @@ def best_rows(x: Tensor, head: Matrices, n_best: int | Tensor, norm: Tensor | No
     if isinstance(n_best, Tensor) or not takes(head):
         return NotImplemented
     assert x.shape == (1, head.columns) and 0 <= n_best <= MOST_BEST, (x.shape, n_best)
-    out, given = torch.empty(head.rows), None if norm is None else torch.empty_like(x)
+    out, given = torch.empty(head.rows, dtype=torch.float32), None if norm is None else torch.empty_like(x)
     Program(finding(x.contiguous(), head, out, n_best, norm, epsilon, given)).run()
     return out

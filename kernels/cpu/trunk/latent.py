@@ -157,7 +157,7 @@ def attend_latent(query: Tensor, new: Tensor, turn: Tensor, rows: Tensor, keys: 
     if (places is not None or rank % LANES or turning % LANES or not codes.is_contiguous()
             or any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in plain)):
         return NotImplemented
-    out, scales = torch.empty(len(query), heads * values), _scales_of(expand)
+    out, scales = torch.empty(len(query), heads * values, dtype=torch.float32), _scales_of(expand)
     told = dict(tokens=len(query), heads=heads, rank=rank, still=still, turning=turning, values=values,
                 neighbours=neighbours, cached_neighbours=cached_neighbours, query=address(query), new=address(new),
                 turn=address(turn), turn_row=turn.shape[2], norm=address(norm), codes=address(codes),

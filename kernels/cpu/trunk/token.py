@@ -52,10 +52,10 @@ class Token:
     def __init__(self, blocks: list[Block], experts: list[Mapped], norm: Norm, head: Matrices, turned: int) -> None:
         n, top_k = len(blocks), blocks[0].choice.top_k
         self._blocks, self._rooms = blocks, [(None, None)] * n
-        self.x, self.turn = _room(head.columns), torch.empty(2, 1, turned)
-        self.ids, self._shares = torch.empty(n, top_k, dtype=torch.int32), torch.empty(n, top_k)
+        self.x, self.turn = _room(head.columns), torch.empty(2, 1, turned, dtype=torch.float32)
+        self.ids, self._shares = (torch.empty(n, top_k, dtype=kind) for kind in (torch.int32, torch.float32))
         self._behind, self._beside = _room(head.columns), _room(head.columns)   # what mixes; a shared expert
-        self._normed = torch.zeros(1, experts[0].layout.padded)
+        self._normed = torch.zeros(1, experts[0].layout.padded, dtype=torch.float32)
         self._projected = _room(max(block.projections.rows for block in blocks))
         self._mixed = _room(max(block.output.columns for block in blocks))
         self._routed = _room(max(block.router.rows for block in blocks))

@@ -1,6 +1,7 @@
 """What a processor is asked for, what is kept between two starts, and what happens without numba."""
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -91,6 +92,15 @@ def test_another_version_of_these_files_shares_nothing(tmp_path):
     assert target.version_of(tmp_path) != first
     (tmp_path / "vectors.py").write_text("one")
     assert target.version_of(tmp_path) == first
+
+
+def test_every_buffer_says_its_type(repository):
+    """The process's default changes while transformers makes a model beside an answer."""
+    silent = [(path.name, call.lineno) for path in (repository / "kernels" / "cpu").rglob("*.py")
+              for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+              if isinstance(call, ast.Call) and ast.unparse(call.func) in ("torch.empty", "torch.zeros", "torch.ones")
+              and not any(given.arg in ("dtype", None) for given in call.keywords)]
+    assert silent == []
 
 
 def test_without_numba_the_reference_runs_and_a_sentence_says_so(repository):
