@@ -92,6 +92,16 @@ def _gate_and_up(row, record, fidelity, valid, high, low, x_scale, x_sum, PLANE:
 
 
 @triton.jit
+def _listed(neurons, fidelity, token, rank, n_ranks, DENSE: tl.constexpr):
+    """-> neurons and fidelity at the ranks of a token's list; -1 and 0 behind its end. DENSE: every neuron, refined."""
+    there = rank < n_ranks
+    if DENSE:
+        return tl.where(there, rank, -1), tl.full(rank.shape, REFINED, tl.int32)
+    at = token * n_ranks + rank
+    return tl.load(neurons + at, mask=there, other=-1), tl.load(fidelity + at, mask=there, other=0).to(tl.int32)
+
+
+@triton.jit
 def _products(high, low, x_scale, x_sum, sketches, place, records, record_place, neurons, fidelity, gate_bias, up_bias,
               bias_ids, weights, products, starts, n_ranks, n_routed, sketch16, record16, alpha, limit,
               NEURONS: tl.constexpr, ROW: tl.constexpr, RECORD: tl.constexpr, RECORDS_AT: tl.constexpr,
@@ -103,12 +113,8 @@ def _products(high, low, x_scale, x_sum, sketches, place, records, record_place,
     token = tl.program_id(1)
     rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rank < n_ranks
-    if DENSE:
-        index = tl.where(there, rank, -1)
-        kind = tl.full((ROWS,), REFINED, tl.int32)
-    else:
-        index = tl.load(neurons + token * n_ranks + rank, mask=there, other=-1)
-        kind = tl.load(fidelity + token * n_ranks + rank, mask=there, other=0).to(tl.int32)
+    index, kind = _listed(neurons, fidelity, token, rank, n_ranks, DENSE)
+    if not DENSE:
         before = tl.load(neurons + token * n_ranks + rank - 1, mask=there & (rank > 0), other=-1)
         last = tl.load(neurons + token * n_ranks + rank - 1, mask=(rank == n_ranks) & (rank > 0), other=-1)
         before = tl.where(rank == n_ranks, last, before)

@@ -27,7 +27,7 @@ SILU, GELU_TANH, RELU = (tl.constexpr(KINDS.index(kind)) for kind in ("silu", "g
 MOST, NO_NUMBER, ONE = tl.constexpr(dense.MOST), tl.constexpr(dense.NO_NUMBER), tl.constexpr(2.0 ** dense.SHIFT)
 LOG2E, LN2_HIGH, LN2_LOW = map(tl.constexpr, (dense.LOG2E, dense.LN2_HIGH, dense.LN2_LOW))
 C0, C1, C2, C3, C4 = map(tl.constexpr, dense.EXPONENTIAL[:5])
-_gate_and_up, _locate, REFINED = product._gate_and_up, product._locate, product.REFINED
+_gate_and_up, _listed, _locate = product._gate_and_up, product._listed, product._locate
 
 
 @triton.jit
@@ -64,12 +64,7 @@ def _strict_products(high, low, x_scale, x_sum, blobs, place, records, record_pl
     token = tl.program_id(1)
     rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rank < n_ranks
-    if DENSE:
-        index = tl.where(there, rank, -1)
-        kind = tl.full((ROWS,), REFINED, tl.int32)
-    else:
-        index = tl.load(neurons + token * n_ranks + rank, mask=there, other=-1)
-        kind = tl.load(fidelity + token * n_ranks + rank, mask=there, other=0).to(tl.int32)
+    index, kind = _listed(neurons, fidelity, token, rank, n_ranks, DENSE)
     valid = index >= 0
     row, record = _locate(index, rank, token, blobs, place, records, record_place, n_ranks, n_routed, blob16, record16,
                           NEURONS, ROW, RECORD, RECORDS_AT, DENSE)
