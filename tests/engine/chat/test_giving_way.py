@@ -65,6 +65,17 @@ def test_a_person_is_answered_within_a_programs_answer(engine, monkeypatch, n):
     assert reading[0].n_tokens == engine.count_tokens(TALK) - 1, "the person's next question finds what was read"
 
 
+def turns_of_both(engine, monkeypatch) -> int:
+    """Of a program's answer and a person's that comes in the middle of it."""
+    gate = Gate(monkeypatch, 20)
+    program = engine.chat(LONG, DRAWN, request=PROGRAM)
+    assert gate.reached.wait(600)
+    person = engine.chat(TALK, GREEDY)
+    gate.open.set()
+    finish(program), finish(person)
+    return len(gate.turns)
+
+
 def test_where_a_second_cache_does_not_fit_a_person_waits_for_a_programs_answer(engine, monkeypatch):
     """As the plan says it; what is set aside is told while it is."""
     turns, planned = engine._turns, engine._planner.plan(engine.options.level, engine.options)
@@ -73,13 +84,7 @@ def test_where_a_second_cache_does_not_fit_a_person_waits_for_a_programs_answer(
     engine._do(turns.make_room, replace(planned, gives_way=False))
     try:
         assert not engine.gives_way and engine.snapshot()["resting_most_bytes"] == 0
-        gate = Gate(monkeypatch, 20)
-        program = engine.chat(LONG, DRAWN, request=PROGRAM)
-        assert gate.reached.wait(600)
-        person = engine.chat(TALK, GREEDY)
-        gate.open.set()
-        finish(program), finish(person)
-        assert len(gate.turns) == 1, "one cache, one after the other"
+        assert turns_of_both(engine, monkeypatch) == 1, "one cache, one after the other"
     finally:
         engine._do(turns.make_room, planned)
     with turns.aside():
@@ -97,13 +102,7 @@ def test_what_grew_longer_than_was_planned_is_not_set_aside(engine, monkeypatch)
     for context, n_turns in ((n_prompt - 1, 1), (n_prompt + 64, 3)):
         engine._do(turns.make_room, replace(planned, context=context))
         with monkeypatch.context() as patch:
-            gate = Gate(patch, 20)
-            program = engine.chat(LONG, DRAWN, request=PROGRAM)
-            assert gate.reached.wait(600)
-            person = engine.chat(TALK, GREEDY)
-            gate.open.set()
-            finish(program), finish(person)
-            assert len(gate.turns) == n_turns
+            assert turns_of_both(engine, patch) == n_turns
         turns.prefix.reset()
     engine._do(turns.make_room, planned)
 
